@@ -1,0 +1,32 @@
+# make: set-up only · make test · make bench · make lint. Each sets up .venv first, and then only what has changed.
+#   make test ARGS="-k bn_act"     ARGS go to pytest, or to the benchmarks
+#   PYTHON=python3.12 make         chooses the interpreter (3.10 to 3.13) of .venv
+#   CNNKERN_CUDA=0 make            leaves the CUDA kernels out; 1 insists on them (see setup.py)
+
+.PHONY: setup test bench lint
+.DEFAULT_GOAL := setup
+
+SUITABLE = -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
+ifdef PYTHON
+SUITABLE_PYTHON = $(shell $(PYTHON) $(SUITABLE) && echo $(PYTHON))
+ADVICE = PYTHON=$(PYTHON) does not run as Python 3.10 to 3.13: leave it out, or name another interpreter
+else
+SUITABLE_PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p $(SUITABLE) && echo $$p && break; done)
+ADVICE = no Python 3.10 to 3.13 on the path: `apt-get install python3 python3-venv`, or PYTHON=/path/to/python3
+endif
+BOOTSTRAP = $(or $(SUITABLE_PYTHON),$(error cnnkern: $(ADVICE))) tools/bootstrap.py
+
+setup:
+	@$(BOOTSTRAP)
+
+test: setup
+	.venv/bin/python -m pytest $(ARGS)
+
+bench: setup
+	.venv/bin/python -m benchmarks $(ARGS)
+
+lint:
+	@$(BOOTSTRAP) --lint
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check

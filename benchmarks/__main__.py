@@ -1,0 +1,135 @@
+"""`python -m benchmarks`: runs the suites in worker processes, one a malloc setting, and writes what they measured."""
+
+import argparse
+import re
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from benchmarks import machine, report, rows, worker
+from benchmarks.options import Options
+from benchmarks.plan import make_plan
+
+# Seconds for everything; what is under way when they end is finished, in a full run up to a large model's three rounds.
+FULL_SECONDS, QUICK_SECONDS = 330.0, 50.0
+FIRST_SHARE = 0.6  # of them for the first of two settings, which has torch.compile and checks all results
+START_SECONDS = 6.0  # until a worker has imported torch and begins to time
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"benchmarks: {message}\n")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    def count(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= 1024:
+            raise argparse.ArgumentTypeError(f"needs a number from 1 to 1024, got {text!r}")
+        return int(text)
+
+    def file_name(text: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", text):
+            raise argparse.ArgumentTypeError(f"needs letters, digits and . _ + -, got {text!r}")
+        return text
+
+    parser = Parser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few shapes and one model, about a minute")
+    parser.add_argument(
+        "--filter",
+        default="",
+        metavar="TEXT",
+        help="only what has TEXT in its name: operator, shape, network, contender, ...",
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--save", type=file_name, metavar="NAME", help="write to results/published/NAME.*")
+    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), metavar="N")
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device on this machine")
+    return arguments
+
+
+def one_line(message: str) -> int:
+    print(f"benchmarks: {message}", file=sys.stderr)
+    return 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    options = Options(arguments.quick, arguments.filter, arguments.device, arguments.threads)
+    settings = [setting for setting in machine.malloc_settings(options.device) if make_plan(options, setting)]
+    if not settings:
+        print(f"benchmarks: nothing has {options.filter!r} in its name", file=sys.stderr)
+        return 2
+    folder = rows.RESULTS / "published" if arguments.save else rows.RESULTS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="cnnkern-bench-") as scratch:
+            measured, problems = run(options, settings, Path(scratch))
+    except OSError as error:
+        return one_line(f"cannot write: {error}")
+    except KeyboardInterrupt:
+        one_line("interrupted, nothing written")
+        return 130
+    created = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    if measured:
+        report.show(measured, created, report.console())
+        problems += write(measured, created, folder, arguments.save, options.quick)
+    for problem in problems:
+        one_line(problem)
+    failed = any(r.status in ("wrong", "failed") for r in measured)
+    return int(bool(problems) or failed)
+
+
+def run(options: Options, settings: list[str], scratch: Path) -> tuple[list[rows.Row], list[str]]:
+    """Rows of every malloc setting, and a line for each worker that ended before its time."""
+    end = time.monotonic() + (QUICK_SECONDS if options.quick else FULL_SECONDS)
+    where = machine.describe(options.device, options.threads)
+    measured: list[rows.Row] = []
+    problems: list[str] = []
+    verified: tuple[str, ...] = ()
+    with worker.progress(report.console()) as bar:
+        try:
+            bandwidths = worker.bandwidths(options.device, options.threads, bar)
+        except worker.Failed as error:  # times and ratios do not need it
+            problems.append(str(error))
+            bandwidths = []
+        for setting in settings:
+            share = 1.0 if setting == settings[-1] else FIRST_SHARE
+            seconds = max(0.0, (end - time.monotonic()) * share - START_SECONDS)
+            try:
+                result = worker.run(replace(options, seconds=seconds, verified=verified), setting, scratch, bar)
+            except worker.Failed as error:
+                problems.append(str(error))
+                continue
+            verified += result.verified
+            measured += rows.from_records(result.records, result.refused, bandwidths, setting, where)
+    if measured:
+        measured += rows.bandwidth_rows(bandwidths, where)
+    return measured, problems
+
+
+def write(measured: list[rows.Row], created: str, folder: Path, name: str | None, quick: bool) -> list[str]:
+    """CSV, JSON and the chart; a line for what could not be written."""
+    stem = name or rows.file_stem(measured, quick)
+    try:
+        rows.write(folder / f"{stem}.csv", rows.to_csv(measured))
+        rows.write(folder / f"{stem}.json", rows.to_json(measured, created, quick))
+        try:
+            from benchmarks import chart
+        except ImportError as error:
+            return [f"no chart: {error}"]
+        rows.write(folder / f"{stem}.png", chart.draw(measured, created))
+    except OSError as error:
+        return [f"cannot write the results to {folder}: {error.strerror or error}"]
+    print(f"written: {folder / stem}.csv, .json and .png")
+    return []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""A chart of a result: how many times faster than eager, by operator, network, mode and layout."""
+
+import io
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+from benchmarks.report import against_eager, means, origin
+from benchmarks.rows import Row
+
+COLOURS = {"tuned": "#1f77b4", "default": "#9ecae1", "custom": "#6baed6"}
+COMPILE_COLOUR = "#ff7f0e"
+
+
+def bars(rows: list[Row]) -> list[tuple[str, str, float]]:
+    """(label, series, ratio) of every bar: operators by geometric mean, models each."""
+    found = [
+        (f"{m.operator} {m.network}, {m.mode}, {m.layout}", f"{m.contender}, {m.malloc} malloc", m.ratio)
+        for m in means(rows)
+        if m.contender != "eager"
+    ]
+    for suite in ("models", "overhead"):
+        found += [
+            (
+                f"{r.operator} {r.shape}, {r.mode}, {r.layout if suite == 'models' else r.api}",
+                f"ours, {r.malloc} malloc",
+                r.ratio,
+            )
+            for _, r in against_eager(rows, suite)
+        ]
+    return found
+
+
+def draw(rows: list[Row], created: str) -> bytes:
+    """The PNG's bytes."""
+    found = bars(rows)
+    labels = list(dict.fromkeys(label for label, _, _ in found))
+    series = sorted({s for _, s, _ in found}, key=lambda s: (s.startswith("torch"), s))
+    height = 0.8 / max(1, len(series))
+    figure, axes = plt.subplots(figsize=(10, 1.6 + 0.16 * len(labels) * (1 + len(series))), layout="constrained")
+    for i, one in enumerate(series):
+        points = [(labels.index(label) + i * height, ratio) for label, s, ratio in found if s == one]
+        malloc = one.split(", ")[1].removesuffix(" malloc")
+        colour = COMPILE_COLOUR if one.startswith("torch") else COLOURS[malloc]
+        drawn = axes.barh([y for y, _ in points], [x for _, x in points], height, label=one, color=colour)
+        axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks([i + height * (len(series) - 1) / 2 for i in range(len(labels))], labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast as eager in the same layout (geometric mean over a network's shapes)")
+    axes.set_title(origin(rows, created), fontsize=8)
+    if series:
+        axes.legend(fontsize=8)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    plt.close(figure)
+    return image.getvalue()

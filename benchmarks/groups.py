@@ -1,0 +1,158 @@
+"""Groups of contenders that are timed in the same rounds, and the session that times them."""
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from benchmarks import timing
+from benchmarks.options import Options
+
+LAYOUTS = ("contiguous", "channels_last")
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str  # ours, eager or torch.compile
+    layout: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a contender has no time: 'not available', 'wrong', 'failed' or 'out of time', and a line on it."""
+
+    status: str
+    note: str
+
+
+class Unavailable(Exception):
+    """Something that a contender needs is missing on this machine; the message is one line."""
+
+
+class Bench(Protocol):
+    """A group's tensors and models, which live while it is timed."""
+
+    def step(self, contender: Contender, verify: bool) -> Callable[[], object]:
+        """What is timed of this contender; with `verify` only after its results were compared with eager's."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    suite: str  # operators, models or overhead
+    operator: str  # or the model's name
+    network: str  # whose shape it is
+    shape: str
+    mode: str  # training (forward and backward) or inference (forward)
+    api: str  # functional or module
+    contenders: tuple[Contender, ...]
+    open: Callable[[], Bench]
+    weight: float  # its share of the time, in about seconds
+    dtype: str = "float32"
+    bytes_read: int = 0  # the least traffic; 0 where nobody counts it
+    bytes_written: int = 0
+    min_rounds: int = 5
+    max_rounds: int = 50
+    # Contenders by name that need torch.compile's compile time.
+    compiled: frozenset[str] = field(default=frozenset({"torch.compile"}))
+
+    @property
+    def label(self) -> str:
+        return f"{self.suite} {self.operator} {self.network} {self.shape} {self.mode} {self.api}"
+
+    def name_of(self, contender: Contender) -> str:
+        """What --filter looks in, and what `Options.verified` lists."""
+        return f"{self.label} {contender.layout} {contender.name}"
+
+    def identity(self, contender: Contender) -> dict[str, Any]:
+        """The columns of a row that say what was measured."""
+        names = ("suite", "operator", "network", "shape", "mode", "api", "dtype", "bytes_read", "bytes_written")
+        return {n: getattr(self, n) for n in names} | {"contender": contender.name, "layout": contender.layout}
+
+
+def select(groups: Iterable[Group], text: str, malloc: str) -> list[Group]:
+    """The groups cut down to the contenders whose name contains `text`, and the eager ones they are compared with."""
+    chosen = []
+    for group in groups:
+        names = {c: f"{group.name_of(c)} {malloc} malloc".lower() for c in group.contenders}
+        hit = {c for c, name in names.items() if text.lower() in name}
+        layouts = {c.layout for c in hit}
+        kept = tuple(c for c in group.contenders if c in hit or (c.name == "eager" and c.layout in layouts))
+        if kept:
+            chosen.append(replace(group, contenders=kept))
+    return chosen
+
+
+class Session:
+    """Times the groups of a plan in turn, each within its share of the seconds that are left."""
+
+    def __init__(self, plan: list[Group], options: Options, emit: Callable[[dict[str, Any]], None]) -> None:
+        self.options, self.emit = options, emit
+        self.total = self.weight_left = sum(g.weight for g in plan)
+        self.deadline = time.perf_counter() + options.seconds
+        self.compile_left = options.compile_seconds
+        self.current: Group | None = None
+        self.results: dict[Contender, list[float] | Refused] = {}
+
+    def results_of(self, group: Group) -> dict[Contender, list[float] | Refused]:
+        """Seconds a call, round by round, or the reason why there are none. Asking for the same group again is free."""
+        if group is not self.current:
+            self.emit({"start": group.label, "done": self.total - self.weight_left, "total": self.total})
+            self.results, self.current = self._measure(group), group
+            self.weight_left -= group.weight
+            for contender, result in self.results.items():
+                if isinstance(result, Refused):
+                    row = group.identity(contender) | {"status": result.status, "note": result.note}
+                    self.emit({"refused": row})
+                else:
+                    self.emit({"verified": group.name_of(contender)})
+        return self.results
+
+    def _measure(self, group: Group) -> dict[Contender, list[float] | Refused]:
+        now = time.perf_counter()
+        if self.deadline - now < group.weight / 2:
+            spent = Refused(
+                "out of time", f"too little left of the {self.options.seconds:.0f} s of this malloc setting"
+            )
+            return dict.fromkeys(group.contenders, spent)
+        until = now + (self.deadline - now) * group.weight / self.weight_left
+        refused: dict[Contender, Refused] = {}
+        steps: dict[Contender, Callable[[], object]] = {}
+        try:
+            bench = group.open()
+        except Unavailable as error:
+            return dict.fromkeys(group.contenders, Refused("not available", str(error)))
+        for contender in group.contenders:
+            made = self._step(group, bench, contender)
+            (refused if isinstance(made, Refused) else steps)[contender] = made
+        samples = timing.interleave(
+            steps,
+            deadline=until,
+            min_rounds=group.min_rounds,
+            max_rounds=group.max_rounds,
+            device=self.options.device,
+        )
+        return refused | samples
+
+    def _step(self, group: Group, bench: Bench, contender: Contender) -> Callable[[], object] | Refused:
+        start, compiles = time.perf_counter(), contender.name in group.compiled
+        if compiles and self.compile_left <= 0:
+            return Refused("out of time", f"the {self.options.compile_seconds:.0f} s for torch.compile were spent")
+        verify = contender.name != "eager" and group.name_of(contender) not in self.options.verified
+        try:
+            return bench.step(contender, verify)
+        except Unavailable as error:
+            return Refused("not available", str(error))
+        except AssertionError as error:
+            return Refused("wrong", first_line(error))
+        except Exception as error:  # one contender's failure is a row of the report, and the others are still timed
+            traceback.print_exc(file=sys.stderr)
+            return Refused("failed", f"{type(error).__name__}: {first_line(error)}")
+        finally:
+            if compiles:
+                self.compile_left -= time.perf_counter() - start
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

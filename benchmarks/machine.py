@@ -1,0 +1,83 @@
+"""Where and on what a run was made, and the two malloc settings that it is made under."""
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+import cnnkern
+from cnnkern import _C
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# glibc maps blocks of more than 32 MB afresh on every call: with its defaults a large output costs more in page faults
+# than the kernel that writes it. These keep freed memory with the process.
+TUNED_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "1073741824",
+}
+
+
+def malloc_settings(device: str) -> tuple[str, ...]:
+    """The settings that make a difference on this machine: both for glibc on the CPU."""
+    return ("tuned", "default") if device == "cpu" and platform.libc_ver()[0] == "glibc" else ("default",)
+
+
+def malloc_environment(setting: str) -> dict[str, str]:
+    """This process's environment with malloc set as asked."""
+    clean = {n: v for n, v in os.environ.items() if n not in TUNED_MALLOC}
+    return clean | (TUNED_MALLOC if setting == "tuned" else {})
+
+
+def malloc_setting() -> str:
+    """The setting that this process was started with."""
+    given = {n: os.environ.get(n) for n in TUNED_MALLOC}
+    if given == TUNED_MALLOC:
+        return "tuned"
+    return "default" if set(given.values()) == {None} else "custom"
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", text.lower())).strip("-")
+
+
+def model_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Short hash of the source tree, with '-dirty' where it has changes; 'unknown' outside git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe(device: str, threads: int) -> dict[str, str | int]:
+    """The columns of a row that say where it was measured."""
+    return {
+        "machine": slug(model_name(device)),
+        "device": device,
+        "cpu_capability": _C.cpu_capability(),
+        "threads": threads,
+        "torch": torch.__version__,
+        "cnnkern": cnnkern.__version__,
+        "commit": commit(),
+    }

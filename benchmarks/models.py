@@ -1,0 +1,150 @@
+"""Whole models of torchvision, as they are and after `cnnkern.convert`, on photographs.
+
+Weights are random and dropout is off: it would draw other numbers in each contender, and costs the same in all.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cnnkern
+from benchmarks.groups import LAYOUTS, Contender, Group, Unavailable
+from benchmarks.judge import assert_as_good_as
+from benchmarks.options import Options
+
+BATCH_SIZES = {"resnet18": 8, "vgg11_bn": 4}
+SIZE = 224
+CHECKED, SMALL = 2, 64  # images that are compared, and the side of the patches that gradients are compared on
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each colour
+
+
+def groups(options: Options) -> list[Group]:
+    """One group a layout: contenders of both at once would hold a gigabyte and a half of weights more."""
+    batch_sizes = {"resnet18": 2} if options.quick else BATCH_SIZES
+    return [
+        Group(
+            suite="models",
+            operator=name,
+            network=name,
+            shape=f"{batch}x3x{SIZE}x{SIZE}",
+            mode=mode,
+            api="module",
+            contenders=(Contender("eager", layout), Contender("ours", layout)),
+            open=lambda name=name, batch=batch, mode=mode: ModelBench(name, batch, mode == "training", options.device),
+            weight=batch * (1.0 if mode == "training" else 0.4) * (3.5 if name == "vgg11_bn" else 1),
+            min_rounds=3,
+            max_rounds=15,
+        )
+        for name, batch in batch_sizes.items()
+        for layout in LAYOUTS[: 1 if options.quick else 2]
+        for mode in ("training", "inference")
+    ]
+
+
+@lru_cache(maxsize=1)
+def photographs(count: int, size: int = SIZE) -> Tensor:
+    """(count, 3, size, size): patches of the two photographs that scikit-learn ships, normalised as for ImageNet.
+
+    Raises Unavailable without scikit-learn, or where its photographs cannot be read.
+    """
+    try:
+        from sklearn.datasets import load_sample_images
+
+        images = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)  # (2, 3, 427, 640)
+    except ImportError as error:
+        raise Unavailable(f"the photographs come with scikit-learn: {error}") from error
+    rows, columns = (
+        torch.linspace(0, n - size, k).int().tolist() for n, k in zip(images.shape[2:], (2, 4), strict=True)
+    )
+    patches = torch.cat([images[:, :, i : i + size, j : j + size] for i in rows for j in columns])
+    patches = torch.cat([patches, patches.flip(-1)])
+    if count > len(patches):
+        raise ValueError(f"{count} patches of {len(patches)} that there are")
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+    return (patches[:count] / 255 - mean) / std
+
+
+def build(name: str) -> nn.Module:
+    try:
+        import torchvision
+    except ImportError as error:
+        raise Unavailable(f"the models come with torchvision: {error}") from error
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(weights=None)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def placed(tensor_or_module, layout: str, device: str):
+    channels_last = layout == "channels_last"
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return tensor_or_module.to(device, memory_format=memory_format)
+
+
+def results(model: nn.Module, x: Tensor, target: Tensor, backward: bool) -> dict[str, Tensor]:
+    """Output and running statistics of one call in the mode the model is in, and the parameters' gradients."""
+    with torch.set_grad_enabled(backward):
+        y = model(x)
+    found = {"output": y.detach()}
+    if backward:
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        found |= dict(zip(names, torch.autograd.grad(F.cross_entropy(y, target), parameters), strict=True))
+    return found | {n: b.clone() for n, b in model.named_buffers() if b.is_floating_point()}
+
+
+class ModelBench:
+    def __init__(self, name: str, batch: int, training: bool, device: str) -> None:
+        self.training, self.device = training, device
+        self.base = build(name).train(training)
+        self.x = photographs(batch)
+        self.target = torch.arange(batch)
+
+    def model(self, contender: Contender) -> nn.Module:
+        model = copy.deepcopy(self.base)
+        return cnnkern.convert(model) if contender.name == "ours" else model
+
+    def step(self, contender: Contender, verify: bool) -> Callable[[], object]:
+        if verify:
+            self.verify(contender)
+        model = placed(self.model(contender), contender.layout, self.device)
+        x = placed(self.x, contender.layout, self.device)
+        target = self.target.to(self.device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+        def training() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            F.cross_entropy(model(x), target).backward()
+            optimizer.step()
+
+        def inference() -> None:
+            with torch.no_grad():
+                model(x)
+
+        return training if self.training else inference
+
+    def verify(self, contender: Contender) -> None:
+        """Compares outputs and running statistics at the timed size, and in training the gradients as well.
+
+        A rounding that takes one activation to the other side of a ReLU's kink moves single-precision gradients by
+        far more than roundings, in eager's two layouts as much as in ours. They are compared in float64, on
+        small patches, where ours has to come as close to eager in float64 as eager in float32 does.
+        """
+        eager = Contender("eager", contender.layout)
+
+        def run(who: Contender, dtype: torch.dtype, size: int, backward: bool) -> dict[str, Tensor]:
+            model = placed(self.model(who), contender.layout, self.device).to(dtype)
+            x = placed(self.x[:CHECKED, :, :size, :size].to(dtype), contender.layout, self.device)
+            return results(model, x, self.target[:CHECKED].to(self.device), backward)
+
+        single = [run(who, torch.float32, SIZE, False) for who in (contender, eager)]
+        assert_as_good_as(*single, run(eager, torch.float64, SIZE, False))
+        if self.training:
+            ours = {n: t.float() for n, t in run(contender, torch.float64, SMALL, True).items()}
+            assert_as_good_as(ours, run(eager, torch.float32, SMALL, True), run(eager, torch.float64, SMALL, True))

@@ -1,0 +1,150 @@
+"""Every operator of `cnnkern.testing.CASES` on its networks' shapes, against eager PyTorch and torch.compile."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.groups import LAYOUTS, Contender, Group, Unavailable, first_line
+from benchmarks.judge import assert_as_good_as
+from benchmarks.options import Options
+from cnnkern import testing
+from cnnkern.testing import Case
+
+DTYPE = torch.float32
+
+
+def groups(options: Options, compiled: bool) -> list[Group]:
+    """Training and inference of every case on every shape; torch.compile, if at all, on one shape a network.
+
+    Cases take turns, so that a run which has no time for everything has times for each.
+    """
+    columns = []
+    for case in testing.CASES.values():
+        for network, shapes in case.bench_shapes.items():
+            by_size = sorted(shapes, key=math.prod)
+            middle = by_size[len(by_size) // 2]
+            if options.quick:
+                shapes = tuple(dict.fromkeys((by_size[0], middle)))
+            column = []
+            for shape in shapes:
+                drawn = Drawn(case, shape, options.device)
+                for mode in ("training", "inference"):
+                    with_compile = compiled and not options.quick and shape == middle
+                    column.append(_group(case, network, shape, mode, drawn, with_compile))
+            columns.append(column)
+    longest = max(map(len, columns), default=0)
+    pairs = range(0, longest, 2)  # the two modes of a shape share their inputs, and stay together
+    return [group for i in pairs for column in columns for group in column[i : i + 2]]
+
+
+def _group(case: Case, network: str, shape: tuple[int, ...], mode: str, drawn: "Drawn", with_compile: bool) -> Group:
+    training = mode == "training"
+    layouts = LAYOUTS if len(shape) in (4, 5) else LAYOUTS[:1]
+    names = ("eager", "ours") + ("torch.compile",) * with_compile
+    numel = math.prod(shape)
+    backward = case.backward_traffic if training else (0, 0)
+    read, written = (f + b for f, b in zip(case.forward_traffic, backward, strict=True))
+    return Group(
+        suite="operators",
+        operator=case.name,
+        network=network,
+        shape="x".join(map(str, shape)),
+        mode=mode,
+        api="functional",
+        contenders=tuple(Contender(name, layout) for layout in layouts for name in names),
+        open=lambda: OperatorBench(drawn, training),
+        weight=0.2 + numel * (1.5e-7 if training else 6e-8) + (12 if training else 6) * len(layouts) * with_compile,
+        bytes_read=read * numel * DTYPE.itemsize,
+        bytes_written=written * numel * DTYPE.itemsize,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """The inputs of a case on one shape, drawn when first needed. Both modes get the same numbers."""
+
+    case: Case
+    shape: tuple[int, ...]
+    device: str
+
+
+@lru_cache(maxsize=1)
+def _draw(drawn: Drawn) -> tuple[dict[str, Any], Tensor]:
+    """(inputs, dy), contiguous. Only the last shape's are kept: they may be gigabytes."""
+    case, generator = drawn.case, torch.Generator().manual_seed(0)
+    inputs = case.inputs(drawn.shape, DTYPE, generator=generator, **case.variants[case.bench_variant])
+    inputs = {n: v.to(drawn.device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
+    shape = testing.run(case.reference, case, inputs)["output"].shape
+    return inputs, testing.randn(shape, generator, DTYPE).to(drawn.device)
+
+
+class OperatorBench:
+    def __init__(self, drawn: Drawn, training: bool) -> None:
+        self.case = drawn.case
+        self.inputs, dy = _draw(drawn)
+        if "training" in self.inputs:
+            self.inputs = self.inputs | {"training": training}
+        self.dy = dy if training else None
+        self.eager: dict[str, dict[str, Tensor]] = {}
+
+    @cached_property
+    def reference64(self) -> dict[str, Tensor]:
+        dy64 = None if self.dy is None else self.dy.double()
+        return testing.run(self.case.reference, self.case, testing.to_float64(self.inputs), dy64)
+
+    def placed(self, layout: str) -> tuple[dict[str, Any], Tensor | None]:
+        """(inputs, dy) in this layout: what a model in that memory format hands to the operator."""
+
+        def place(value: Any) -> Any:
+            return testing.with_layout(value, layout) if isinstance(value, Tensor) and value.dim() in (4, 5) else value
+
+        return {n: place(v) for n, v in self.inputs.items()}, place(self.dy)
+
+    def step(self, contender: Contender, verify: bool) -> Callable[[], object]:
+        case, (inputs, dy) = self.case, self.placed(contender.layout)
+        function = case.function if contender.name == "ours" else case.reference
+        if contender.name == "torch.compile":
+            torch._dynamo.reset()  # else the eighth shape is left to eager
+            function = torch.compile(case.reference, dynamic=False, fullgraph=True)
+            try:
+                _run(function, case, inputs, dy)
+            except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, for one
+                raise Unavailable(first_line(error)) from error
+        if verify:
+            if contender.layout not in self.eager:
+                self.eager[contender.layout] = _run(case.reference, case, inputs, dy)
+            out = _run(function, case, inputs, dy)
+            assert_as_good_as(out, self.eager[contender.layout], self.reference64)
+        return _timed(function, case, inputs, dy)
+
+
+def _run(function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], dy: Tensor | None) -> dict[str, Tensor]:
+    with torch.set_grad_enabled(dy is not None):  # as it is timed: torch.compile compiles anew where this changes
+        return testing.run(function, case, inputs, dy)
+
+
+def _timed(
+    function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], dy: Tensor | None
+) -> Callable[[], object]:
+    """A call of `function`, forward and, with `dy`, backward; what it returns is freed within the time."""
+    leaves = {}
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            value = value.clone() if name in case.mutated else value.detach()
+            value.requires_grad_(dy is not None and name in case.differentiable)
+        leaves[name] = value
+    wanted = [leaves[n] for n in case.differentiable if isinstance(leaves.get(n), Tensor)]
+
+    def training() -> None:
+        torch.autograd.grad(function(**leaves), wanted, dy)
+
+    def inference() -> None:
+        with torch.no_grad():
+            function(**leaves)
+
+    return inference if dy is None else training

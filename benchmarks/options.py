@@ -1,0 +1,27 @@
+"""What a run was asked for, shared by the driver and the worker processes that it starts."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Options:
+    quick: bool = False
+    filter: str = ""
+    device: str = "cpu"
+    threads: int = torch.get_num_threads()
+    seconds: float = 150.0  # for all groups of one worker; groups that find them spent are reported as not timed
+    compile_seconds: float = 60.0  # of those, for torch.compile
+    # Contenders whose results this run has checked already, on the same inputs under the other malloc setting.
+    verified: tuple[str, ...] = ()
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @staticmethod
+    def load(path: str | Path) -> "Options":
+        values = json.loads(Path(path).read_text())
+        return Options(**values | {"verified": tuple(values["verified"])})

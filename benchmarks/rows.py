@@ -1,0 +1,180 @@
+"""One row a measurement: the schema of the results, how rows come from samples, and the files that keep them."""
+
+import csv
+import io
+import json
+import os
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks import timing
+from benchmarks.bandwidth import MIXES, Bandwidth, least_seconds
+
+SCHEMA = 1
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Row:
+    suite: str  # operators, models, overhead or bandwidth
+    operator: str
+    network: str
+    shape: str
+    mode: str
+    api: str
+    layout: str
+    malloc: str
+    contender: str
+    status: str  # ok, or why there are no times: not available, wrong, failed, out of time
+    note: str
+    rounds: int
+    median_ms: float | None
+    min_ms: float | None
+    iqr_ms: float | None
+    bytes: int | None  # the least traffic
+    gb_s: float | None  # that traffic over the median
+    bandwidth_share: float | None  # the least time that the measured bandwidth allows, over the median
+    ratio: float | None  # eager's time in the same layout over this one, median of the rounds; above 1 is faster
+    lost: bool  # ours, and slower than eager
+    dtype: str
+    machine: str
+    device: str
+    cpu_capability: str
+    threads: int
+    torch: str
+    cnnkern: str
+    commit: str
+
+
+def from_records(
+    records: Iterable[dict[str, Any]],
+    refused: Iterable[dict[str, Any]],
+    bandwidths: list[Bandwidth],
+    malloc: str,
+    where: dict[str, str | int],
+) -> list[Row]:
+    """Rows of one worker: `records` as pytest-benchmark writes them, with what Group.identity says in extra_info."""
+    records = list(records)
+    together = ("suite", "operator", "network", "shape", "mode", "api", "layout")
+    eager = {
+        tuple(r["extra_info"][n] for n in together): r["stats"]["data"]
+        for r in records
+        if r["extra_info"]["contender"] == "eager"
+    }
+    rows = []
+    for record in records:
+        what, samples = dict(record["extra_info"]), record["stats"]["data"]
+        ratio = timing.ratio(eager[tuple(what[n] for n in together)], samples)
+        rows.append(_row(what, samples, ratio, bandwidths, malloc, where))
+    return rows + [_row(dict(r), [], None, bandwidths, malloc, where) for r in refused]
+
+
+def _row(
+    what: dict[str, Any],
+    samples: list[float],
+    ratio: float | None,
+    bandwidths: list[Bandwidth],
+    malloc: str,
+    where: dict[str, str | int],
+) -> Row:
+    read, written = what.pop("bytes_read"), what.pop("bytes_written")
+    whole, median = read + written, statistics.median(samples) if samples else None
+    rated = whole > 0 and median is not None
+    quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else None
+    is_baseline = what["contender"] == "eager"
+    return Row(
+        **{"status": "ok", "note": ""} | what,
+        malloc=malloc,
+        rounds=len(samples),
+        median_ms=median * 1e3 if samples else None,
+        min_ms=min(samples) * 1e3 if samples else None,
+        iqr_ms=(quartiles[2] - quartiles[0]) * 1e3 if quartiles else None,
+        bytes=whole or None,
+        gb_s=whole / median / 1e9 if rated else None,
+        bandwidth_share=least_seconds(bandwidths, read, written) / median if rated and bandwidths else None,
+        ratio=1.0 if is_baseline and samples else ratio,
+        lost=what["contender"] == "ours" and ratio is not None and ratio < 1,
+        **where,
+    )
+
+
+def bandwidth_rows(bandwidths: Iterable[Bandwidth], where: dict[str, str | int]) -> list[Row]:
+    """The measured bandwidths as rows of the same table: mix as operator, bytes touched as shape."""
+    return [
+        Row(
+            suite="bandwidth",
+            operator=b.mix,
+            network="none",
+            shape=str(b.size),
+            mode="none",
+            api="none",
+            layout="contiguous",
+            malloc="none",  # nothing is allocated while the clock runs
+            contender="machine",
+            status="ok",
+            note="reads {:.2f}, writes {:.2f} of it".format(*MIXES[b.mix]),
+            rounds=0,
+            median_ms=b.size / b.gb_s / 1e6,
+            min_ms=None,
+            iqr_ms=None,
+            bytes=b.size,
+            gb_s=b.gb_s,
+            bandwidth_share=None,
+            ratio=None,
+            lost=False,
+            dtype="float32",
+            **where,
+        )
+        for b in bandwidths
+    ]
+
+
+def file_stem(rows: list[Row], quick: bool) -> str:
+    """A name that carries machine, threads, torch, dtype, layouts, malloc settings and commit."""
+    measured = [r for r in rows if r.suite != "bandwidth"] or rows
+
+    def values(column: str) -> str:
+        return "+".join(sorted({str(getattr(r, column)) for r in measured}))
+
+    parts = [values("machine"), f"{values('threads')}threads", f"torch-{values('torch')}", values("dtype")]
+    parts += [values("layout"), f"{values('malloc')}-malloc", values("commit")] + ["quick"] * quick
+    return "_".join(parts)
+
+
+def to_json(rows: Iterable[Row], created: str, quick: bool) -> str:
+    content = {"schema": SCHEMA, "created": created, "quick": quick, "rows": [asdict(r) for r in rows]}
+    return json.dumps(content, indent=1)
+
+
+def from_json(text: str) -> tuple[list[Row], dict[str, Any]]:
+    """(rows, the rest of the file). Raises ValueError for a file that is no result of this schema."""
+    try:
+        content = json.loads(text)
+        if content["schema"] != SCHEMA:
+            raise ValueError(f"schema {content['schema']}, this version reads {SCHEMA}")
+        return [Row(**row) for row in content.pop("rows")], content
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"not a result of these benchmarks ({type(error).__name__}: {error})") from error
+
+
+def to_csv(rows: Iterable[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(r) for r in rows)
+    return text.getvalue()
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes the whole file or, where that fails, leaves what was there."""
+    partial = path.with_name(path.name + ".partial")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

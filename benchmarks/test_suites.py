@@ -1,0 +1,22 @@
+"""Each contender of each group as a benchmark of pytest-benchmark, with samples from interleaved rounds."""
+
+import pytest
+
+from benchmarks.groups import Refused
+from benchmarks.timing import ReplayClock
+
+CLOCK = ReplayClock()
+
+
+@pytest.mark.filterwarnings("default")  # the compiler's own warnings are no failure of a measurement
+@pytest.mark.benchmark(timer=CLOCK)
+def test_contender(benchmark, bench_session, group, contender):
+    result = bench_session.results_of(group)[contender]
+    if isinstance(result, Refused):
+        message = f"{group.name_of(contender)}: {result.status}: {result.note}"
+        if result.status in ("wrong", "failed"):
+            pytest.fail(message, pytrace=False)
+        pytest.skip(message)
+    benchmark.group = group.label
+    benchmark.extra_info.update(group.identity(contender))
+    CLOCK.replay(benchmark, result)

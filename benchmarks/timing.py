@@ -1,0 +1,114 @@
+"""Interleaved rounds, and the statistics taken from them."""
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+Key = TypeVar("Key", bound=Hashable)
+
+SAMPLE_SECONDS, MAX_LOOPS = 1e-3, 200
+
+
+def synchronize(device: str) -> None:
+    """Waits for what `device` still has to do; nothing on the CPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleave(
+    steps: dict[Key, Callable[[], object]],
+    *,
+    deadline: float,
+    min_rounds: int,
+    max_rounds: int,
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[Key, list[float]]:
+    """Seconds a call of each step, one sample a round; all lists have one length, and index i is one round.
+
+    Every round times each step once, in an order drawn anew: what else the machine does, or has left in its caches,
+    falls on all of them alike. A step much shorter than SAMPLE_SECONDS is called several times a sample. Stops after
+    `max_rounds`, or after `min_rounds` once `time.perf_counter()` has passed `deadline`.
+    """
+    order, draw = list(steps), random.Random(seed)
+    samples: dict[Key, list[float]] = {key: [] for key in steps}
+    loops = {key: _loops(step, device) for key, step in steps.items()}
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        for done in range(max_rounds):
+            if done >= min_rounds and time.perf_counter() > deadline:
+                break
+            draw.shuffle(order)
+            for key in order:
+                step = steps[key]
+                synchronize(device)
+                start = time.perf_counter()
+                for _ in range(loops[key]):
+                    step()
+                synchronize(device)
+                samples[key].append((time.perf_counter() - start) / loops[key])
+    finally:
+        if collects:
+            gc.enable()
+    return samples
+
+
+def _loops(step: Callable[[], object], device: str) -> int:
+    """Calls a sample; the first call, which allocates and fills caches, decides only where it is long already."""
+    for _ in range(2):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        if seconds > 100 * SAMPLE_SECONDS:
+            break
+    return max(1, min(MAX_LOOPS, round(SAMPLE_SECONDS / seconds)))
+
+
+def ratio(baseline: Sequence[float], samples: Sequence[float]) -> float:
+    """How many times faster than the baseline: the median of baseline over sample, round by round.
+
+    Raises ValueError where the two have not been timed in the same rounds.
+    """
+    if len(baseline) != len(samples):
+        raise ValueError(f"{len(baseline)} rounds against {len(samples)}: not timed together")
+    return statistics.median(b / s for b, s in zip(baseline, samples, strict=True))
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Raises ValueError for no values and for values that are not positive."""
+    if not values or min(values) <= 0:
+        raise ValueError("the geometric mean needs positive values, at least one")
+    return math.exp(statistics.fmean(math.log(v) for v in values))
+
+
+class ReplayClock:
+    """A timer for pytest-benchmark that passes by one recorded sample a call.
+
+    pytest-benchmark times one function at a time, and interleaved rounds time several: the samples are taken first,
+    and each contender's are then handed to its own benchmark as if they passed now.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def replay(self, benchmark: Any, samples: Sequence[float]) -> None:
+        """Gives `samples` to a `benchmark` fixture whose timer is this clock."""
+        remaining = iter(samples)
+
+        def advance() -> None:
+            self.now += next(remaining)
+
+        self.now = 0.0  # near zero a float holds microseconds exactly enough
+        benchmark.pedantic(advance, rounds=len(samples))

@@ -1,0 +1,118 @@
+"""Batch norm with an activation in one operator; each class is a `torch.nn` batch norm and takes its checkpoints."""
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cnnkern import reference
+from cnnkern.ops.bn_act import batch_norm_act
+
+
+class _FusedBatchNorm(_BatchNorm):
+    """`torch.nn`'s batch norm, its constructor and its state, with a forward pass that applies `act` as well."""
+
+    act: str
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)
+        tracks = self.training and self.track_running_stats and self.num_batches_tracked is not None
+        if self.momentum is not None:
+            momentum = self.momentum
+        else:  # cumulative average over the batches, this one included
+            momentum = 1.0 / (float(self.num_batches_tracked) + 1.0) if tracks else 0.0
+        uses_running = not self.training or self.track_running_stats
+        output = batch_norm_act(
+            input,
+            self.running_mean if uses_running else None,
+            self.running_var if uses_running else None,
+            self.weight,
+            self.bias,
+            self.training or (self.running_mean is None and self.running_var is None),
+            momentum,
+            self.eps,
+            self.act,
+        )
+        if tracks:  # counted after the operator, which raises before it changes anything
+            self.num_batches_tracked.add_(1)
+        return output
+
+
+class _ChosenAct(_FusedBatchNorm):
+    """The activation is an argument of the constructor."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        act: str = "relu",
+    ) -> None:
+        if act not in reference.ACTIVATIONS:
+            raise ValueError(f"{type(self).__name__}: act must be one of {', '.join(reference.ACTIVATIONS)}; got {act!r}")
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.act = act
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act}"
+
+
+class BatchNormAct1d(_ChosenAct, nn.BatchNorm1d):
+    """:class:`torch.nn.BatchNorm1d`, then the activation ``act``, ``"relu"`` or ``"none"``.
+
+    Input (N, C) or (N, C, L). Equivalent to ``nn.Sequential(nn.BatchNorm1d(...), nn.ReLU())``.
+    """
+
+
+class BatchNormAct2d(_ChosenAct, nn.BatchNorm2d):
+    """:class:`torch.nn.BatchNorm2d`, then the activation ``act``, ``"relu"`` or ``"none"``.
+
+    Input (N, C, H, W). Equivalent to ``nn.Sequential(nn.BatchNorm2d(...), nn.ReLU())``.
+    """
+
+
+class BatchNormAct3d(_ChosenAct, nn.BatchNorm3d):
+    """:class:`torch.nn.BatchNorm3d`, then the activation ``act``, ``"relu"`` or ``"none"``.
+
+    Input (N, C, D, H, W). Equivalent to ``nn.Sequential(nn.BatchNorm3d(...), nn.ReLU())``.
+    """
+
+
+class BatchNorm1d(_FusedBatchNorm, nn.BatchNorm1d):
+    """:class:`torch.nn.BatchNorm1d` on the fused kernel. Input (N, C) or (N, C, L)."""
+
+    act = "none"
+
+
+class BatchNorm2d(_FusedBatchNorm, nn.BatchNorm2d):
+    """:class:`torch.nn.BatchNorm2d` on the fused kernel. Input (N, C, H, W)."""
+
+    act = "none"
+
+
+class BatchNorm3d(_FusedBatchNorm, nn.BatchNorm3d):
+    """:class:`torch.nn.BatchNorm3d` on the fused kernel. Input (N, C, D, H, W)."""
+
+    act = "none"
+
+
+class BatchNormReLU1d(_FusedBatchNorm, nn.BatchNorm1d):
+    """Equivalent to ``nn.Sequential(nn.BatchNorm1d(...), nn.ReLU())``. Input (N, C) or (N, C, L)."""
+
+    act = "relu"
+
+
+class BatchNormReLU2d(_FusedBatchNorm, nn.BatchNorm2d):
+    """Equivalent to ``nn.Sequential(nn.BatchNorm2d(...), nn.ReLU())``. Input (N, C, H, W)."""
+
+    act = "relu"
+
+
+class BatchNormReLU3d(_FusedBatchNorm, nn.BatchNorm3d):
+    """Equivalent to ``nn.Sequential(nn.BatchNorm3d(...), nn.ReLU())``. Input (N, C, D, H, W)."""
+
+    act = "relu"

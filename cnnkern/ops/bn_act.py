@@ -1,0 +1,90 @@
+"""Batch norm and activation in one operator. Kernels: csrc/cpu, csrc/cuda, triton_kernels; autograd: csrc/autograd."""
+
+import torch
+from torch import Tensor
+
+_bn_act = torch.ops.cnnkern.bn_act.default
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor:
+    """Batch normalisation over (N, ...) of each channel, then an activation.
+
+    Equivalent to ``F.relu(F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))``
+    for ``act="relu"``, to the batch norm alone for ``act="none"``.
+
+    Shapes: ``input`` and the result (N, C, ...) of 2 to 5 dimensions; the others (C,) or None. ``running_mean`` and
+    ``running_var`` are updated in place when training, and are needed when not.
+    Dtypes: float32, float64, bfloat16 or float16; the vectors in the input's dtype, or float32 beside the 16-bit ones.
+    The result has the memory format of the input. The gradient saves the input and two float64 vectors of C.
+
+    Raises ValueError for one value a channel in training, an unknown ``act`` or an impossible ``eps``, RuntimeError
+    for shapes, dtypes or devices that do not fit; running statistics are then left as they were.
+
+    Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167).
+    """
+    return _bn_act(input, weight, bias, running_mean, running_var, training, momentum, eps, act)[0]
+
+
+def batch_norm_relu(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalisation, then ReLU: :func:`batch_norm_act` with ``act="relu"``."""
+    return _bn_act(input, weight, bias, running_mean, running_var, training, momentum, eps, "relu")[0]
+
+
+def _empty_like_layout(x: Tensor) -> Tensor:
+    """An output of the kernels: dense, in the input's memory format."""
+    transposed = x.dim() == 3 and x.transpose(1, 2).is_contiguous()
+    dense = (
+        x.is_contiguous()
+        or transposed
+        or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
+    )
+    if dense:
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x))
+
+
+@torch.library.register_fake("cnnkern::bn_act")
+def _(x, weight, bias, running_mean, running_var, training, momentum, eps, act):
+    for name, vector in {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}.items():
+        torch._check(
+            vector is None or vector.device == x.device,
+            lambda name=name, v=vector: f"cnnkern::bn_act: expected {name} on {x.device} like the input; got {v.device}",
+        )
+        torch._check(
+            vector is None or (vector.dim() == 1 and vector.shape[0] == x.shape[1]),
+            lambda name=name: f"cnnkern::bn_act: {name} should contain one element a channel",
+        )
+    stats = x.new_empty(x.shape[1], dtype=torch.float64)
+    return _empty_like_layout(x), stats, torch.empty_like(stats)
+
+
+@torch.library.register_fake("cnnkern::bn_act_backward")
+def _(dy, x, weight, bias, mean, rstd, training, act, output_mask):
+    def like(wanted, t):
+        return torch.empty_like(t) if wanted else t.new_empty(0)
+
+    return (
+        _empty_like_layout(x) if output_mask[0] else x.new_empty(0),
+        like(output_mask[1], weight if output_mask[1] else x),
+        like(output_mask[2], bias if output_mask[2] else x),
+    )

@@ -1,0 +1,15 @@
+"""Every operator in a few lines of eager PyTorch: its specification, the tests' oracle, the benchmarks' baseline.
+
+Each function has the signature of its namesake in :mod:`cnnkern.functional`.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {"none": lambda x: x, "relu": F.relu}
+
+
+def batch_norm_act(
+    input: Tensor, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, act="relu"
+) -> Tensor:
+    return ACTIVATIONS[act](F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))

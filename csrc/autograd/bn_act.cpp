@@ -1,0 +1,144 @@
+// The derivative of bn_act: of first order by the gradient operator's kernel; of second order, in forward mode and
+// under torch.func transforms by PyTorch's own batch norm, which has formulas for all of them.
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "autograd/composite.h"
+#include "check.h"
+
+namespace cnnkern {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+const auto& forward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cnnkern::bn_act", "")
+                             .typed<std::tuple<Tensor, Tensor, Tensor>(
+                                 const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                 const OptionalTensor&, bool, double, double, c10::string_view)>();
+  return op;
+}
+
+const auto& backward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cnnkern::bn_act_backward", "")
+                             .typed<std::tuple<Tensor, Tensor, Tensor>(
+                                 const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                 const Tensor&, const Tensor&, bool, c10::string_view, std::array<bool, 3>)>();
+  return op;
+}
+
+// Which of `inputs`, the leading tensor arguments of a Function, want gradients; one that is None has no edge.
+std::vector<bool> needs_grad(AutogradContext* ctx, const variable_list& inputs) {
+  std::vector<bool> needs(inputs.size());
+  size_t edge = 0;
+  for (size_t i = 0; i < inputs.size(); ++i) needs[i] = inputs[i].defined() && ctx->needs_input_grad(edge++);
+  return needs;
+}
+
+// Second order: differentiates PyTorch's batch norm twice.
+struct BnActBackward : torch::autograd::Function<BnActBackward> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, bool training,
+                               std::string act, std::array<bool, 3> output_mask) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [dx, dweight, dbias] = backward_op().call(dy, x, weight, bias, mean, rstd, training, act, output_mask);
+    ctx->save_for_backward({dy, x, tensor_or_undefined(weight), tensor_or_undefined(bias), mean, rstd});
+    ctx->saved_data["training"] = training;
+    ctx->saved_data["act"] = std::move(act);
+    return {dx, dweight, dbias};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const variable_list inputs = {saved[0], saved[1], saved[2], saved[3]};  // dy, x, weight, bias
+    variable_list out = second_order(
+        inputs, needs_grad(ctx, inputs), grads,
+        [&](const variable_list& v) {
+          return bn_act_composite(v[1], v[2], v[3], saved[4], saved[5], ctx->saved_data["training"].toBool(),
+                                  ctx->saved_data["act"].toStringView());
+        });
+    out.resize(9);
+    return out;
+  }
+};
+
+struct BnAct : torch::autograd::Function<BnAct> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const OptionalTensor& running_mean,
+                               const OptionalTensor& running_var, bool training, double momentum, double eps,
+                               std::string act) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [y, mean, rstd] = forward_op().call(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
+    ctx->save_for_backward({x, tensor_or_undefined(weight), tensor_or_undefined(bias), mean, rstd});
+    ctx->mark_non_differentiable({mean, rstd});
+    ctx->saved_data["training"] = training;
+    ctx->saved_data["act"] = std::move(act);
+    return {y, mean, rstd};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &weight = saved[1], &bias = saved[2];
+    const auto needs = needs_grad(ctx, {saved[0], weight, bias});
+    const std::array<bool, 3> mask = {needs[0], needs[1], needs[2]};
+    auto [dx, dweight, dbias] =
+        backward_op().call(grads[0], saved[0], optional_of(weight), optional_of(bias), saved[3], saved[4],
+                           ctx->saved_data["training"].toBool(), ctx->saved_data["act"].toStringView(), mask);
+    variable_list out(9);
+    if (mask[0]) out[0] = dx;
+    if (mask[1]) out[1] = dweight;
+    if (mask[2]) out[2] = dbias;
+    return out;
+  }
+};
+
+bool requires_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_autograd(const Tensor& x, const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                                   const OptionalTensor& running_var, bool training, double momentum,
+                                                   double eps, c10::string_view act) {
+  const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
+  if (under_functorch() || has_tangent(x) || has_tangent(w) || has_tangent(b))
+    return batch_norm_by_pytorch(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
+  const auto result = [&]() -> std::tuple<Tensor, Tensor, Tensor> {
+    if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b))) {
+      auto out = BnAct::apply(x, weight, bias, running_mean, running_var, training, momentum, eps, std::string(act));
+      return {out[0], out[1], out[2]};
+    }
+    at::AutoDispatchBelowADInplaceOrView below;
+    return forward_op().call(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
+  }();
+  if (training) {
+    bump_version(running_mean);
+    bump_version(running_var);
+  }
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor> bn_act_backward_autograd(const Tensor& dy, const Tensor& x,
+                                                            const OptionalTensor& weight, const OptionalTensor& bias,
+                                                            const Tensor& mean, const Tensor& rstd, bool training,
+                                                            c10::string_view act, std::array<bool, 3> output_mask) {
+  const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
+  if (at::GradMode::is_enabled() && (requires_grad(dy) || requires_grad(x) || requires_grad(w) || requires_grad(b))) {
+    auto out = BnActBackward::apply(dy, x, weight, bias, mean, rstd, training, std::string(act), output_mask);
+    return {out[0], out[1], out[2]};
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return backward_op().call(dy, x, weight, bias, mean, rstd, training, act, output_mask);
+}
+
+}  // namespace
+}  // namespace cnnkern
+
+TORCH_LIBRARY_IMPL(cnnkern, Autograd, m) {
+  m.impl("bn_act", &cnnkern::bn_act_autograd);
+  m.impl("bn_act_backward", &cnnkern::bn_act_backward_autograd);
+}
+
+TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("bn_act", &cnnkern::batch_norm_by_pytorch); }

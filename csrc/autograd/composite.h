@@ -1,0 +1,109 @@
+// The fused layers in PyTorch's own differentiable operators, for what a fused kernel has no formula for: second
+// derivatives, forward-mode differentiation and torch.func transforms.
+#pragma once
+
+#include <ATen/Functions.h>
+#include <ATen/FuncTorchTLS.h>
+#include <ATen/TensorOperators.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/grad_mode.h>
+
+#include <functional>
+#include <tuple>
+
+#include "check.h"
+
+namespace cnnkern {
+
+inline Tensor activation_by_pytorch(const Tensor& pre, c10::string_view act) { return act == "relu" ? at::relu(pre) : pre; }
+
+// In a torch.func transform (grad, vmap, jvp ...), which C++ autograd functions do not support.
+inline bool under_functorch() {
+  const auto& tls = at::functorch::functorchTLSAccessor();
+  if (tls == nullptr) return false;
+  try {  // the one question about transforms that torch's public headers let an extension ask
+    tls->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    return true;
+  }
+  return false;
+}
+
+inline bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
+
+inline void bump_version(const OptionalTensor& t) {
+  if (t.has_value() && t->defined() && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
+}
+
+// bn_act as PyTorch computes it, with its gradients of every kind.
+inline std::tuple<Tensor, Tensor, Tensor> batch_norm_by_pytorch(
+    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, bool training, double momentum, double eps, c10::string_view act) {
+  const Tensor pre = at::batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, /*cudnn_enabled=*/false);
+  const Tensor none = at::empty({0}, x.options().dtype(at::kDouble));
+  return {activation_by_pytorch(pre, act), none, none.clone()};
+}
+
+// y of bn_act as a differentiable function of x, weight and bias, from the vectors that the forward pass saved.
+inline Tensor bn_act_composite(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
+                               const Tensor& rstd, bool training, c10::string_view act) {
+  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  std::vector<int64_t> shape(x.dim(), 1), dims;
+  shape[1] = x.size(1);
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (d != 1) dims.push_back(d);
+  const Tensor wide = x.to(type);
+  Tensor centre = mean.to(type).view(shape), scale = rstd.to(type).view(shape);
+  if (training) {
+    // rstd as a function of x whose value is the saved one: the saved eps is not needed, d rstd / d var is.
+    const Tensor centred = wide - centre;
+    const Tensor shift = centred.mean(dims, /*keepdim=*/true);
+    const Tensor var = (centred - shift).square().mean(dims, /*keepdim=*/true);
+    centre = centre + shift;
+    scale = (var - var.detach() + scale.detach().pow(-2)).rsqrt();
+  }
+  Tensor pre = (wide - centre) * scale;
+  if (weight.defined()) pre = pre * weight.to(type).view(shape);
+  if (bias.defined()) pre = pre + bias.to(type).view(shape);
+  return activation_by_pytorch(pre.to(x.scalar_type()), act);
+}
+
+// The gradient of a gradient operator: `y` gives the layer's output from `inputs`, of which the first is dy and the
+// others are what the layer differentiates; `grads` came for its gradients.
+inline torch::autograd::variable_list second_order(
+    const torch::autograd::variable_list& inputs, const std::vector<bool>& needs, const torch::autograd::variable_list& grads,
+    const std::function<Tensor(const torch::autograd::variable_list&)>& y) {
+  using torch::autograd::variable_list;
+  const bool create_graph = at::GradMode::is_enabled();
+  at::AutoGradMode enable(true);
+  variable_list v(inputs.size());  // with a history of their own where they have none
+  for (size_t i = 0; i < inputs.size(); ++i)
+    if (inputs[i].defined()) v[i] = inputs[i].requires_grad() ? inputs[i].view_as(inputs[i]) : inputs[i].detach().requires_grad_();
+  variable_list wanted, gradient_of;
+  const variable_list layer_inputs(v.begin() + 1, v.end());
+  variable_list firsts;
+  for (const Tensor& t : layer_inputs)
+    if (t.defined()) firsts.push_back(t);
+  const variable_list first = torch::autograd::grad({y(v)}, firsts, {v[0]}, /*retain_graph=*/true, /*create_graph=*/true,
+                                                    /*allow_unused=*/true);
+  variable_list outputs, output_grads;
+  for (size_t i = 1, j = 0; i < v.size(); ++i) {
+    if (!v[i].defined()) continue;
+    const Tensor& g = first[j++];
+    if (g.defined() && grads[i - 1].defined() && grads[i - 1].numel() > 0 && g.requires_grad()) {
+      outputs.push_back(g);
+      output_grads.push_back(grads[i - 1]);
+    }
+  }
+  for (size_t i = 0; i < v.size(); ++i)
+    if (v[i].defined() && needs[i]) wanted.push_back(v[i]);
+  variable_list result(inputs.size());
+  if (outputs.empty() || wanted.empty()) return result;
+  const variable_list second = torch::autograd::grad(outputs, wanted, output_grads, /*retain_graph=*/create_graph,
+                                                     create_graph, /*allow_unused=*/true);
+  for (size_t i = 0, j = 0; i < v.size(); ++i)
+    if (v[i].defined() && needs[i]) result[i] = second[j++];
+  return result;
+}
+
+}  // namespace cnnkern

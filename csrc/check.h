@@ -1,0 +1,106 @@
+// Input contracts that several operators share, one helper each. Every message names the operator, what came and
+// what is allowed. Types and wording follow torch.nn.functional.batch_norm where it checks the same thing.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <array>
+#include <optional>
+#include <string_view>
+
+#include "activations.h"
+
+namespace cnnkern {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline const Tensor& tensor_or_undefined(const OptionalTensor& t) {
+  static const Tensor undefined;
+  return t.has_value() ? *t : undefined;
+}
+
+inline OptionalTensor optional_of(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+inline void check_floating(const char* op, const Tensor& x) {
+  const auto t = x.scalar_type();
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf, op,
+      ": input must be float32, float64, bfloat16 or float16; got ", t);
+}
+
+inline void check_image(const char* op, const Tensor& x) {
+  check_floating(op, x);
+  TORCH_CHECK(x.dim() >= 2 && x.dim() <= 5, op, ": expected an input of 2 to 5 dimensions (N, C, ...); got ", x.sizes());
+}
+
+// A per-channel vector: C elements, on the input's device, in the input's dtype or float32.
+inline void check_channel_vector(const char* op, const char* name, const OptionalTensor& v, const Tensor& x) {
+  if (!v.has_value() || !v->defined()) return;
+  TORCH_CHECK(v->dim() == 1 && v->size(0) == x.size(1), op, ": ", name, " should contain ", x.size(1),
+              " elements (one a channel), not ", v->numel(), "; got shape ", v->sizes());
+  TORCH_CHECK(v->device() == x.device(), op, ": expected ", name, " on ", x.device(), " like the input; got ", v->device());
+  const bool mixed = v->scalar_type() == at::kFloat && (x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf);
+  TORCH_CHECK(v->scalar_type() == x.scalar_type() || mixed, op, ": expected ", name,
+              " in the input's dtype (", x.scalar_type(), ")", x.scalar_type() == at::kDouble ? "" : " or float32",
+              "; got ", v->scalar_type());
+}
+
+inline void check_same_shape(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  TORCH_CHECK(t.sizes() == x.sizes(), op, ": ", name, " must have the input's shape ", x.sizes(), "; got ", t.sizes());
+  TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have the input's dtype ", x.scalar_type(),
+              "; got ", t.scalar_type());
+  TORCH_CHECK(t.device() == x.device(), op, ": ", name, " must be on ", x.device(), "; got ", t.device());
+}
+
+inline int64_t elements_per_channel(const Tensor& x) { return x.size(1) == 0 ? 0 : x.numel() / x.size(1); }
+
+// What batch norm forward asks of its inputs; nothing has been written when it throws.
+inline void check_batch_norm(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                             const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
+                             double eps) {
+  check_image(op, x);
+  check_channel_vector(op, "weight", weight, x);
+  check_channel_vector(op, "bias", bias, x);
+  check_channel_vector(op, "running_mean", running_mean, x);
+  check_channel_vector(op, "running_var", running_var, x);
+  const bool has_mean = tensor_or_undefined(running_mean).defined(), has_var = tensor_or_undefined(running_var).defined();
+  TORCH_CHECK(has_mean == has_var, op, ": running_mean and running_var must both be given or both be None; got only ",
+              has_mean ? "running_mean" : "running_var");
+  TORCH_CHECK(training || has_mean, op, ": running_mean and running_var must be defined in evaluation mode; got None");
+  TORCH_CHECK_VALUE(!training || elements_per_channel(x) != 1, "Expected more than 1 value per channel when training, got input size ",
+                    x.sizes(), " (", op, ")");
+  TORCH_CHECK_VALUE(training ? eps > 0 : eps >= 0, op, ": batch_norm eps must be ",
+                    training ? "positive during training" : "non-negative", ", but got ", eps);
+}
+
+inline void check_batch_norm_backward(const char* op, const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+                                      const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
+                                      const std::array<bool, 3>& output_mask) {
+  check_image(op, x);
+  check_same_shape(op, "dy", dy, x);
+  check_channel_vector(op, "weight", weight, x);
+  check_channel_vector(op, "bias", bias, x);
+  for (const Tensor* t : {&mean, &rstd})
+    TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(1) && t->scalar_type() == at::kDouble && t->is_contiguous() &&
+                    t->device() == x.device(),
+                op, ": mean and rstd must be the vectors that the forward operator returned: float64, ", x.size(1),
+                " elements, on ", x.device(), "; got ", t->scalar_type(), " ", t->sizes(), " on ", t->device());
+  TORCH_CHECK(!output_mask[1] || tensor_or_undefined(weight).defined(), op, ": output_mask asks for dweight, but weight is None");
+  TORCH_CHECK(!output_mask[2] || tensor_or_undefined(bias).defined(), op, ": output_mask asks for dbias, but bias is None");
+}
+
+// Calls f with the activation named `act` as a type.
+template <typename F>
+auto with_activation(const char* op, std::string_view act, F&& f) {
+  if (act == "relu") return f(Relu{});
+  TORCH_CHECK_VALUE(act == "none", op, ": act must be one of none, relu; got '", act, "'");
+  return f(Identity{});
+}
+
+inline void check_activation(const char* op, std::string_view act) {
+  with_activation(op, act, [](auto) {});
+}
+
+}  // namespace cnnkern

@@ -1,0 +1,399 @@
+// The two sweeps that every batch-norm kernel makes, once for each memory layout. An operator brings a policy:
+//
+//   kRows                          per-channel constants it keeps (rows of a ChannelTable)
+//   prepare(c)                     before the first sweep, channel c
+//   term<Partial>(at, i, n, s1, s2)   first sweep: adds element i (a vector; its first n lanes if Partial) to two sums
+//   finish(c, s1, s2)              the channel's sums -> constants of the second sweep
+//   point<Partial, Stream>(at, i, n)  second sweep: computes and stores element i
+//
+// `at(row)` gives a per-channel constant as a vector: broadcast in planes, loaded in rows of channels. Sums are kept
+// in vector accumulators of the arithmetic type for at most kFlush additions a lane, then in double. The pieces over
+// which sums are taken depend on the shape alone, so results do not depend on the number of threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <c10/util/SmallVector.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
+#include "cpu/vec.h"
+
+namespace cnnkern {
+inline namespace CPU_CAPABILITY {
+
+constexpr int64_t kFlush = 16;             // additions a lane before a sum moves to double
+constexpr int64_t kPiece = 8192;           // elements of one channel whose sums are taken in one go
+constexpr int64_t kRunBytes = 4096;        // contiguous bytes a thread reads before it jumps to the next image
+constexpr int64_t kSerial = 32768;         // elements below which waking a second thread costs more than it saves
+constexpr int64_t kMaxBlock = 64;          // channels of a block
+
+inline int64_t divup(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t last_level_cache_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    if (const long n = sysconf(_SC_LEVEL3_CACHE_SIZE); n > 0) return static_cast<int64_t>(n);
+#endif
+    return int64_t{32} << 20;
+  }();
+  return bytes;
+}
+
+struct Planes {  // contiguous: (N, C, HW)
+  int64_t N, C, HW;
+  int64_t numel() const { return N * C * HW; }
+};
+struct Rows {  // channels_last: (rows, C)
+  int64_t rows, C;
+  int64_t numel() const { return rows * C; }
+};
+
+// kRows constants a channel, row-major. In rows of channels a table is `width` wide: C, or a multiple of C where
+// several short rows are read as one.
+template <typename T, int kRows>
+class ChannelTable {
+ public:
+  void resize(int64_t channels, int64_t width) {
+    channels_ = channels;
+    width_ = width;
+    data_.resize(kRows * width);
+  }
+  compute_t<T>& operator()(int row, int64_t c) { return data_[row * width_ + c]; }
+  const compute_t<T>* row(int r) const { return data_.data() + r * width_; }
+  void replicate() {
+    if (channels_ == width_) return;
+    for (int row = 0; row < kRows; ++row) {
+      compute_t<T>* p = data_.data() + row * width_;
+      for (int64_t j = channels_; j < width_; ++j) p[j] = p[j - channels_];
+    }
+  }
+  int64_t width() const { return width_; }
+
+ private:
+  int64_t channels_ = 0, width_ = 0;
+  c10::SmallVector<compute_t<T>, 512> data_;
+};
+
+// Where the elements of a channel lie: `runs` runs of `length` elements, `step` apart.
+struct ChannelView {
+  int64_t channel_stride, runs, run_stride, length, step;
+  explicit ChannelView(const Planes& s) : channel_stride(s.HW), runs(s.N), run_stride(s.C * s.HW), length(s.HW), step(1) {}
+  explicit ChannelView(const Rows& s) : channel_stride(1), runs(1), run_stride(0), length(s.rows), step(s.C) {}
+  int64_t count() const { return runs * length; }
+  int64_t offset(int64_t c, int64_t j) const {
+    return c * channel_stride + j / length * run_stride + j % length * step;
+  }
+};
+
+// The layout of a tensor's memory, and its shape as the two sweeps see it.
+struct Layout {
+  bool rows;
+  int64_t N, C, HW;
+  Planes as_planes() const { return {N, C, HW}; }
+  Rows as_rows() const { return {N * HW, C}; }
+  ChannelView channel() const { return rows ? ChannelView(as_rows()) : ChannelView(as_planes()); }
+};
+
+// ---- planes -----------------------------------------------------------------------------------------------------
+
+template <typename Policy, typename At>
+inline void sum_run(const Policy& policy, const At& at, int64_t begin, int64_t n, Vec<typename Policy::Scalar>& s1,
+                    Vec<typename Policy::Scalar>& s2) {
+  using V = Vec<typename Policy::Scalar>;
+  constexpr int64_t L = V::size();
+  V a1(0), a2(0), b1(0), b2(0), c1(0), c2(0), d1(0), d2(0);
+  const int64_t end = begin + n;
+  int64_t i = begin;
+  for (; i + 4 * L <= end; i += 4 * L) {
+    policy.template term<false>(at, i, L, a1, a2);
+    policy.template term<false>(at, i + L, L, b1, b2);
+    policy.template term<false>(at, i + 2 * L, L, c1, c2);
+    policy.template term<false>(at, i + 3 * L, L, d1, d2);
+  }
+  if (i + L <= end) policy.template term<false>(at, i, L, a1, a2), i += L;
+  if (i + L <= end) policy.template term<false>(at, i, L, b1, b2), i += L;
+  if (i + L <= end) policy.template term<false>(at, i, L, c1, c2), i += L;
+  if (i < end) policy.template term<true>(at, i, end - i, d1, d2);
+  s1 = s1 + ((a1 + b1) + (c1 + d1));
+  s2 = s2 + ((a2 + b2) + (c2 + d2));
+}
+
+template <typename Policy, typename At>
+inline void map_run(const Policy& policy, const At& at, int64_t begin, int64_t n, bool stream) {
+  constexpr int64_t L = kLanes<typename Policy::Scalar>;
+  const int64_t end = begin + n;
+  int64_t i = begin;
+  if (stream) {
+    if (const int64_t head = std::min(policy.unaligned(i), n); head > 0) {
+      policy.template point<true, false>(at, i, head);
+      i += head;
+    }
+    for (; i + L <= end; i += L) policy.template point<false, true>(at, i, L);
+  } else {
+    for (; i + L <= end; i += L) policy.template point<false, false>(at, i, L);
+  }
+  if (i < end) policy.template point<true, false>(at, i, end - i);
+}
+
+// How a tensor of planes is cut: blocks of channels (a thread's contiguous run in one image), and for each block
+// pieces of at most about kPiece elements a channel: groups of whole images, or parts of one image's plane.
+struct PlaneCut {
+  int64_t block, blocks, group, groups, part, parts;
+  PlaneCut(const Planes& s, int64_t element_bytes) {
+    block = std::clamp<int64_t>(divup(kRunBytes, s.HW * element_bytes), 1, std::min(kMaxBlock, s.C));
+    blocks = divup(s.C, block);
+    group = std::clamp<int64_t>(kPiece / s.HW, 1, s.N);
+    groups = divup(s.N, group);
+    part = std::min(kPiece, s.HW);
+    parts = divup(s.HW, part);
+  }
+  int64_t pieces() const { return groups * parts; }
+};
+
+template <typename Policy>
+void reduce_planes_piece(const Policy& policy, const Planes& s, const PlaneCut& cut, int64_t block, int64_t piece,
+                         double* sums) {  // sums: (channels of the block, 2), added to
+  using T = typename Policy::Scalar;
+  using V = Vec<T>;
+  const int64_t c0 = block * cut.block, c1 = std::min(s.C, c0 + cut.block), nc = c1 - c0;
+  const int64_t n0 = piece / cut.parts * cut.group, n1 = std::min(s.N, n0 + cut.group);
+  const int64_t p0 = piece % cut.parts * cut.part, pn = std::min(cut.part, s.HW - p0);
+  const int64_t additions = pn / (4 * V::size()) + 2;
+  V s1[kMaxBlock], s2[kMaxBlock];
+  alignas(64) double wide1[kMaxBlock][V::size()], wide2[kMaxBlock][V::size()];
+  const auto flush = [&](int64_t c) {
+    add_lanes(wide1[c], s1[c]), add_lanes(wide2[c], s2[c]);
+    s1[c] = s2[c] = V(0);
+  };
+  for (int64_t c = 0; c < nc; ++c) std::fill_n(wide1[c], V::size(), 0.0), std::fill_n(wide2[c], V::size(), 0.0);
+  for (int64_t c = 0; c < nc; ++c) s1[c] = s2[c] = V(0);
+  int64_t pending = 0;
+  for (int64_t n = n0; n < n1; ++n) {
+    for (int64_t c = 0; c < nc; ++c) {
+      const auto at = [&](int row) { return V(policy.table.row(row)[c0 + c]); };
+      const int64_t begin = (n * s.C + c0 + c) * s.HW + p0;
+      // A long run is summed in stretches, so that no lane sees more than kFlush additions.
+      for (int64_t j = 0; j < pn; j += kFlush * 4 * V::size()) {
+        if (j > 0) flush(c);
+        sum_run(policy, at, begin + j, std::min(kFlush * 4 * V::size(), pn - j), s1[c], s2[c]);
+      }
+    }
+    if ((pending += additions) >= kFlush) {
+      for (int64_t c = 0; c < nc; ++c) flush(c);
+      pending = 0;
+    }
+  }
+  for (int64_t c = 0; c < nc; ++c) {
+    flush(c);
+    for (int64_t j = 0; j < V::size(); ++j) sums[2 * c] += wide1[c][j], sums[2 * c + 1] += wide2[c][j];
+  }
+}
+
+template <typename Policy>
+void map_planes_piece(const Policy& policy, const Planes& s, const PlaneCut& cut, int64_t block, int64_t piece,
+                      bool stream) {  // in reverse order: what was read last is still in cache
+  using V = Vec<typename Policy::Scalar>;
+  const int64_t c0 = block * cut.block, c1 = std::min(s.C, c0 + cut.block);
+  const int64_t n0 = piece / cut.parts * cut.group, n1 = std::min(s.N, n0 + cut.group);
+  const int64_t p0 = piece % cut.parts * cut.part, pn = std::min(cut.part, s.HW - p0);
+  for (int64_t n = n1; n-- > n0;) {
+    for (int64_t c = c0; c < c1; ++c) {
+      const auto at = [&](int row) { return V(policy.table.row(row)[c]); };
+      map_run(policy, at, (n * s.C + c) * s.HW + p0, pn, stream);
+    }
+  }
+}
+
+template <typename Policy>
+void run_planes(Policy& policy, const Planes& s) {
+  const PlaneCut cut(s, sizeof(typename Policy::Scalar));
+  policy.table.resize(s.C, s.C);
+  const bool stream = policy.streams(s.numel());
+  const int64_t threads = s.numel() < kSerial ? 1 : at::get_num_threads();
+  const auto prepare = [&](int64_t block) {
+    for (int64_t c = block * cut.block; c < std::min(s.C, (block + 1) * cut.block); ++c)
+      policy.prepare(c);
+  };
+  const auto finish = [&](int64_t block, const double* sums) {
+    for (int64_t c = block * cut.block; c < std::min(s.C, (block + 1) * cut.block); ++c, sums += 2)
+      policy.finish(c, sums[0], sums[1]);
+  };
+  // A thread owns blocks of channels, and applies while its reads are in its cache, if that keeps threads busy.
+  if (threads == 1 || 20 * cut.blocks >= 17 * threads * divup(cut.blocks, threads)) {
+    const auto own_blocks = [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        prepare(block);
+        if constexpr (Policy::kReduces) {
+          double sums[2 * kMaxBlock] = {};
+          double part[2 * kMaxBlock];
+          for (int64_t piece = 0; piece < cut.pieces(); ++piece) {
+            std::fill_n(part, 2 * cut.block, 0.0);
+            reduce_planes_piece(policy, s, cut, block, piece, part);
+            for (int64_t j = 0; j < 2 * cut.block; ++j) sums[j] += part[j];
+          }
+          finish(block, sums);
+        }
+        if (policy.maps())
+          for (int64_t piece = cut.pieces(); piece-- > 0;) map_planes_piece(policy, s, cut, block, piece, stream);
+      }
+      stream_fence();
+    };
+    if (threads == 1)
+      own_blocks(0, cut.blocks);
+    else
+      at::parallel_for(0, cut.blocks, 1, own_blocks);
+    return;
+  }
+  // Else threads share the pieces of every block, and meet between the two sweeps.
+  const int64_t units = cut.blocks * cut.pieces();  // piece-major: a thread's units are near each other in memory
+  for (int64_t block = 0; block < cut.blocks; ++block) prepare(block);
+  if constexpr (Policy::kReduces) {
+    std::vector<double> partial(units * 2 * cut.block, 0.0);
+    at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t u = begin; u < end; ++u)
+        reduce_planes_piece(policy, s, cut, u % cut.blocks, u / cut.blocks, &partial[u * 2 * cut.block]);
+      stream_fence();
+    });
+    for (int64_t block = 0; block < cut.blocks; ++block) {
+      double sums[2 * kMaxBlock] = {};
+      for (int64_t piece = 0; piece < cut.pieces(); ++piece)
+        for (int64_t j = 0; j < 2 * cut.block; ++j) sums[j] += partial[(piece * cut.blocks + block) * 2 * cut.block + j];
+      finish(block, sums);
+    }
+  }
+  if (policy.maps()) {
+    at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t u = end; u-- > begin;) map_planes_piece(policy, s, cut, u % cut.blocks, u / cut.blocks, stream);
+      stream_fence();
+    });
+  }
+}
+
+// ---- rows of channels -------------------------------------------------------------------------------------------
+
+template <typename Policy>
+void reduce_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, double* sums, compute_t<typename Policy::Scalar>* acc) {
+  // elements [begin, end) of the tensor, begin at a row's start; sums and acc: (2, width)
+  using T = typename Policy::Scalar;
+  using S = compute_t<T>;
+  using V = Vec<T>;
+  constexpr int64_t L = V::size();
+  const auto columns = [&](auto rows, int64_t first, int64_t n) {  // `rows` whole rows (or n columns of one) from `first`
+    constexpr int kRows = decltype(rows)::value;
+    int64_t v = 0;
+    for (; v + L <= n; v += L) {
+      const auto at = [&](int row) { return V::loadu(policy.table.row(row) + v); };
+      V s1(0), s2(0);
+      for (int r = 0; r < kRows; ++r) policy.template term<false>(at, first + r * width + v, L, s1, s2);
+      (V::loadu(acc + v) + s1).store(acc + v), (V::loadu(acc + width + v) + s2).store(acc + width + v);
+    }
+    if (const int64_t rest = n - v; rest > 0) {
+      const auto at = [&](int row) { return vload<S>(policy.table.row(row) + v, rest, V(0)); };
+      V s1(0), s2(0);
+      for (int r = 0; r < kRows; ++r) policy.template term<true>(at, first + r * width + v, rest, s1, s2);
+      vstore<S>(acc + v, vload<S>(acc + v, rest, V(0)) + s1, rest);
+      vstore<S>(acc + width + v, vload<S>(acc + width + v, rest, V(0)) + s2, rest);
+    }
+  };
+  std::fill_n(acc, 2 * width, S(0));
+  const auto flush = [&] {
+    for (int64_t j = 0; j < 2 * width; ++j) sums[j] += acc[j];
+    std::fill_n(acc, 2 * width, S(0));
+  };
+  int64_t i = begin, pending = 0;
+  for (; i + 4 * width <= end; i += 4 * width) {
+    columns(std::integral_constant<int, 4>{}, i, width);
+    if (++pending >= kFlush) flush(), pending = 0;
+  }
+  for (; i + width <= end; i += width) columns(std::integral_constant<int, 1>{}, i, width);
+  if (i < end) columns(std::integral_constant<int, 1>{}, i, end - i);
+  flush();
+}
+
+template <typename Policy>
+void map_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, bool stream) {
+  using T = typename Policy::Scalar;
+  using S = compute_t<T>;
+  using V = Vec<T>;
+  constexpr int64_t L = V::size();
+  const auto columns = [&](auto streamed, int64_t first, int64_t n) {
+    int64_t v = 0;
+    for (; v + L <= n; v += L) {
+      const auto at = [&](int row) { return V::loadu(policy.table.row(row) + v); };
+      policy.template point<false, decltype(streamed)::value>(at, first + v, L);
+    }
+    if (const int64_t rest = n - v; rest > 0) {
+      const auto at = [&](int row) { return vload<S>(policy.table.row(row) + v, rest, V(0)); };
+      policy.template point<true, false>(at, first + v, rest);
+    }
+  };
+  const int64_t last = begin + (end - begin) / width * width;
+  if (last < end) columns(std::false_type{}, last, end - last);
+  for (int64_t i = last; i > begin;) {
+    i -= width;
+    if (stream)
+      columns(std::true_type{}, i, width);
+    else
+      columns(std::false_type{}, i, width);
+  }
+}
+
+template <typename Policy>
+void run_rows(Policy& policy, const Rows& s) {
+  using T = typename Policy::Scalar;
+  constexpr int64_t L = kLanes<T>;
+  // Short or odd rows are read several at once, as one row of whole vectors.
+  int64_t join = 1;
+  if (s.C < 256)
+    while ((s.C * join) % L != 0 || (s.C * join < 64 && join < 64)) join *= 2;
+  const int64_t width = s.C * join, numel = s.numel();
+  // Pieces are whole rows; as many as can keep threads busy, as few as keep the partial sums small.
+  const int64_t pieces = std::clamp<int64_t>(numel / kSerial, 1, 64);
+  const int64_t piece = std::max<int64_t>(divup(divup(numel, width), pieces), 1) * width;
+  const int64_t units = std::max<int64_t>(divup(numel, piece), 1);
+  policy.table.resize(s.C, width);
+  const bool stream = policy.streams(numel) && width % L == 0 && policy.unaligned(0) == 0;
+  const auto parallel = [&](int64_t n, const auto& f) {
+    if (numel < kSerial || n == 1)
+      f(int64_t{0}, n);
+    else
+      at::parallel_for(0, n, 1, f);
+  };
+  for (int64_t c = 0; c < s.C; ++c) policy.prepare(c);
+  policy.table.replicate();
+  if constexpr (Policy::kReduces) {
+    c10::SmallVector<double, 512> sums(units * 2 * width, 0.0);
+    parallel(units, [&](int64_t begin, int64_t end) {
+      c10::SmallVector<compute_t<T>, 512> acc(2 * width);
+      for (int64_t u = begin; u < end; ++u)
+        reduce_rows(policy, width, u * piece, std::min(numel, (u + 1) * piece), &sums[u * 2 * width], acc.data());
+      stream_fence();
+    });
+    parallel(divup(s.C, 256), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin * 256; c < std::min(s.C, end * 256); ++c) {
+        double s1 = 0, s2 = 0;
+        for (int64_t u = 0; u < units; ++u)
+          for (int64_t j = c; j < width; j += s.C) {
+            s1 += sums[u * 2 * width + j];
+            s2 += sums[u * 2 * width + width + j];
+          }
+        policy.finish(c, s1, s2);
+      }
+    });
+    policy.table.replicate();
+  }
+  if (!policy.maps()) return;
+  parallel(units, [&](int64_t begin, int64_t end) {
+    for (int64_t u = end; u-- > begin;) map_rows(policy, width, u * piece, std::min(numel, (u + 1) * piece), stream);
+    stream_fence();
+  });
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace cnnkern

@@ -1,0 +1,73 @@
+// Tensors in, memory layouts out: which of the two layouts a tensor has, and copies for those that have neither.
+#pragma once
+
+#include <ATen/Functions.h>
+#include <ATen/core/Tensor.h>
+
+#include "cpu/batch_norm.h"
+
+namespace cnnkern {
+inline namespace CPU_CAPABILITY {
+
+inline bool same_strides(const at::Tensor& a, const at::Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+// Channels innermost and dense, as channels_last has it; (N, L, C) transposed to (N, C, L) counts too.
+inline bool is_rows(const at::Tensor& x) {
+  if (x.dim() == 4) return x.is_contiguous(at::MemoryFormat::ChannelsLast);
+  if (x.dim() == 5) return x.is_contiguous(at::MemoryFormat::ChannelsLast3d);
+  return x.dim() == 3 && x.transpose(1, 2).is_contiguous();
+}
+
+// x itself where it has one of the two layouts, else a copy in the one that its strides suggest.
+inline at::Tensor in_layout(const at::Tensor& x) {
+  return x.is_contiguous() || is_rows(x) ? x : x.contiguous(x.suggest_memory_format());
+}
+
+// t, or a copy of it, with the strides of x.
+inline at::Tensor in_layout_of(const at::Tensor& t, const at::Tensor& x) {
+  return same_strides(t, x) ? t : at::empty_like(x).copy_(t);
+}
+
+inline Layout layout_of(const at::Tensor& x) {  // x from in_layout
+  const int64_t N = x.size(0), C = x.size(1);
+  const int64_t HW = x.numel() / std::max<int64_t>(N * C, 1);
+  return {HW == 1 || !x.is_contiguous(), N, C, HW};
+}
+
+// A vector of one value a channel in whatever floating type, read and written as double.
+class ChannelVector {
+ public:
+  ChannelVector(const at::Tensor& t)
+      : data_(t.defined() ? t.data_ptr() : nullptr),
+        type_(t.defined() ? t.scalar_type() : at::kFloat),
+        stride_(t.defined() ? t.stride(0) : 0) {}
+  explicit operator bool() const { return data_ != nullptr; }
+  double get(int64_t c) const {
+    switch (type_) {
+      case at::kFloat: return static_cast<const float*>(data_)[c * stride_];
+      case at::kDouble: return static_cast<const double*>(data_)[c * stride_];
+      case at::kBFloat16: return static_cast<const c10::BFloat16*>(data_)[c * stride_];
+      default: return static_cast<const c10::Half*>(data_)[c * stride_];
+    }
+  }
+  void set(int64_t c, double value) const {
+    switch (type_) {
+      case at::kFloat: static_cast<float*>(data_)[c * stride_] = static_cast<float>(value); break;
+      case at::kDouble: static_cast<double*>(data_)[c * stride_] = value; break;
+      case at::kBFloat16: static_cast<c10::BFloat16*>(data_)[c * stride_] = static_cast<float>(value); break;
+      default: static_cast<c10::Half*>(data_)[c * stride_] = static_cast<float>(value);
+    }
+  }
+
+ private:
+  void* data_;
+  at::ScalarType type_;
+  int64_t stride_;
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace cnnkern

@@ -1,0 +1,152 @@
+// Vectors of the arithmetic type (float, or double for double) over at::vec: loads that widen, stores that round to
+// nearest even, both with a partial form for the ends of a run, and streaming stores.
+#pragma once
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstring>
+#include <type_traits>
+
+#include "activations.h"
+
+namespace cnnkern {
+inline namespace CPU_CAPABILITY {
+
+template <typename T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+template <typename T>
+using Vec = at::vec::Vectorized<compute_t<T>>;
+template <typename T>
+constexpr int64_t kLanes = Vec<T>::size();
+
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+// A vector of float rounded to the 16-bit type T, in half a register.
+template <typename T>
+inline auto narrow(Vec<T> v) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>)
+    return at::vec::cvtfp32_bf16(v);
+  else
+    return at::vec::cvtfp32_fp16(v);
+}
+#endif
+
+template <typename T>
+inline Vec<T> vload(const T* p) {
+  if constexpr (std::is_same_v<T, compute_t<T>>) {
+    return Vec<T>::loadu(p);
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    __m512 v;
+    at::vec::cvt_to_fp32<T>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), v);
+    return v;
+#elif defined(CPU_CAPABILITY_AVX2)
+    __m256 v;
+    at::vec::cvt_to_fp32<T>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), v);
+    return v;
+#else
+    float wide[kLanes<T>];
+    for (int64_t j = 0; j < kLanes<T>; ++j) wide[j] = p[j];
+    return Vec<T>::loadu(wide);
+#endif
+  }
+}
+
+// The first n lanes from p, the others from `rest`; reads no further than p[n - 1].
+template <typename T>
+inline Vec<T> vload(const T* p, int64_t n, Vec<T> rest) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_loadu_ps(rest, (1u << n) - 1, p);
+  if constexpr (std::is_same_v<T, double>) return _mm512_mask_loadu_pd(rest, (1u << n) - 1, p);
+  if constexpr (sizeof(T) == 2) {
+    __m512 v;
+    at::vec::cvt_to_fp32<T>(_mm256_maskz_loadu_epi16((1u << n) - 1, p), v);
+    return _mm512_mask_blend_ps((1u << n) - 1, rest, v);
+  }
+#endif
+  T narrow[kLanes<T>] = {};
+  std::memcpy(static_cast<void*>(narrow), p, n * sizeof(T));
+  return Vec<T>::set(rest, vload(narrow), n);
+}
+
+template <typename T>
+inline void vstore(T* p, Vec<T> v) {
+  if constexpr (std::is_same_v<T, compute_t<T>>) {
+    v.store(p);
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow<T>(v));
+#elif defined(CPU_CAPABILITY_AVX2)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow<T>(v));
+#else
+    float wide[kLanes<T>];
+    v.store(wide);
+    for (int64_t j = 0; j < kLanes<T>; ++j) p[j] = wide[j];
+#endif
+  }
+}
+
+template <typename T>
+inline void vstore(T* p, Vec<T> v, int64_t n) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) return _mm512_mask_storeu_ps(p, (1u << n) - 1, v);
+  if constexpr (std::is_same_v<T, double>) return _mm512_mask_storeu_pd(p, (1u << n) - 1, v);
+  if constexpr (sizeof(T) == 2) return _mm256_mask_storeu_epi16(p, (1u << n) - 1, narrow<T>(v));
+#endif
+  T narrow[kLanes<T>];
+  vstore(narrow, v);
+  std::memcpy(static_cast<void*>(p), narrow, n * sizeof(T));
+}
+
+// A store that goes past the caches; p is aligned to a whole vector.
+template <typename T>
+inline void vstream(T* p, Vec<T> v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float>) return _mm512_stream_ps(p, v);
+  if constexpr (std::is_same_v<T, double>) return _mm512_stream_pd(p, v);
+  if constexpr (sizeof(T) == 2)
+    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow<T>(v));
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<T, float>) return _mm256_stream_ps(p, v);
+  if constexpr (std::is_same_v<T, double>) return _mm256_stream_pd(p, v);
+  if constexpr (sizeof(T) == 2)
+    return _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow<T>(v));
+#endif
+  vstore(p, v);
+}
+
+// Orders this thread's streaming stores before what another thread does next.
+inline void stream_fence() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+
+// Adds the lanes of v to wide[0 .. lanes), in double.
+template <typename S>
+inline void add_lanes(double* wide, const at::vec::Vectorized<S>& v) {
+  constexpr int n = at::vec::Vectorized<S>::size();
+  alignas(64) S lanes[n];
+  v.store(lanes);
+  for (int j = 0; j < n; ++j) wide[j] += static_cast<double>(lanes[j]);
+}
+
+}  // namespace CPU_CAPABILITY
+
+template <typename S>
+struct Lanewise<at::vec::Vectorized<S>> {
+  using V = at::vec::Vectorized<S>;
+  static V relu(const V& v) { return at::vec::clamp_min(v, V(0)); }
+  static V zero_where_le(const V& v, const V& x, const V& bound) {
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<S, float>)
+      return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_NLE_UQ), v);
+    else
+      return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, bound, _CMP_NLE_UQ), v);
+#else
+    return V::blendv(v, V(0), x <= bound);
+#endif
+  }
+};
+
+}  // namespace cnnkern

@@ -1,0 +1,96 @@
+// All that device code includes of CUDA. nvcc gets CUDA itself; any other compiler gets "gpu_emulator.h" from its
+// include path, which has to supply the same names for the host: __global__, __device__, __host__, __forceinline__,
+// __launch_bounds__; dim3, threadIdx, blockIdx, blockDim, gridDim; __syncthreads, __syncwarp, __shfl_xor_sync,
+// __threadfence, atomicAdd; and what stands in the first branch below. A kernel is started by gpu::launch, never by
+// <<<>>>, and never waits for another block.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#ifdef __CUDACC__
+
+#include <cuda_runtime.h>
+
+// T name[count] in the block's shared memory; T has no constructor.
+#define GPU_SHARED(T, name, count) __shared__ T name[count]
+// T* name: the shared memory whose size the launch gives.
+#define GPU_DYN_SHARED(T, name)                                         \
+  extern __shared__ __align__(16) unsigned char gpu_dynamic_shared[];   \
+  T* const name = reinterpret_cast<T*>(gpu_dynamic_shared)
+
+namespace cnnkern::gpu {
+
+using Stream = cudaStream_t;
+
+// Errors of the launch are left for cudaGetLastError. shared is at most the 48 KB that need no opt-in.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Arguments&... arguments) {
+  kernel<<<grid, block, shared, stream>>>(arguments...);
+}
+
+}  // namespace cnnkern::gpu
+
+#else
+#include "gpu_emulator.h"
+#endif
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+namespace cnnkern::gpu {
+
+// What elements of type T are computed in.
+template <typename T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Elements of the widest access that a thread makes: 16 bytes.
+template <typename T>
+constexpr int kVector = 16 / sizeof(T);
+
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T lane[N];
+};
+
+// Elements [first, last) of a vector exist; `aligned` if a vector that exists as a whole may be accessed as one.
+struct Lanes {
+  int first, last;
+  bool aligned;
+};
+
+// The elements of a vector at p, widened; those that do not exist become fill(lane), and are not read.
+template <bool kWhole, typename T, int N, typename Fill>
+__device__ __forceinline__ void load(const T* p, Lanes lanes, const Fill& fill, compute_t<T> (&out)[N]) {
+  if (kWhole || (lanes.aligned && lanes.first == 0 && lanes.last == N)) {
+    const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(p);
+#pragma unroll
+    for (int k = 0; k < N; ++k) out[k] = static_cast<compute_t<T>>(pack.lane[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      out[k] = k >= lanes.first && k < lanes.last ? static_cast<compute_t<T>>(p[k]) : fill(k);
+  }
+}
+
+// The counterpart of load: rounds to nearest even, writes the elements that exist.
+template <bool kWhole, typename T, int N>
+__device__ __forceinline__ void store(T* p, Lanes lanes, const compute_t<T> (&in)[N]) {
+  if (kWhole || (lanes.aligned && lanes.first == 0 && lanes.last == N)) {
+    Pack<T, N> pack;
+#pragma unroll
+    for (int k = 0; k < N; ++k) pack.lane[k] = static_cast<T>(in[k]);
+    *reinterpret_cast<Pack<T, N>*>(p) = pack;
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      if (k >= lanes.first && k < lanes.last) p[k] = static_cast<T>(in[k]);
+  }
+}
+
+__device__ __forceinline__ float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+__device__ __forceinline__ double fma(double a, double b, double c) { return ::fma(a, b, c); }
+
+}  // namespace cnnkern::gpu

@@ -1,0 +1,237 @@
+"""The batch-norm modules beside their torch twins: constructor, state, errors, saved memory, numbers of a few steps."""
+
+import copy
+import gc
+import inspect
+import itertools
+import pickle
+import resource
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import cnnkern
+from cnnkern import functional, testing
+
+TWINS = {
+    name: (getattr(cnnkern.nn, name), getattr(nn, f"BatchNorm{name[-2:]}"), "relu" if "BatchNorm" != name[:-2] else "none")
+    for name in cnnkern.nn.__all__
+}
+SHAPES = {"1d": ((6, 5), (6, 5, 7)), "2d": ((3, 5, 4, 6),), "3d": ((2, 5, 3, 4, 2),)}
+MIXES = (
+    {},
+    {"affine": False},
+    {"bias": False},
+    {"momentum": None},
+    {"momentum": 0.0},
+    {"momentum": 1.0},
+    {"track_running_stats": False},
+    {"eps": 0.1},
+    {"dtype": torch.float64},
+)
+
+twins = pytest.mark.parametrize("name", TWINS)
+
+
+def pair(name: str, **arguments):
+    fused_class, twin_class, act = TWINS[name]
+    fused, twin = fused_class(5, **arguments), twin_class(5, **arguments)
+    for p, q in zip(fused.parameters(), twin.parameters(), strict=True):
+        nn.init.normal_(p)
+        q.data.copy_(p.data)
+    return fused, twin, (F.relu if act == "relu" else lambda x: x)
+
+
+@twins
+def test_is_its_torch_twin(name):
+    fused_class, twin_class, act = TWINS[name]
+    fused, twin, _ = pair(name)
+    assert isinstance(fused, twin_class)
+    assert list(fused.state_dict()) == list(twin.state_dict())
+    ours, theirs = (dict(inspect.signature(c.__init__).parameters) for c in (fused_class, twin_class))
+    if "Act" in name:
+        assert ours.pop("act").default == "relu"
+        assert repr(fused) == repr(twin).replace("BatchNorm", "BatchNormAct").replace(")", f", act={act})")
+    else:
+        assert repr(fused) == repr(twin).replace(f"BatchNorm{name[-2:]}", name)
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == [(p.name, p.kind, p.default) for p in theirs.values()]
+
+
+@twins
+def test_three_steps_and_eval_as_good_as_the_twin(name):
+    for arguments, shape in itertools.product(MIXES, SHAPES[name[-2:]]):
+        fused, twin, act = pair(name, **arguments)
+        truth = copy.deepcopy(twin).double()
+        g = torch.Generator().manual_seed(3)
+        dtype = arguments.get("dtype", torch.float32)
+        for step in range(4):
+            if step == 3:
+                fused.eval(), twin.eval(), truth.eval()
+            x, dy = testing.randn(shape, g, torch.float32).to(dtype), testing.randn(shape, g, torch.float32).to(dtype)
+            results = []
+            for m, apply, t in ((fused, lambda x: x, x), (twin, act, x), (truth, act, x.double())):
+                t = t.clone().requires_grad_()
+                y = apply(m(t))
+                grads = torch.autograd.grad(y, [t, *m.parameters()], dy.to(t.dtype))
+                buffers = {n: b.double() for n, b in m.named_buffers() if b.is_floating_point()}
+                results.append({"y": y, **{f"grad {i}": v for i, v in enumerate(grads)}, **buffers})
+            # Means and gradients are sums that cancel; the numbers here are of the order of one.
+            eps = torch.finfo(dtype).eps
+            allowance = {n: 16 * eps * max(1, v.abs().max().item()) for n, v in results[2].items()}
+            testing.assert_as_good_as(*results, allowance)
+        if fused.num_batches_tracked is not None:
+            assert fused.num_batches_tracked.item() == twin.num_batches_tracked.item() == 3
+
+
+@twins
+def test_copies_pickles_casts_and_moves(name):
+    fused, _, _ = pair(name)
+    shape = SHAPES[name[-2:]][-1]
+    x = torch.randn(shape)
+    fused(x)
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(other.eval()(x), fused.eval()(x))
+        assert other.act == fused.act
+    assert copy.deepcopy(fused).half().running_mean.dtype == torch.float16
+    assert fused.double()(x.double()).dtype == torch.float64
+    assert type(fused)(5, device="meta")(torch.empty(shape, device="meta")).shape == x.shape
+
+
+def test_half_precision_with_float32_and_with_half_parameters():
+    for dtype, cast in itertools.product((torch.bfloat16, torch.float16), (True, False)):
+        fused, twin, act = pair("BatchNormReLU2d")
+        truth = copy.deepcopy(twin).double()
+        if cast:
+            fused, twin = fused.to(dtype), twin.to(dtype)
+            truth.load_state_dict(twin.state_dict())
+        x = torch.randn(4, 5, 7, 9).to(dtype)
+        out = {"y": fused(x)}, {"y": act(twin(x))}, {"y": act(truth(x.double()))}
+        testing.assert_as_good_as(*out)
+
+
+def test_autocast_as_torch_has_it():
+    fused, twin, _ = pair("BatchNormReLU2d")
+    x = torch.randn(4, 5, 7, 9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for t in (x, x.bfloat16()):
+            assert fused(t).dtype == twin(t).dtype
+
+
+MISUSES = {
+    "one value a channel": lambda m: m(torch.randn(1, 5, 1, 1)),
+    "channel count": lambda m: m(torch.randn(2, 4, 3, 3)),
+    "rank": lambda m: m(torch.randn(2, 5, 3)),
+    "integer": lambda m: m(torch.ones(2, 5, 3, 3, dtype=torch.int64)),
+    "dtype": lambda m: m(torch.randn(2, 5, 3, 3, dtype=torch.float64)),
+    "device": lambda m: m(torch.empty(2, 5, 3, 3, device="meta")),
+}
+
+
+@pytest.mark.parametrize("misuse", MISUSES)
+def test_misuse_is_the_same_error_and_leaves_all_state(misuse):
+    fused, twin, _ = pair("BatchNormReLU2d")
+    before = {k: v.clone() for k, v in fused.state_dict().items()}
+    with pytest.raises(Exception) as theirs:  # noqa: PT011
+        MISUSES[misuse](twin)
+    with pytest.raises(Exception) as ours:  # noqa: PT011
+        MISUSES[misuse](fused)
+    assert issubclass(ours.type, theirs.type) or issubclass(theirs.type, ours.type), (ours.type, theirs.type)
+    assert all(torch.equal(v, before[k]) for k, v in fused.state_dict().items())
+
+
+def test_errors_name_operator_what_came_and_what_is_allowed():
+    x, rm, rv = torch.randn(2, 5, 3, 3), torch.zeros(5), torch.ones(5)
+    call = functional.batch_norm_act
+    with pytest.raises(ValueError, match=r"bn_act: act must be one of none, relu; got 'gelu'"):
+        call(x, rm, rv, training=True, act="gelu")
+    with pytest.raises(RuntimeError, match=r"bn_act: weight should contain 5 elements .* got shape \[4\]"):
+        call(x, rm, rv, torch.ones(4), training=True)
+    with pytest.raises(RuntimeError, match=r"bn_act: running_mean and running_var must be defined in evaluation mode"):
+        call(x, None, None)
+    with pytest.raises(RuntimeError, match=r"both be given or both be None; got only running_mean"):
+        call(x, rm, None, training=True)
+    with pytest.raises(ValueError, match=r"eps must be positive during training, but got 0"):
+        call(x, rm, rv, training=True, eps=0.0)
+    with pytest.raises(ValueError, match=r"Expected more than 1 value per channel when training, got input size \[1, 5\]"):
+        call(torch.randn(1, 5), rm, rv, training=True)
+    with pytest.raises(RuntimeError, match=r"2 to 5 dimensions"):
+        call(torch.randn(5), rm, rv, training=True)
+    with pytest.raises(NotImplementedError, match=r"must be float32, float64, bfloat16 or float16"):
+        call(torch.ones(2, 5, dtype=torch.int32), rm, rv, training=True)
+    with pytest.raises(ValueError, match=r"BatchNormAct2d: act must be one of none, relu; got 'tanh'"):
+        cnnkern.nn.BatchNormAct2d(3, act="tanh")
+    assert torch.equal(rm, torch.zeros(5))
+    assert torch.equal(rv, torch.ones(5))
+
+
+def saved_bytes(function) -> int:
+    storages = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: storages.setdefault(t.untyped_storage().data_ptr(), (t, t.untyped_storage().nbytes()))[0], lambda t: t
+    ):
+        y = function()
+    del y
+    return sum(n for _, n in storages.values())
+
+
+def test_saves_the_input_and_two_vectors():
+    fused, twin, act = pair("BatchNormReLU2d")
+    x = torch.randn(4, 5, 16, 16, requires_grad=True)
+    vectors = 5 * (8 + 8 + 4 + 4)  # mean, rstd in float64; weight, bias
+    assert saved_bytes(lambda: fused(x)) == x.nbytes + vectors
+    assert saved_bytes(lambda: act(twin(x))) >= 2 * x.nbytes
+
+
+def test_no_leak_over_ten_thousand_calls_errors_included():
+    fused, _, _ = pair("BatchNormReLU2d")
+    x = torch.randn(2, 5, 8, 8, requires_grad=True)
+    wrong = torch.randn(2, 4, 8, 8)
+
+    def calls(n):
+        for i in range(n):
+            fused(x).sum().backward()
+            if i % 10 == 0:
+                with pytest.raises(RuntimeError):
+                    fused(wrong)
+
+    calls(2000)
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    calls(8000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
+
+
+def test_running_statistics_in_place_are_seen_by_autograd():
+    rm, rv = torch.zeros(5), torch.ones(5)
+    versions = rm._version, rv._version
+    functional.batch_norm_relu(torch.randn(2, 5, 3, 3), rm, rv, training=True)
+    assert (rm._version, rv._version) == (versions[0] + 1, versions[1] + 1)
+
+
+def test_frozen_parts_get_no_gradient_and_the_others_theirs():
+    for frozen in itertools.product((True, False), repeat=3):
+        if all(frozen):
+            continue
+        fused, twin, act = pair("BatchNormReLU2d")
+        x = torch.randn(3, 5, 4, 6)
+        grads = []
+        for m, apply in ((fused, lambda t: t), (twin, act)):
+            t = x.clone().requires_grad_(not frozen[0])
+            m.weight.requires_grad_(not frozen[1])
+            m.bias.requires_grad_(not frozen[2])
+            apply(m(t)).square().sum().backward()
+            grads.append((t.grad, m.weight.grad, m.bias.grad))
+        for ours, theirs in zip(*grads, strict=True):
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_export_and_reload(tmp_path):
+    fused, _, _ = pair("BatchNormReLU2d")
+    model, x = nn.Sequential(nn.Conv2d(3, 5, 3), fused).eval(), torch.randn(2, 3, 8, 8)
+    exported = torch.export.export(model, (x,))
+    assert any("cnnkern.bn_act" in str(n.target) for n in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(x), model(x))

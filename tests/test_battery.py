@@ -1,0 +1,187 @@
+"""The battery: what every operator of `cnnkern.testing.CASES` is held to, on the kernel that answers on the CPU."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import cnnkern
+from cnnkern import testing
+from cnnkern.testing import CASES, Case
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "channels_last", "sliced")
+ROOT = Path(__file__).parent.parent
+
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+variants = pytest.mark.parametrize(
+    ("case", "variant"),
+    [pytest.param(c, v, id=f"{n}-{vn}") for n, c in CASES.items() for vn, v in c.variants.items()],
+)
+
+
+def drawn(case: Case, shape, dtype, generator, variant, layout="contiguous") -> tuple[dict, Tensor]:
+    inputs = case.inputs(shape, dtype, generator=generator, **variant)
+    inputs["input"] = testing.with_layout(inputs["input"], layout)
+    return inputs, testing.randn(shape, generator, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@variants
+def test_forward_and_backward_as_good_as_eager(case, variant, dtype, generator):
+    for shape, layout in itertools.product(case.shapes, LAYOUTS):
+        inputs, dy = drawn(case, shape, dtype, generator, variant, layout)
+        testing.check(case, inputs, dy)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=lambda d: str(d).removeprefix("torch."))
+@variants
+def test_float32_parameters_beside_16_bit_input(case, variant, dtype, generator):
+    for shape, layout in itertools.product(case.shapes[4:9], LAYOUTS):
+        inputs, dy = drawn(case, shape, dtype, generator, {**variant, "parameter_dtype": torch.float32}, layout)
+        testing.check(case, inputs, dy)
+
+
+@variants
+def test_gradcheck_and_gradgradcheck(case, variant, generator):
+    for shape, layout in itertools.product(case.gradcheck_shapes, LAYOUTS):
+        inputs, _ = drawn(case, shape, torch.float64, generator, {**variant, "smooth": True}, layout)
+        names = [n for n in case.differentiable if inputs[n] is not None]
+
+        def call(*tensors, inputs=inputs, names=names):
+            fixed = {n: inputs[n].clone() for n in case.mutated if inputs[n] is not None}
+            return case.function(**{**inputs, **fixed, **dict(zip(names, tensors, strict=True))})
+
+        tensors = tuple(inputs[n].requires_grad_() for n in names)
+        assert torch.autograd.gradcheck(call, tensors)
+        assert torch.autograd.gradgradcheck(call, tensors)
+
+
+@variants
+def test_gradients_that_arrive_in_any_layout(case, variant, generator):
+    shape = (3, 17, 6, 7)
+    for layout in LAYOUTS:
+        inputs, dy = drawn(case, shape, torch.float32, generator, variant, layout)
+        for other in LAYOUTS:
+            testing.check(case, inputs, testing.with_layout(dy, other))
+        testing.check(case, inputs, dy[:1, :, :1, :1].expand(shape))
+        testing.check(case, inputs, dy.transpose(2, 3).contiguous().transpose(2, 3))
+
+
+@variants
+def test_outputs_and_gradients_have_the_input_s_memory_format(case, variant, generator):
+    for shape, layout in itertools.product(((2, 5, 3, 4), (2, 5, 3, 4, 2), (2, 5, 3)), LAYOUTS):
+        inputs, dy = drawn(case, shape, torch.float32, generator, variant, layout)
+        x = inputs["input"].requires_grad_()
+        dense = x.contiguous() if layout == "sliced" else x
+        y = case.function(**inputs)
+        assert y.stride() == dense.stride()
+        assert torch.autograd.grad(y, x, dy)[0].stride() == dense.stride()
+
+
+@variants
+def test_empty_batch(case, variant, generator):
+    for shape, layout in itertools.product(((0, 3, 4, 5), (0, 3), (2, 3, 0, 4)), LAYOUTS[:2]):
+        inputs, dy = drawn(case, shape, torch.float32, generator, variant, layout)
+        ours = testing.run(case.function, case, inputs, dy)
+        eager = testing.run(case.reference, case, inputs, dy)
+        assert ours.keys() == eager.keys()
+        for name, value in ours.items():
+            torch.testing.assert_close(value, eager[name], rtol=0, atol=0, msg=name)
+
+
+@variants
+def test_reruns_are_bit_equal_whatever_the_number_of_threads(case, variant, generator):
+    threads = torch.get_num_threads()
+    try:
+        for shape, layout in itertools.product(((4, 3, 97, 101), (8, 40, 29, 31), (5, 600, 7, 7)), LAYOUTS[:2]):
+            inputs, dy = drawn(case, shape, torch.float32, generator, variant, layout)
+            runs = []
+            for n in (threads, threads, 1, 2, 3):
+                torch.set_num_threads(n)
+                runs.append(testing.run(case.function, case, inputs, dy))
+            for other, (name, value) in itertools.product(runs[1:], runs[0].items()):
+                assert torch.equal(value, other[name]), f"{shape} {layout}: {name} differs"
+    finally:
+        torch.set_num_threads(threads)
+
+
+@variants
+def test_many_threads_on_few_and_on_many_channels(case, variant, generator):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(5)
+        for shape, layout in itertools.product(((2, 1, 211, 211), (3, 7, 83, 91), (9, 129, 7, 7)), LAYOUTS[:2]):
+            testing.check(case, *drawn(case, shape, torch.float32, generator, variant, layout))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck reads it of its copies
+@variants
+def test_opcheck(case, variant, generator):
+    for layout in LAYOUTS[:2]:
+        inputs, dy = drawn(case, (3, 5, 4, 4), torch.float32, generator, variant, layout)
+        torch.library.opcheck(*case.forward_call(inputs))
+        leaves = {n: v.requires_grad_() if n in case.differentiable and v is not None else v for n, v in inputs.items()}
+        torch.library.opcheck(*case.forward_call(leaves))
+        torch.library.opcheck(*case.backward_call(leaves, dy))
+
+
+@variants
+def test_compiles_to_one_graph_equal_to_eager(case, variant, generator):
+    torch._dynamo.reset()
+
+    def compiled(**arguments):
+        # The output is used once more, so that the operator sits inside a graph and not at its end.
+        return case.function(**arguments) * 1.0
+
+    compiled = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for layout in LAYOUTS[:2]:
+        inputs, dy = drawn(case, (3, 5, 4, 4), torch.float32, generator, variant, layout)
+        plain, traced = testing.run(case.function, case, inputs, dy), testing.run(compiled, case, inputs, dy)
+        for name, value in plain.items():
+            assert torch.equal(value, traced[name]), name
+
+
+@cases
+def test_compiles_with_inductor(case, generator):
+    torch._dynamo.reset()
+    compiled = torch.compile(case.function, fullgraph=True)
+    inputs, dy = drawn(case, (3, 5, 4, 4), torch.float32, generator, {})
+    testing.check(case, inputs, dy, function=compiled)
+
+
+@variants
+def test_torch_func_and_forward_mode_as_eager_has_them(case, variant, generator):
+    inputs, dy = drawn(case, (3, 5, 4, 4), torch.float64, generator, {**variant, "running": variant.get("training", True) is False})
+    x = inputs.pop("input")
+
+    def loss(function, x):
+        return (function(x, **inputs) * dy).sum()
+
+    got = torch.func.grad(lambda x: loss(case.function, x))(x)
+    torch.testing.assert_close(got, torch.func.grad(lambda x: loss(case.reference, x))(x))
+    stacked = torch.stack([x, 2 * x + 1])
+    got = torch.func.vmap(lambda x: loss(case.function, x))(stacked)
+    torch.testing.assert_close(got, torch.func.vmap(lambda x: loss(case.reference, x))(stacked))
+    tangent = testing.randn(x.shape, generator, torch.float64)
+    got = torch.func.jvp(lambda x: loss(case.function, x), (x,), (tangent,))
+    torch.testing.assert_close(got, torch.func.jvp(lambda x: loss(case.reference, x), (x,), (tangent,)))
+
+
+@cases
+def test_every_place_of_an_operator_is_filled(case):
+    names = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc" / "ops.cpp").read_text())
+    forward = [n for n in names if not n.endswith("_backward")]
+    assert sorted(forward) == sorted(CASES), "csrc/ops.cpp and testing.CASES name different operators"
+    for place in ("csrc/cpu/{}.cpp", "csrc/autograd/{}.cpp", "csrc/cuda/{}.cu", "csrc/cuda/{}.cuh", "triton_kernels/{}.py", "cnnkern/ops/{}.py"):
+        assert (ROOT / place.format(case.name)).exists(), f"{place.format(case.name)} is missing"
+    assert f"{case.name}_backward" in names
+    for op, key in itertools.product((case.name, f"{case.name}_backward"), ("CPU", "Meta", "Autograd")):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{op}", key), f"{op} has no {key} kernel"
+    assert case.function.__name__ in cnnkern.functional.__all__
+    assert case.reference.__module__ == "cnnkern.reference"

@@ -1,0 +1,164 @@
+"""The command line: what the doctor says of this machine and of a broken installation, and `cnnkern bench`."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cnnkern import _C, __version__, cli
+from cnnkern.testing import CASES
+
+PACKAGE = Path(cli.__file__).parent
+
+
+def run(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in `folder`, from which it imports the package where there is one."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("ATEN_CPU_CAPABILITY", "PYTHONPATH")}
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=kept | environment, capture_output=True, text=True
+    )
+
+
+def test_doctor_names_versions_kernels_and_instruction_set(capsys):
+    assert cli.main(["doctor"]) == 0
+    said, errors = capsys.readouterr()
+    assert not errors
+    lines = [line.split() for line in said.splitlines()]
+    assert ["torch", torch.__version__.partition("+")[0]] in [line[:2] for line in lines]
+    assert ["cnnkern", __version__] in [line[:2] for line in lines]
+    assert f"{_C.cpu_capability()} in use; the CPU has {cli.capability_of_cpu()}" in said
+    for operator in CASES:
+        assert any(line[:2] == [operator, "cpu"] and cli.CORRECT in " ".join(line) for line in lines), operator
+    assert "\x1b" not in said
+
+
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])
+def test_the_environment_selects_the_instruction_set(capability):
+    if capability not in _C.build_info()["cpu_capabilities"].split() or cli.capability_of_cpu() == "DEFAULT":
+        pytest.skip(f"this CPU has no choice of instruction sets with {capability} among them")
+    code = "import sys; from cnnkern import _C, cli; print(_C.cpu_capability()); sys.exit(cli.main(['doctor']))"
+    done = run("-c", code, folder=PACKAGE.parent, ATEN_CPU_CAPABILITY=capability.lower())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == capability
+    assert f"{capability} in use" in done.stdout
+    if capability != cli.capability_of_cpu():
+        assert f"ATEN_CPU_CAPABILITY={capability.lower()} is set: unset it" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "capability"),
+    [
+        ("fpu sse2 avx2 fma f16c avx512f avx512bw avx512vl avx512dq", "AVX512"),
+        ("fpu sse2 avx2 fma f16c avx512f", "AVX2"),
+        ("fpu sse2 avx", "DEFAULT"),
+        ("", "DEFAULT"),
+    ],
+)
+def test_capability_of_cpu(monkeypatch, flags, capability):
+    monkeypatch.setattr(cli, "cpu_flags", lambda: set(flags.split()))
+    assert cli.capability_of_cpu() == capability
+
+
+def test_doctor_fails_where_a_cpu_kernel_is_wrong(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "cpu_results", lambda: {"bn_act": "output: error 1.0"})
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().err == "cnnkern: the CPU kernels do not work: bn_act: output: error 1.0\n"
+
+
+def test_cpu_results_reports_a_wrong_kernel_and_a_missing_one(monkeypatch):
+    from dataclasses import replace
+
+    def missing(**arguments):
+        raise NotImplementedError("Could not run 'cnnkern::bn_act'\nfrom the 'CPU' backend")
+
+    case = CASES["bn_act"]
+    wrong = replace(case, function=lambda **arguments: case.function(**arguments) + 1)
+    monkeypatch.setattr("cnnkern.testing.CASES", {"wrong": wrong, "missing": replace(case, function=missing)})
+    results = cli.cpu_results()
+    assert results["wrong"].startswith("output: error")
+    assert results["missing"] == "Could not run 'cnnkern::bn_act'"
+
+
+# ---- without a working extension ------------------------------------------------------------------------------------
+
+PROBLEMS = {
+    "not built": ("", "raise ModuleNotFoundError('no _C')", "the extension is not built"),
+    "other torch": (
+        "",
+        "raise ImportError('undefined symbol: x')",
+        "does not load with torch 2.0 (undefined symbol: x)",
+    ),
+    "no torch": ("raise ModuleNotFoundError('no torch')", "", "torch cannot be imported (no torch)"),
+}
+
+
+@pytest.fixture(params=PROBLEMS)
+def broken(request, tmp_path) -> tuple[Path, str]:
+    """A folder with a copy of the package whose extension or torch is broken, and what has to be said of it."""
+    shutil.copytree(PACKAGE, tmp_path / "cnnkern", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    in_torch, in_extension, message = PROBLEMS[request.param]
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(f"from torch import version\n__version__ = '2.0'\n{in_torch}\n")
+    (tmp_path / "torch" / "version.py").write_text("cuda = None\n")
+    (tmp_path / "cnnkern" / "_C.py").write_text(in_extension)
+    return tmp_path, message
+
+
+def test_doctor_says_in_one_line_what_is_broken(broken):
+    folder, message = broken
+    done = run("-m", "cnnkern", "doctor", folder=folder)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("cnnkern: ")
+    assert message in line
+    assert "run `make`" in line
+    assert re.search(r"^Python +\d", done.stdout, re.M)
+
+
+def test_the_library_refuses_a_broken_extension(broken):
+    folder, _ = broken
+    done = run("-c", "import cnnkern", folder=folder)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: cnnkern: the compiled extension cannot be loaded")
+
+
+# ---- bench ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """The command line alone beside a benchmark suite that writes down its arguments and ends with status 3."""
+    (tmp_path / "cnnkern").mkdir()
+    (tmp_path / "benchmarks").mkdir()
+    for name in ("cli.py", "__main__.py"):
+        shutil.copy(PACKAGE / name, tmp_path / "cnnkern")
+    for name in ("cnnkern/__init__.py", "cnnkern/_C.py", "torch.py", "pyproject.toml"):
+        (tmp_path / name).touch()
+    (tmp_path / "benchmarks" / "__main__.py").write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
+    return tmp_path
+
+
+def test_bench_passes_its_arguments_on(checkout):
+    done = run("-m", "cnnkern", "bench", "--quick", "--filter", "bn_act", "-h", folder=checkout)
+    assert not done.stderr
+    assert done.stdout == "['--quick', '--filter', 'bn_act', '-h']\n"
+    assert done.returncode == 3
+
+
+def test_bench_outside_a_checkout_says_where_the_suite_is(checkout):
+    (checkout / "pyproject.toml").unlink()
+    done = run("-m", "cnnkern", "bench", "--quick", folder=checkout)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "in a checkout" in line
+
+
+def test_unknown_arguments_are_refused(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["doctor", "--quick"])
+    assert "unrecognized arguments: --quick" in capsys.readouterr().err

@@ -1,0 +1,27 @@
+"""The kernels of the other instruction sets: the battery's results and numerics again, in a process for each."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cnnkern import _C
+
+RANK = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_battery_on(capability):
+    if RANK[capability.upper()] >= RANK.get(_C.cpu_capability(), 0):
+        pytest.skip(f"this process runs {_C.cpu_capability()} kernels itself, or the CPU lacks {capability}")
+    wanted = "as_good_as or float32_parameters or gradcheck or bit_equal or empty or channels or any_scale or shift or mask"
+    tests = [str(Path(__file__).parent / name) for name in ("test_battery.py", "test_numerics.py")]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    ask = "from cnnkern import _C; print(_C.cpu_capability())"
+    done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == capability.upper()
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted, *tests]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -1,0 +1,107 @@
+"""Input contracts of the launchers: csrc/check.h in Python, with its types of errors and its messages.
+
+A launcher calls these before it changes anything, so that an error leaves running statistics as they were.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("none", "relu")
+
+
+def _type_name(t: Tensor) -> str:  # as C++ prints it: Float, BFloat16
+    return t.type().rpartition(".")[2].removesuffix("Tensor")
+
+
+def image(op: str, x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise NotImplementedError(f"{op}: input must be float32, float64, bfloat16 or float16; got {_type_name(x)}")
+    if not 2 <= x.dim() <= 5:
+        raise RuntimeError(f"{op}: expected an input of 2 to 5 dimensions (N, C, ...); got {list(x.shape)}")
+
+
+def channel_vector(op: str, name: str, v: Tensor | None, x: Tensor) -> None:
+    """A vector of C elements on the input's device, in the input's dtype or, beside 16-bit input, float32."""
+    if v is None:
+        return
+    if v.dim() != 1 or v.shape[0] != x.shape[1]:
+        raise RuntimeError(
+            f"{op}: {name} should contain {x.shape[1]} elements (one a channel), not {v.numel()}; "
+            f"got shape {list(v.shape)}"
+        )
+    if v.device != x.device:
+        raise RuntimeError(f"{op}: expected {name} on {x.device} like the input; got {v.device}")
+    if v.dtype != x.dtype and not (v.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
+        alternative = "" if x.dtype == torch.float64 else " or float32"
+        raise RuntimeError(
+            f"{op}: expected {name} in the input's dtype ({_type_name(x)}){alternative}; got {_type_name(v)}"
+        )
+
+
+def same_shape(op: str, name: str, t: Tensor, x: Tensor) -> None:
+    if t.shape != x.shape:
+        raise RuntimeError(f"{op}: {name} must have the input's shape {list(x.shape)}; got {list(t.shape)}")
+    if t.dtype != x.dtype:
+        raise RuntimeError(f"{op}: {name} must have the input's dtype {_type_name(x)}; got {_type_name(t)}")
+    if t.device != x.device:
+        raise RuntimeError(f"{op}: {name} must be on {x.device}; got {t.device}")
+
+
+def activation(op: str, act: str) -> None:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"{op}: act must be one of {', '.join(ACTIVATIONS)}; got '{act}'")
+
+
+def batch_norm(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+) -> None:
+    image(op, x)
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, v in vectors.items():
+        channel_vector(op, name, v, x)
+    if (running_mean is None) != (running_var is None):
+        given = "running_mean" if running_var is None else "running_var"
+        raise RuntimeError(f"{op}: running_mean and running_var must both be given or both be None; got only {given}")
+    if not training and running_mean is None:
+        raise RuntimeError(f"{op}: running_mean and running_var must be defined in evaluation mode; got None")
+    if training and x.shape[1] > 0 and x.numel() // x.shape[1] == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)} ({op})")
+    if not (eps > 0 if training else eps >= 0):
+        wanted = "positive during training" if training else "non-negative"
+        raise ValueError(f"{op}: batch_norm eps must be {wanted}, but got {eps:g}")
+
+
+def batch_norm_backward(
+    op: str,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    output_mask: Sequence[bool],
+) -> None:
+    image(op, x)
+    same_shape(op, "dy", dy, x)
+    channel_vector(op, "weight", weight, x)
+    channel_vector(op, "bias", bias, x)
+    for t in (mean, rstd):
+        fits = t.dim() == 1 and t.shape[0] == x.shape[1] and t.dtype == torch.float64
+        if not (fits and t.is_contiguous() and t.device == x.device):
+            raise RuntimeError(
+                f"{op}: mean and rstd must be the vectors that the forward operator returned: float64, {x.shape[1]} "
+                f"elements, on {x.device}; got {_type_name(t)} {list(t.shape)} on {t.device}"
+            )
+    for wanted, name, v in ((output_mask[1], "weight", weight), (output_mask[2], "bias", bias)):
+        if wanted and v is None:
+            raise RuntimeError(f"{op}: output_mask asks for d{name}, but {name} is None")
