@@ -27,10 +27,8 @@ from torch.utils import cpp_extension  # noqa: E402
 CPU_CAPABILITIES = {"DEFAULT": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
-    CPU_CAPABILITIES["AVX512"] = (
-        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c "
-        "-Wno-maybe-uninitialized"  # g++ 12 warns of its own intrinsics (GCC bug 105593)
-    ).split()
+    CPU_CAPABILITIES["AVX512"] = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")] + CPU_CAPABILITIES["AVX2"]
+    CPU_CAPABILITIES["AVX512"].append("-Wno-maybe-uninitialized")  # g++ 12 warns of its own intrinsics (GCC bug 105593)
 
 
 def sources(pattern: str) -> list[str]:
@@ -50,14 +48,16 @@ def wants_cuda() -> bool:
     return possible and asked != "0"
 
 
+CUDA = wants_cuda()
+
+
 class BuildExtension(cpp_extension.BuildExtension):
     """Compiles csrc/cpu once for each instruction set, each into its own folder."""
 
     def finalize_options(self):
         super().finalize_options()
         # One place whatever the command (pip gives a fresh one each time), so that ninja finds what it has built.
-        kind = "cuda" if any(isinstance(s, str) and s.endswith(".cu") for e in self.extensions for s in e.sources) else "cpu"
-        self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-{kind}")
+        self.build_temp = str(ROOT / "build" / sys.implementation.cache_tag / ("cuda" if CUDA else "cpu"))
 
     def build_extension(self, ext):
         self.force = True  # ninja knows what is out of date; distutils does not know the headers
@@ -70,11 +70,12 @@ class BuildExtension(cpp_extension.BuildExtension):
         super().build_extension(ext)
 
     def compile_cpu(self, ext, capability: str, flags: list[str]) -> list[str]:
+        # Nothing here depends on CUDA, so builds with and without it share the objects.
         return self.compiler.compile(
             sources("cpu/*.cpp"),
-            output_dir=os.path.join(self.build_temp, capability),
-            include_dirs=ext.include_dirs,
-            macros=ext.define_macros,
+            output_dir=str(Path(self.build_temp).parent / capability),
+            include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths(), sysconfig.get_path("include")],
+            macros=[("CNNKERN_X86", int("AVX2" in CPU_CAPABILITIES))],
             extra_postargs=[
                 *ext.extra_compile_args["cxx"],
                 f"-DCPU_CAPABILITY={capability}",
@@ -85,9 +86,8 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 
 def extension():
-    cuda = wants_cuda()
     # Contracting a*b+c on its own would let forward and backward round differently: fma is spelled out where meant.
-    cxx = ["-O3", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+    cxx = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
     cxx += ["-Wno-unknown-pragmas", "-Wno-unused-function"]
     if os.environ.get("CNNKERN_WERROR") == "1":
         cxx.append("-Werror")
@@ -95,7 +95,7 @@ def extension():
     macros = [("CNNKERN_X86", int("AVX2" in CPU_CAPABILITIES))]
     include_dirs, libraries, library_dirs = [str(ROOT / "csrc")], [], []
     files = sources("*.cpp") + sources("autograd/*.cpp")
-    if cuda:
+    if CUDA:
         # The wheels bring the headers of a GPU-less machine: no versionless libcudart.so, cccl in a folder of its own.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
         home = Path(cpp_extension.CUDA_HOME)
@@ -103,7 +103,7 @@ def extension():
         macros.append(("CNNKERN_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'))
         files += sources("cuda/*.cu")
         include_dirs += [str(home / "include"), str(home / "include" / "cccl")]
-    Extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    Extension = cpp_extension.CUDAExtension if CUDA else cpp_extension.CppExtension
     ext = Extension(
         "cnnkern._C",
         files,
@@ -114,7 +114,7 @@ def extension():
         extra_compile_args={"cxx": cxx, "nvcc": nvcc},
         extra_link_args=["-fopenmp"],
     )
-    if cuda and not list(Path(cpp_extension.CUDA_HOME).glob("lib*/libcudart.so")):
+    if CUDA and not list(Path(cpp_extension.CUDA_HOME).glob("lib*/libcudart.so")):
         # libtorch_cuda already loads the runtime, and the wheel has no libcudart.so to link against.
         ext.libraries.remove("cudart")
         ext.extra_link_args += [str(path) for path in Path(cpp_extension.CUDA_HOME).glob("lib/libcudart.so.*")]

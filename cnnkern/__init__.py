@@ -1,17 +1,25 @@
 """Fused kernels for the layers that every convolutional network repeats, as drop-in `torch.nn` modules."""
 
-try:
-    import torch  # noqa: F401  (loads the libraries that the extension links against)
-
-    from cnnkern import _C  # noqa: F401  (registers torch.ops.cnnkern.*)
-except ImportError as error:
-    raise ImportError(
-        f"cnnkern: the compiled extension cannot be loaded ({error}). It has to be built against the installed torch: "
-        "run `make` in the repository, or `pip install --no-build-isolation .` in an environment that has torch."
-    ) from error
-
-from cnnkern import functional, nn
-from cnnkern.convert import ConversionReport, conversion_report, convert, revert
+import importlib
+import itertools
+import sys
+from pathlib import Path
 
 __version__ = "0.1.0"
 __all__ = ["ConversionReport", "conversion_report", "convert", "functional", "nn", "revert"]
+
+try:
+    import torch  # noqa: F401  (loads the libraries that the extension links against)
+
+    importlib.import_module("cnnkern._C")  # registers torch.ops.cnnkern.*
+except ImportError as error:
+    # The command line has to start where this fails: it says itself what is wrong.
+    if Path(sys.argv[0]).name != "cnnkern" and ("-m", "cnnkern") not in itertools.pairwise(sys.orig_argv):
+        raise ImportError(
+            f"cnnkern: the compiled extension cannot be loaded ({error}). It has to be built against the installed "
+            "torch: run `make` in the repository, or `pip install --no-build-isolation .` in an environment that has "
+            "torch."
+        ) from error
+else:
+    from cnnkern import functional, nn
+    from cnnkern.convert import ConversionReport, conversion_report, convert, revert

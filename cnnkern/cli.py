@@ -58,9 +58,6 @@ def extension_problem() -> str | None:
     return None
 
 
-# ---- bench ----------------------------------------------------------------------------------------------------------
-
-
 def bench(arguments: list[str]) -> int:
     """Hands `arguments` to the benchmark suite of the checkout that this package is imported from."""
     checkout = Path(__file__).resolve().parents[1]
@@ -75,8 +72,6 @@ def bench(arguments: list[str]) -> int:
     runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
     return 0
 
-
-# ---- doctor ---------------------------------------------------------------------------------------------------------
 
 Rows = Iterable[tuple[str, ...]]
 CORRECT = "gives correct results"

@@ -8,6 +8,7 @@ that call. Where tracing fails, the batch norms are exchanged without an activat
 """
 
 import copy
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,7 +57,9 @@ class ConversionReport:
         if not self.entries:
             return "cnnkern.convert: no batch norm in this model, nothing to convert"
         width = max(len(e.path) for e in self.entries)
-        lines = [f"{e.path:{width}}  {e.kind or 'left alone'}{f' ({e.reason})' if e.reason else ''}" for e in self.entries]
+        lines = [
+            f"{e.path:{width}}  {e.kind or 'left alone'}{f' ({e.reason})' if e.reason else ''}" for e in self.entries
+        ]
         total = ", ".join(f"{n} {kind}" for kind, n in sorted(self.counts.items()))
         return "\n".join([f"cnnkern.convert: {total}", *lines])
 
@@ -97,8 +100,8 @@ def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
     are the same up to rounding, in training and in eval. Subclasses of batch norm are left alone; a batch norm or a
     ReLU with hooks, and a batch norm whose output is used twice, is converted without the ReLU.
 
-    :func:`conversion_report` tells what was replaced and why, :func:`revert` undoes it. Converting twice changes nothing.
-    Raises TypeError for what is no ``nn.Module`` or is a ``torch.jit`` module.
+    :func:`conversion_report` tells what was replaced and why, :func:`revert` undoes it. Converting twice changes
+    nothing. Raises TypeError for what is no ``nn.Module`` or is a ``torch.jit`` module.
     """
     _check_module("convert", model)
     if not inplace:
@@ -135,7 +138,9 @@ def _check_module(name: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"cnnkern.{name}: expected a torch.nn.Module; got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(f"cnnkern.{name}: a torch.jit module cannot be converted; convert the model before scripting it")
+        raise TypeError(
+            f"cnnkern.{name}: a torch.jit module cannot be converted; convert the model before scripting it"
+        )
 
 
 def _sharing_copy(model: nn.Module) -> nn.Module:
@@ -148,7 +153,9 @@ def _convert(model: nn.Module) -> ConversionReport:
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
-    holders = [(path, m) for path, m in model.named_modules() if m._modules and not isinstance(m, torch.jit.ScriptModule)]
+    holders = [
+        (path, m) for path, m in model.named_modules() if m._modules and not isinstance(m, torch.jit.ScriptModule)
+    ]
     traces = {id(m): _trace(m) for _, m in holders if not isinstance(m, nn.Sequential) or _overrides_forward(m)}
     # A batch norm that a module further up calls by itself has callers that its holder's trace does not show.
     reached = {
@@ -161,7 +168,9 @@ def _convert(model: nn.Module) -> ConversionReport:
     for _, holder in holders:
 
         def fusable(norm: nn.Module) -> bool:
-            return type(norm) in _PLAIN and not _has_hooks(norm) and len(paths[id(norm)]) == 1 and id(norm) not in reached
+            return (
+                type(norm) in _PLAIN and not _has_hooks(norm) and len(paths[id(norm)]) == 1 and id(norm) not in reached
+            )
 
         if id(holder) in traces:
             pairs = _pairs_in_trace(holder, traces[id(holder)], fusable)
@@ -257,7 +266,7 @@ def _pairs_in_trace(holder: nn.Module, graph: fx.Graph | None, fusable) -> list[
 
 def _pairs_in_sequential(holder: nn.Sequential, fusable) -> list[nn.Module]:
     names, pairs = list(holder._modules), []
-    for name, following in zip(names, names[1:], strict=False):
+    for name, following in itertools.pairwise(names):
         norm, relu = holder._modules[name], holder._modules[following]
         if fusable(norm) and type(relu) is nn.ReLU and not _has_hooks(relu):
             holder._modules[following] = _Absorbed(relu).train(relu.training)
@@ -272,7 +281,11 @@ def _rewrite(holder: nn.Module, graph: fx.Graph | None) -> None:
     changed = False
     for node in _calls(graph):
         norm = holder.get_submodule(node.target)
-        relu = _relu_after(holder, node) if getattr(norm, "act", None) == "relu" and "_cnnkern_converted" in norm.__dict__ else None
+        relu = (
+            _relu_after(holder, node)
+            if getattr(norm, "act", None) == "relu" and "_cnnkern_converted" in norm.__dict__
+            else None
+        )
         if relu is None:
             continue
         if relu.op == "call_module" and count[relu.target] == 1 and "." not in relu.target:
@@ -284,5 +297,10 @@ def _rewrite(holder: nn.Module, graph: fx.Graph | None) -> None:
     if changed:
         cls = type(holder)
         forward = type(fx.GraphModule(holder, graph)).forward
-        names = {"forward": forward, "_original_class": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        names = {
+            "forward": forward,
+            "_original_class": cls,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+        }
         holder.__class__ = type(cls.__name__, (_Rewritten, cls), names)

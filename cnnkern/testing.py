@@ -56,7 +56,9 @@ def with_layout(x: Tensor, layout: str) -> Tensor:
     raise ValueError(f"unknown layout {layout!r}")
 
 
-def run(function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], dy: Tensor | None = None) -> dict[str, Tensor]:
+def run(
+    function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], dy: Tensor | None = None
+) -> dict[str, Tensor]:
     """Calls `function` on copies of `inputs`; returns output, gradients and what the call changed in place.
 
     Leaves keep their memory layout. Without `dy` only the forward pass runs.
@@ -135,8 +137,8 @@ def assert_as_good_as(
     """Asserts |out - ref| <= 2 |eager - ref| + allowance + tiny in every tensor, with errors taken in the largest norm.
 
     `tiny` is the rounding of the tensor's largest value and eight units of the arithmetic beneath it: eager's own
-    error is a draw of rounding errors too, and may be as small as none. Where the truth is NaN or infinite, so are eager
-    and the result; where eager alone overflows, nothing is asked.
+    error is a draw of rounding errors too, and may be as small as none. Where the truth is NaN or infinite, so are
+    eager and the result; where eager alone overflows, nothing is asked.
     """
     assert out.keys() == eager.keys() == ref.keys()
     for name, mine in out.items():
@@ -151,7 +153,9 @@ def assert_as_good_as(
         infinite = truth.isinf() & theirs.isinf()
         assert torch.equal(mine[infinite], theirs[infinite]), f"{name}: infinities other than eager's"
         assert mine[finite].isfinite().all(), f"{name}: not finite where eager is"
-        allowed = 2 * _largest((theirs - truth)[finite]) + eps * _largest(truth[finite]) + (allowance or {}).get(name, 0.0)
+        allowed = (
+            2 * _largest((theirs - truth)[finite]) + eps * _largest(truth[finite]) + (allowance or {}).get(name, 0.0)
+        )
         error = _largest((mine - truth)[finite])
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} (twice eager's, and tiny)"
 

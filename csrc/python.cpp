@@ -2,6 +2,7 @@
 #include <ATen/Version.h>
 #include <torch/version.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <map>
 #include <string>

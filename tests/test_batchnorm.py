@@ -16,7 +16,11 @@ import cnnkern
 from cnnkern import functional, testing
 
 TWINS = {
-    name: (getattr(cnnkern.nn, name), getattr(nn, f"BatchNorm{name[-2:]}"), "relu" if "BatchNorm" != name[:-2] else "none")
+    name: (
+        getattr(cnnkern.nn, name),
+        getattr(nn, f"BatchNorm{name[-2:]}"),
+        "relu" if name[:-2] != "BatchNorm" else "none",
+    )
     for name in cnnkern.nn.__all__
 }
 SHAPES = {"1d": ((6, 5), (6, 5, 7)), "2d": ((3, 5, 4, 6),), "3d": ((2, 5, 3, 4, 2),)}
@@ -56,7 +60,9 @@ def test_is_its_torch_twin(name):
         assert repr(fused) == repr(twin).replace("BatchNorm", "BatchNormAct").replace(")", f", act={act})")
     else:
         assert repr(fused) == repr(twin).replace(f"BatchNorm{name[-2:]}", name)
-    assert [(p.name, p.kind, p.default) for p in ours.values()] == [(p.name, p.kind, p.default) for p in theirs.values()]
+    assert [(p.name, p.kind, p.default) for p in ours.values()] == [
+        (p.name, p.kind, p.default) for p in theirs.values()
+    ]
 
 
 @twins
@@ -154,7 +160,9 @@ def test_errors_name_operator_what_came_and_what_is_allowed():
         call(x, rm, None, training=True)
     with pytest.raises(ValueError, match=r"eps must be positive during training, but got 0"):
         call(x, rm, rv, training=True, eps=0.0)
-    with pytest.raises(ValueError, match=r"Expected more than 1 value per channel when training, got input size \[1, 5\]"):
+    with pytest.raises(
+        ValueError, match=r"Expected more than 1 value per channel when training, got input size \[1, 5\]"
+    ):
         call(torch.randn(1, 5), rm, rv, training=True)
     with pytest.raises(RuntimeError, match=r"2 to 5 dimensions"):
         call(torch.randn(5), rm, rv, training=True)

@@ -37,7 +37,7 @@ def test_forward_and_backward_as_good_as_eager(case, variant, dtype, generator):
         testing.check(case, inputs, dy)
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
 @variants
 def test_float32_parameters_beside_16_bit_input(case, variant, dtype, generator):
     for shape, layout in itertools.product(case.shapes[4:9], LAYOUTS):
@@ -120,7 +120,9 @@ def test_many_threads_on_few_and_on_many_channels(case, variant, generator):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck reads it of its copies
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # opcheck reads it of its copies
 @variants
 def test_opcheck(case, variant, generator):
     for layout in LAYOUTS[:2]:
@@ -157,7 +159,9 @@ def test_compiles_with_inductor(case, generator):
 
 @variants
 def test_torch_func_and_forward_mode_as_eager_has_them(case, variant, generator):
-    inputs, dy = drawn(case, (3, 5, 4, 4), torch.float64, generator, {**variant, "running": variant.get("training", True) is False})
+    inputs, dy = drawn(
+        case, (3, 5, 4, 4), torch.float64, generator, {**variant, "running": variant.get("training", True) is False}
+    )
     x = inputs.pop("input")
 
     def loss(function, x):
@@ -178,7 +182,14 @@ def test_every_place_of_an_operator_is_filled(case):
     names = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc" / "ops.cpp").read_text())
     forward = [n for n in names if not n.endswith("_backward")]
     assert sorted(forward) == sorted(CASES), "csrc/ops.cpp and testing.CASES name different operators"
-    for place in ("csrc/cpu/{}.cpp", "csrc/autograd/{}.cpp", "csrc/cuda/{}.cu", "csrc/cuda/{}.cuh", "triton_kernels/{}.py", "cnnkern/ops/{}.py"):
+    for place in (
+        "csrc/cpu/{}.cpp",
+        "csrc/autograd/{}.cpp",
+        "csrc/cuda/{}.cu",
+        "csrc/cuda/{}.cuh",
+        "triton_kernels/{}.py",
+        "cnnkern/ops/{}.py",
+    ):
         assert (ROOT / place.format(case.name)).exists(), f"{place.format(case.name)} is missing"
     assert f"{case.name}_backward" in names
     for op, key in itertools.product((case.name, f"{case.name}_backward"), ("CPU", "Meta", "Autograd")):

@@ -441,7 +441,8 @@ def test_the_table_names_every_measured_row():
 
 def test_chart_has_a_bar_for_every_mean_and_model():
     found = chart.bars(some_rows())
-    assert ("resnet18 2x2, training, contiguous", "ours, tuned malloc", pytest.approx(1.0)) in found
+    assert ("resnet18 2x2, training, contiguous", "ours, tuned malloc", 1.0, "1.00") in found
+    assert ("bn_act net, training, contiguous", "ours, tuned malloc", pytest.approx(1.0), "1.00, 2 shapes") in found
     assert len(found) == 3
     assert chart.draw(some_rows(), "today").startswith(b"\x89PNG")
 

@@ -84,8 +84,6 @@ def test_cpu_results_reports_a_wrong_kernel_and_a_missing_one(monkeypatch):
     assert results["missing"] == "Could not run 'cnnkern::bn_act'"
 
 
-# ---- without a working extension ------------------------------------------------------------------------------------
-
 PROBLEMS = {
     "not built": ("", "raise ModuleNotFoundError('no _C')", "the extension is not built"),
     "other torch": (
@@ -125,9 +123,6 @@ def test_the_library_refuses_a_broken_extension(broken):
     done = run("-c", "import cnnkern", folder=folder)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("ImportError: cnnkern: the compiled extension cannot be loaded")
-
-
-# ---- bench ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_relu_passes_nan_and_its_gradient():
     assert y.isnan().tolist() == [[False], [True], [False]]
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, *DTYPES[1:]), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *DTYPES[1:]], ids=str)
 def test_backward_s_mask_is_the_forward_s_bit_for_bit(dtype, generator):
     """The gradient passes exactly where the output is not zero, whatever rounds to zero on the way out."""
     operator, gradient = torch.ops.cnnkern.bn_act, torch.ops.cnnkern.bn_act_backward

@@ -99,9 +99,6 @@ def fail_in_one_line(checkout: Path, *command: str) -> str:
     return lines[0]
 
 
-# ---- what is done again, and what is not ----------------------------------------------------------------------------
-
-
 def edit(path: Path) -> None:
     path.write_text(path.read_text() + " edited")
 
@@ -240,9 +237,6 @@ def test_condensed_output(bootstrap):
     assert bootstrap.condense_build("  running build_ext\n") is None
 
 
-# ---- failures: one line that says what to do ------------------------------------------------------------------------
-
-
 def test_no_compiler(checkout):
     (checkout / "bin/g++").unlink()
     assert "apt-get install g++" in fail_in_one_line(checkout)
@@ -313,8 +307,6 @@ def test_diagnosis(bootstrap, output, advice):
     assert advice in diagnosis
     assert "\n" not in diagnosis
 
-
-# ---- the Makefile ---------------------------------------------------------------------------------------------------
 
 make = shutil.which("make")
 needs_make = pytest.mark.skipif(make is None, reason="needs make")

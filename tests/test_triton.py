@@ -256,7 +256,10 @@ def is_dense(t: Tensor, channels_last: bool) -> bool:
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("variant", CASE.variants)
 def test_as_good_as_eager(batch_norm_act, variant, dtypes):
-    for shape, layout in (((2, 3, 5, 7), "contiguous"), ((3, 17, 3, 3), "channels_last")):
+    shapes = {"channels_last": (3, 17, 3, 3)}
+    if dtypes == "float32":  # a program a channel: slow to interpret; other dtypes in test_many_tiles_and_chunks
+        shapes["contiguous"] = (2, 3, 5, 7)
+    for layout, shape in shapes.items():
         inputs, dy = make(shape, *DTYPES[dtypes], layout, **CASE.variants[variant])
         testing.check(CASE, inputs, dy, function=batch_norm_act)
 
@@ -264,17 +267,17 @@ def test_as_good_as_eager(batch_norm_act, variant, dtypes):
 @pytest.mark.parametrize("shape", CASE.shapes, ids=str)
 def test_ragged_shapes(batch_norm_act, shape):
     # The interpreter takes its time for a program, which is a channel in planes and 64 in rows, and for a tile.
-    layouts = ["contiguous", "channels_last"] if np.prod(shape) < 10000 else ["contiguous"]
+    layouts = ["contiguous", "channels_last"] if np.prod(shape) < 5000 else ["contiguous"]
     for layout in layouts if shape[1] <= 20 else ["channels_last"]:
         inputs, dy = make(shape, layout=layout)
         testing.check(CASE, inputs, dy, function=batch_norm_act)
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("dtypes", ["float32", "float64", "bfloat16, float32"])
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16, float32"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(5, 3, 4, 9), (61, 2, 2, 1), (2, 3, 11, 7), (67, 13)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 4, 9), (61, 2, 2, 1), (2, 3, 11, 7)], ids=str)
 def test_many_tiles_and_chunks(batch_norm_act, kernels, shape, layout, training, dtypes):
     inputs, dy = make(shape, *DTYPES[dtypes], layout, training=training)
     cut = kernels.layout.Cut.of(inputs["input"])
@@ -378,16 +381,31 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("tiles", ["tiles as they are", "small_tiles"])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("layout", "tiles"), [("contiguous", "small_tiles"), ("channels_last", "small_tiles"), ("channels_last", None)]
+)
 @pytest.mark.parametrize("data", HARD)
 def test_statistics_of_hard_data(batch_norm_act, request, data, layout, tiles):
-    if tiles == "small_tiles":
+    if tiles is not None:
         request.getfixturevalue(tiles)
     inputs, dy = make((4, 3, 5, 9), act="none")
     x = HARD[data](inputs["input"].double()).float()
     inputs["running_mean"].zero_(), inputs["running_var"].zero_()
     testing.check(CASE, inputs | {"input": testing.with_layout(x, layout)}, dy, function=batch_norm_act)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("offset", "scale", "eps"), [(1e4, 1e-2, 1e-5), (-3e29, 1e30, 1e-5), (0.0, 1e-22, 1e-50)])
+def test_digits_that_eager_loses(batch_norm_act, offset, scale, eps, layout):
+    """Eager is no measure here: it rounds the mean to float32, squares out of its range, or both."""
+    inputs, dy = make((6, 3, 5, 7), layout=layout, act="none", running=False, eps=eps)
+    inputs["input"] = offset + scale * inputs["input"].sub(2)
+    mine = testing.run(batch_norm_act, CASE, inputs, dy)
+    truth = testing.run(CASE.reference, CASE, testing.to_float64(inputs), dy.double())
+    if offset != 1e4:  # the slope of dx in x, of the order of rstd squared, is out of float32's range too
+        del mine["grad of input"], truth["grad of input"]
+    for name, value in mine.items():
+        torch.testing.assert_close(value.double(), truth[name], rtol=0, atol=2e-6 * truth[name].abs().max().item())
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -37,8 +37,6 @@ class SetupError(Exception):
     """One line that says what is wrong and what to do."""
 
 
-# ---- what is there --------------------------------------------------------------------------------------------------
-
 PROBE = """import json, sys, sysconfig
 print(json.dumps([sys.version_info[:2], sys.base_prefix, sysconfig.get_path("purelib"), sysconfig.get_path("include"),
                   sysconfig.get_config_var("EXT_SUFFIX")]))"""
@@ -128,9 +126,6 @@ class Stamps:
 
 
 logs: set[Path] = set()  # that this call has begun
-
-
-# ---- running a step -------------------------------------------------------------------------------------------------
 
 
 def condense_pip(line: str) -> str | None:
@@ -260,9 +255,6 @@ def check_space(folder: Path, needed: int, purpose: str) -> None:
             f"{purpose} needs about {needed / GB:.2g} GB, and {folder} has {free / GB:.1f} GB free: "
             "free some, or clone into a larger file system"
         )
-
-
-# ---- the steps ------------------------------------------------------------------------------------------------------
 
 
 def ensure_venv(root: Path) -> Venv:

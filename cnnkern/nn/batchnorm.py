@@ -53,7 +53,9 @@ class _ChosenAct(_FusedBatchNorm):
         act: str = "relu",
     ) -> None:
         if act not in reference.ACTIVATIONS:
-            raise ValueError(f"{type(self).__name__}: act must be one of {', '.join(reference.ACTIVATIONS)}; got {act!r}")
+            raise ValueError(
+                f"{type(self).__name__}: act must be one of {', '.join(reference.ACTIVATIONS)}; got {act!r}"
+            )
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.act = act
 

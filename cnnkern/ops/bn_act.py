@@ -65,10 +65,17 @@ def _empty_like_layout(x: Tensor) -> Tensor:
 
 @torch.library.register_fake("cnnkern::bn_act")
 def _(x, weight, bias, running_mean, running_var, training, momentum, eps, act):
-    for name, vector in {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}.items():
+    for name, vector in {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }.items():
         torch._check(
             vector is None or vector.device == x.device,
-            lambda name=name, v=vector: f"cnnkern::bn_act: expected {name} on {x.device} like the input; got {v.device}",
+            lambda name=name, v=vector: (
+                f"cnnkern::bn_act: expected {name} on {x.device} like the input; got {v.device}"
+            ),
         )
         torch._check(
             vector is None or (vector.dim() == 1 and vector.shape[0] == x.shape[1]),

@@ -90,7 +90,7 @@ inline torch::autograd::variable_list second_order(
   for (size_t i = 1, j = 0; i < v.size(); ++i) {
     if (!v[i].defined()) continue;
     const Tensor& g = first[j++];
-    if (g.defined() && grads[i - 1].defined() && grads[i - 1].numel() > 0 && g.requires_grad()) {
+    if (g.defined() && grads[i - 1].defined() && grads[i - 1].sym_numel() > 0 && g.requires_grad()) {
       outputs.push_back(g);
       output_grads.push_back(grads[i - 1]);
     }

@@ -1,10 +1,12 @@
 // The two sweeps that every batch-norm kernel makes, once for each memory layout. An operator brings a policy:
 //
 //   kRows                          per-channel constants it keeps (rows of a ChannelTable)
+//   prefetch(i)                    asks for the inputs at element i
 //   prepare(c)                     before the first sweep, channel c
 //   term<Partial>(at, i, n, s1, s2)   first sweep: adds element i (a vector; its first n lanes if Partial) to two sums
 //   finish(c, s1, s2)              the channel's sums -> constants of the second sweep
-//   point<Partial, Stream>(at, i, n)  second sweep: computes and stores element i
+//   point(at, i)                   second sweep: computes element i (a vector), point(at, i, n) its first n lanes
+//   output()                       where the second sweep stores
 //
 // `at(row)` gives a per-channel constant as a vector: broadcast in planes, loaded in rows of channels. Sums are kept
 // in vector accumulators of the arithmetic type for at most kFlush additions a lane, then in double. The pieces over
@@ -12,6 +14,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <c10/macros/Macros.h>
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
@@ -29,9 +32,20 @@ inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kFlush = 16;             // additions a lane before a sum moves to double
 constexpr int64_t kPiece = 8192;           // elements of one channel whose sums are taken in one go
-constexpr int64_t kRunBytes = 4096;        // contiguous bytes a thread reads before it jumps to the next image
+constexpr int64_t kRunBytes = 8192;        // contiguous bytes a thread reads before it jumps to the next image
 constexpr int64_t kSerial = 32768;         // elements below which waking a second thread costs more than it saves
 constexpr int64_t kMaxBlock = 64;          // channels of a block
+constexpr int64_t kMaxStaged = 8192;       // elements of a block's run that are streamed through a buffer
+constexpr int64_t kStretch = 16384;        // elements of rows that are read forward in the reversed second sweep
+constexpr int64_t kAhead = 8192;           // bytes between what is read and what is fetched, in rows
+
+// How many elements p is short of the alignment of a whole vector.
+template <typename T>
+int64_t short_of_alignment(const T* p) {
+  constexpr uintptr_t bytes = kLanes<T> * sizeof(T);
+  const uintptr_t over = reinterpret_cast<uintptr_t>(p) % bytes;
+  return over == 0 ? 0 : static_cast<int64_t>((bytes - over) / sizeof(T));
+}
 
 inline int64_t divup(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -80,6 +94,29 @@ class ChannelTable {
   c10::SmallVector<compute_t<T>, 512> data_;
 };
 
+// A channel's constants as vectors, loaded once for a run; rows that nobody reads cost nothing once inlined.
+template <typename Policy>
+struct Constants {
+  using V = Vec<typename Policy::Scalar>;
+  V v[Policy::kRows];
+  V operator()(int row) const { return v[row]; }
+  static Constants broadcast(const Policy& policy, int64_t c) {
+    Constants k;
+    for (int r = 0; r < Policy::kRows; ++r) k.v[r] = V(policy.table.row(r)[c]);
+    return k;
+  }
+  static Constants columns(const Policy& policy, int64_t c) {
+    Constants k;
+    for (int r = 0; r < Policy::kRows; ++r) k.v[r] = V::loadu(policy.table.row(r) + c);
+    return k;
+  }
+  static Constants columns(const Policy& policy, int64_t c, int64_t n) {
+    Constants k;
+    for (int r = 0; r < Policy::kRows; ++r) k.v[r] = vload(policy.table.row(r) + c, n, V(0));
+    return k;
+  }
+};
+
 // Where the elements of a channel lie: `runs` runs of `length` elements, `step` apart.
 struct ChannelView {
   int64_t channel_stride, runs, run_stride, length, step;
@@ -103,8 +140,8 @@ struct Layout {
 // ---- planes -----------------------------------------------------------------------------------------------------
 
 template <typename Policy, typename At>
-inline void sum_run(const Policy& policy, const At& at, int64_t begin, int64_t n, Vec<typename Policy::Scalar>& s1,
-                    Vec<typename Policy::Scalar>& s2) {
+inline void sum_run(const Policy& policy, const At& at, int64_t begin, int64_t n,
+                    Vec<typename Policy::Scalar>& s1, Vec<typename Policy::Scalar>& s2) {
   using V = Vec<typename Policy::Scalar>;
   constexpr int64_t L = V::size();
   V a1(0), a2(0), b1(0), b2(0), c1(0), c2(0), d1(0), d2(0);
@@ -124,21 +161,39 @@ inline void sum_run(const Policy& policy, const At& at, int64_t begin, int64_t n
   s2 = s2 + ((a2 + b2) + (c2 + d2));
 }
 
+// `ahead`: how far from an element the one lies that is to be fetched meanwhile; 0 for none. The hardware's own
+// prefetching ends at every page and does not foresee the jump to the next image.
 template <typename Policy, typename At>
-inline void map_run(const Policy& policy, const At& at, int64_t begin, int64_t n, bool stream) {
+inline void map_run(const Policy& policy, const At& at, int64_t begin, int64_t n, int64_t ahead,
+                    typename Policy::Scalar* out, bool stream) {
   constexpr int64_t L = kLanes<typename Policy::Scalar>;
-  const int64_t end = begin + n;
-  int64_t i = begin;
+  int64_t i = 0;
   if (stream) {
-    if (const int64_t head = std::min(policy.unaligned(i), n); head > 0) {
-      policy.template point<true, false>(at, i, head);
-      i += head;
+    if (const int64_t head = std::min(short_of_alignment(out), n); head > 0) {
+      vstore(out, policy.point(at, begin, head), head);
+      i = head;
     }
-    for (; i + L <= end; i += L) policy.template point<false, true>(at, i, L);
+    for (; i + L <= n; i += L) {
+      policy.prefetch(begin + i + ahead);
+      vstream(out + i, policy.point(at, begin + i));
+    }
   } else {
-    for (; i + L <= end; i += L) policy.template point<false, false>(at, i, L);
+    for (; i + L <= n; i += L) {
+      policy.prefetch(begin + i + ahead);
+      vstore(out + i, policy.point(at, begin + i));
+    }
   }
-  if (i < end) policy.template point<true, false>(at, i, end - i);
+  if (i < n) vstore(out + i, policy.point(at, begin + i, n - i), n - i);
+}
+
+// Copies past the caches.
+template <typename T>
+inline void stream_copy(T* out, const T* in, int64_t n) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t i = std::min(short_of_alignment(out), n);
+  std::copy_n(in, i, out);
+  for (; i + L <= n; i += L) vstream(out + i, vload(in + i));
+  std::copy_n(in + i, n - i, out + i);
 }
 
 // How a tensor of planes is cut: blocks of channels (a thread's contiguous run in one image), and for each block
@@ -157,7 +212,7 @@ struct PlaneCut {
 };
 
 template <typename Policy>
-void reduce_planes_piece(const Policy& policy, const Planes& s, const PlaneCut& cut, int64_t block, int64_t piece,
+C10_NOINLINE void reduce_planes_piece(const Policy& policy, const Planes& s, const PlaneCut& cut, int64_t block, int64_t piece,
                          double* sums) {  // sums: (channels of the block, 2), added to
   using T = typename Policy::Scalar;
   using V = Vec<T>;
@@ -176,7 +231,7 @@ void reduce_planes_piece(const Policy& policy, const Planes& s, const PlaneCut& 
   int64_t pending = 0;
   for (int64_t n = n0; n < n1; ++n) {
     for (int64_t c = 0; c < nc; ++c) {
-      const auto at = [&](int row) { return V(policy.table.row(row)[c0 + c]); };
+      const auto at = Constants<Policy>::broadcast(policy, c0 + c);
       const int64_t begin = (n * s.C + c0 + c) * s.HW + p0;
       // A long run is summed in stretches, so that no lane sees more than kFlush additions.
       for (int64_t j = 0; j < pn; j += kFlush * 4 * V::size()) {
@@ -196,18 +251,44 @@ void reduce_planes_piece(const Policy& policy, const Planes& s, const PlaneCut& 
 }
 
 template <typename Policy>
-void map_planes_piece(const Policy& policy, const Planes& s, const PlaneCut& cut, int64_t block, int64_t piece,
+C10_NOINLINE void map_planes_piece(const Policy& policy, const Planes& s, const PlaneCut& cut, int64_t block, int64_t piece,
                       bool stream) {  // in reverse order: what was read last is still in cache
-  using V = Vec<typename Policy::Scalar>;
   const int64_t c0 = block * cut.block, c1 = std::min(s.C, c0 + cut.block);
   const int64_t n0 = piece / cut.parts * cut.group, n1 = std::min(s.N, n0 + cut.group);
   const int64_t p0 = piece % cut.parts * cut.part, pn = std::min(cut.part, s.HW - p0);
+  // Meanwhile the next block is fetched, so that memory is read while results are written and the next block's first
+  // sweep finds it in cache.
+  using T = typename Policy::Scalar;
+  const int64_t ahead = block + 1 < cut.blocks ? cut.block * s.HW : 0;
+  // Short planes do not end at cache lines: a block's run is put together in a buffer and streamed as a whole.
+  alignas(64) T buffer[kMaxStaged];
+  const int64_t run = (c1 - c0) * s.HW;
+  const bool staged = stream && cut.parts == 1 && run <= kMaxStaged && s.HW * static_cast<int64_t>(sizeof(T)) % 64 != 0;
   for (int64_t n = n1; n-- > n0;) {
-    for (int64_t c = c0; c < c1; ++c) {
-      const auto at = [&](int row) { return V(policy.table.row(row)[c]); };
-      map_run(policy, at, (n * s.C + c) * s.HW + p0, pn, stream);
-    }
+    T* const image = policy.output() + (n * s.C + c0) * s.HW;
+    T* const target = staged ? buffer : image;
+    for (int64_t c = c0; c < c1; ++c)
+      map_run(policy, Constants<Policy>::broadcast(policy, c), (n * s.C + c) * s.HW + p0, pn, ahead,
+              target + (c - c0) * s.HW + p0, stream && !staged);
+    if (staged) stream_copy(image, buffer, run);
   }
+}
+
+// Without sums there is one sweep, in the order of memory.
+template <typename Policy>
+void map_planes(Policy& policy, const Planes& s, bool stream) {
+  using T = typename Policy::Scalar;
+  for (int64_t c = 0; c < s.C; ++c) policy.prepare(c);
+  const auto planes = [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      map_run(policy, Constants<Policy>::broadcast(policy, p % s.C), p * s.HW, s.HW, kAhead / sizeof(T),
+              policy.output() + p * s.HW, stream);
+    stream_fence();
+  };
+  if (s.numel() < kSerial)
+    planes(0, s.N * s.C);
+  else
+    at::parallel_for(0, s.N * s.C, divup(kSerial / 2, s.HW), planes);
 }
 
 template <typename Policy>
@@ -215,6 +296,7 @@ void run_planes(Policy& policy, const Planes& s) {
   const PlaneCut cut(s, sizeof(typename Policy::Scalar));
   policy.table.resize(s.C, s.C);
   const bool stream = policy.streams(s.numel());
+  if constexpr (!Policy::kReduces) return map_planes(policy, s, stream);
   const int64_t threads = s.numel() < kSerial ? 1 : at::get_num_threads();
   const auto prepare = [&](int64_t block) {
     for (int64_t c = block * cut.block; c < std::min(s.C, (block + 1) * cut.block); ++c)
@@ -229,16 +311,13 @@ void run_planes(Policy& policy, const Planes& s) {
     const auto own_blocks = [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         prepare(block);
-        if constexpr (Policy::kReduces) {
-          double sums[2 * kMaxBlock] = {};
-          double part[2 * kMaxBlock];
-          for (int64_t piece = 0; piece < cut.pieces(); ++piece) {
-            std::fill_n(part, 2 * cut.block, 0.0);
-            reduce_planes_piece(policy, s, cut, block, piece, part);
-            for (int64_t j = 0; j < 2 * cut.block; ++j) sums[j] += part[j];
-          }
-          finish(block, sums);
+        double sums[2 * kMaxBlock] = {}, part[2 * kMaxBlock];
+        for (int64_t piece = 0; piece < cut.pieces(); ++piece) {
+          std::fill_n(part, 2 * cut.block, 0.0);
+          reduce_planes_piece(policy, s, cut, block, piece, part);
+          for (int64_t j = 0; j < 2 * cut.block; ++j) sums[j] += part[j];
         }
+        finish(block, sums);
         if (policy.maps())
           for (int64_t piece = cut.pieces(); piece-- > 0;) map_planes_piece(policy, s, cut, block, piece, stream);
       }
@@ -253,19 +332,17 @@ void run_planes(Policy& policy, const Planes& s) {
   // Else threads share the pieces of every block, and meet between the two sweeps.
   const int64_t units = cut.blocks * cut.pieces();  // piece-major: a thread's units are near each other in memory
   for (int64_t block = 0; block < cut.blocks; ++block) prepare(block);
-  if constexpr (Policy::kReduces) {
-    std::vector<double> partial(units * 2 * cut.block, 0.0);
-    at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t u = begin; u < end; ++u)
-        reduce_planes_piece(policy, s, cut, u % cut.blocks, u / cut.blocks, &partial[u * 2 * cut.block]);
-      stream_fence();
-    });
-    for (int64_t block = 0; block < cut.blocks; ++block) {
-      double sums[2 * kMaxBlock] = {};
-      for (int64_t piece = 0; piece < cut.pieces(); ++piece)
-        for (int64_t j = 0; j < 2 * cut.block; ++j) sums[j] += partial[(piece * cut.blocks + block) * 2 * cut.block + j];
-      finish(block, sums);
-    }
+  std::vector<double> partial(units * 2 * cut.block, 0.0);
+  at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u)
+      reduce_planes_piece(policy, s, cut, u % cut.blocks, u / cut.blocks, &partial[u * 2 * cut.block]);
+    stream_fence();
+  });
+  for (int64_t block = 0; block < cut.blocks; ++block) {
+    double sums[2 * kMaxBlock] = {};
+    for (int64_t piece = 0; piece < cut.pieces(); ++piece)
+      for (int64_t j = 0; j < 2 * cut.block; ++j) sums[j] += partial[(piece * cut.blocks + block) * 2 * cut.block + j];
+    finish(block, sums);
   }
   if (policy.maps()) {
     at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
@@ -278,7 +355,7 @@ void run_planes(Policy& policy, const Planes& s) {
 // ---- rows of channels -------------------------------------------------------------------------------------------
 
 template <typename Policy>
-void reduce_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, double* sums, compute_t<typename Policy::Scalar>* acc) {
+C10_NOINLINE void reduce_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, double* sums, compute_t<typename Policy::Scalar>* acc) {
   // elements [begin, end) of the tensor, begin at a row's start; sums and acc: (2, width)
   using T = typename Policy::Scalar;
   using S = compute_t<T>;
@@ -288,13 +365,14 @@ void reduce_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end
     constexpr int kRows = decltype(rows)::value;
     int64_t v = 0;
     for (; v + L <= n; v += L) {
-      const auto at = [&](int row) { return V::loadu(policy.table.row(row) + v); };
+      const auto at = Constants<Policy>::columns(policy, v);
       V s1(0), s2(0);
+      for (int r = 0; r < kRows; ++r) policy.prefetch(first + r * width + v + kAhead / static_cast<int64_t>(sizeof(T)));
       for (int r = 0; r < kRows; ++r) policy.template term<false>(at, first + r * width + v, L, s1, s2);
       (V::loadu(acc + v) + s1).store(acc + v), (V::loadu(acc + width + v) + s2).store(acc + width + v);
     }
     if (const int64_t rest = n - v; rest > 0) {
-      const auto at = [&](int row) { return vload<S>(policy.table.row(row) + v, rest, V(0)); };
+      const auto at = Constants<Policy>::columns(policy, v, rest);
       V s1(0), s2(0);
       for (int r = 0; r < kRows; ++r) policy.template term<true>(at, first + r * width + v, rest, s1, s2);
       vstore<S>(acc + v, vload<S>(acc + v, rest, V(0)) + s1, rest);
@@ -317,30 +395,30 @@ void reduce_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end
 }
 
 template <typename Policy>
-void map_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, bool stream) {
+C10_NOINLINE void map_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, bool stream) {
   using T = typename Policy::Scalar;
-  using S = compute_t<T>;
   using V = Vec<T>;
   constexpr int64_t L = V::size();
   const auto columns = [&](auto streamed, int64_t first, int64_t n) {
+    T* const out = policy.output() + first;
     int64_t v = 0;
     for (; v + L <= n; v += L) {
-      const auto at = [&](int row) { return V::loadu(policy.table.row(row) + v); };
-      policy.template point<false, decltype(streamed)::value>(at, first + v, L);
+      policy.prefetch(first + v + kAhead / static_cast<int64_t>(sizeof(T)));
+      const V result = policy.point(Constants<Policy>::columns(policy, v), first + v);
+      if constexpr (decltype(streamed)::value)
+        vstream(out + v, result);
+      else
+        vstore(out + v, result);
     }
-    if (const int64_t rest = n - v; rest > 0) {
-      const auto at = [&](int row) { return vload<S>(policy.table.row(row) + v, rest, V(0)); };
-      policy.template point<true, false>(at, first + v, rest);
-    }
+    if (const int64_t rest = n - v; rest > 0)
+      vstore(out + v, policy.point(Constants<Policy>::columns(policy, v, rest), first + v, rest), rest);
   };
-  const int64_t last = begin + (end - begin) / width * width;
-  if (last < end) columns(std::false_type{}, last, end - last);
-  for (int64_t i = last; i > begin;) {
-    i -= width;
+  for (int64_t i = begin; i < end; i += width) {
+    const int64_t n = std::min(width, end - i);  // the last row may be short
     if (stream)
-      columns(std::true_type{}, i, width);
+      columns(std::true_type{}, i, n);
     else
-      columns(std::false_type{}, i, width);
+      columns(std::false_type{}, i, n);
   }
 }
 
@@ -358,7 +436,7 @@ void run_rows(Policy& policy, const Rows& s) {
   const int64_t piece = std::max<int64_t>(divup(divup(numel, width), pieces), 1) * width;
   const int64_t units = std::max<int64_t>(divup(numel, piece), 1);
   policy.table.resize(s.C, width);
-  const bool stream = policy.streams(numel) && width % L == 0 && policy.unaligned(0) == 0;
+  const bool stream = policy.streams(numel) && width % L == 0 && short_of_alignment(policy.output()) == 0;
   const auto parallel = [&](int64_t n, const auto& f) {
     if (numel < kSerial || n == 1)
       f(int64_t{0}, n);
@@ -390,7 +468,10 @@ void run_rows(Policy& policy, const Rows& s) {
   }
   if (!policy.maps()) return;
   parallel(units, [&](int64_t begin, int64_t end) {
-    for (int64_t u = end; u-- > begin;) map_rows(policy, width, u * piece, std::min(numel, (u + 1) * piece), stream);
+    // In reverse order, so that what the first sweep read last is still in cache; forward within a stretch.
+    const int64_t first = begin * piece, last = std::min(numel, end * piece), stretch = divup(kStretch, width) * width;
+    for (int64_t i = divup(last - first, stretch); i-- > 0;)
+      map_rows(policy, width, first + i * stretch, std::min(last, first + (i + 1) * stretch), stream);
     stream_fence();
   });
 }

@@ -50,14 +50,6 @@ struct RunningStatistics {
   }
 };
 
-// How many elements the store at p + i is short of a whole aligned vector.
-template <typename T>
-int64_t short_of_alignment(const T* p, int64_t i) {
-  constexpr uintptr_t bytes = kLanes<T> * sizeof(T);
-  const uintptr_t over = reinterpret_cast<uintptr_t>(p + i) % bytes;
-  return over == 0 ? 0 : static_cast<int64_t>((bytes - over) / sizeof(T));
-}
-
 template <typename T, typename Act, bool kTraining>
 struct BnActForward {
   using Scalar = T;
@@ -76,8 +68,9 @@ struct BnActForward {
   ChannelTable<T, kRows> table{};
 
   static constexpr bool maps() { return true; }
-  bool streams(int64_t numel) const { return 2 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes(); }
-  int64_t unaligned(int64_t i) const { return short_of_alignment(y, i); }
+  bool streams(int64_t numel) const { return 4 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes(); }
+  T* output() const { return y; }
+  void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2); }
 
   void prepare(int64_t c) {
     if constexpr (kTraining) {
@@ -131,16 +124,17 @@ struct BnActForward {
     table(kCenter, c) = a.center, table(kScale, c) = a.scale, table(kOffset, c) = a.offset;
   }
 
-  template <bool kPartial, bool kStream, typename At>
-  void point(const At& at, int64_t i, int64_t n) const {
-    const V v = kPartial ? vload(x + i, n, V(0)) : vload(x + i);
-    const V out = Act::template value<T>(at::vec::fmadd(v - at(kCenter), at(kScale), at(kOffset)));
-    if constexpr (kPartial)
-      vstore(y + i, out, n);
-    else if constexpr (kStream)
-      vstream(y + i, out);
-    else
-      vstore(y + i, out);
+  template <typename At>
+  V point(const At& at, int64_t i) const {
+    return result(at, vload(x + i));
+  }
+  template <typename At>
+  V point(const At& at, int64_t i, int64_t n) const {
+    return result(at, vload(x + i, n, V(0)));
+  }
+  template <typename At>
+  V result(const At& at, V v) const {
+    return Act::template value<T>(at::vec::fmadd(v - at(kCenter), at(kScale), at(kOffset)));
   }
 };
 
@@ -162,8 +156,9 @@ struct BnActBackward {
 
   // In eval dx needs no sums and is written in the first sweep.
   bool maps() const { return kTraining && dx != nullptr; }
-  bool streams(int64_t numel) const { return 3 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes(); }
-  int64_t unaligned(int64_t i) const { return short_of_alignment(dx, i); }
+  bool streams(int64_t numel) const { return 4 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes(); }
+  T* output() const { return dx; }
+  void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2), __builtin_prefetch(dy + i, 0, 2); }
 
   void prepare(int64_t c) {
     const Affine a = affine<S>(mean[c], rstd[c], parameters.weight_of(c), parameters.bias_of(c));
@@ -204,18 +199,22 @@ struct BnActBackward {
     table(kMeanGradient, c) = s1 / n + slope * lost;
   }
 
-  template <bool kPartial, bool kStream, typename At>
-  void point(const At& at, int64_t i, int64_t n) const {
+  template <typename At>
+  V point(const At& at, int64_t i) const {
     V centered;
-    const V g = gradient<kPartial>(at, i, n, centered);
-    // In this order the terms cancel before they are scaled, with one rounding each.
-    const V out = at::vec::fmadd(centered, at(kSlope), g - at(kMeanGradient)) * at(kScale);
-    if constexpr (kPartial)
-      vstore(dx + i, out, n);
-    else if constexpr (kStream)
-      vstream(dx + i, out);
-    else
-      vstore(dx + i, out);
+    const V g = gradient<false>(at, i, 0, centered);
+    return result(at, g, centered);
+  }
+  template <typename At>
+  V point(const At& at, int64_t i, int64_t n) const {
+    V centered;
+    const V g = gradient<true>(at, i, n, centered);
+    return result(at, g, centered);
+  }
+  // In this order the terms cancel before they are scaled, with one rounding each.
+  template <typename At>
+  V result(const At& at, V g, V centered) const {
+    return at::vec::fmadd(centered, at(kSlope), g - at(kMeanGradient)) * at(kScale);
   }
 };
 

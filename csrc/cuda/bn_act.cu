@@ -1,6 +1,8 @@
 // bn_act and bn_act_backward on CUDA tensors. The kernels stand in bn_act.cuh.
 #include <ATen/Dispatch.h>
-#include <ATen/Functions.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -132,7 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_cuda(const Tensor& dy, const 
           .dweight = channel_vector<T>(output_mask[1] ? dweight : Tensor()),
           .dbias = channel_vector<T>(output_mask[2] ? dbias : Tensor()),
           .coefficients = coefficients.mutable_data_ptr<S>()};
-      reduce_and_map(backward, gpu::Cut<T>(layout, true, backward.dy, backward.x, backward.dx), x);
+      reduce_and_map(backward, gpu::Cut<T>(layout, training, backward.dy, backward.x, backward.dx), x);
     };
     if (training)
       run(std::true_type{});

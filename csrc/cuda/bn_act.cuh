@@ -8,8 +8,8 @@
 // backward (1 and 2 of them reads); else 3 and 5. Eval: 2 and 3.
 // A block owns a channel and both sweeps (planes, short channels), or a slice of one channel, or a strip of rows of
 // up to 128 channels; then its two sums go to memory, a second kernel adds them, a third maps. How a tensor is cut
-// depends on its shape alone, so results are the same on every GPU.
-// Accumulators: the arithmetic type (float, double for double) for 16 or 32 elements, then double.
+// depends on its shape and alignment alone, not on the GPU.
+// Accumulators: the arithmetic type (float, double for double) for at most 128 elements, then double.
 #pragma once
 
 #include "activations.h"
@@ -22,7 +22,7 @@ constexpr int kThreads = 256;            // of a block that shares its channel
 constexpr int kOwnerThreads = 512;       // of a block that owns one
 constexpr int kFinishThreads = 128;
 constexpr int kUnroll = 4;               // vectors that a thread has under way
-constexpr int kFlush = 4;                // batches of rows whose sums stay in the arithmetic type
+constexpr int kFlush = 4;                // batches whose sums stay in the arithmetic type
 constexpr int kTileChannels = 128;
 constexpr int kSamples = 8;
 constexpr int64_t kBlocks = 1024;        // enough for every GPU
@@ -141,9 +141,9 @@ struct Statistics {
     return {static_cast<S>(sum[0] * (1.0 / kSamples))};
   }
 
-  template <bool kWhole, int V, typename Fill>
+  template <bool kRagged, int V, typename Fill>
   __device__ __forceinline__ void load(Input<V>& in, int64_t at, Lanes lanes, const Fill& fill) const {
-    gpu::load<kWhole>(x + at, lanes, fill, in.x);
+    gpu::load<kRagged>(x + at, lanes, fill, in.x);
   }
 
   template <int V>
@@ -257,10 +257,10 @@ struct BnActBackward {
   __device__ Before before(int64_t c) const { return affine(parameters, c, mean[c], rstd[c]); }
   __device__ After after(int64_t c, bool) const { return {before(c), coefficients[2 * c], coefficients[2 * c + 1]}; }
 
-  template <bool kWhole, int V, typename Fill>
+  template <bool kRagged, int V, typename Fill>
   __device__ __forceinline__ void load(Input<V>& in, int64_t at, Lanes lanes, const Fill& fill) const {
-    gpu::load<kWhole>(x + at, lanes, fill, in.x);
-    gpu::load<kWhole>(dy + at, lanes, [](int) { return S(0); }, in.dy);
+    gpu::load<kRagged>(x + at, lanes, fill, in.x);
+    gpu::load<kRagged>(dy + at, lanes, [](int) { return S(0); }, in.dy);
   }
 
   template <int V>
@@ -301,50 +301,68 @@ struct BnActBackward {
 // ---- the two sweeps ---------------------------------------------------------------------------------------------
 // The constants of a thread are one for all lanes of its vectors (planes) or one a lane (rows): K is 1 or V.
 
-template <bool kWhole, int V, typename P, typename Constants, int K>
-__device__ __forceinline__ void load_batch(const P& p, typename P::template Input<V> (&in)[kUnroll], const int64_t (&at)[kUnroll],
-                                           const Lanes (&lanes)[kUnroll], const Constants (&constants)[K]) {
+// A batch is the U vectors that a thread has under way. In ragged planes that is one, of which only `lanes` may exist.
+
+template <bool kRagged, int V, typename P, typename Constants, int K, int U>
+__device__ __forceinline__ void load_batch(const P& p, typename P::template Input<V> (&in)[U], const int64_t (&at)[U], Lanes lanes,
+                                           const Constants (&constants)[K]) {
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u)
-    p.template load<kWhole>(in[u], at[u], lanes[u], [&](int k) { return constants[K == 1 ? 0 : k].center; });
+  for (int u = 0; u < U; ++u)
+    p.template load<kRagged>(in[u], at[u], lanes, [&](int k) { return constants[K == 1 ? 0 : k].center; });
 }
 
-template <bool kWhole, int V, typename P, typename Constants, int K>
-__device__ __forceinline__ void store_batch(const P& p, const typename P::template Input<V> (&in)[kUnroll], const int64_t (&at)[kUnroll],
-                                            const Lanes (&lanes)[kUnroll], const Constants (&constants)[K]) {
+template <bool kRagged, int V, typename P, typename Constants, int K, int U>
+__device__ __forceinline__ void store_batch(const P& p, const typename P::template Input<V> (&in)[U], const int64_t (&at)[U],
+                                            Lanes lanes, const Constants (&constants)[K]) {
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
+  for (int u = 0; u < U; ++u) {
     typename P::S out[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) out[k] = p.point(in[u], k, constants[K == 1 ? 0 : k]);
-    store<kWhole>(p.result() + at[u], lanes[u], out);
+    store<kRagged>(p.result() + at[u], lanes, out);
   }
 }
 
-// Adds a batch to the sums, one pair for all lanes or one a lane.
-template <bool kWhole, int V, typename P, typename S, int K>
-__device__ __forceinline__ void reduce_batch(const P& p, const int64_t (&at)[kUnroll], const Lanes (&lanes)[kUnroll],
-                                             const typename P::Before (&constants)[K], S (&s1)[K], S (&s2)[K]) {
-  typename P::template Input<V> in[kUnroll];
-  load_batch<kWhole, V>(p, in, at, lanes, constants);
-#pragma unroll
-  for (int u = 0; u < kUnroll; ++u)
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const int j = K == 1 ? 0 : k;
-      p.term(in[u], k, constants[j], s1[j], s2[j]);
-    }
-  if constexpr (P::kWritesWhileReducing)
-    if (p.result() != nullptr) store_batch<kWhole, V>(p, in, at, lanes, constants);
+template <bool kRagged, int V, typename P, int K, int U>
+__device__ __forceinline__ void map_batch(const P& p, const int64_t (&at)[U], Lanes lanes, const typename P::After (&constants)[K]) {
+  typename P::template Input<V> in[U];
+  load_batch<kRagged, V>(p, in, at, lanes, constants);
+  store_batch<kRagged, V>(p, in, at, lanes, constants);
 }
 
-template <bool kWhole, int V, typename P, int K>
-__device__ __forceinline__ void map_batch(const P& p, const int64_t (&at)[kUnroll], const Lanes (&lanes)[kUnroll],
-                                          const typename P::After (&constants)[K]) {
-  typename P::template Input<V> in[kUnroll];
-  load_batch<kWhole, V>(p, in, at, lanes, constants);
-  store_batch<kWhole, V>(p, in, at, lanes, constants);
-}
+// A thread's two sums, one pair for all lanes or one a lane: kept in the arithmetic type for kFlush batches.
+template <typename P, int V, int K>
+struct ThreadSums {
+  using S = typename P::S;
+  double wide[2 * K] = {};  // K first sums, K second ones
+  S s1[K] = {}, s2[K] = {};
+  int pending = 0;
+
+  template <bool kRagged, int U>
+  __device__ __forceinline__ void add(const P& p, const int64_t (&at)[U], Lanes lanes, const typename P::Before (&constants)[K]) {
+    typename P::template Input<V> in[U];
+    load_batch<kRagged, V>(p, in, at, lanes, constants);
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        const int j = K == 1 ? 0 : k;
+        p.term(in[u], k, constants[j], s1[j], s2[j]);
+      }
+    if constexpr (P::kWritesWhileReducing)
+      if (p.result() != nullptr) store_batch<kRagged, V>(p, in, at, lanes, constants);
+    if (++pending == kFlush) flush();
+  }
+
+  __device__ __forceinline__ void flush() {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      wide[k] += s1[k], wide[K + k] += s2[k];
+      s1[k] = s2[k] = 0;
+    }
+    pending = 0;
+  }
+};
 
 // The constants of `channels` channels, computed by a thread each, then read by all.
 template <typename Constants, typename F>
@@ -373,44 +391,42 @@ template <bool kRagged, int V, typename F>
 __device__ __forceinline__ void for_planes(const PlaneCut& cut, int64_t c, int64_t slice, const F& f) {
   const int64_t begin = slice * cut.slice + threadIdx.x, end = smaller(cut.total, (slice + 1) * cut.slice);
   const int64_t image = cut.C * cut.HW;
-  int64_t start = begin / cut.vectors * image + c * cut.HW, vector = begin % cut.vectors;
-  const auto batch = [&](auto whole, int64_t j) {
-    int64_t at[kUnroll];
-    Lanes lanes[kUnroll];
+  int64_t start = begin / cut.vectors * image + c * cut.HW, vector = begin % cut.vectors, j = begin;
+  const auto batch = [&](auto count) {
+    constexpr int U = decltype(count)::value;
+    int64_t at[U];
+    Lanes lanes = {0, V, cut.aligned};
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < U; ++u) {
       at[u] = start + vector * V;
-      lanes[u] = {0, V, cut.aligned};
       if constexpr (kRagged) {
         at[u] -= (start + cut.misaligned) & (V - 1);
-        lanes[u].first = static_cast<int>(larger(0, start - at[u]));
-        lanes[u].last = static_cast<int>(smaller(V, start + cut.HW - at[u]));
+        lanes.first = static_cast<int>(larger(0, start - at[u]));
+        lanes.last = static_cast<int>(smaller(V, start + cut.HW - at[u]));
       }
-      if (!decltype(whole)::value && j + u * static_cast<int64_t>(blockDim.x) >= end) lanes[u].last = 0;
       start += cut.step_planes * image;
       vector += cut.step_vectors;
       if (vector >= cut.vectors) vector -= cut.vectors, start += image;
     }
-    f(whole, at, lanes);
+    f(at, lanes);
+    j += U * static_cast<int64_t>(blockDim.x);
   };
-  int64_t j = begin;
   if constexpr (!kRagged)
-    for (; j + (kUnroll - 1) * static_cast<int64_t>(blockDim.x) < end; j += kUnroll * blockDim.x) batch(std::true_type{}, j);
-  for (; j < end; j += kUnroll * blockDim.x) batch(std::false_type{}, j);
+    while (j + (kUnroll - 1) * static_cast<int64_t>(blockDim.x) < end) batch(std::integral_constant<int, kUnroll>{});
+  while (j < end) batch(std::integral_constant<int, 1>{});
 }
 
 template <bool kRagged, typename P>
 __device__ __forceinline__ void reduce_planes(const P& p, const PlaneCut& cut, int64_t c, int64_t slice, double (&sums)[2]) {
-  using S = typename P::S;
   constexpr int V = kVector<typename P::Scalar>;
   GPU_SHARED(typename P::Before, shared, 1);
   share(shared, 1, [&](int) { return p.before(c); });
   const typename P::Before constants[1] = {shared[0]};
-  for_planes<kRagged, V>(cut, c, slice, [&](auto whole, const auto& at, const auto& lanes) {
-    S s1[1] = {0}, s2[1] = {0};
-    reduce_batch<decltype(whole)::value, V>(p, at, lanes, constants, s1, s2);
-    sums[0] += s1[0], sums[1] += s2[0];
-  });
+  ThreadSums<P, V, 1> mine;
+  for_planes<kRagged, V>(cut, c, slice,
+                         [&](const auto& at, Lanes lanes) { mine.template add<kRagged>(p, at, lanes, constants); });
+  mine.flush();
+  sums[0] = mine.wide[0], sums[1] = mine.wide[1];
   block_sum(sums);
 }
 
@@ -420,14 +436,12 @@ __device__ __forceinline__ void map_planes(const P& p, const PlaneCut& cut, int6
   GPU_SHARED(typename P::After, shared, 1);
   share(shared, 1, [&](int) { return p.after(c, slice == 0); });
   const typename P::After constants[1] = {shared[0]};
-  for_planes<kRagged, V>(cut, c, slice, [&](auto whole, const auto& at, const auto& lanes) {
-    map_batch<decltype(whole)::value, V>(p, at, lanes, constants);
-  });
+  for_planes<kRagged, V>(cut, c, slice, [&](const auto& at, Lanes lanes) { map_batch<kRagged, V>(p, at, lanes, constants); });
 }
 
 template <typename P, bool kRagged>
 __global__ void __launch_bounds__(kThreads) reduce_planes_kernel(P p, PlaneCut cut, double* partial) {
-  double sums[2] = {0, 0};
+  double sums[2];
   reduce_planes<kRagged>(p, cut, blockIdx.x / cut.slices, blockIdx.x % cut.slices, sums);
   if (threadIdx.x < 2) partial[2 * static_cast<int64_t>(blockIdx.x) + threadIdx.x] = threadIdx.x == 0 ? sums[0] : sums[1];
 }
@@ -441,13 +455,10 @@ __global__ void __launch_bounds__(kThreads) map_planes_kernel(P p, PlaneCut cut)
 
 template <typename P, bool kRagged>
 __global__ void __launch_bounds__(kOwnerThreads) own_planes_kernel(P p, PlaneCut cut, bool maps) {
-  double sums[2] = {0, 0};
+  double sums[2];
   reduce_planes<kRagged>(p, cut, blockIdx.x, 0, sums);
   p.finish(blockIdx.x, sums[0], sums[1]);
-  if constexpr (!P::kWritesWhileReducing) {
-    __syncthreads();
-    if (maps) map_planes<kRagged>(p, cut, blockIdx.x, 0);
-  }
+  if (maps) map_planes<kRagged>(p, cut, blockIdx.x, 0);
 }
 
 // Adds the sums of a channel's slices or strips. partial: (C, slices, 2).
@@ -493,54 +504,39 @@ struct RowPlace {
 template <int V, typename F>
 __device__ __forceinline__ void for_rows(const RowCut& cut, const RowPlace<V>& place, const F& f) {
   const int64_t end = smaller(cut.rows, (place.strip + 1) * cut.strip);
-  const auto batch = [&](auto whole, int64_t r) {
-    int64_t at[kUnroll];
-    Lanes lanes[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      at[u] = (r + u * cut.thread_rows) * cut.C + place.channel;
-      lanes[u] = {0, V, true};
-      if (!decltype(whole)::value && r + u * cut.thread_rows >= end) lanes[u].last = 0;
-    }
-    f(whole, at, lanes);
-  };
   int64_t r = place.strip * cut.strip + place.row;
-  for (; r + (kUnroll - 1) * cut.thread_rows < end; r += kUnroll * cut.thread_rows) batch(std::true_type{}, r);
-  if (r < end) batch(std::false_type{}, r);
+  const auto batch = [&](auto count) {
+    constexpr int U = decltype(count)::value;
+    int64_t at[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) at[u] = (r + u * cut.thread_rows) * cut.C + place.channel;
+    f(at);
+    r += U * cut.thread_rows;
+  };
+  while (r + (kUnroll - 1) * cut.thread_rows < end) batch(std::integral_constant<int, kUnroll>{});
+  while (r < end) batch(std::integral_constant<int, 1>{});
 }
 
 template <typename P, int V>
 __global__ void __launch_bounds__(kThreads) reduce_rows_kernel(P p, RowCut cut, double* partial) {
-  using S = typename P::S;
   GPU_DYN_SHARED(double, scratch);
   GPU_SHARED(typename P::Before, shared, kTileChannels);
   const RowPlace<V> place(cut, blockIdx.x);
   share(shared, place.channels, [&](int j) { return p.before(place.first + j); });
-  double sums[2 * V] = {};
+  ThreadSums<P, V, V> mine;
   if (place.active) {
     typename P::Before constants[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) constants[k] = shared[place.column * V + k];
-    S s1[V] = {}, s2[V] = {};
-    const auto flush = [&] {
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        sums[k] += s1[k], sums[V + k] += s2[k];
-        s1[k] = s2[k] = 0;
-      }
-    };
-    int pending = 0;
-    for_rows<V>(cut, place, [&](auto whole, const auto& at, const auto& lanes) {
-      reduce_batch<decltype(whole)::value, V>(p, at, lanes, constants, s1, s2);
-      if (++pending == kFlush) flush(), pending = 0;
-    });
-    flush();
+    for_rows<V>(cut, place, [&](const auto& at) { mine.template add<false>(p, at, Lanes{}, constants); });
+    mine.flush();
   }
-  column_sum(sums, place.row, cut.thread_rows, place.column, cut.columns, scratch);
+  column_sum(mine.wide, place.row, cut.thread_rows, place.column, cut.columns, scratch);
   if (place.active && place.row == 0)
+#pragma unroll
     for (int k = 0; k < V; ++k) {
       double* const out = partial + 2 * ((place.channel + k) * cut.strips + place.strip);
-      out[0] = sums[k], out[1] = sums[V + k];
+      out[0] = mine.wide[k], out[1] = mine.wide[V + k];
     }
 }
 
@@ -553,14 +549,12 @@ __global__ void __launch_bounds__(kThreads) map_rows_kernel(P p, RowCut cut) {
   typename P::After constants[V];
 #pragma unroll
   for (int k = 0; k < V; ++k) constants[k] = shared[place.column * V + k];
-  for_rows<V>(cut, place, [&](auto whole, const auto& at, const auto& lanes) {
-    map_batch<decltype(whole)::value, V>(p, at, lanes, constants);
-  });
+  for_rows<V>(cut, place, [&](const auto& at) { map_batch<false, V>(p, at, Lanes{}, constants); });
 }
 
 // ---- launchers --------------------------------------------------------------------------------------------------
 
-// How a tensor is cut, given whether channels are reduced and the pointers that sweeps access, null where unused.
+// How a tensor is cut. may_own: both sweeps are made, so one block may make them. pointers: what they access, or null.
 template <typename T>
 struct Cut {
   bool by_rows;
@@ -568,7 +562,7 @@ struct Cut {
   RowCut rows{};
 
   template <typename... Pointers>
-  explicit Cut(const Layout& s, bool reduces, const Pointers*... pointers) : by_rows(s.rows) {
+  explicit Cut(const Layout& s, bool may_own, const Pointers*... pointers) : by_rows(s.rows) {
     constexpr int V = kVector<T>;
     int misaligned = -1;
     bool same = true;
@@ -597,7 +591,7 @@ struct Cut {
       cut.vectors = cut.ragged ? divup(s.HW + V - 1, V) : s.HW / V;
       cut.total = s.N * cut.vectors;
       const int64_t count = s.N * s.HW, bytes = count * static_cast<int64_t>(sizeof(T));
-      cut.owned = reduces && (count <= kSmallChannel || (s.C >= kOwnerBlocks && bytes <= kOwnerBytes));
+      cut.owned = may_own && (count <= kSmallChannel || (s.C >= kOwnerBlocks && bytes <= kOwnerBytes));
       const int64_t least = 2 * kUnroll * kThreads;
       cut.slice = cut.owned ? cut.total : divup(cut.total, larger(1, smaller(kBlocks / s.C, cut.total / least)));
       cut.slices = divup(cut.total, cut.slice);
@@ -645,11 +639,10 @@ void reduce_and_map(const P& p, const Cut<typename P::Scalar>& cut, double* work
            cut.rows, workspace);
   } else {
     C = cut.planes.C, slices = cut.planes.slices;
-    if (cut.planes.owned) {
-      launch(cut.planes.ragged ? own_planes_kernel<P, true> : own_planes_kernel<P, false>, dim3(static_cast<unsigned>(C)),
-             dim3(cut.threads()), 0, stream, p, cut.planes, p.maps());
-      return;
-    }
+    if constexpr (!P::kWritesWhileReducing)
+      if (cut.planes.owned)
+        return launch(cut.planes.ragged ? own_planes_kernel<P, true> : own_planes_kernel<P, false>, dim3(static_cast<unsigned>(C)),
+                      dim3(cut.threads()), 0, stream, p, cut.planes, p.maps());
     launch(cut.planes.ragged ? reduce_planes_kernel<R, true> : reduce_planes_kernel<R, false>,
            dim3(static_cast<unsigned>(C * slices)), dim3(kThreads), 0, stream, reduction, cut.planes, workspace);
   }

@@ -1,13 +1,14 @@
 // All that device code includes of CUDA. nvcc gets CUDA itself; any other compiler gets "gpu_emulator.h" from its
 // include path, which has to supply the same names for the host: __global__, __device__, __host__, __forceinline__,
 // __launch_bounds__; dim3, threadIdx, blockIdx, blockDim, gridDim; __syncthreads, __syncwarp, __shfl_xor_sync,
-// __threadfence, atomicAdd; and what stands in the first branch below. A kernel is started by gpu::launch, never by
+// __threadfence, atomicAdd, uint4; and what stands in the first branch below. A kernel is started by gpu::launch, never by
 // <<<>>>, and never waits for another block.
 #pragma once
 
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #ifdef __CUDACC__
@@ -50,24 +51,42 @@ using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);
 
-template <typename T, int N>
-struct alignas(sizeof(T) * N) Pack {
-  T lane[N];
-};
-
 // Elements [first, last) of a vector exist; `aligned` if a vector that exists as a whole may be accessed as one.
 struct Lanes {
   int first, last;
   bool aligned;
 };
 
-// The elements of a vector at p, widened; those that do not exist become fill(lane), and are not read.
-template <bool kWhole, typename T, int N, typename Fill>
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Vector {
+  T lane[N];
+};
+
+// One access of 16 bytes, or of one element.
+template <typename V>
+using access_t = std::conditional_t<sizeof(V) == 16, uint4, V>;
+
+template <typename V>
+__device__ __forceinline__ void store_access(V* p, V v) {
+#ifdef __CUDA_ARCH__
+  // A plain store of a uint4 is split in four where nvcc cannot tell that several of them do not overlap.
+  if constexpr (sizeof(V) == 16)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+  else
+#endif
+    *p = v;
+}
+
+// The elements of a vector at p, widened. In a ragged place those that do not exist become fill(lane), and are not read.
+template <bool kRagged, typename T, int N, typename Fill>
 __device__ __forceinline__ void load(const T* p, Lanes lanes, const Fill& fill, compute_t<T> (&out)[N]) {
-  if (kWhole || (lanes.aligned && lanes.first == 0 && lanes.last == N)) {
-    const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(p);
+  if (!kRagged || (lanes.aligned && lanes.first == 0 && lanes.last == N)) {
+    Vector<T, N> vector;
+    const auto raw = *reinterpret_cast<const access_t<Vector<T, N>>*>(p);
+    memcpy(&vector, &raw, sizeof(vector));
 #pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = static_cast<compute_t<T>>(pack.lane[k]);
+    for (int k = 0; k < N; ++k) out[k] = static_cast<compute_t<T>>(vector.lane[k]);
   } else {
 #pragma unroll
     for (int k = 0; k < N; ++k)
@@ -76,13 +95,15 @@ __device__ __forceinline__ void load(const T* p, Lanes lanes, const Fill& fill, 
 }
 
 // The counterpart of load: rounds to nearest even, writes the elements that exist.
-template <bool kWhole, typename T, int N>
+template <bool kRagged, typename T, int N>
 __device__ __forceinline__ void store(T* p, Lanes lanes, const compute_t<T> (&in)[N]) {
-  if (kWhole || (lanes.aligned && lanes.first == 0 && lanes.last == N)) {
-    Pack<T, N> pack;
+  if (!kRagged || (lanes.aligned && lanes.first == 0 && lanes.last == N)) {
+    Vector<T, N> vector;
 #pragma unroll
-    for (int k = 0; k < N; ++k) pack.lane[k] = static_cast<T>(in[k]);
-    *reinterpret_cast<Pack<T, N>*>(p) = pack;
+    for (int k = 0; k < N; ++k) vector.lane[k] = static_cast<T>(in[k]);
+    access_t<Vector<T, N>> raw;
+    memcpy(&raw, &vector, sizeof(vector));
+    store_access(reinterpret_cast<access_t<Vector<T, N>>*>(p), raw);
   } else {
 #pragma unroll
     for (int k = 0; k < N; ++k)
