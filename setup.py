@@ -91,7 +91,7 @@ def extension():
     cxx += ["-Wno-unknown-pragmas", "-Wno-unused-function"]
     if os.environ.get("CNNKERN_WERROR") == "1":
         cxx.append("-Werror")
-    nvcc = ["-O3", "-std=c++20", "-lineinfo", "--threads=2"]
+    nvcc = ["-O3", "-std=c++20", "-lineinfo", "--threads=2", "-Xfatbin", "-compress-all"]
     macros = [("CNNKERN_X86", int("AVX2" in CPU_CAPABILITIES))]
     include_dirs, libraries, library_dirs = [str(ROOT / "csrc")], [], []
     files = sources("*.cpp") + sources("autograd/*.cpp")

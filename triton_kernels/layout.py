@@ -1,4 +1,4 @@
-"""Tensors in, memory layouts out (csrc/cpu/layout.h in Python), and how a tensor is cut into programs."""
+"""Tensors in, memory layouts out (csrc/memory_layout.h in Python), and how a tensor is cut into programs."""
 
 import contextlib
 from typing import NamedTuple

@@ -8,6 +8,8 @@
 // 3 backward; rows beyond the last-level cache 3 and 5. A thread owns blocks of channels, or pieces of rows.
 // Accumulators: the arithmetic type for 64 additions, then double (see batch_norm.h).
 #include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <array>
 #include <tuple>

@@ -13,30 +13,10 @@
 
 #include "check.h"
 #include "cuda/bn_act.cuh"
+#include "memory_layout.h"
 
 namespace cnnkern {
 namespace {
-
-bool same_strides(const Tensor& a, const Tensor& b) {
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
-  return true;
-}
-
-// Channels innermost and dense, as channels_last has it; (N, L, C) transposed to (N, C, L) counts too.
-bool is_rows(const Tensor& x) {
-  if (x.dim() == 4) return x.is_contiguous(at::MemoryFormat::ChannelsLast);
-  if (x.dim() == 5) return x.is_contiguous(at::MemoryFormat::ChannelsLast3d);
-  return x.dim() == 3 && x.transpose(1, 2).is_contiguous();
-}
-
-// x itself where it has one of the two layouts, else a copy in the one that its strides suggest.
-Tensor in_layout(const Tensor& x) {
-  return x.is_contiguous() || is_rows(x) ? x : x.contiguous(x.suggest_memory_format());
-}
-
-// t, or a copy of it, with the strides of x.
-Tensor in_layout_of(const Tensor& t, const Tensor& x) { return same_strides(t, x) ? t : at::empty_like(x).copy_(t); }
 
 gpu::Layout layout_of(const Tensor& x) {  // x from in_layout
   const int64_t N = x.size(0), C = x.size(1), HW = x.numel() / (N * C);
