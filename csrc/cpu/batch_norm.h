@@ -209,69 +209,88 @@ struct PlaneCut {
     parts = divup(s.HW, part);
   }
   int64_t pieces() const { return groups * parts; }
+  // Calls f(image, part) for each image of a piece.
+  template <typename F>
+  void for_images(int64_t piece, int64_t N, const F& f) const {
+    const int64_t first = piece / parts * group;
+    for (int64_t n = first; n < std::min(N, first + group); ++n) f(n, piece % parts);
+  }
 };
 
+// The sums of one piece, image by image.
 template <typename Policy>
-C10_NOINLINE void reduce_planes_piece(const Policy& policy, const Planes& s, const PlaneCut& cut, int64_t block, int64_t piece,
-                         double* sums) {  // sums: (channels of the block, 2), added to
-  using T = typename Policy::Scalar;
-  using V = Vec<T>;
-  const int64_t c0 = block * cut.block, c1 = std::min(s.C, c0 + cut.block), nc = c1 - c0;
-  const int64_t n0 = piece / cut.parts * cut.group, n1 = std::min(s.N, n0 + cut.group);
-  const int64_t p0 = piece % cut.parts * cut.part, pn = std::min(cut.part, s.HW - p0);
-  const int64_t additions = pn / (4 * V::size()) + 2;
-  V s1[kMaxBlock], s2[kMaxBlock];
-  alignas(64) double wide1[kMaxBlock][V::size()], wide2[kMaxBlock][V::size()];
-  const auto flush = [&](int64_t c) {
-    add_lanes(wide1[c], s1[c]), add_lanes(wide2[c], s2[c]);
-    s1[c] = s2[c] = V(0);
-  };
-  for (int64_t c = 0; c < nc; ++c) std::fill_n(wide1[c], V::size(), 0.0), std::fill_n(wide2[c], V::size(), 0.0);
-  for (int64_t c = 0; c < nc; ++c) s1[c] = s2[c] = V(0);
-  int64_t pending = 0;
-  for (int64_t n = n0; n < n1; ++n) {
-    for (int64_t c = 0; c < nc; ++c) {
-      const auto at = Constants<Policy>::broadcast(policy, c0 + c);
-      const int64_t begin = (n * s.C + c0 + c) * s.HW + p0;
+class PieceSums {
+  using V = Vec<typename Policy::Scalar>;
+  static constexpr int64_t L = V::size();
+
+ public:
+  PieceSums(const Policy& policy, const Planes& s, const PlaneCut& cut) : policy_(policy), s_(s), cut_(cut) {}
+
+  void start(int64_t block) {
+    c0_ = block * cut_.block;
+    channels_ = std::min(cut_.block, s_.C - c0_);
+    pending_ = 0;
+    for (int64_t c = 0; c < channels_; ++c) {
+      s1_[c] = s2_[c] = V(0);
+      std::fill_n(wide1_[c], L, 0.0), std::fill_n(wide2_[c], L, 0.0);
+    }
+  }
+
+  C10_NOINLINE void add(int64_t n, int64_t part) {
+    const int64_t p0 = part * cut_.part, pn = std::min(cut_.part, s_.HW - p0);
+    for (int64_t c = 0; c < channels_; ++c) {
+      const auto at = Constants<Policy>::broadcast(policy_, c0_ + c);
+      const int64_t begin = (n * s_.C + c0_ + c) * s_.HW + p0;
       // A long run is summed in stretches, so that no lane sees more than kFlush additions.
-      for (int64_t j = 0; j < pn; j += kFlush * 4 * V::size()) {
+      for (int64_t j = 0; j < pn; j += kFlush * 4 * L) {
         if (j > 0) flush(c);
-        sum_run(policy, at, begin + j, std::min(kFlush * 4 * V::size(), pn - j), s1[c], s2[c]);
+        sum_run(policy_, at, begin + j, std::min(kFlush * 4 * L, pn - j), s1_[c], s2_[c]);
       }
     }
-    if ((pending += additions) >= kFlush) {
-      for (int64_t c = 0; c < nc; ++c) flush(c);
-      pending = 0;
+    if ((pending_ += pn / (4 * L) + 2) >= kFlush) {
+      for (int64_t c = 0; c < channels_; ++c) flush(c);
+      pending_ = 0;
     }
   }
-  for (int64_t c = 0; c < nc; ++c) {
-    flush(c);
-    for (int64_t j = 0; j < V::size(); ++j) sums[2 * c] += wide1[c][j], sums[2 * c + 1] += wide2[c][j];
-  }
-}
 
+  void add_to(double* sums) {  // (channels of the block, 2)
+    for (int64_t c = 0; c < channels_; ++c) {
+      flush(c);
+      double t1 = 0, t2 = 0;
+      for (int64_t j = 0; j < L; ++j) t1 += wide1_[c][j], t2 += wide2_[c][j];
+      sums[2 * c] += t1, sums[2 * c + 1] += t2;
+    }
+  }
+
+ private:
+  void flush(int64_t c) {
+    add_lanes(wide1_[c], s1_[c]), add_lanes(wide2_[c], s2_[c]);
+    s1_[c] = s2_[c] = V(0);
+  }
+
+  const Policy& policy_;
+  const Planes& s_;
+  const PlaneCut& cut_;
+  int64_t c0_ = 0, channels_ = 0, pending_ = 0;
+  V s1_[kMaxBlock], s2_[kMaxBlock];
+  alignas(64) double wide1_[kMaxBlock][L], wide2_[kMaxBlock][L];
+};
+
+// Second sweep over part of a block's planes in image n.
 template <typename Policy>
-C10_NOINLINE void map_planes_piece(const Policy& policy, const Planes& s, const PlaneCut& cut, int64_t block, int64_t piece,
-                      bool stream) {  // in reverse order: what was read last is still in cache
-  const int64_t c0 = block * cut.block, c1 = std::min(s.C, c0 + cut.block);
-  const int64_t n0 = piece / cut.parts * cut.group, n1 = std::min(s.N, n0 + cut.group);
-  const int64_t p0 = piece % cut.parts * cut.part, pn = std::min(cut.part, s.HW - p0);
-  // Meanwhile the next block is fetched, so that memory is read while results are written and the next block's first
-  // sweep finds it in cache.
+C10_NOINLINE void map_block(const Policy& policy, const Planes& s, const PlaneCut& cut, int64_t block, int64_t n,
+                            int64_t p0, int64_t pn, int64_t ahead, bool stream) {
   using T = typename Policy::Scalar;
-  const int64_t ahead = block + 1 < cut.blocks ? cut.block * s.HW : 0;
+  const int64_t c0 = block * cut.block, channels = std::min(cut.block, s.C - c0), run = channels * s.HW;
   // Short planes do not end at cache lines: a block's run is put together in a buffer and streamed as a whole.
   alignas(64) T buffer[kMaxStaged];
-  const int64_t run = (c1 - c0) * s.HW;
-  const bool staged = stream && cut.parts == 1 && run <= kMaxStaged && s.HW * static_cast<int64_t>(sizeof(T)) % 64 != 0;
-  for (int64_t n = n1; n-- > n0;) {
-    T* const image = policy.output() + (n * s.C + c0) * s.HW;
-    T* const target = staged ? buffer : image;
-    for (int64_t c = c0; c < c1; ++c)
-      map_run(policy, Constants<Policy>::broadcast(policy, c), (n * s.C + c) * s.HW + p0, pn, ahead,
-              target + (c - c0) * s.HW + p0, stream && !staged);
-    if (staged) stream_copy(image, buffer, run);
-  }
+  const bool staged = stream && pn == s.HW && run <= kMaxStaged && s.HW * static_cast<int64_t>(sizeof(T)) % 64 != 0;
+  T* const image = policy.output() + (n * s.C + c0) * s.HW;
+  T* const target = staged ? buffer : image;
+  for (int64_t c = 0; c < channels; ++c)
+    map_run(policy, Constants<Policy>::broadcast(policy, c0 + c), (n * s.C + c0 + c) * s.HW + p0, pn, ahead,
+            target + c * s.HW + p0, stream && !staged);
+  if (staged) stream_copy(image, buffer, run);
 }
 
 // Without sums there is one sweep, in the order of memory.
@@ -309,17 +328,33 @@ void run_planes(Policy& policy, const Planes& s) {
   // A thread owns blocks of channels, and applies while its reads are in its cache, if that keeps threads busy.
   if (threads == 1 || 20 * cut.blocks >= 17 * threads * divup(cut.blocks, threads)) {
     const auto own_blocks = [&](int64_t begin, int64_t end) {
-      for (int64_t block = begin; block < end; ++block) {
-        prepare(block);
-        double sums[2 * kMaxBlock] = {}, part[2 * kMaxBlock];
-        for (int64_t piece = 0; piece < cut.pieces(); ++piece) {
+      PieceSums<Policy> piece(policy, s, cut);
+      double sums[2 * kMaxBlock], part[2 * kMaxBlock];
+      const auto reduce = [&](int64_t block, int64_t n) {
+        for (int64_t p = 0; p < cut.parts; ++p) {
+          if (n % cut.group == 0) piece.start(block);
+          piece.add(n, p);
+          if ((n + 1) % cut.group != 0 && n + 1 != s.N) continue;
           std::fill_n(part, 2 * cut.block, 0.0);
-          reduce_planes_piece(policy, s, cut, block, piece, part);
+          piece.add_to(part);
           for (int64_t j = 0; j < 2 * cut.block; ++j) sums[j] += part[j];
         }
+      };
+      std::fill_n(sums, 2 * kMaxBlock, 0.0);
+      prepare(begin);
+      for (int64_t n = 0; n < s.N; ++n) reduce(begin, n);
+      for (int64_t block = begin; block < end; ++block) {
         finish(block, sums);
-        if (policy.maps())
-          for (int64_t piece = cut.pieces(); piece-- > 0;) map_planes_piece(policy, s, cut, block, piece, stream);
+        std::fill_n(sums, 2 * kMaxBlock, 0.0);
+        if (block + 1 < end) prepare(block + 1);
+        // One block is written while the next is read, image by image, so that memory does both all the time; in
+        // reverse order, so that what the first sweep read last is found in cache.
+        for (int64_t n = 0; n < s.N; ++n) {
+          const int64_t written = s.N - 1 - n;
+          const int64_t ahead = block + 1 < end ? ((n - written) * s.C + cut.block) * s.HW : 0;
+          if (policy.maps()) map_block(policy, s, cut, block, written, 0, s.HW, ahead, stream);
+          if (block + 1 < end) reduce(block + 1, n);
+        }
       }
       stream_fence();
     };
@@ -334,8 +369,12 @@ void run_planes(Policy& policy, const Planes& s) {
   for (int64_t block = 0; block < cut.blocks; ++block) prepare(block);
   std::vector<double> partial(units * 2 * cut.block, 0.0);
   at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u)
-      reduce_planes_piece(policy, s, cut, u % cut.blocks, u / cut.blocks, &partial[u * 2 * cut.block]);
+    PieceSums<Policy> piece(policy, s, cut);
+    for (int64_t u = begin; u < end; ++u) {
+      piece.start(u % cut.blocks);
+      cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) { piece.add(n, p); });
+      piece.add_to(&partial[u * 2 * cut.block]);
+    }
     stream_fence();
   });
   for (int64_t block = 0; block < cut.blocks; ++block) {
@@ -346,7 +385,11 @@ void run_planes(Policy& policy, const Planes& s) {
   }
   if (policy.maps()) {
     at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t u = end; u-- > begin;) map_planes_piece(policy, s, cut, u % cut.blocks, u / cut.blocks, stream);
+      for (int64_t u = end; u-- > begin;)
+        cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) {
+          map_block(policy, s, cut, u % cut.blocks, n, p * cut.part, std::min(cut.part, s.HW - p * cut.part),
+                    0, stream);
+        });
       stream_fence();
     });
   }
@@ -448,7 +491,7 @@ void run_rows(Policy& policy, const Rows& s) {
   if constexpr (Policy::kReduces) {
     c10::SmallVector<double, 512> sums(units * 2 * width, 0.0);
     parallel(units, [&](int64_t begin, int64_t end) {
-      c10::SmallVector<compute_t<T>, 512> acc(2 * width);
+      std::vector<compute_t<T>> acc(2 * width);
       for (int64_t u = begin; u < end; ++u)
         reduce_rows(policy, width, u * piece, std::min(numel, (u + 1) * piece), &sums[u * 2 * width], acc.data());
       stream_fence();

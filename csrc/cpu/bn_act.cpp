@@ -77,7 +77,7 @@ struct BnActForward {
   void prepare(int64_t c) {
     if constexpr (kTraining) {
       // Sums are taken of x - shift, so that a large mean costs no digits: a few elements' mean is near enough.
-      const int64_t n = view.count(), samples = std::clamp<int64_t>(n / 64, 1, 16);
+      const int64_t n = view.count(), samples = std::clamp<int64_t>(n / 256, 1, 16);
       double sum = 0;
       for (int64_t j = 0; j < samples; ++j) sum += static_cast<double>(x[view.offset(c, j * (n / samples))]);
       table(kShift, c) = static_cast<S>(sum / samples);
