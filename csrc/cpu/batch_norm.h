@@ -19,11 +19,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <vector>
-
-#if defined(__linux__)
-#include <unistd.h>
-#endif
 
 #include "cpu/vec.h"
 
@@ -33,9 +30,9 @@ inline namespace CPU_CAPABILITY {
 constexpr int64_t kFlush = 16;             // additions a lane before a sum moves to double
 constexpr int64_t kPiece = 8192;           // elements of one channel whose sums are taken in one go
 constexpr int64_t kRunBytes = 8192;        // contiguous bytes a thread reads before it jumps to the next image
+constexpr int64_t kBlockBytes = 1 << 19;   // of one tensor that a thread reads twice, while they stay in its own cache
 constexpr int64_t kSerial = 32768;         // elements below which waking a second thread costs more than it saves
 constexpr int64_t kMaxBlock = 64;          // channels of a block
-constexpr int64_t kMaxStaged = 8192;       // elements of a block's run that are streamed through a buffer
 constexpr int64_t kStretch = 16384;        // elements of rows that are read forward in the reversed second sweep
 constexpr int64_t kAhead = 8192;           // bytes between what is read and what is fetched, in rows
 
@@ -49,11 +46,14 @@ int64_t short_of_alignment(const T* p) {
 
 inline int64_t divup(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The cache that one core's misses go to. sysconf adds up all that the machine has on some processors (measured: AMD
+// EPYC 9R14 under KVM, 320 MB for 32 MB), so the kernel's own table is asked.
 inline int64_t last_level_cache_bytes() {
   static const int64_t bytes = [] {
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-    if (const long n = sysconf(_SC_LEVEL3_CACHE_SIZE); n > 0) return static_cast<int64_t>(n);
-#endif
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+    int64_t size = 0;
+    char unit = 0;
+    if (file >> size >> unit && size > 0) return size << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0);
     return int64_t{32} << 20;
   }();
   return bytes;
@@ -105,6 +105,12 @@ struct Constants {
     for (int r = 0; r < Policy::kRows; ++r) k.v[r] = V(policy.table.row(r)[c]);
     return k;
   }
+  // The first n lanes from `first`, the others from `rest`.
+  static Constants joined(const Constants& first, const Constants& rest, int64_t n) {
+    Constants k;
+    for (int r = 0; r < Policy::kRows; ++r) k.v[r] = first_lanes(first.v[r], n, rest.v[r]);
+    return k;
+  }
   static Constants columns(const Policy& policy, int64_t c) {
     Constants k;
     for (int r = 0; r < Policy::kRows; ++r) k.v[r] = V::loadu(policy.table.row(r) + c);
@@ -139,69 +145,107 @@ struct Layout {
 
 // ---- planes -----------------------------------------------------------------------------------------------------
 
-template <typename Policy, typename At>
-inline void sum_run(const Policy& policy, const At& at, int64_t begin, int64_t n,
-                    Vec<typename Policy::Scalar>& s1, Vec<typename Policy::Scalar>& s2) {
-  using V = Vec<typename Policy::Scalar>;
-  constexpr int64_t L = V::size();
-  V a1(0), a2(0), b1(0), b2(0), c1(0), c2(0), d1(0), d2(0);
-  const int64_t end = begin + n;
-  int64_t i = begin;
-  for (; i + 4 * L <= end; i += 4 * L) {
-    policy.template term<false>(at, i, L, a1, a2);
-    policy.template term<false>(at, i + L, L, b1, b2);
-    policy.template term<false>(at, i + 2 * L, L, c1, c2);
-    policy.template term<false>(at, i + 3 * L, L, d1, d2);
-  }
-  if (i + L <= end) policy.template term<false>(at, i, L, a1, a2), i += L;
-  if (i + L <= end) policy.template term<false>(at, i, L, b1, b2), i += L;
-  if (i + L <= end) policy.template term<false>(at, i, L, c1, c2), i += L;
-  if (i < end) policy.template term<true>(at, i, end - i, d1, d2);
-  s1 = s1 + ((a1 + b1) + (c1 + d1));
-  s2 = s2 + ((a2 + b2) + (c2 + d2));
-}
-
 // `ahead`: how far from an element the one lies that is to be fetched meanwhile; 0 for none. The hardware's own
 // prefetching ends at every page and does not foresee the jump to the next image.
 template <typename Policy, typename At>
-inline void map_run(const Policy& policy, const At& at, int64_t begin, int64_t n, int64_t ahead,
-                    typename Policy::Scalar* out, bool stream) {
-  constexpr int64_t L = kLanes<typename Policy::Scalar>;
-  int64_t i = 0;
-  if (stream) {
-    if (const int64_t head = std::min(short_of_alignment(out), n); head > 0) {
-      vstore(out, policy.point(at, begin, head), head);
-      i = head;
+inline void sum_run(const Policy& policy, const At& at, int64_t begin, int64_t n, int64_t ahead,
+                    Vec<typename Policy::Scalar>& s1, Vec<typename Policy::Scalar>& s2) {
+  using V = Vec<typename Policy::Scalar>;
+  constexpr int64_t L = V::size();
+  const int64_t end = begin + n;
+  int64_t i = begin;
+  if (n >= 4 * L) {
+    V a1(0), a2(0), b1(0), b2(0), c1(0), c2(0), d1(0), d2(0);
+    for (; i + 4 * L <= end; i += 4 * L) {
+      if (ahead != 0)
+        for (int64_t j = 0; j < 4 * L; j += L) policy.prefetch(i + j + ahead);
+      policy.template term<false>(at, i, L, a1, a2);
+      policy.template term<false>(at, i + L, L, b1, b2);
+      policy.template term<false>(at, i + 2 * L, L, c1, c2);
+      policy.template term<false>(at, i + 3 * L, L, d1, d2);
     }
-    for (; i + L <= n; i += L) {
-      policy.prefetch(begin + i + ahead);
-      vstream(out + i, policy.point(at, begin + i));
-    }
-  } else {
-    for (; i + L <= n; i += L) {
-      policy.prefetch(begin + i + ahead);
-      vstore(out + i, policy.point(at, begin + i));
-    }
+    s1 = s1 + ((a1 + b1) + (c1 + d1));
+    s2 = s2 + ((a2 + b2) + (c2 + d2));
   }
-  if (i < n) vstore(out + i, policy.point(at, begin + i, n - i), n - i);
+  for (; i + L <= end; i += L) {
+    if (ahead != 0) policy.prefetch(i + ahead);
+    policy.template term<false>(at, i, L, s1, s2);
+  }
+  if (i < end) policy.template term<true>(at, i, end - i, s1, s2);
 }
 
-// Copies past the caches.
-template <typename T>
-inline void stream_copy(T* out, const T* in, int64_t n) {
+constexpr int64_t kShortPlane = 512;  // elements
+
+// Second sweep over elements [begin, end), which may cross planes and images. A vector that straddles two planes
+// takes each lane's constants from its own channel, so that stores stay whole and aligned wherever planes begin.
+template <bool kStream, bool kPrefetch, typename Policy>
+C10_NOINLINE void map_span(const Policy& policy, const Planes& s, int64_t begin, int64_t end, int64_t ahead) {
+  using T = typename Policy::Scalar;
+  using K = Constants<Policy>;
   constexpr int64_t L = kLanes<T>;
-  int64_t i = std::min(short_of_alignment(out), n);
-  std::copy_n(in, i, out);
-  for (; i + L <= n; i += L) vstream(out + i, vload(in + i));
-  std::copy_n(in + i, n - i, out + i);
+  T* const out = policy.output();
+  const auto store = [&](int64_t i, Vec<T> v) { kStream ? vstream(out + i, v) : vstore(out + i, v); };
+  int64_t i = begin, c = begin / s.HW % s.C, left = s.HW - begin % s.HW;  // left: elements of the plane from i on
+  const auto part = [&](int64_t n) {
+    vstore(out + i, policy.point(K::broadcast(policy, c), i, n), n);
+    i += n, left -= n;
+    if (left == 0) left = s.HW, c = c + 1 == s.C ? 0 : c + 1;
+  };
+  if (const int64_t head = std::min({short_of_alignment(out + i), left, end - i}); head > 0) part(head);
+  if (s.HW < L || (kStream && short_of_alignment(out + i) != 0)) {
+    while (i < end) part(std::min({L, left, end - i}));
+    return;
+  }
+  if (s.HW < kShortPlane) {
+    // Without a branch that depends on where planes begin: such branches cannot be foreseen.
+    for (; i + L <= end; i += L) {
+      if (kPrefetch) policy.prefetch(i + ahead);
+      const int64_t next = c + 1 == s.C ? 0 : c + 1;
+      store(i, policy.point(K::joined(K::broadcast(policy, c), K::broadcast(policy, next), std::min(left, L)), i));
+      left -= L;
+      const bool over = left <= 0;
+      left += over ? s.HW : 0;
+      c = over ? next : c;
+    }
+  } else {
+    while (i + L <= end) {
+      const K at = K::broadcast(policy, c);
+      const int64_t stop = std::min(end, i + left);
+      const int64_t first = i;
+      for (; i + L <= stop; i += L) {
+        if (kPrefetch) policy.prefetch(i + ahead);
+        store(i, policy.point(at, i));
+      }
+      left -= i - first;
+      if (i + L > end) break;
+      c = c + 1 == s.C ? 0 : c + 1;
+      if (left > 0) {
+        store(i, policy.point(K::joined(at, K::broadcast(policy, c), left), i));
+        i += L, left -= L;
+      }
+      left += s.HW;
+    }
+  }
+  while (i < end) part(std::min({L, left, end - i}));
+}
+
+template <typename Policy>
+void map_span(const Policy& policy, const Planes& s, int64_t begin, int64_t end, int64_t ahead, bool stream) {
+  if (stream)
+    ahead != 0 ? map_span<true, true>(policy, s, begin, end, ahead) : map_span<true, false>(policy, s, begin, end, 0);
+  else
+    ahead != 0 ? map_span<false, true>(policy, s, begin, end, ahead) : map_span<false, false>(policy, s, begin, end, 0);
 }
 
 // How a tensor of planes is cut: blocks of channels (a thread's contiguous run in one image), and for each block
 // pieces of at most about kPiece elements a channel: groups of whole images, or parts of one image's plane.
 struct PlaneCut {
   int64_t block, blocks, group, groups, part, parts;
-  PlaneCut(const Planes& s, int64_t element_bytes) {
-    block = std::clamp<int64_t>(divup(kRunBytes, s.HW * element_bytes), 1, std::min(kMaxBlock, s.C));
+  PlaneCut(const Planes& s, int64_t element_bytes, int64_t threads) {
+    const int64_t run = std::clamp(kBlockBytes / s.N, kRunBytes / 4, kRunBytes);
+    block = std::clamp<int64_t>(divup(run, s.HW * element_bytes), 1, std::min(kMaxBlock, s.C));
+    blocks = divup(s.C, block);
+    block = divup(s.C, std::min(s.C, divup(blocks, threads) * threads));  // as many for each thread
     blocks = divup(s.C, block);
     group = std::clamp<int64_t>(kPiece / s.HW, 1, s.N);
     groups = divup(s.N, group);
@@ -236,7 +280,7 @@ class PieceSums {
     }
   }
 
-  C10_NOINLINE void add(int64_t n, int64_t part) {
+  C10_NOINLINE void add(int64_t n, int64_t part, int64_t ahead) {
     const int64_t p0 = part * cut_.part, pn = std::min(cut_.part, s_.HW - p0);
     for (int64_t c = 0; c < channels_; ++c) {
       const auto at = Constants<Policy>::broadcast(policy_, c0_ + c);
@@ -244,10 +288,10 @@ class PieceSums {
       // A long run is summed in stretches, so that no lane sees more than kFlush additions.
       for (int64_t j = 0; j < pn; j += kFlush * 4 * L) {
         if (j > 0) flush(c);
-        sum_run(policy_, at, begin + j, std::min(kFlush * 4 * L, pn - j), s1_[c], s2_[c]);
+        sum_run(policy_, at, begin + j, std::min(kFlush * 4 * L, pn - j), ahead, s1_[c], s2_[c]);
       }
     }
-    if ((pending_ += pn / (4 * L) + 2) >= kFlush) {
+    if ((pending_ += pn / (4 * L) + 4) >= kFlush) {
       for (int64_t c = 0; c < channels_; ++c) flush(c);
       pending_ = 0;
     }
@@ -276,32 +320,12 @@ class PieceSums {
   alignas(64) double wide1_[kMaxBlock][L], wide2_[kMaxBlock][L];
 };
 
-// Second sweep over part of a block's planes in image n.
-template <typename Policy>
-C10_NOINLINE void map_block(const Policy& policy, const Planes& s, const PlaneCut& cut, int64_t block, int64_t n,
-                            int64_t p0, int64_t pn, int64_t ahead, bool stream) {
-  using T = typename Policy::Scalar;
-  const int64_t c0 = block * cut.block, channels = std::min(cut.block, s.C - c0), run = channels * s.HW;
-  // Short planes do not end at cache lines: a block's run is put together in a buffer and streamed as a whole.
-  alignas(64) T buffer[kMaxStaged];
-  const bool staged = stream && pn == s.HW && run <= kMaxStaged && s.HW * static_cast<int64_t>(sizeof(T)) % 64 != 0;
-  T* const image = policy.output() + (n * s.C + c0) * s.HW;
-  T* const target = staged ? buffer : image;
-  for (int64_t c = 0; c < channels; ++c)
-    map_run(policy, Constants<Policy>::broadcast(policy, c0 + c), (n * s.C + c0 + c) * s.HW + p0, pn, ahead,
-            target + c * s.HW + p0, stream && !staged);
-  if (staged) stream_copy(image, buffer, run);
-}
-
 // Without sums there is one sweep, in the order of memory.
 template <typename Policy>
 void map_planes(Policy& policy, const Planes& s, bool stream) {
-  using T = typename Policy::Scalar;
   for (int64_t c = 0; c < s.C; ++c) policy.prepare(c);
   const auto planes = [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p)
-      map_run(policy, Constants<Policy>::broadcast(policy, p % s.C), p * s.HW, s.HW, kAhead / sizeof(T),
-              policy.output() + p * s.HW, stream);
+    map_span(policy, s, begin * s.HW, end * s.HW, kAhead / static_cast<int64_t>(sizeof(typename Policy::Scalar)), stream);
     stream_fence();
   };
   if (s.numel() < kSerial)
@@ -312,11 +336,12 @@ void map_planes(Policy& policy, const Planes& s, bool stream) {
 
 template <typename Policy>
 void run_planes(Policy& policy, const Planes& s) {
-  const PlaneCut cut(s, sizeof(typename Policy::Scalar));
+  using T = typename Policy::Scalar;
+  const int64_t threads = s.numel() < kSerial ? 1 : at::get_num_threads();
+  const PlaneCut cut(s, sizeof(T), threads);
   policy.table.resize(s.C, s.C);
   const bool stream = policy.streams(s.numel());
   if constexpr (!Policy::kReduces) return map_planes(policy, s, stream);
-  const int64_t threads = s.numel() < kSerial ? 1 : at::get_num_threads();
   const auto prepare = [&](int64_t block) {
     for (int64_t c = block * cut.block; c < std::min(s.C, (block + 1) * cut.block); ++c)
       policy.prepare(c);
@@ -325,15 +350,22 @@ void run_planes(Policy& policy, const Planes& s) {
     for (int64_t c = block * cut.block; c < std::min(s.C, (block + 1) * cut.block); ++c, sums += 2)
       policy.finish(c, sums[0], sums[1]);
   };
+  // Second sweep over part of a block's planes in image n.
+  const auto map = [&](int64_t block, int64_t n, int64_t part, int64_t ahead) {
+    const int64_t c0 = block * cut.block, channels = std::min(cut.block, s.C - c0), p0 = part * cut.part;
+    const int64_t begin = (n * s.C + c0) * s.HW + p0;
+    // A plane in parts is a block of its own.
+    map_span(policy, s, begin, begin + (cut.parts > 1 ? std::min(cut.part, s.HW - p0) : channels * s.HW), ahead, stream);
+  };
   // A thread owns blocks of channels, and applies while its reads are in its cache, if that keeps threads busy.
   if (threads == 1 || 20 * cut.blocks >= 17 * threads * divup(cut.blocks, threads)) {
     const auto own_blocks = [&](int64_t begin, int64_t end) {
       PieceSums<Policy> piece(policy, s, cut);
       double sums[2 * kMaxBlock], part[2 * kMaxBlock];
-      const auto reduce = [&](int64_t block, int64_t n) {
+      const auto reduce = [&](int64_t block, int64_t n, int64_t ahead) {
         for (int64_t p = 0; p < cut.parts; ++p) {
           if (n % cut.group == 0) piece.start(block);
-          piece.add(n, p);
+          piece.add(n, p, ahead);
           if ((n + 1) % cut.group != 0 && n + 1 != s.N) continue;
           std::fill_n(part, 2 * cut.block, 0.0);
           piece.add_to(part);
@@ -342,7 +374,7 @@ void run_planes(Policy& policy, const Planes& s) {
       };
       std::fill_n(sums, 2 * kMaxBlock, 0.0);
       prepare(begin);
-      for (int64_t n = 0; n < s.N; ++n) reduce(begin, n);
+      for (int64_t n = 0; n < s.N; ++n) reduce(begin, n, s.C * s.HW);
       for (int64_t block = begin; block < end; ++block) {
         finish(block, sums);
         std::fill_n(sums, 2 * kMaxBlock, 0.0);
@@ -352,8 +384,9 @@ void run_planes(Policy& policy, const Planes& s) {
         for (int64_t n = 0; n < s.N; ++n) {
           const int64_t written = s.N - 1 - n;
           const int64_t ahead = block + 1 < end ? ((n - written) * s.C + cut.block) * s.HW : 0;
-          if (policy.maps()) map_block(policy, s, cut, block, written, 0, s.HW, ahead, stream);
-          if (block + 1 < end) reduce(block + 1, n);
+          if (policy.maps())
+            for (int64_t p = 0; p < cut.parts; ++p) map(block, written, p, ahead);
+          if (block + 1 < end) reduce(block + 1, n, policy.maps() ? 0 : s.C * s.HW);
         }
       }
       stream_fence();
@@ -372,7 +405,7 @@ void run_planes(Policy& policy, const Planes& s) {
     PieceSums<Policy> piece(policy, s, cut);
     for (int64_t u = begin; u < end; ++u) {
       piece.start(u % cut.blocks);
-      cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) { piece.add(n, p); });
+      cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) { piece.add(n, p, kAhead / static_cast<int64_t>(sizeof(T))); });
       piece.add_to(&partial[u * 2 * cut.block]);
     }
     stream_fence();
@@ -386,10 +419,7 @@ void run_planes(Policy& policy, const Planes& s) {
   if (policy.maps()) {
     at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       for (int64_t u = end; u-- > begin;)
-        cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) {
-          map_block(policy, s, cut, u % cut.blocks, n, p * cut.part, std::min(cut.part, s.HW - p * cut.part),
-                    0, stream);
-        });
+        cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) { map(u % cut.blocks, n, p, 0); });
       stream_fence();
     });
   }
@@ -404,13 +434,14 @@ C10_NOINLINE void reduce_rows(const Policy& policy, int64_t width, int64_t begin
   using S = compute_t<T>;
   using V = Vec<T>;
   constexpr int64_t L = V::size();
+  const int64_t ahead = std::max(kAhead / static_cast<int64_t>(sizeof(T)), 4 * width);
   const auto columns = [&](auto rows, int64_t first, int64_t n) {  // `rows` whole rows (or n columns of one) from `first`
     constexpr int kRows = decltype(rows)::value;
     int64_t v = 0;
     for (; v + L <= n; v += L) {
       const auto at = Constants<Policy>::columns(policy, v);
       V s1(0), s2(0);
-      for (int r = 0; r < kRows; ++r) policy.prefetch(first + r * width + v + kAhead / static_cast<int64_t>(sizeof(T)));
+      for (int r = 0; r < kRows; ++r) policy.prefetch(first + r * width + v + ahead);
       for (int r = 0; r < kRows; ++r) policy.template term<false>(at, first + r * width + v, L, s1, s2);
       (V::loadu(acc + v) + s1).store(acc + v), (V::loadu(acc + width + v) + s2).store(acc + width + v);
     }
@@ -497,14 +528,13 @@ void run_rows(Policy& policy, const Rows& s) {
       stream_fence();
     });
     parallel(divup(s.C, 256), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin * 256; c < std::min(s.C, end * 256); ++c) {
-        double s1 = 0, s2 = 0;
-        for (int64_t u = 0; u < units; ++u)
-          for (int64_t j = c; j < width; j += s.C) {
-            s1 += sums[u * 2 * width + j];
-            s2 += sums[u * 2 * width + width + j];
-          }
-        policy.finish(c, s1, s2);
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t c0 = block * 256, channels = std::min<int64_t>(256, s.C - c0);
+        double s1[256] = {}, s2[256] = {};
+        for (const double* row = sums.data() + c0; row < sums.data() + units * 2 * width; row += 2 * width)
+          for (int64_t j = 0; j < width; j += s.C)
+            for (int64_t c = 0; c < channels; ++c) s1[c] += row[j + c], s2[c] += row[width + j + c];
+        for (int64_t c = 0; c < channels; ++c) policy.finish(c0 + c, s1[c], s2[c]);
       }
     });
     policy.table.replicate();

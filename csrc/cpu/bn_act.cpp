@@ -72,7 +72,7 @@ struct BnActForward {
   static constexpr bool maps() { return true; }
   bool streams(int64_t numel) const { return 4 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes(); }
   T* output() const { return y; }
-  void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2); }
+  void prefetch(int64_t i) const {  __builtin_prefetch(x + i, 0, 2); }
 
   void prepare(int64_t c) {
     if constexpr (kTraining) {
@@ -160,7 +160,7 @@ struct BnActBackward {
   bool maps() const { return kTraining && dx != nullptr; }
   bool streams(int64_t numel) const { return 4 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes(); }
   T* output() const { return dx; }
-  void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2), __builtin_prefetch(dy + i, 0, 2); }
+  void prefetch(int64_t i) const {  __builtin_prefetch(x + i, 0, 2), __builtin_prefetch(dy + i, 0, 2); }
 
   void prepare(int64_t c) {
     const Affine a = affine<S>(mean[c], rstd[c], parameters.weight_of(c), parameters.bias_of(c));

@@ -52,6 +52,20 @@ inline Vec<T> vload(const T* p) {
   }
 }
 
+// The first n lanes of a, the others of b.
+template <typename S>
+inline at::vec::Vectorized<S> first_lanes(const at::vec::Vectorized<S>& a, int64_t n, const at::vec::Vectorized<S>& b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<S, float>)
+    return _mm512_mask_blend_ps((1u << n) - 1, b, a);
+  else
+    return _mm512_mask_blend_pd((1u << n) - 1, b, a);
+#else
+  using V = at::vec::Vectorized<S>;
+  return V::blendv(b, a, V::arange(0, 1) < V(static_cast<S>(n)));
+#endif
+}
+
 // The first n lanes from p, the others from `rest`; reads no further than p[n - 1].
 template <typename T>
 inline Vec<T> vload(const T* p, int64_t n, Vec<T> rest) {
