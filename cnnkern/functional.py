@@ -1,5 +1,7 @@
 """The operators as functions, with the signatures of `torch.nn.functional`."""
 
+from cnnkern.ops.add_relu import add_relu
 from cnnkern.ops.bn_act import batch_norm_act, batch_norm_relu
+from cnnkern.ops.bn_add_act import batch_norm_add_act, batch_norm_add_relu
 
-__all__ = ["batch_norm_act", "batch_norm_relu"]
+__all__ = ["add_relu", "batch_norm_act", "batch_norm_add_act", "batch_norm_add_relu", "batch_norm_relu"]

@@ -36,6 +36,7 @@ class Case:
     # Tensors of x's size that the least possible traffic (read, written) consists of.
     forward_traffic: tuple[int, int]
     backward_traffic: tuple[int, int]
+    devices: tuple[str, ...] = ("cpu", "cuda")  # that have a kernel
 
 
 def randn(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -165,10 +166,20 @@ def assert_as_good_as(
 # ---- bn_act -----------------------------------------------------------------------------------------------------
 
 
+# Where an activation's derivative jumps.
+KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
+
+
 def _near_kink(inputs: dict[str, Any], distance: float) -> Tensor:
-    """Elements whose pre-activation is as good as zero, but not zero throughout as behind a weight of zero."""
-    pre = reference.batch_norm_act(**{**to_float64(_copied(inputs)), "act": "none"})
-    return (pre.abs() < distance) & (pre != 0)
+    """Elements whose pre-activation is as good as at a kink, but not zero throughout as behind a weight of zero."""
+    add = "residual" in inputs
+    function = reference.batch_norm_add_act if add else reference.batch_norm_act
+    pre = function(**{**to_float64(_copied(inputs)), "act": "none"})
+    if add and inputs["input"].dtype in (torch.bfloat16, torch.float16):
+        # Eager rounds the batch norm before it adds: by up to half a unit of a term of 8 or so.
+        distance = max(distance, 4 * torch.finfo(inputs["input"].dtype).eps)
+    near = [(pre - kink).abs() < distance for kink in KINKS.get(inputs["act"], ())]
+    return torch.stack(near).any(0) & (pre != 0) if near else torch.zeros_like(pre, dtype=torch.bool)
 
 
 def batch_norm_inputs(
@@ -185,8 +196,10 @@ def batch_norm_inputs(
     act: str = "relu",
     parameter_dtype: torch.dtype | None = None,
     smooth: bool = False,
+    residual: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of batch_norm_act: offsets and scales that differ from channel to channel, one weight of zero.
+    """Arguments of batch_norm_act, or with `residual` of batch_norm_add_act: offsets and scales that differ from
+    channel to channel, one weight of zero.
 
     With `smooth`, for finite differences, no weight is zero and no element near the activation's kink.
     """
@@ -198,6 +211,7 @@ def batch_norm_inputs(
         w[channels // 2] = 0
     inputs = {
         "input": x,
+        **({"residual": randn(shape, generator, torch.float64).to(dtype)} if residual else {}),
         "running_mean": randn((channels,), generator, parameters) if running else None,
         "running_var": randn((channels,), generator, parameters).abs() + 0.5 if running else None,
         "weight": w if weight else None,
@@ -208,15 +222,19 @@ def batch_norm_inputs(
         "act": act,
     }
     if smooth and _near_kink(inputs, 1e-3).any():
-        variant = {"training": training, "weight": weight, "bias": bias, "running": running, "smooth": True}
-        return batch_norm_inputs(shape, dtype, generator=generator, momentum=momentum, eps=eps, act=act, **variant)
+        variant = {"training": training, "weight": weight, "bias": bias, "running": running, "residual": residual}
+        variant |= {"momentum": momentum, "eps": eps, "act": act, "smooth": True}
+        return batch_norm_inputs(shape, dtype, generator=generator, **variant)
     # Rounding must not decide on which side of the kink an element falls: its whole gradient hangs on it. Such an
     # element takes its neighbour's value, which moves the statistics a little, so twice.
-    for _ in range(2 if act == "relu" else 0):
+    for _ in range(2 if act in KINKS else 0):
         if inputs["input"].numel() == 0:
             break
         near = _near_kink(inputs, 1e-5)
-        inputs["input"] = torch.where(near, inputs["input"].roll(1), inputs["input"])
+        if residual:
+            inputs["residual"] = torch.where(near, inputs["residual"] + 1, inputs["residual"])
+        else:
+            inputs["input"] = torch.where(near, inputs["input"].roll(1), inputs["input"])
     return inputs
 
 
@@ -240,6 +258,52 @@ def bn_act_backward_call(inputs: dict[str, Any], dy: Tensor) -> tuple:
     )
 
 
+# ---- bn_add_act -------------------------------------------------------------------------------------------------
+
+
+def batch_norm_add_inputs(shape: Shape, dtype: torch.dtype = torch.float32, **variant: Any) -> dict[str, Any]:
+    return batch_norm_inputs(shape, dtype, residual=True, **variant)
+
+
+def bn_add_act_forward_call(inputs: dict[str, Any]) -> tuple:
+    x, *rest = bn_act_forward_call(inputs)[1]
+    return torch.ops.cnnkern.bn_add_act.default, (x, inputs["residual"], *rest)
+
+
+def bn_add_act_backward_call(inputs: dict[str, Any], dy: Tensor) -> tuple:
+    a = inputs
+    operator, arguments = bn_add_act_forward_call(_copied(a))
+    _, mean, rstd, mask = operator(*arguments)
+    wanted = [True, True, a["weight"] is not None, a["bias"] is not None]
+    return torch.ops.cnnkern.bn_add_act_backward.default, (
+        *(dy, a["input"], a["weight"], a["bias"], mean, rstd, mask, a["training"], a["act"], wanted),
+    )
+
+
+# ---- add_relu ---------------------------------------------------------------------------------------------------
+
+
+def add_relu_inputs(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    *,
+    generator: torch.Generator,
+    smooth: bool = False,
+    parameter_dtype: torch.dtype | None = None,
+    running: bool = True,
+) -> dict[str, Any]:
+    """Arguments of add_relu; parameters and running statistics are asked for by the battery, and there are none."""
+    x, other = (randn(shape, generator, torch.float64).to(dtype) for _ in range(2))
+    return {"input": x, "other": torch.where((x + other).abs() < 1e-3, other + 1, other)}
+
+
+def add_relu_backward_call(inputs: dict[str, Any], dy: Tensor) -> tuple:
+    y, mask = torch.ops.cnnkern.add_relu(inputs["input"].detach(), inputs["other"].detach())
+    return torch.ops.cnnkern.add_relu_backward.default, (dy, mask, not y.is_contiguous())
+
+
+# ---- the rows ---------------------------------------------------------------------------------------------------
+
 # The shapes of ResNet-50's batch norms at 224x224, batch 32.
 RESNET50_BATCH_NORMS = (
     (32, 64, 112, 112),
@@ -256,6 +320,39 @@ RESNET50_BATCH_NORMS = (
     (32, 2048, 7, 7),
 )
 
+# Of those, where a residual is added.
+RESNET50_ADDS = ((32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
+
+BATCH_NORM_VARIANTS = {
+    "train relu": {},
+    "train none": {"act": "none"},
+    "eval relu": {"training": False},
+    "eval none": {"training": False, "act": "none"},
+    "no affine": {"weight": False, "bias": False},
+    "weight alone": {"bias": False},
+    "bias alone, eval": {"weight": False, "training": False},
+    "no running statistics": {"running": False},
+    "momentum 0": {"momentum": 0.0},
+    "momentum 1, large eps": {"momentum": 1.0, "eps": 0.1},
+}
+RAGGED_SHAPES = (
+    (3, 1),
+    (5, 7),
+    (64, 33),
+    (3, 5, 2),
+    (2, 3, 17),
+    (2, 8, 4, 4),
+    (1, 1, 1, 5),
+    (7, 1, 5, 3),
+    (3, 17, 7, 7),
+    (2, 16, 15, 17),
+    (33, 67, 3, 5),
+    (2, 2, 97, 101),
+    (1, 130, 11, 13),
+    (2, 3, 4, 5, 3),
+    (1, 4, 129, 130),
+)
+
 CASES: dict[str, Case] = {
     "bn_act": Case(
         name="bn_act",
@@ -264,35 +361,16 @@ CASES: dict[str, Case] = {
         inputs=batch_norm_inputs,
         differentiable=("input", "weight", "bias"),
         mutated=("running_mean", "running_var"),
-        variants={
-            "train relu": {},
-            "train none": {"act": "none"},
-            "eval relu": {"training": False},
-            "eval none": {"training": False, "act": "none"},
-            "no affine": {"weight": False, "bias": False},
-            "weight alone": {"bias": False},
-            "bias alone, eval": {"weight": False, "training": False},
-            "no running statistics": {"running": False},
-            "momentum 0": {"momentum": 0.0},
-            "momentum 1, large eps": {"momentum": 1.0, "eps": 0.1},
+        variants=BATCH_NORM_VARIANTS
+        | {
+            "train relu6": {"act": "relu6"},
+            "train leaky_relu": {"act": "leaky_relu"},
+            "train sigmoid": {"act": "sigmoid"},
+            "eval silu": {"act": "silu", "training": False},
+            "train silu": {"act": "silu"},
+            "train hardswish": {"act": "hardswish"},
         },
-        shapes=(
-            (3, 1),
-            (5, 7),
-            (64, 33),
-            (3, 5, 2),
-            (2, 3, 17),
-            (2, 8, 4, 4),
-            (1, 1, 1, 5),
-            (7, 1, 5, 3),
-            (3, 17, 7, 7),
-            (2, 16, 15, 17),
-            (33, 67, 3, 5),
-            (2, 2, 97, 101),
-            (1, 130, 11, 13),
-            (2, 3, 4, 5, 3),
-            (1, 4, 129, 130),
-        ),
+        shapes=RAGGED_SHAPES,
         gradcheck_shapes=((3, 2, 2, 2), (4, 3), (2, 2, 3)),
         forward_call=bn_act_forward_call,
         backward_call=bn_act_backward_call,
@@ -300,5 +378,41 @@ CASES: dict[str, Case] = {
         bench_variant="train relu",
         forward_traffic=(1, 1),
         backward_traffic=(2, 1),
-    )
+    ),
+    "bn_add_act": Case(
+        name="bn_add_act",
+        function=functional.batch_norm_add_act,
+        reference=reference.batch_norm_add_act,
+        inputs=batch_norm_add_inputs,
+        differentiable=("input", "residual", "weight", "bias"),
+        mutated=("running_mean", "running_var"),
+        variants=BATCH_NORM_VARIANTS,
+        shapes=RAGGED_SHAPES,
+        gradcheck_shapes=((3, 2, 2, 2), (4, 3), (2, 2, 3)),
+        forward_call=bn_add_act_forward_call,
+        backward_call=bn_add_act_backward_call,
+        bench_shapes={"resnet50": RESNET50_ADDS},
+        bench_variant="train relu",
+        forward_traffic=(2, 1),
+        backward_traffic=(2, 2),
+        devices=("cpu",),
+    ),
+    "add_relu": Case(
+        name="add_relu",
+        function=functional.add_relu,
+        reference=reference.add_relu,
+        inputs=add_relu_inputs,
+        differentiable=("input", "other"),
+        mutated=(),
+        variants={"plain": {}},
+        shapes=RAGGED_SHAPES,
+        gradcheck_shapes=((3, 2, 2, 2), (4, 3), (2, 2, 3)),
+        forward_call=lambda inputs: (torch.ops.cnnkern.add_relu.default, (inputs["input"], inputs["other"])),
+        backward_call=add_relu_backward_call,
+        bench_shapes={"resnet50": RESNET50_ADDS},
+        bench_variant="plain",
+        forward_traffic=(2, 1),
+        backward_traffic=(1, 1),
+        devices=("cpu",),
+    ),
 }

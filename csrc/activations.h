@@ -6,6 +6,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <cmath>
 #include <string_view>
 #include <type_traits>
 
@@ -31,8 +32,9 @@ template <typename V>
 struct Lanewise {
   // max(v, 0) that passes NaN on.
   static CNNKERN_HOST_DEVICE V relu(V v) { return v <= V(0) ? V(0) : v; }
-  // v where !(x <= bound), else 0.
-  static CNNKERN_HOST_DEVICE V zero_where_le(V v, V x, V bound) { return x <= bound ? V(0) : v; }
+  static CNNKERN_HOST_DEVICE V exp(V v) { return ::exp(v); }
+  // x <= bound ? a : b, lane by lane; b where x is NaN.
+  static CNNKERN_HOST_DEVICE V where_le(V x, V bound, V a, V b) { return x <= bound ? a : b; }
 };
 
 struct Identity {
@@ -47,8 +49,54 @@ struct Relu {
   static CNNKERN_HOST_DEVICE V value(V pre) { return Lanewise<V>::relu(pre); }
   template <typename T, typename V>
   static CNNKERN_HOST_DEVICE V grad(V dy, V pre) {
-    return Lanewise<V>::zero_where_le(dy, pre, V(rounds_to_zero<T>()));
+    return Lanewise<V>::where_le(pre, V(rounds_to_zero<T>()), V(0), dy);
   }
+};
+
+// The others, chosen at run time: their share is small, and a jump that always goes the same way costs nothing
+// beside the memory, while each type of its own would be one more copy of every kernel.
+struct OtherActivation {
+  enum Kind { kRelu6, kLeakyRelu, kSigmoid, kSilu, kHardswish };
+  Kind kind;
+  static constexpr double kSlope = 0.01;  // of leaky_relu below 0, torch.nn.LeakyReLU's default
+
+  template <typename T, typename V>
+  CNNKERN_HOST_DEVICE V value(V pre) const {
+    using W = Lanewise<V>;
+    switch (kind) {
+      case kRelu6: return clamp6(W::relu(pre));
+      case kLeakyRelu: return W::where_le(pre, V(0), pre * V(kSlope), pre);
+      case kSigmoid: return sigmoid(pre);
+      case kSilu: return pre / (V(1) + W::exp(V(0) - pre));
+      default: return pre * clamp6(W::relu(pre + V(3))) * V(1.0 / 6);
+    }
+  }
+
+  template <typename T, typename V>
+  CNNKERN_HOST_DEVICE V grad(V dy, V pre) const {
+    using W = Lanewise<V>;
+    switch (kind) {
+      // 0 from 6 on; NaN passes, as it does through the clamp.
+      case kRelu6: return W::where_le(V(6), pre, V(0), W::where_le(pre, V(rounds_to_zero<T>()), V(0), dy));
+      case kLeakyRelu: return W::where_le(pre, V(0), dy * V(kSlope), dy);
+      case kSigmoid: {
+        const V s = sigmoid(pre);
+        return dy * (V(1) - s) * s;
+      }
+      case kSilu: {
+        const V s = sigmoid(pre);
+        return dy * s * (V(1) + pre * (V(1) - s));
+      }
+      default:
+        return W::where_le(pre, V(-3), V(0), W::where_le(V(3), pre, dy, dy * (pre * V(1.0 / 3) + V(0.5))));
+    }
+  }
+
+ private:
+  template <typename V>
+  static CNNKERN_HOST_DEVICE V clamp6(V v) { return Lanewise<V>::where_le(V(6), v, V(6), v); }
+  template <typename V>
+  static CNNKERN_HOST_DEVICE V sigmoid(V v) { return V(1) / (V(1) + Lanewise<V>::exp(V(0) - v)); }
 };
 
 }  // namespace cnnkern

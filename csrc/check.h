@@ -91,12 +91,38 @@ inline void check_batch_norm_backward(const char* op, const Tensor& dy, const Te
   TORCH_CHECK(!output_mask[2] || tensor_or_undefined(bias).defined(), op, ": output_mask asks for dbias, but bias is None");
 }
 
-// Calls f with the activation named `act` as a type.
+inline void check_mask(const char* op, const Tensor& mask, int64_t bytes, const Tensor& x) {
+  TORCH_CHECK(mask.scalar_type() == at::kByte && mask.dim() == 1 && mask.size(0) == bytes && mask.is_contiguous() &&
+                  mask.device() == x.device(),
+              op, ": mask must be the one that the forward operator returned: uint8, ", bytes, " bytes, on ", x.device(),
+              "; got ", mask.scalar_type(), " ", mask.sizes(), " on ", mask.device());
+}
+
+// Calls f with the activation named `act`, one of none and relu, as a type.
 template <typename F>
-auto with_activation(const char* op, std::string_view act, F&& f) {
+auto with_relu_or_none(const char* op, std::string_view act, F&& f) {
   if (act == "relu") return f(Relu{});
   TORCH_CHECK_VALUE(act == "none", op, ": act must be one of none, relu; got '", act, "'");
   return f(Identity{});
+}
+
+inline void check_relu_or_none(const char* op, std::string_view act) {
+  with_relu_or_none(op, act, [](auto) {});
+}
+
+// Calls f with any activation.
+template <typename F>
+auto with_activation(const char* op, std::string_view act, F&& f) {
+  using Other = OtherActivation;
+  if (act == "relu") return f(Relu{});
+  if (act == "none") return f(Identity{});
+  if (act == "relu6") return f(Other{Other::kRelu6});
+  if (act == "leaky_relu") return f(Other{Other::kLeakyRelu});
+  if (act == "sigmoid") return f(Other{Other::kSigmoid});
+  if (act == "silu") return f(Other{Other::kSilu});
+  TORCH_CHECK_VALUE(act == "hardswish", op,
+                    ": act must be one of none, relu, relu6, leaky_relu, sigmoid, silu, hardswish; got '", act, "'");
+  return f(Other{Other::kHardswish});
 }
 
 inline void check_activation(const char* op, std::string_view act) {

@@ -29,4 +29,9 @@ inline at::Tensor in_layout_of(const at::Tensor& t, const at::Tensor& x) {
   return same_strides(t, x) ? t : at::empty_like(x).copy_(t);
 }
 
+// t, or a copy of it, with channels innermost.
+inline at::Tensor in_rows(const at::Tensor& t) {
+  return is_rows(t) ? t : t.movedim(1, -1).contiguous().movedim(-1, 1);
+}
+
 }  // namespace cnnkern

@@ -6,4 +6,13 @@ TORCH_LIBRARY(cnnkern, m) {
   // y = act(batch_norm(x)). mean and rstd are the fp64 vectors of C that the gradient needs.
   m.def("bn_act(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, str act) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def("bn_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool training, str act, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+
+  // y = act(batch_norm(x) + residual), act none or relu. mask is [y > 0], one bit an element; empty for none.
+  m.def("bn_add_act(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, str act) -> (Tensor y, Tensor mean, Tensor rstd, Tensor mask)");
+  m.def("bn_add_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor mask, bool training, str act, bool[4] output_mask) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+
+  // y = relu(x + residual). mask is [y > 0], one bit an element in the order of y's memory; the gradient of both
+  // inputs is dx. channels_last says which order that is.
+  m.def("add_relu(Tensor x, Tensor residual) -> (Tensor y, Tensor mask)");
+  m.def("add_relu_backward(Tensor dy, Tensor mask, bool channels_last) -> Tensor dx");
 }

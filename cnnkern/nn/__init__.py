@@ -1,5 +1,6 @@
 """Fused layers; each subclasses its torch.nn twin and shares its constructor, parameters, buffers and checkpoints."""
 
+from cnnkern.nn.add import AddReLU
 from cnnkern.nn.batchnorm import (
     BatchNorm1d,
     BatchNorm2d,
@@ -7,18 +8,31 @@ from cnnkern.nn.batchnorm import (
     BatchNormAct1d,
     BatchNormAct2d,
     BatchNormAct3d,
+    BatchNormAddAct1d,
+    BatchNormAddAct2d,
+    BatchNormAddAct3d,
+    BatchNormAddReLU1d,
+    BatchNormAddReLU2d,
+    BatchNormAddReLU3d,
     BatchNormReLU1d,
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
 
 __all__ = [
+    "AddReLU",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "BatchNormAddAct1d",
+    "BatchNormAddAct2d",
+    "BatchNormAddAct3d",
+    "BatchNormAddReLU1d",
+    "BatchNormAddReLU2d",
+    "BatchNormAddReLU3d",
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",

@@ -1,10 +1,13 @@
 """Batch norm with an activation in one operator; each class is a `torch.nn` batch norm and takes its checkpoints."""
 
+from collections.abc import Callable, Iterable
+
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnkern import reference
 from cnnkern.ops.bn_act import batch_norm_act
+from cnnkern.ops.bn_add_act import batch_norm_add_act
 
 
 class _FusedBatchNorm(_BatchNorm):
@@ -13,6 +16,9 @@ class _FusedBatchNorm(_BatchNorm):
     act: str
 
     def forward(self, input: Tensor) -> Tensor:
+        return self._normalize(input, batch_norm_act)
+
+    def _normalize(self, input: Tensor, operator: Callable[..., Tensor], *residual: Tensor) -> Tensor:
         self._check_input_dim(input)
         tracks = self.training and self.track_running_stats and self.num_batches_tracked is not None
         if self.momentum is not None:
@@ -20,8 +26,9 @@ class _FusedBatchNorm(_BatchNorm):
         else:  # cumulative average over the batches, this one included
             momentum = 1.0 / (float(self.num_batches_tracked) + 1.0) if tracks else 0.0
         uses_running = not self.training or self.track_running_stats
-        output = batch_norm_act(
+        output = operator(
             input,
+            *residual,
             self.running_mean if uses_running else None,
             self.running_var if uses_running else None,
             self.weight,
@@ -36,8 +43,17 @@ class _FusedBatchNorm(_BatchNorm):
         return output
 
 
+class _FusedBatchNormAdd(_FusedBatchNorm):
+    """The forward pass takes a residual of the input's shape as well: ``m(x, residual)``."""
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        return self._normalize(input, batch_norm_add_act, residual)
+
+
 class _ChosenAct(_FusedBatchNorm):
     """The activation is an argument of the constructor."""
+
+    allowed: Iterable[str] = reference.ACTIVATIONS
 
     def __init__(
         self,
@@ -52,10 +68,8 @@ class _ChosenAct(_FusedBatchNorm):
         bias: bool = True,
         act: str = "relu",
     ) -> None:
-        if act not in reference.ACTIVATIONS:
-            raise ValueError(
-                f"{type(self).__name__}: act must be one of {', '.join(reference.ACTIVATIONS)}; got {act!r}"
-            )
+        if act not in self.allowed:
+            raise ValueError(f"{type(self).__name__}: act must be one of {', '.join(self.allowed)}; got {act!r}")
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.act = act
 
@@ -64,21 +78,21 @@ class _ChosenAct(_FusedBatchNorm):
 
 
 class BatchNormAct1d(_ChosenAct, nn.BatchNorm1d):
-    """:class:`torch.nn.BatchNorm1d`, then the activation ``act``, ``"relu"`` or ``"none"``.
+    """:class:`torch.nn.BatchNorm1d`, then the activation ``act``, as :func:`~cnnkern.functional.batch_norm_act` has it.
 
     Input (N, C) or (N, C, L). Equivalent to ``nn.Sequential(nn.BatchNorm1d(...), nn.ReLU())``.
     """
 
 
 class BatchNormAct2d(_ChosenAct, nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d`, then the activation ``act``, ``"relu"`` or ``"none"``.
+    """:class:`torch.nn.BatchNorm2d`, then the activation ``act``, as :func:`~cnnkern.functional.batch_norm_act` has it.
 
     Input (N, C, H, W). Equivalent to ``nn.Sequential(nn.BatchNorm2d(...), nn.ReLU())``.
     """
 
 
 class BatchNormAct3d(_ChosenAct, nn.BatchNorm3d):
-    """:class:`torch.nn.BatchNorm3d`, then the activation ``act``, ``"relu"`` or ``"none"``.
+    """:class:`torch.nn.BatchNorm3d`, then the activation ``act``, as :func:`~cnnkern.functional.batch_norm_act` has it.
 
     Input (N, C, D, H, W). Equivalent to ``nn.Sequential(nn.BatchNorm3d(...), nn.ReLU())``.
     """
@@ -116,5 +130,50 @@ class BatchNormReLU2d(_FusedBatchNorm, nn.BatchNorm2d):
 
 class BatchNormReLU3d(_FusedBatchNorm, nn.BatchNorm3d):
     """Equivalent to ``nn.Sequential(nn.BatchNorm3d(...), nn.ReLU())``. Input (N, C, D, H, W)."""
+
+    act = "relu"
+
+
+class BatchNormAddAct1d(_FusedBatchNormAdd, _ChosenAct, nn.BatchNorm1d):
+    """:class:`torch.nn.BatchNorm1d`, plus a residual, then ``act``, ``"relu"`` or ``"none"``: ``m(x, residual)``.
+
+    Input and residual (N, C) or (N, C, L). Equivalent to ``F.relu(bn(x) + residual)``.
+    """
+
+    allowed = ("none", "relu")
+
+
+class BatchNormAddAct2d(_FusedBatchNormAdd, _ChosenAct, nn.BatchNorm2d):
+    """:class:`torch.nn.BatchNorm2d`, plus a residual, then ``act``, ``"relu"`` or ``"none"``: ``m(x, residual)``.
+
+    Input and residual (N, C, H, W). Equivalent to ``F.relu(bn(x) + residual)``.
+    """
+
+    allowed = ("none", "relu")
+
+
+class BatchNormAddAct3d(_FusedBatchNormAdd, _ChosenAct, nn.BatchNorm3d):
+    """:class:`torch.nn.BatchNorm3d`, plus a residual, then ``act``, ``"relu"`` or ``"none"``: ``m(x, residual)``.
+
+    Input and residual (N, C, D, H, W). Equivalent to ``F.relu(bn(x) + residual)``.
+    """
+
+    allowed = ("none", "relu")
+
+
+class BatchNormAddReLU1d(_FusedBatchNormAdd, nn.BatchNorm1d):
+    """``F.relu(bn(x) + residual)``, called as ``m(x, residual)``. Both are (N, C) or (N, C, L)."""
+
+    act = "relu"
+
+
+class BatchNormAddReLU2d(_FusedBatchNormAdd, nn.BatchNorm2d):
+    """``F.relu(bn(x) + residual)``, called as ``m(x, residual)``. Both are (N, C, H, W)."""
+
+    act = "relu"
+
+
+class BatchNormAddReLU3d(_FusedBatchNormAdd, nn.BatchNorm3d):
+    """``F.relu(bn(x) + residual)``, called as ``m(x, residual)``. Both are (N, C, D, H, W)."""
 
     act = "relu"

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from cnnkern.ops import fake
+
 _bn_act = torch.ops.cnnkern.bn_act.default
 
 
@@ -20,7 +22,9 @@ def batch_norm_act(
     """Batch normalisation over (N, ...) of each channel, then an activation.
 
     Equivalent to ``F.relu(F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))``
-    for ``act="relu"``, to the batch norm alone for ``act="none"``.
+    for ``act="relu"``, to the batch norm alone for ``act="none"``; other activations are ``"relu6"``, ``"leaky_relu"``
+    (slope 0.01), ``"sigmoid"``, ``"silu"`` and ``"hardswish"``, as `torch.nn.functional` has them. CUDA and Triton
+    kernels exist for ``"none"`` and ``"relu"``.
 
     Shapes: ``input`` and the result (N, C, ...) of 2 to 5 dimensions; the others (C,) or None. ``running_mean`` and
     ``running_var`` are updated in place when training, and are needed when not.
@@ -49,49 +53,16 @@ def batch_norm_relu(
     return _bn_act(input, weight, bias, running_mean, running_var, training, momentum, eps, "relu")[0]
 
 
-def _empty_like_layout(x: Tensor) -> Tensor:
-    """An output of the kernels: dense, in the input's memory format."""
-    transposed = x.dim() == 3 and x.transpose(1, 2).is_contiguous()
-    dense = (
-        x.is_contiguous()
-        or transposed
-        or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
-    )
-    if dense:
-        return torch.empty_like(x)
-    return torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x))
-
-
 @torch.library.register_fake("cnnkern::bn_act")
 def _(x, weight, bias, running_mean, running_var, training, momentum, eps, act):
-    for name, vector in {
-        "weight": weight,
-        "bias": bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-    }.items():
-        torch._check(
-            vector is None or vector.device == x.device,
-            lambda name=name, v=vector: (
-                f"cnnkern::bn_act: expected {name} on {x.device} like the input; got {v.device}"
-            ),
-        )
-        torch._check(
-            vector is None or (vector.dim() == 1 and vector.shape[0] == x.shape[1]),
-            lambda name=name: f"cnnkern::bn_act: {name} should contain one element a channel",
-        )
+    fake.check_channel_vectors(
+        "cnnkern::bn_act", x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+    )
     stats = x.new_empty(x.shape[1], dtype=torch.float64)
-    return _empty_like_layout(x), stats, torch.empty_like(stats)
+    return fake.empty_like_layout(x), stats, torch.empty_like(stats)
 
 
 @torch.library.register_fake("cnnkern::bn_act_backward")
 def _(dy, x, weight, bias, mean, rstd, training, act, output_mask):
-    def like(wanted, t):
-        return torch.empty_like(t) if wanted else t.new_empty(0)
-
-    return (
-        _empty_like_layout(x) if output_mask[0] else x.new_empty(0),
-        like(output_mask[1], weight if output_mask[1] else x),
-        like(output_mask[2], bias if output_mask[2] else x),
-    )
+    dx = fake.empty_like_layout(x) if output_mask[0] else x.new_empty(0)
+    return dx, fake.like(output_mask[1], weight, x), fake.like(output_mask[2], bias, x)

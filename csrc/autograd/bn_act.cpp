@@ -1,6 +1,5 @@
 // The derivative of bn_act: of first order by the gradient operator's kernel; of second order, in forward mode and
 // under torch.func transforms by PyTorch's own batch norm, which has formulas for all of them.
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "autograd/composite.h"
@@ -29,14 +28,6 @@ const auto& backward_op() {
                                  const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                                  const Tensor&, const Tensor&, bool, c10::string_view, std::array<bool, 3>)>();
   return op;
-}
-
-// Which of `inputs`, the leading tensor arguments of a Function, want gradients; one that is None has no edge.
-std::vector<bool> needs_grad(AutogradContext* ctx, const variable_list& inputs) {
-  std::vector<bool> needs(inputs.size());
-  size_t edge = 0;
-  for (size_t i = 0; i < inputs.size(); ++i) needs[i] = inputs[i].defined() && ctx->needs_input_grad(edge++);
-  return needs;
 }
 
 // Second order: differentiates PyTorch's batch norm twice.
@@ -95,8 +86,6 @@ struct BnAct : torch::autograd::Function<BnAct> {
     return out;
   }
 };
-
-bool requires_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_autograd(const Tensor& x, const OptionalTensor& weight,
                                                    const OptionalTensor& bias, const OptionalTensor& running_mean,

@@ -6,6 +6,7 @@
 #include <ATen/FuncTorchTLS.h>
 #include <ATen/TensorOperators.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/grad_mode.h>
 
 #include <functional>
@@ -15,7 +16,32 @@
 
 namespace cnnkern {
 
-inline Tensor activation_by_pytorch(const Tensor& pre, c10::string_view act) { return act == "relu" ? at::relu(pre) : pre; }
+inline Tensor activation_by_pytorch(const Tensor& pre, c10::string_view act) {
+  return with_activation("cnnkern", act, [&](auto activation) -> Tensor {
+    using Act = decltype(activation);
+    if constexpr (std::is_same_v<Act, Relu>) return at::relu(pre);
+    if constexpr (std::is_same_v<Act, OtherActivation>) {
+      switch (activation.kind) {
+        case Act::kRelu6: return at::hardtanh(pre, 0, 6);
+        case Act::kLeakyRelu: return at::leaky_relu(pre, Act::kSlope);
+        case Act::kSigmoid: return at::sigmoid(pre);
+        case Act::kSilu: return at::silu(pre);
+        default: return at::hardswish(pre);
+      }
+    }
+    return pre;
+  });
+}
+
+// Which of `inputs`, the leading tensor arguments of a Function, want gradients; one that is None has no edge.
+inline std::vector<bool> needs_grad(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& inputs) {
+  std::vector<bool> needs(inputs.size());
+  size_t edge = 0;
+  for (size_t i = 0; i < inputs.size(); ++i) needs[i] = inputs[i].defined() && ctx->needs_input_grad(edge++);
+  return needs;
+}
+
+inline bool requires_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
 
 // In a torch.func transform (grad, vmap, jvp ...), which C++ autograd functions do not support.
 inline bool under_functorch() {

@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "cpu/batch_norm.h"
+#include "cpu/sweep.h"
 #include "memory_layout.h"
 
 namespace cnnkern {

@@ -129,6 +129,61 @@ inline void vstream(T* p, Vec<T> v) {
   vstore(p, v);
 }
 
+template <bool kStream, typename T>
+inline void vput(T* p, Vec<T> v) {
+  kStream ? vstream(p, v) : vstore(p, v);
+}
+
+// One bit a lane: where !(x <= bound), NaN included.
+template <typename S>
+inline uint32_t bits_above(const at::vec::Vectorized<S>& x, const at::vec::Vectorized<S>& bound) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<S, float>)
+    return _mm512_cmp_ps_mask(x, bound, _CMP_NLE_UQ);
+  else
+    return _mm512_cmp_pd_mask(x, bound, _CMP_NLE_UQ);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<S, float>)
+    return _mm256_movemask_ps(_mm256_cmp_ps(x, bound, _CMP_NLE_UQ));
+  else
+    return _mm256_movemask_pd(_mm256_cmp_pd(x, bound, _CMP_NLE_UQ));
+#else
+  constexpr int n = at::vec::Vectorized<S>::size();
+  S lanes[n], bounds[n];
+  x.store(lanes), bound.store(bounds);
+  uint32_t bits = 0;
+  for (int j = 0; j < n; ++j) bits |= static_cast<uint32_t>(!(lanes[j] <= bounds[j])) << j;
+  return bits;
+#endif
+}
+
+// v where its lane's bit is set, else 0.
+template <typename S>
+inline at::vec::Vectorized<S> zero_unless(const at::vec::Vectorized<S>& v, uint32_t bits) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<S, float>)
+    return _mm512_maskz_mov_ps(static_cast<__mmask16>(bits), v);
+  else
+    return _mm512_maskz_mov_pd(static_cast<__mmask8>(bits), v);
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<S, float>) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
+    return _mm256_and_ps(v, _mm256_castsi256_ps(set));
+  } else {
+    const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
+    const __m256i set = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(bits), lane), lane);
+    return _mm256_and_pd(v, _mm256_castsi256_pd(set));
+  }
+#else
+  constexpr int n = at::vec::Vectorized<S>::size();
+  S lanes[n];
+  v.store(lanes);
+  for (int j = 0; j < n; ++j) lanes[j] = (bits >> j & 1) != 0 ? lanes[j] : S(0);
+  return at::vec::Vectorized<S>::loadu(lanes);
+#endif
+}
+
 // Orders this thread's streaming stores before what another thread does next.
 inline void stream_fence() {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
@@ -151,14 +206,15 @@ template <typename S>
 struct Lanewise<at::vec::Vectorized<S>> {
   using V = at::vec::Vectorized<S>;
   static V relu(const V& v) { return at::vec::clamp_min(v, V(0)); }
-  static V zero_where_le(const V& v, const V& x, const V& bound) {
+  static V exp(const V& v) { return v.exp(); }
+  static V where_le(const V& x, const V& bound, const V& a, const V& b) {
 #if defined(CPU_CAPABILITY_AVX512)
     if constexpr (std::is_same_v<S, float>)
-      return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_NLE_UQ), v);
+      return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_LE_OQ), b, a);
     else
-      return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x, bound, _CMP_NLE_UQ), v);
+      return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x, bound, _CMP_LE_OQ), b, a);
 #else
-    return V::blendv(v, V(0), x <= bound);
+    return V::blendv(b, a, x <= bound);
 #endif
   }
 };

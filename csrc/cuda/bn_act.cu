@@ -37,7 +37,7 @@ gpu::Parameters<T> parameters(const OptionalTensor& weight, const OptionalTensor
 template <typename F>
 void with_types(const char* op, const Tensor& x, std::string_view act, F&& f) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm", [&] {
-    with_activation(op, act, [&](auto activation) { f(scalar_t{}, activation); });
+    with_relu_or_none(op, act, [&](auto activation) { f(scalar_t{}, activation); });
   });
 }
 
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_cuda(const Tensor& x, const OptionalTe
                                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                                bool training, double momentum, double eps, c10::string_view act) {
   check_batch_norm("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, eps);
-  check_activation("cnnkern::bn_act", act);
+  check_relu_or_none("cnnkern::bn_act", act);
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor x_ = in_layout(x);
   Tensor y = at::empty_like(x_);
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_cuda(const Tensor& dy, const 
                                                         const Tensor& rstd, bool training, c10::string_view act,
                                                         std::array<bool, 3> output_mask) {
   check_batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, mean, rstd, output_mask);
-  check_activation("cnnkern::bn_act_backward", act);
+  check_relu_or_none("cnnkern::bn_act_backward", act);
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor x_ = in_layout(x), dy_ = in_layout_of(dy, x_);
   const auto like = [&](bool wanted, const Tensor& t) { return wanted ? at::empty_like(t) : at::empty({0}, t.options()); };

@@ -1,0 +1,12 @@
+"""Residual addition with an activation in one operator."""
+
+from torch import Tensor, nn
+
+from cnnkern.ops.add_relu import add_relu
+
+
+class AddReLU(nn.Module):
+    """``F.relu(input + other)``, called as ``m(input, other)``; both of the same shape and dtype."""
+
+    def forward(self, input: Tensor, other: Tensor) -> Tensor:
+        return add_relu(input, other)

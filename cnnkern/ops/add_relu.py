@@ -1,0 +1,32 @@
+"""Residual addition and ReLU in one operator. Kernels: csrc/cpu; autograd: csrc/autograd."""
+
+import torch
+from torch import Tensor
+
+from cnnkern.ops import fake
+
+_add_relu = torch.ops.cnnkern.add_relu.default
+
+
+def add_relu(input: Tensor, other: Tensor) -> Tensor:
+    """``F.relu(input + other)``. The gradient saves one bit an element, and neither input nor result.
+
+    Shapes: any, the same for both. Dtypes: float32, float64, bfloat16 or float16, the same for both.
+    The result has the memory format of ``input``.
+
+    Raises RuntimeError for shapes, dtypes or devices that differ: nothing is broadcast or promoted.
+    """
+    return _add_relu(input, other)[0]
+
+
+@torch.library.register_fake("cnnkern::add_relu")
+def _(x, residual):
+    fake.check_residual("cnnkern::add_relu", x, residual)
+    return fake.empty_like_layout(x), fake.mask_of(x)
+
+
+@torch.library.register_fake("cnnkern::add_relu_backward")
+def _(dy, mask, channels_last):
+    if channels_last:
+        return torch.empty_like(dy.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
+    return torch.empty_like(dy, memory_format=torch.contiguous_format)

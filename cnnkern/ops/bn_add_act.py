@@ -1,0 +1,71 @@
+"""Batch norm, residual and activation in one operator. Kernels: csrc/cpu; autograd: csrc/autograd."""
+
+import torch
+from torch import Tensor
+
+from cnnkern.ops import fake
+
+_bn_add_act = torch.ops.cnnkern.bn_add_act.default
+
+
+def batch_norm_add_act(
+    input: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor:
+    """Batch normalisation over (N, ...) of each channel, plus a residual, then an activation.
+
+    Equivalent to ``F.relu(F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) +
+    residual)`` for ``act="relu"``, without the ReLU for ``act="none"``.
+
+    Shapes: ``input``, ``residual`` and the result (N, C, ...) of 2 to 5 dimensions, all the same; the others (C,) or
+    None. ``running_mean`` and ``running_var`` are updated in place when training, and are needed when not.
+    Dtypes: float32, float64, bfloat16 or float16, ``residual`` that of ``input``; the vectors in the input's dtype, or
+    float32 beside the 16-bit ones. The result has the memory format of the input. The gradient saves the input, two
+    float64 vectors of C and, for ``"relu"``, one bit an element; not the residual.
+
+    Raises ValueError for one value a channel in training, an unknown ``act`` or an impossible ``eps``, RuntimeError
+    for shapes, dtypes or devices that do not fit; running statistics are then left as they were.
+
+    Source: He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385), figure 2.
+    """
+    return _bn_add_act(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, act)[0]
+
+
+def batch_norm_add_relu(
+    input: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalisation, plus a residual, then ReLU: :func:`batch_norm_add_act` with ``act="relu"``."""
+    return _bn_add_act(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, "relu")[0]
+
+
+@torch.library.register_fake("cnnkern::bn_add_act")
+def _(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act):
+    fake.check_channel_vectors(
+        "cnnkern::bn_add_act", x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+    )
+    fake.check_residual("cnnkern::bn_add_act", x, residual)
+    stats = x.new_empty(x.shape[1], dtype=torch.float64)
+    mask = fake.mask_of(x) if act == "relu" else x.new_empty(0, dtype=torch.uint8)
+    return fake.empty_like_layout(x), stats, torch.empty_like(stats), mask
+
+
+@torch.library.register_fake("cnnkern::bn_add_act_backward")
+def _(dy, x, weight, bias, mean, rstd, mask, training, act, output_mask):
+    dx, dresidual = (fake.empty_like_layout(x) if wanted else x.new_empty(0) for wanted in output_mask[:2])
+    return dx, dresidual, fake.like(output_mask[2], weight, x), fake.like(output_mask[3], bias, x)

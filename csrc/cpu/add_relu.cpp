@@ -1,0 +1,108 @@
+// add_relu: y = relu(x + residual). Backward: dx = dresidual = dy * [y > 0].
+// [y > 0] is saved as one bit an element, in the order of memory, and nothing else.
+// Traffic in tensors read or written: 3 forward, 2 backward. Threads own stretches of memory that share no byte of
+// the mask.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <tuple>
+
+#include "check.h"
+#include "cpu/bits.h"
+#include "cpu/dispatch.h"
+#include "cpu/sweep.h"
+#include "memory_layout.h"
+
+namespace cnnkern {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+// f(stream, begin, end) over stretches of a tensor of numel elements of type T; all begin at whole vectors.
+template <typename T, typename F>
+void over_stretches(int64_t numel, const F& f) {
+  constexpr int64_t kStretchLength = 1024;
+  const bool stream = 4 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes();
+  const auto stretches = [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(numel, end * kStretchLength);
+    stream ? f(std::true_type{}, begin * kStretchLength, last) : f(std::false_type{}, begin * kStretchLength, last);
+    stream_fence();
+  };
+  const int64_t count = divup(numel, kStretchLength);
+  if (numel < kSerial)
+    stretches(0, count);
+  else
+    at::parallel_for(0, count, kSerial / 2 / kStretchLength, stretches);
+}
+
+template <typename T>
+void forward(const T* x, const T* residual, T* y, BitWriter mask, int64_t numel) {
+  using V = Vec<T>;
+  constexpr int64_t L = V::size(), ahead = kAhead / static_cast<int64_t>(sizeof(T));
+  over_stretches<T>(numel, [&](auto stream, int64_t i, int64_t end) {
+    const V bound(rounds_to_zero<T>());
+    for (; i + L <= end; i += L) {
+      if constexpr (stream) __builtin_prefetch(x + i + ahead, 0, 2), __builtin_prefetch(residual + i + ahead, 0, 2);
+      const V v = vload(x + i) + vload(residual + i);
+      vput<stream>(y + i, Relu::value<T>(v));
+      mask.set(i, bits_above(v, bound), L);
+    }
+    if (i < end) {
+      const V v = vload(x + i, end - i, V(0)) + vload(residual + i, end - i, V(0));
+      vstore(y + i, Relu::value<T>(v), end - i);
+      mask.set(i, bits_above(v, bound), end - i);
+    }
+  });
+}
+
+template <typename T>
+void backward(const T* dy, T* dx, BitReader mask, int64_t numel) {
+  constexpr int64_t L = kLanes<T>, ahead = kAhead / static_cast<int64_t>(sizeof(T));
+  over_stretches<T>(numel, [&](auto stream, int64_t i, int64_t end) {
+    for (; i + L <= end; i += L) {
+      if constexpr (stream) __builtin_prefetch(dy + i + ahead, 0, 2);
+      vput<stream>(dx + i, zero_unless(vload(dy + i), mask.from(i)));
+    }
+    if (i < end) vstore(dx + i, zero_unless(vload(dy + i, end - i, Vec<T>(0)), mask.from(i)), end - i);
+  });
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> add_relu_cpu(const Tensor& x, const Tensor& residual) {
+  check_floating("cnnkern::add_relu", x);
+  check_same_shape("cnnkern::add_relu", "residual", residual, x);
+  const Tensor x_ = in_layout(x), residual_ = in_layout_of(residual, x_);
+  Tensor y = at::empty_like(x_), mask = at::empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte));
+  // Only the bytes that bits are added to one by one have to be zero: with fewer than 8 lanes every one.
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "add_relu", [&] {
+    uint8_t* bits = mask.mutable_data_ptr<uint8_t>();
+    const int64_t from = kLanes<scalar_t> % 8 != 0 ? 0 : std::max<int64_t>(x.numel() / kLanes<scalar_t> * kLanes<scalar_t> / 8, 0);
+    std::fill(bits + from, bits + mask.numel(), uint8_t{0});
+    forward(x_.const_data_ptr<scalar_t>(), residual_.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>(),
+            BitWriter{bits}, x.numel());
+  });
+  return {y, mask};
+}
+
+Tensor add_relu_backward_cpu(const Tensor& dy, const Tensor& mask, bool channels_last) {
+  const char* op = "cnnkern::add_relu_backward";
+  check_floating(op, dy);
+  check_mask(op, mask, mask_bytes(dy.numel()), dy);
+  TORCH_CHECK(!channels_last || (dy.dim() >= 3 && dy.dim() <= 5), op,
+              ": channels_last needs a dy of 3 to 5 dimensions; got ", dy.sizes());
+  const Tensor dy_ = channels_last ? in_rows(dy) : dy.contiguous();
+  Tensor dx = at::empty_like(dy_);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dy.scalar_type(), "add_relu_backward", [&] {
+    backward(dy_.const_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>(),
+             BitReader{mask.const_data_ptr<uint8_t>(), mask.numel()}, dy.numel());
+  });
+  return dx;
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace cnnkern
+
+CNNKERN_REGISTER_CPU(add_relu, add_relu_cpu)
+CNNKERN_REGISTER_CPU(add_relu_backward, add_relu_backward_cpu)

@@ -1,0 +1,131 @@
+// bn_add_act: y = act(pre + residual), pre = (x - mean) * weight * rstd + bias; act none or relu.
+// Backward, with g = dy * [y > 0]: dresidual = g, and dx, dweight, dbias as those of bn_act.
+// [y > 0] is saved as one bit an element, in the order of memory; nothing is saved of the residual, nor of y.
+// Traffic in tensors read or written, while a channel (planes) or the tensor (rows) stays in cache: 3 forward,
+// 4 backward; rows beyond the last-level cache 4 and 6. A thread owns blocks of channels, or pieces of rows.
+// Accumulators: the arithmetic type for 64 additions, then double (see sweep.h).
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+
+#include <array>
+
+#include "cpu/batch_norm.h"
+#include "cpu/dispatch.h"
+
+namespace cnnkern {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+template <typename T, typename Act, bool kTraining>
+struct BnAddActForward : BatchNormForward<T, kTraining> {
+  using V = Vec<T>;
+  static constexpr bool kMasks = std::is_same_v<Act, Relu>;
+
+  const T* residual;
+  BitWriter mask;
+
+  template <typename At>
+  V pre(const At& at, V x, V r) const {
+    return this->normalized(at, x) + r;
+  }
+  template <bool kStream, typename At>
+  void map(const At& at, int64_t i) const {
+    if constexpr (kStream) __builtin_prefetch(residual + i + kAhead / sizeof(T), 0, 2);
+    const V v = pre(at, vload(this->x + i), vload(residual + i));
+    vput<kStream>(this->y + i, Act::template value<T>(v));
+    if constexpr (kMasks) mask.set(i, bits_above(v, V(rounds_to_zero<T>())), V::size());
+  }
+  template <typename At>
+  void map(const At& at, int64_t i, int64_t n) const {
+    const V v = pre(at, vload(this->x + i, n, V(0)), vload(residual + i, n, V(0)));
+    vstore(this->y + i, Act::template value<T>(v), n);
+    if constexpr (kMasks) mask.set(i, bits_above(v, V(rounds_to_zero<T>())), n);
+  }
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_cpu(const Tensor& x, const Tensor& residual,
+                                                          const OptionalTensor& weight, const OptionalTensor& bias,
+                                                          const OptionalTensor& running_mean,
+                                                          const OptionalTensor& running_var, bool training,
+                                                          double momentum, double eps, c10::string_view act) {
+  check_batch_norm("cnnkern::bn_add_act", x, weight, bias, running_mean, running_var, training, eps);
+  check_same_shape("cnnkern::bn_add_act", "residual", residual, x);
+  check_relu_or_none("cnnkern::bn_add_act", act);
+  const Tensor x_ = in_layout(x), residual_ = in_layout_of(residual, x_);
+  const Layout layout = layout_of(x_);
+  Tensor y = at::empty_like(x_);
+  Tensor mean = at::empty({layout.C}, x.options().dtype(at::kDouble)), rstd = at::empty_like(mean);
+  Tensor mask = at::zeros({act == "relu" ? mask_bytes(x.numel()) : 0}, x.options().dtype(at::kByte));
+  if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1), mask};
+  with_types(x_, training, [&](auto scalar, auto is_training) {
+    using T = decltype(scalar);
+    constexpr bool kTraining = decltype(is_training)::value;
+    with_relu_or_none("cnnkern::bn_add_act", act, [&](auto activation) {
+      using Forward = BnAddActForward<T, decltype(activation), kTraining>;
+      run(Forward{{.x = x_.const_data_ptr<T>(),
+                   .y = y.mutable_data_ptr<T>(),
+                   .mean = mean.mutable_data_ptr<double>(),
+                   .rstd = rstd.mutable_data_ptr<double>(),
+                   .view = layout.channel(),
+                   .parameters = {tensor_or_undefined(weight), tensor_or_undefined(bias)},
+                   .running = {tensor_or_undefined(running_mean), tensor_or_undefined(running_var), momentum},
+                   .eps = eps},
+                  residual_.const_data_ptr<T>(),
+                  {mask.mutable_data_ptr<uint8_t>()}},
+          layout);
+    });
+  });
+  return {y, mean, rstd, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward_cpu(const Tensor& dy, const Tensor& x,
+                                                                   const OptionalTensor& weight,
+                                                                   const OptionalTensor& bias, const Tensor& mean,
+                                                                   const Tensor& rstd, const Tensor& mask,
+                                                                   bool training, c10::string_view act,
+                                                                   std::array<bool, 4> output_mask) {
+  const char* op = "cnnkern::bn_add_act_backward";
+  check_batch_norm_backward(op, dy, x, weight, bias, mean, rstd, {output_mask[0], output_mask[2], output_mask[3]});
+  check_relu_or_none(op, act);
+  check_mask(op, mask, act == "relu" ? mask_bytes(x.numel()) : 0, x);
+  const Tensor x_ = in_layout(x), dy_ = in_layout_of(dy, x_);
+  const Layout layout = layout_of(x_);
+  const auto like = [&](bool wanted, const Tensor& t) { return wanted ? at::empty_like(t) : at::empty({0}, t.options()); };
+  Tensor dx = like(output_mask[0], x_), dresidual = like(output_mask[1], x_);
+  Tensor dweight = like(output_mask[2], output_mask[2] ? *weight : x_);
+  Tensor dbias = like(output_mask[3], output_mask[3] ? *bias : x_);
+  if (x.numel() == 0) return {dx, dresidual, dweight.zero_(), dbias.zero_()};
+  with_types(x_, training, [&](auto scalar, auto is_training) {
+    using T = decltype(scalar);
+    constexpr bool kTraining = decltype(is_training)::value;
+    const auto through = [&](auto gate) {
+      run(BatchNormBackward<T, decltype(gate), kTraining>{
+              .dy = dy_.const_data_ptr<T>(),
+              .x = x_.const_data_ptr<T>(),
+              .dx = output_mask[0] ? dx.mutable_data_ptr<T>() : nullptr,
+              .dresidual = output_mask[1] ? dresidual.mutable_data_ptr<T>() : nullptr,
+              .mean = mean.const_data_ptr<double>(),
+              .rstd = rstd.const_data_ptr<double>(),
+              .view = layout.channel(),
+              .parameters = {tensor_or_undefined(weight), tensor_or_undefined(bias)},
+              .dweight = output_mask[2] ? dweight : Tensor(),
+              .dbias = output_mask[3] ? dbias : Tensor(),
+              .gate = gate},
+          layout);
+    };
+    if (act == "relu")
+      through(ThroughMask{{mask.const_data_ptr<uint8_t>(), mask.numel()}});
+    else
+      through(ThroughNothing{});
+  });
+  return {dx, dresidual, dweight, dbias};
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace cnnkern
+
+CNNKERN_REGISTER_CPU(bn_add_act, bn_add_act_cpu)
+CNNKERN_REGISTER_CPU(bn_add_act_backward, bn_add_act_backward_cpu)

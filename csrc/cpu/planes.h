@@ -1,0 +1,295 @@
+// The two sweeps over planes: contiguous tensors, (N, C, HW).
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <c10/macros/Macros.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/sweep.h"
+
+namespace cnnkern {
+inline namespace CPU_CAPABILITY {
+
+// `ahead`: how far from an element the one lies that is to be fetched meanwhile; 0 for none. The hardware's own
+// prefetching ends at every page and does not foresee the jump to the next image.
+template <typename Policy, typename At>
+inline void sum_run(const Policy& policy, const At& at, int64_t begin, int64_t n, int64_t ahead,
+                    Vec<typename Policy::Scalar>& s1, Vec<typename Policy::Scalar>& s2) {
+  using V = Vec<typename Policy::Scalar>;
+  constexpr int64_t L = V::size();
+  const int64_t end = begin + n;
+  int64_t i = begin;
+  if (n >= 4 * L) {
+    V a1(0), a2(0), b1(0), b2(0), c1(0), c2(0), d1(0), d2(0);
+    for (; i + 4 * L <= end; i += 4 * L) {
+      if (ahead != 0)
+        for (int64_t j = 0; j < 4 * L; j += L) policy.prefetch(i + j + ahead);
+      policy.template term<false>(at, i, L, a1, a2);
+      policy.template term<false>(at, i + L, L, b1, b2);
+      policy.template term<false>(at, i + 2 * L, L, c1, c2);
+      policy.template term<false>(at, i + 3 * L, L, d1, d2);
+    }
+    s1 = s1 + ((a1 + b1) + (c1 + d1));
+    s2 = s2 + ((a2 + b2) + (c2 + d2));
+  }
+  for (; i + L <= end; i += L) {
+    if (ahead != 0) policy.prefetch(i + ahead);
+    policy.template term<false>(at, i, L, s1, s2);
+  }
+  if (i < end) policy.template term<true>(at, i, end - i, s1, s2);
+}
+
+// Second sweep over elements [begin, end), which may cross planes and images. A vector that straddles two planes
+// takes each lane's constants from its own channel, so that stores stay whole and aligned wherever planes begin.
+// `end` is the end of a plane, or lies in the plane of `begin`.
+template <bool kStream, typename Policy>
+C10_NOINLINE void map_span(const Policy& policy, const Planes& s, int64_t begin, int64_t end, int64_t ahead) {
+  using T = typename Policy::Scalar;
+  using K = Constants<Policy>;
+  constexpr int64_t L = kLanes<T>;
+  const T* const out = policy.output();
+  int64_t i = begin, c = begin / s.HW % s.C, left = s.HW - begin % s.HW;  // left: elements of the plane from i on
+  const auto part = [&](int64_t n) {
+    policy.map(K::broadcast(policy, c), i, n);
+    i += n, left -= n;
+    if (left == 0) left = s.HW, c = c + 1 == s.C ? 0 : c + 1;
+  };
+  if (const int64_t head = std::min({short_of_alignment(out + i), left, end - i}); head > 0) part(head);
+  if (s.HW < L || (kStream && short_of_alignment(out + i) != 0)) {
+    while (i < end) part(std::min({L, left, end - i}));
+    return;
+  }
+  if (s.HW < kShortPlane) {
+    // Without a branch that depends on where planes begin: such branches cannot be foreseen.
+    for (; i + L <= end; i += L) {
+      if (kStream) policy.prefetch(i + ahead);
+      const int64_t next = c + 1 == s.C ? 0 : c + 1;
+      policy.template map<kStream>(K::joined(K::broadcast(policy, c), K::broadcast(policy, next), std::min(left, L)), i);
+      left -= L;
+      const bool over = left <= 0;
+      left += over ? s.HW : 0;
+      c = over ? next : c;
+    }
+  } else {
+    while (i + L <= end) {
+      const K at = K::broadcast(policy, c);
+      const int64_t stop = std::min(end, i + left);
+      const int64_t first = i;
+      for (; i + L <= stop; i += L) {
+        if (kStream) policy.prefetch(i + ahead);
+        policy.template map<kStream>(at, i);
+      }
+      left -= i - first;
+      if (i + L > end) break;
+      c = c + 1 == s.C ? 0 : c + 1;
+      if (left > 0) {
+        policy.template map<kStream>(K::joined(at, K::broadcast(policy, c), left), i);
+        i += L, left -= L;
+      }
+      left += s.HW;
+    }
+  }
+  while (i < end) part(std::min({L, left, end - i}));
+}
+
+// Tensors that fit the last-level cache are neither streamed nor prefetched: measured, both cost more than they save.
+template <typename Policy>
+void map_span(const Policy& policy, const Planes& s, int64_t begin, int64_t end, int64_t ahead, bool stream) {
+  if (stream)
+    map_span<true>(policy, s, begin, end, ahead);
+  else
+    map_span<false>(policy, s, begin, end, 0);
+}
+
+// How a tensor of planes is cut: blocks of channels (a thread's contiguous run in one image), and for each block
+// pieces of at most about kPiece elements a channel: groups of whole images, or parts of one image's plane.
+struct PlaneCut {
+  int64_t block, blocks, group, groups, part, parts;
+  PlaneCut(const Planes& s, int64_t element_bytes, int64_t threads) {
+    const int64_t run = std::clamp(kBlockBytes / s.N, kRunBytes / 4, kRunBytes);
+    block = std::clamp<int64_t>(divup(run, s.HW * element_bytes), 1, std::min(kMaxBlock, s.C));
+    blocks = divup(s.C, block);
+    block = divup(s.C, std::min(s.C, divup(blocks, threads) * threads));  // as many for each thread
+    blocks = divup(s.C, block);
+    group = std::clamp<int64_t>(kPiece / s.HW, 1, s.N);
+    groups = divup(s.N, group);
+    part = std::min(kPiece, s.HW);
+    parts = divup(s.HW, part);
+  }
+  int64_t pieces() const { return groups * parts; }
+  // Calls f(image, part) for each image of a piece.
+  template <typename F>
+  void for_images(int64_t piece, int64_t N, const F& f) const {
+    const int64_t first = piece / parts * group;
+    for (int64_t n = first; n < std::min(N, first + group); ++n) f(n, piece % parts);
+  }
+};
+
+// The sums of one piece, image by image.
+template <typename Policy>
+class PieceSums {
+  using V = Vec<typename Policy::Scalar>;
+  static constexpr int64_t L = V::size();
+
+ public:
+  PieceSums(const Policy& policy, const Planes& s, const PlaneCut& cut) : policy_(policy), s_(s), cut_(cut) {}
+
+  void start(int64_t block) {
+    c0_ = block * cut_.block;
+    channels_ = std::min(cut_.block, s_.C - c0_);
+    pending_ = 0;
+    for (int64_t c = 0; c < channels_; ++c) {
+      s1_[c] = s2_[c] = V(0);
+      std::fill_n(wide1_[c], L, 0.0), std::fill_n(wide2_[c], L, 0.0);
+    }
+  }
+
+  C10_NOINLINE void add(int64_t n, int64_t part, int64_t ahead) {
+    const int64_t p0 = part * cut_.part, pn = std::min(cut_.part, s_.HW - p0);
+    for (int64_t c = 0; c < channels_; ++c) {
+      const auto at = Constants<Policy>::broadcast(policy_, c0_ + c);
+      const int64_t begin = (n * s_.C + c0_ + c) * s_.HW + p0;
+      // A long run is summed in stretches, so that no lane sees more than kFlush additions.
+      for (int64_t j = 0; j < pn; j += kFlush * 4 * L) {
+        if (j > 0) flush(c);
+        sum_run(policy_, at, begin + j, std::min(kFlush * 4 * L, pn - j), ahead, s1_[c], s2_[c]);
+      }
+    }
+    if ((pending_ += pn / (4 * L) + 4) >= kFlush) {
+      for (int64_t c = 0; c < channels_; ++c) flush(c);
+      pending_ = 0;
+    }
+  }
+
+  void add_to(double* sums) {  // (channels of the block, 2)
+    for (int64_t c = 0; c < channels_; ++c) {
+      flush(c);
+      double t1 = 0, t2 = 0;
+      for (int64_t j = 0; j < L; ++j) t1 += wide1_[c][j], t2 += wide2_[c][j];
+      sums[2 * c] += t1, sums[2 * c + 1] += t2;
+    }
+  }
+
+ private:
+  void flush(int64_t c) {
+    add_lanes(wide1_[c], s1_[c]), add_lanes(wide2_[c], s2_[c]);
+    s1_[c] = s2_[c] = V(0);
+  }
+
+  const Policy& policy_;
+  const Planes& s_;
+  const PlaneCut& cut_;
+  int64_t c0_ = 0, channels_ = 0, pending_ = 0;
+  V s1_[kMaxBlock], s2_[kMaxBlock];
+  alignas(64) double wide1_[kMaxBlock][L], wide2_[kMaxBlock][L];
+};
+
+// Without sums there is one sweep, in the order of memory.
+template <typename Policy>
+void map_planes(Policy& policy, const Planes& s, bool stream) {
+  for (int64_t c = 0; c < s.C; ++c) policy.prepare(c);
+  const auto planes = [&](int64_t begin, int64_t end) {
+    map_span(policy, s, begin * s.HW, end * s.HW, kAhead / static_cast<int64_t>(sizeof(typename Policy::Scalar)), stream);
+    stream_fence();
+  };
+  if (s.numel() < kSerial)
+    planes(0, s.N * s.C);
+  else
+    at::parallel_for(0, s.N * s.C, divup(kSerial / 2, s.HW), planes);
+}
+
+template <typename Policy>
+void run_planes(Policy& policy, const Planes& s) {
+  using T = typename Policy::Scalar;
+  const int64_t threads = s.numel() < kSerial ? 1 : at::get_num_threads();
+  const PlaneCut cut(s, sizeof(T), threads);
+  policy.table.resize(s.C, s.C);
+  const bool stream = policy.streams(s.numel());
+  if constexpr (!Policy::kReduces) return map_planes(policy, s, stream);
+  const auto prepare = [&](int64_t block) {
+    for (int64_t c = block * cut.block; c < std::min(s.C, (block + 1) * cut.block); ++c)
+      policy.prepare(c);
+  };
+  const auto finish = [&](int64_t block, const double* sums) {
+    for (int64_t c = block * cut.block; c < std::min(s.C, (block + 1) * cut.block); ++c, sums += 2)
+      policy.finish(c, sums[0], sums[1]);
+  };
+  // Second sweep over part of a block's planes in image n.
+  const auto map = [&](int64_t block, int64_t n, int64_t part, int64_t ahead) {
+    const int64_t c0 = block * cut.block, channels = std::min(cut.block, s.C - c0), p0 = part * cut.part;
+    const int64_t begin = (n * s.C + c0) * s.HW + p0;
+    // A plane in parts is a block of its own.
+    map_span(policy, s, begin, begin + (cut.parts > 1 ? std::min(cut.part, s.HW - p0) : channels * s.HW), ahead, stream);
+  };
+  // A thread owns blocks of channels, and applies while its reads are in its cache, if that keeps threads busy.
+  if (threads == 1 || 20 * cut.blocks >= 17 * threads * divup(cut.blocks, threads)) {
+    const auto own_blocks = [&](int64_t begin, int64_t end) {
+      PieceSums<Policy> piece(policy, s, cut);
+      double sums[2 * kMaxBlock], part[2 * kMaxBlock];
+      const auto reduce = [&](int64_t block, int64_t n, int64_t ahead) {
+        for (int64_t p = 0; p < cut.parts; ++p) {
+          if (n % cut.group == 0) piece.start(block);
+          piece.add(n, p, ahead);
+          if ((n + 1) % cut.group != 0 && n + 1 != s.N) continue;
+          std::fill_n(part, 2 * cut.block, 0.0);
+          piece.add_to(part);
+          for (int64_t j = 0; j < 2 * cut.block; ++j) sums[j] += part[j];
+        }
+      };
+      std::fill_n(sums, 2 * kMaxBlock, 0.0);
+      prepare(begin);
+      for (int64_t n = 0; n < s.N; ++n) reduce(begin, n, s.C * s.HW);
+      for (int64_t block = begin; block < end; ++block) {
+        finish(block, sums);
+        std::fill_n(sums, 2 * kMaxBlock, 0.0);
+        if (block + 1 < end) prepare(block + 1);
+        // One block is written while the next is read, image by image, so that memory does both all the time; in
+        // reverse order, so that what the first sweep read last is found in cache.
+        for (int64_t n = 0; n < s.N; ++n) {
+          const int64_t written = s.N - 1 - n;
+          const int64_t ahead = block + 1 < end ? ((n - written) * s.C + cut.block) * s.HW : 0;
+          if (policy.maps())
+            for (int64_t p = 0; p < cut.parts; ++p) map(block, written, p, ahead);
+          if (block + 1 < end) reduce(block + 1, n, policy.maps() ? 0 : s.C * s.HW);
+        }
+      }
+      stream_fence();
+    };
+    if (threads == 1)
+      own_blocks(0, cut.blocks);
+    else
+      at::parallel_for(0, cut.blocks, 1, own_blocks);
+    return;
+  }
+  // Else threads share the pieces of every block, and meet between the two sweeps.
+  const int64_t units = cut.blocks * cut.pieces();  // piece-major: a thread's units are near each other in memory
+  for (int64_t block = 0; block < cut.blocks; ++block) prepare(block);
+  std::vector<double> partial(units * 2 * cut.block, 0.0);
+  at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    PieceSums<Policy> piece(policy, s, cut);
+    for (int64_t u = begin; u < end; ++u) {
+      piece.start(u % cut.blocks);
+      cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) { piece.add(n, p, kAhead / static_cast<int64_t>(sizeof(T))); });
+      piece.add_to(&partial[u * 2 * cut.block]);
+    }
+    stream_fence();
+  });
+  for (int64_t block = 0; block < cut.blocks; ++block) {
+    double sums[2 * kMaxBlock] = {};
+    for (int64_t piece = 0; piece < cut.pieces(); ++piece)
+      for (int64_t j = 0; j < 2 * cut.block; ++j) sums[j] += partial[(piece * cut.blocks + block) * 2 * cut.block + j];
+    finish(block, sums);
+  }
+  if (policy.maps()) {
+    at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t u = end; u-- > begin;)
+        cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) { map(u % cut.blocks, n, p, 0); });
+      stream_fence();
+    });
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace cnnkern

@@ -1,0 +1,148 @@
+// The two sweeps that every batch-norm kernel makes, once for each memory layout (planes.h, rows.h). An operator
+// brings a policy:
+//
+//   kRows                          per-channel constants it keeps (rows of a ChannelTable)
+//   kReduces, maps()               which of the two sweeps it makes
+//   prefetch(i)                    asks for the first sweep's inputs at element i
+//   prepare(c)                     before the first sweep, channel c
+//   term<kPartial>(at, i, n, s1, s2)  first sweep: adds element i (a vector; its first n lanes if kPartial) to two sums
+//   finish(c, s1, s2)              the channel's sums -> constants of the second sweep
+//   map<kStream>(at, i)            second sweep: computes and stores element i (a vector); map(at, i, n) its first n lanes
+//   output(), streams(numel)       where the second sweep stores, and whether it goes past the caches
+//
+// `at(row)` gives a per-channel constant as a vector: broadcast in planes, loaded in rows of channels. Sums are kept
+// in vector accumulators of the arithmetic type for at most kFlush additions a lane, then in double. The pieces over
+// which sums are taken depend on the shape alone, so results do not depend on the number of threads.
+#pragma once
+
+#include <c10/util/SmallVector.h>
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <vector>
+
+#include "cpu/vec.h"
+
+namespace cnnkern {
+inline namespace CPU_CAPABILITY {
+
+constexpr int64_t kFlush = 16;             // additions a lane before a sum moves to double
+constexpr int64_t kPiece = 8192;           // elements of one channel whose sums are taken in one go
+constexpr int64_t kRunBytes = 8192;        // contiguous bytes a thread reads before it jumps to the next image
+constexpr int64_t kBlockBytes = 1 << 19;   // of one tensor that a thread reads twice, while they stay in its own cache
+constexpr int64_t kSerial = 32768;         // elements below which waking a second thread costs more than it saves
+constexpr int64_t kMaxBlock = 64;          // channels of a block
+constexpr int64_t kShortPlane = 512;       // elements of a plane so short that a branch a plane costs
+constexpr int64_t kStretch = 16384;        // elements of rows that are read forward in the reversed second sweep
+constexpr int64_t kAhead = 8192;           // bytes between what is read and what is fetched, in rows
+
+// How many elements p is short of the alignment of a whole vector.
+template <typename T>
+int64_t short_of_alignment(const T* p) {
+  constexpr uintptr_t bytes = kLanes<T> * sizeof(T);
+  const uintptr_t over = reinterpret_cast<uintptr_t>(p) % bytes;
+  return over == 0 ? 0 : static_cast<int64_t>((bytes - over) / sizeof(T));
+}
+
+inline int64_t divup(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The cache that one core's misses go to. sysconf adds up all that the machine has on some processors (measured: AMD
+// EPYC 9R14 under KVM, 320 MB for 32 MB), so the kernel's own table is asked.
+inline int64_t last_level_cache_bytes() {
+  static const int64_t bytes = [] {
+    std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+    int64_t size = 0;
+    char unit = 0;
+    if (file >> size >> unit && size > 0) return size << (unit == 'M' ? 20 : unit == 'K' ? 10 : 0);
+    return int64_t{32} << 20;
+  }();
+  return bytes;
+}
+
+struct Planes {  // contiguous: (N, C, HW)
+  int64_t N, C, HW;
+  int64_t numel() const { return N * C * HW; }
+};
+struct Rows {  // channels_last: (rows, C)
+  int64_t rows, C;
+  int64_t numel() const { return rows * C; }
+};
+
+// kRows constants a channel, row-major. In rows of channels a table is `width` wide: C, or a multiple of C where
+// several short rows are read as one.
+template <typename T, int kRows>
+class ChannelTable {
+ public:
+  void resize(int64_t channels, int64_t width) {
+    channels_ = channels;
+    width_ = width;
+    data_.resize(kRows * width);
+  }
+  compute_t<T>& operator()(int row, int64_t c) { return data_[row * width_ + c]; }
+  const compute_t<T>* row(int r) const { return data_.data() + r * width_; }
+  void replicate() {
+    if (channels_ == width_) return;
+    for (int row = 0; row < kRows; ++row) {
+      compute_t<T>* p = data_.data() + row * width_;
+      for (int64_t j = channels_; j < width_; ++j) p[j] = p[j - channels_];
+    }
+  }
+  int64_t width() const { return width_; }
+
+ private:
+  int64_t channels_ = 0, width_ = 0;
+  c10::SmallVector<compute_t<T>, 512> data_;
+};
+
+// A channel's constants as vectors, loaded once for a run; rows that nobody reads cost nothing once inlined.
+template <typename Policy>
+struct Constants {
+  using V = Vec<typename Policy::Scalar>;
+  V v[Policy::kRows];
+  V operator()(int row) const { return v[row]; }
+  static Constants broadcast(const Policy& policy, int64_t c) {
+    Constants k;
+    for (int r = 0; r < Policy::kRows; ++r) k.v[r] = V(policy.table.row(r)[c]);
+    return k;
+  }
+  // The first n lanes from `first`, the others from `rest`.
+  static Constants joined(const Constants& first, const Constants& rest, int64_t n) {
+    Constants k;
+    for (int r = 0; r < Policy::kRows; ++r) k.v[r] = first_lanes(first.v[r], n, rest.v[r]);
+    return k;
+  }
+  static Constants columns(const Policy& policy, int64_t c) {
+    Constants k;
+    for (int r = 0; r < Policy::kRows; ++r) k.v[r] = V::loadu(policy.table.row(r) + c);
+    return k;
+  }
+  static Constants columns(const Policy& policy, int64_t c, int64_t n) {
+    Constants k;
+    for (int r = 0; r < Policy::kRows; ++r) k.v[r] = vload(policy.table.row(r) + c, n, V(0));
+    return k;
+  }
+};
+
+// Where the elements of a channel lie: `runs` runs of `length` elements, `step` apart.
+struct ChannelView {
+  int64_t channel_stride, runs, run_stride, length, step;
+  explicit ChannelView(const Planes& s) : channel_stride(s.HW), runs(s.N), run_stride(s.C * s.HW), length(s.HW), step(1) {}
+  explicit ChannelView(const Rows& s) : channel_stride(1), runs(1), run_stride(0), length(s.rows), step(s.C) {}
+  int64_t count() const { return runs * length; }
+  int64_t offset(int64_t c, int64_t j) const {
+    return c * channel_stride + j / length * run_stride + j % length * step;
+  }
+};
+
+// The layout of a tensor's memory, and its shape as the two sweeps see it.
+struct Layout {
+  bool rows;
+  int64_t N, C, HW;
+  Planes as_planes() const { return {N, C, HW}; }
+  Rows as_rows() const { return {N * HW, C}; }
+  ChannelView channel() const { return rows ? ChannelView(as_rows()) : ChannelView(as_planes()); }
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace cnnkern

@@ -1,0 +1,50 @@
+"""`cnnkern.tune_malloc`: fewer page faults where the C library is glibc, a clear sentence where it is not."""
+
+import ctypes
+import subprocess
+import sys
+
+import cnnkern
+from cnnkern import memory
+
+FAULTS = """
+import resource, sys, torch, cnnkern
+if sys.argv[1] == "tuned":
+    assert "reuses blocks" in cnnkern.tune_malloc()
+def call():
+    torch.ones(30_000_000)  # 120 MB
+for _ in range(20):  # until freed blocks lie together: glibc before 2.38 asks for more than an aligned block gives back
+    call()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    call()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_large_tensors_are_not_faulted_anew():
+    clean = {"PATH": "/usr/bin:/bin"}
+    default, tuned = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], env=clean, check=True, capture_output=True).stdout)
+        for how in ("default", "tuned")
+    )
+    pages = 10 * 30_000_000 * 4 // 4096
+    assert tuned < pages / 50
+    assert default > pages / 600, "malloc's defaults have changed: is tune_malloc still of use?"  # huge pages: 1/512
+
+
+def test_without_glibc_nothing_is_done(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert cnnkern.tune_malloc() == "cnnkern: malloc left as it is: this C library is not glibc"
+
+
+def test_a_refusal_is_named(monkeypatch):
+    class Refusing:
+        def mallopt(option, value):
+            return int(option != -3)
+
+        def gnu_get_libc_version():
+            return b"9.9"
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Refusing)
+    assert memory.tune_malloc() == "cnnkern: malloc left partly as it is: glibc 9.9 refused mallopt option -3"
