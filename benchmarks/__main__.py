@@ -48,6 +48,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--save", type=file_name, metavar="NAME", help="write to results/published/NAME.*")
     parser.add_argument("--threads", type=count, default=torch.get_num_threads(), metavar="N")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
+    parser.add_argument("--networks", default="resnet50", choices=("resnet50", "all"), help="whose shapes")
+    parser.add_argument("--seconds", type=float, metavar="N", help="for everything; what comes later is not timed")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device on this machine")
@@ -61,7 +64,10 @@ def one_line(message: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    options = Options(arguments.quick, arguments.filter, arguments.device, arguments.threads)
+    options = Options(
+        *(arguments.quick, arguments.filter, arguments.device, arguments.threads, arguments.dtype, arguments.networks)
+    )
+    seconds = arguments.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS)
     settings = [setting for setting in machine.malloc_settings(options.device) if make_plan(options, setting)]
     if not settings:
         print(f"benchmarks: nothing has {options.filter!r} in its name", file=sys.stderr)
@@ -70,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="cnnkern-bench-") as scratch:
-            measured, problems = run(options, settings, Path(scratch))
+            measured, problems = run(options, settings, Path(scratch), seconds)
     except OSError as error:
         return one_line(f"cannot write: {error}")
     except KeyboardInterrupt:
@@ -86,9 +92,9 @@ def main(argv: list[str] | None = None) -> int:
     return int(bool(problems) or failed)
 
 
-def run(options: Options, settings: list[str], scratch: Path) -> tuple[list[rows.Row], list[str]]:
+def run(options: Options, settings: list[str], scratch: Path, seconds: float) -> tuple[list[rows.Row], list[str]]:
     """Rows of every malloc setting, and a line for each worker that ended before its time."""
-    end = time.monotonic() + (QUICK_SECONDS if options.quick else FULL_SECONDS)
+    end = time.monotonic() + seconds
     where = machine.describe(options.device, options.threads)
     measured: list[rows.Row] = []
     problems: list[str] = []
@@ -101,9 +107,9 @@ def run(options: Options, settings: list[str], scratch: Path) -> tuple[list[rows
             bandwidths = []
         for setting in settings:
             share = 1.0 if setting == settings[-1] else FIRST_SHARE
-            seconds = max(0.0, (end - time.monotonic()) * share - START_SECONDS)
+            left = max(0.0, (end - time.monotonic()) * share - START_SECONDS)
             try:
-                result = worker.run(replace(options, seconds=seconds, verified=verified), setting, scratch, bar)
+                result = worker.run(replace(options, seconds=left, verified=verified), setting, scratch, bar)
             except worker.Failed as error:
                 problems.append(str(error))
                 continue

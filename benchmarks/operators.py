@@ -1,7 +1,8 @@
 """Every operator of `cnnkern.testing.CASES` on its networks' shapes, against eager PyTorch and torch.compile."""
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -15,8 +16,6 @@ from benchmarks.options import Options
 from cnnkern import testing
 from cnnkern.testing import Case
 
-DTYPE = torch.float32
-
 
 def groups(options: Options, compiled: bool) -> list[Group]:
     """Training and inference of every case on every shape; torch.compile, if at all, on one shape a network.
@@ -25,25 +24,34 @@ def groups(options: Options, compiled: bool) -> list[Group]:
     """
     columns = []
     for case in testing.CASES.values():
-        for network, shapes in case.bench_shapes.items():
+        for network, shapes, variant in _columns(case, options.networks == "all"):
             by_size = sorted(shapes, key=math.prod)
             middle = by_size[len(by_size) // 2]
             if options.quick:
                 shapes = tuple(dict.fromkeys((by_size[0], middle)))
             column = []
             for shape in shapes:
-                drawn = Drawn(case, shape, options.device)
+                drawn = Drawn(case, shape, getattr(torch, options.dtype), variant, options.device)
                 for mode in ("training", "inference"):
-                    with_compile = compiled and not options.quick and shape == middle
-                    column.append(_group(case, network, shape, mode, drawn, with_compile))
+                    with_compile = compiled and not options.quick and shape == middle and variant == case.bench_variant
+                    column.append(_group(network, mode, drawn, with_compile))
             columns.append(column)
     longest = max(map(len, columns), default=0)
     pairs = range(0, longest, 2)  # the two modes of a shape share their inputs, and stay together
     return [group for i in pairs for column in columns for group in column[i : i + 2]]
 
 
-def _group(case: Case, network: str, shape: tuple[int, ...], mode: str, drawn: "Drawn", with_compile: bool) -> Group:
-    training = mode == "training"
+def _columns(case: Case, everything: bool) -> Iterator[tuple[str, tuple[tuple[int, ...], ...], str]]:
+    """(network, shapes, variant): the first network's, or all networks' and after them the other variants'."""
+    for network, shapes in itertools.islice(case.bench_shapes.items(), None if everything else 1):
+        yield network, shapes, case.bench_variant
+    for variant in case.bench_others if everything else ():
+        yield "resnet50", ((32, 256, 28, 28), (1, 256, 28, 28)), variant
+
+
+def _group(network: str, mode: str, drawn: "Drawn", with_compile: bool) -> Group:
+    case, shape, training = drawn.case, drawn.shape, mode == "training"
+    itemsize = drawn.dtype.itemsize
     layouts = LAYOUTS if len(shape) in (4, 5) else LAYOUTS[:1]
     names = ("eager", "ours") + ("torch.compile",) * with_compile
     numel = math.prod(shape)
@@ -51,7 +59,7 @@ def _group(case: Case, network: str, shape: tuple[int, ...], mode: str, drawn: "
     read, written = (f + b for f, b in zip(case.forward_traffic, backward, strict=True))
     return Group(
         suite="operators",
-        operator=case.name,
+        operator=case.name + ("" if drawn.variant == case.bench_variant else f" ({drawn.variant})"),
         network=network,
         shape="x".join(map(str, shape)),
         mode=mode,
@@ -59,8 +67,9 @@ def _group(case: Case, network: str, shape: tuple[int, ...], mode: str, drawn: "
         contenders=tuple(Contender(name, layout) for layout in layouts for name in names),
         open=lambda: OperatorBench(drawn, training),
         weight=0.2 + numel * (1.5e-7 if training else 6e-8) + (12 if training else 6) * len(layouts) * with_compile,
-        bytes_read=read * numel * DTYPE.itemsize,
-        bytes_written=written * numel * DTYPE.itemsize,
+        dtype=str(drawn.dtype).removeprefix("torch."),
+        bytes_read=read * numel * itemsize,
+        bytes_written=written * numel * itemsize,
     )
 
 
@@ -70,6 +79,8 @@ class Drawn:
 
     case: Case
     shape: tuple[int, ...]
+    dtype: torch.dtype
+    variant: str
     device: str
 
 
@@ -77,10 +88,10 @@ class Drawn:
 def _draw(drawn: Drawn) -> tuple[dict[str, Any], Tensor]:
     """(inputs, dy), contiguous. Only the last shape's are kept: they may be gigabytes."""
     case, generator = drawn.case, torch.Generator().manual_seed(0)
-    inputs = case.inputs(drawn.shape, DTYPE, generator=generator, **case.variants[case.bench_variant])
+    inputs = case.inputs(drawn.shape, drawn.dtype, generator=generator, **case.variants[drawn.variant])
     inputs = {n: v.to(drawn.device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
     shape = testing.run(case.reference, case, inputs)["output"].shape
-    return inputs, testing.randn(shape, generator, DTYPE).to(drawn.device)
+    return inputs, testing.randn(shape, generator, drawn.dtype).to(drawn.device)
 
 
 class OperatorBench:

@@ -13,6 +13,8 @@ class Options:
     filter: str = ""
     device: str = "cpu"
     threads: int = torch.get_num_threads()
+    dtype: str = "float32"  # of the operators' rows
+    networks: str = "resnet50"  # whose shapes: this one's, or "all"
     seconds: float = 150.0  # for all groups of one worker; groups that find them spent are reported as not timed
     compile_seconds: float = 60.0  # of those, for torch.compile
     # Contenders whose results this run has checked already, on the same inputs under the other malloc setting.

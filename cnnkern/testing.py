@@ -5,7 +5,7 @@ float64 (:func:`assert_as_good_as`).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Case:
     gradcheck_shapes: tuple[Shape, ...]
     bench_shapes: dict[str, tuple[Shape, ...]]  # network -> its shapes, each once
     bench_variant: str
+    bench_others: tuple[str, ...] = field(default=(), kw_only=True)  # variants that a full run adds on two shapes
     forward_call: Callable[[dict[str, Any]], tuple]  # arguments of `inputs` -> (operator, positional arguments)
     backward_call: Callable[[dict[str, Any], Tensor], tuple]  # ... and dy -> (gradient operator, arguments)
     # Tensors of x's size that the least possible traffic (read, written) consists of.
@@ -304,24 +305,42 @@ def add_relu_backward_call(inputs: dict[str, Any], dy: Tensor) -> tuple:
 
 # ---- the rows ---------------------------------------------------------------------------------------------------
 
-# The shapes of ResNet-50's batch norms at 224x224, batch 32.
-RESNET50_BATCH_NORMS = (
-    (32, 64, 112, 112),
-    (32, 64, 56, 56),
-    (32, 256, 56, 56),
-    (32, 128, 56, 56),
-    (32, 128, 28, 28),
-    (32, 512, 28, 28),
-    (32, 256, 28, 28),
-    (32, 256, 14, 14),
-    (32, 1024, 14, 14),
-    (32, 512, 14, 14),
-    (32, 512, 7, 7),
-    (32, 2048, 7, 7),
-)
+# The shapes at 224x224 of the batch norms of three networks, each shape once, and of those that a residual follows.
 
-# Of those, where a residual is added.
-RESNET50_ADDS = ((32, 256, 56, 56), (32, 512, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
+
+def _at(side: int, *channels: int) -> list[Shape]:
+    return [(32, c, side, side) for c in channels]
+
+
+def _batch(n: int, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+    return tuple((n, *shape[1:]) for shape in shapes)
+
+
+RESNET50 = (
+    *_at(112, 64),
+    *_at(56, 64, 256, 128),
+    *_at(28, 128, 512, 256),
+    *_at(14, 256, 1024, 512),
+    *_at(7, 512, 2048),
+)
+RESNEXT50 = tuple(_at(7, 1024))  # what ResNet-50 does not have
+DENSENET121 = (  # what neither has: a step of 32 channels from layer to layer
+    *_at(56, *(c for c in range(64, 257, 32) if c not in (64, 128, 256))),
+    *_at(28, *(c for c in range(128, 513, 32) if c not in (128, 256, 512))),
+    *_at(14, 128, *(c for c in range(256, 1025, 32) if c not in (256, 512, 1024))),
+    *_at(7, 128, *(c for c in range(512, 1025, 32) if c not in (512, 1024))),
+)
+RESNET50_ADDS = (*_at(56, 256), *_at(28, 512), *_at(14, 1024), *_at(7, 2048))
+
+BATCH_NORM_BENCH_SHAPES = {
+    "resnet50": RESNET50,
+    "resnext50": RESNEXT50,
+    "densenet121": DENSENET121,
+    "resnet50 batch 1": _batch(1, RESNET50),
+    "resnext50 batch 1": _batch(1, RESNEXT50),
+    "densenet121 batch 1": _batch(1, DENSENET121),
+}
+ADD_BENCH_SHAPES = {"resnet50": RESNET50_ADDS, "resnet50 batch 1": _batch(1, RESNET50_ADDS)}
 
 BATCH_NORM_VARIANTS = {
     "train relu": {},
@@ -374,8 +393,11 @@ CASES: dict[str, Case] = {
         gradcheck_shapes=((3, 2, 2, 2), (4, 3), (2, 2, 3)),
         forward_call=bn_act_forward_call,
         backward_call=bn_act_backward_call,
-        bench_shapes={"resnet50": RESNET50_BATCH_NORMS},
+        bench_shapes=BATCH_NORM_BENCH_SHAPES,
         bench_variant="train relu",
+        bench_others=(
+            *("train none", "train relu6", "train leaky_relu", "train sigmoid", "train silu", "train hardswish"),
+        ),
         forward_traffic=(1, 1),
         backward_traffic=(2, 1),
     ),
@@ -391,8 +413,9 @@ CASES: dict[str, Case] = {
         gradcheck_shapes=((3, 2, 2, 2), (4, 3), (2, 2, 3)),
         forward_call=bn_add_act_forward_call,
         backward_call=bn_add_act_backward_call,
-        bench_shapes={"resnet50": RESNET50_ADDS},
+        bench_shapes=ADD_BENCH_SHAPES,
         bench_variant="train relu",
+        bench_others=("train none",),
         forward_traffic=(2, 1),
         backward_traffic=(2, 2),
         devices=("cpu",),
@@ -409,7 +432,7 @@ CASES: dict[str, Case] = {
         gradcheck_shapes=((3, 2, 2, 2), (4, 3), (2, 2, 3)),
         forward_call=lambda inputs: (torch.ops.cnnkern.add_relu.default, (inputs["input"], inputs["other"])),
         backward_call=add_relu_backward_call,
-        bench_shapes={"resnet50": RESNET50_ADDS},
+        bench_shapes=ADD_BENCH_SHAPES,
         bench_variant="plain",
         forward_traffic=(2, 1),
         backward_traffic=(1, 1),

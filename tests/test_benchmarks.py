@@ -494,7 +494,7 @@ def full_disk(self, data):
 
 def test_a_full_disk_is_one_line_and_leaves_no_broken_file(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
-    monkeypatch.setattr(driver, "run", lambda options, settings, scratch: (some_rows(), []))
+    monkeypatch.setattr(driver, "run", lambda options, settings, scratch, seconds: (some_rows(), []))
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     assert driver.main(["--quick"]) == 1
     printed = capsys.readouterr()
@@ -523,10 +523,12 @@ def test_a_worker_that_dies_is_one_line(monkeypatch, tmp_path):
 
 NO_COMPILER = """
 import sys
+import torch
 from benchmarks import operators
 from benchmarks.groups import Contender, Unavailable
 from cnnkern.testing import CASES
-bench = operators.OperatorBench(operators.Drawn(CASES["bn_act"], (2, 8, 4, 4), "cpu"), training=False)
+drawn = operators.Drawn(CASES["bn_act"], (2, 8, 4, 4), torch.float32, "train relu", "cpu")
+bench = operators.OperatorBench(drawn, training=False)
 try:
     bench.step(Contender("torch.compile", "contiguous"), verify=True)
 except Unavailable as error:
