@@ -28,7 +28,8 @@ CPU_CAPABILITIES = {"DEFAULT": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
     CPU_CAPABILITIES["AVX512"] = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")] + CPU_CAPABILITIES["AVX2"]
-    CPU_CAPABILITIES["AVX512"].append("-Wno-maybe-uninitialized")  # g++ 12 warns of its own intrinsics (GCC bug 105593)
+    # g++ 12 warns of its own intrinsics (GCC bug 105593)
+    CPU_CAPABILITIES["AVX512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 
 def sources(pattern: str) -> list[str]:

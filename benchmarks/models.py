@@ -18,6 +18,7 @@ from benchmarks.judge import assert_as_good_as
 from benchmarks.options import Options
 
 BATCH_SIZES = {"resnet18": 8, "vgg11_bn": 4}
+LARGE_BATCH_SIZES = {"resnet50": 16, "densenet121": 16}  # with --networks all
 SIZE = 224
 CHECKED, SMALL = 2, 64  # images that are compared, and the side of the patches that gradients are compared on
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each colour
@@ -26,6 +27,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each 
 def groups(options: Options) -> list[Group]:
     """One group a layout: contenders of both at once would hold a gigabyte and a half of weights more."""
     batch_sizes = {"resnet18": 2} if options.quick else BATCH_SIZES
+    if options.networks == "all":
+        batch_sizes = LARGE_BATCH_SIZES
     return [
         Group(
             suite="models",
@@ -36,7 +39,7 @@ def groups(options: Options) -> list[Group]:
             api="module",
             contenders=(Contender("eager", layout), Contender("ours", layout)),
             open=lambda name=name, batch=batch, mode=mode: ModelBench(name, batch, mode == "training", options.device),
-            weight=batch * (1.0 if mode == "training" else 0.4) * (3.5 if name == "vgg11_bn" else 1),
+            weight=batch * (1.0 if mode == "training" else 0.4) * (1 if name == "resnet18" else 3.5),
             min_rounds=3,
             max_rounds=15,
         )

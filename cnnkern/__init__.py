@@ -6,7 +6,16 @@ import sys
 from pathlib import Path
 
 __version__ = "0.1.0"
-__all__ = ["ConversionReport", "conversion_report", "convert", "functional", "nn", "revert", "tune_malloc"]
+__all__ = [
+    "ConversionError",
+    "ConversionReport",
+    "conversion_report",
+    "convert",
+    "functional",
+    "nn",
+    "revert",
+    "tune_malloc",
+]
 
 try:
     import torch  # noqa: F401  (loads the libraries that the extension links against)
@@ -22,5 +31,5 @@ except ImportError as error:
         ) from error
 else:
     from cnnkern import functional, nn
-    from cnnkern.convert import ConversionReport, conversion_report, convert, revert
+    from cnnkern.convert import ConversionError, ConversionReport, conversion_report, convert, revert
     from cnnkern.memory import tune_malloc

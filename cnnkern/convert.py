@@ -2,41 +2,108 @@
 
 A batch norm is exchanged by giving the module another class, so that it keeps its parameters, its place and its hooks.
 What follows it is read from a `torch.fx` trace of the forward pass of the module that holds both, with every child a
-leaf. A ReLU that a batch norm has absorbed is bypassed: its entry is exchanged for an identity where one call is all
-it has, else (one `self.relu` for several calls, `F.relu`) the holder's forward pass is replaced by its trace without
-that call. Where tracing fails, the batch norms are exchanged without an activation, which never changes a meaning.
+leaf. An activation that a batch norm has absorbed is bypassed: its entry is exchanged for an identity where one call
+is all it has, else (one `self.relu` for several calls, `F.relu`) the holder's forward pass is replaced by its trace
+without that call. Residual additions, which are no modules, are always replaced in the trace. Where tracing fails, the
+batch norms are exchanged without what follows, which never changes a meaning.
 """
 
 import copy
 import itertools
+import operator
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from cnnkern import reference
 from cnnkern.nn import batchnorm
+from cnnkern.ops.add_relu import add_relu
+from cnnkern.ops.bn_act import batch_norm_act
 
-_PLAIN = {
-    nn.BatchNorm1d: batchnorm.BatchNorm1d,
-    nn.BatchNorm2d: batchnorm.BatchNorm2d,
-    nn.BatchNorm3d: batchnorm.BatchNorm3d,
+_DIMENSIONS = {nn.BatchNorm1d: "1d", nn.BatchNorm2d: "2d", nn.BatchNorm3d: "3d"}
+# act -> modules and functions that compute it, and nothing else, for any arguments they may have been given.
+_MODULES = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Sigmoid: "sigmoid",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
 }
-_WITH_RELU = {
-    nn.BatchNorm1d: batchnorm.BatchNormReLU1d,
-    nn.BatchNorm2d: batchnorm.BatchNormReLU2d,
-    nn.BatchNorm3d: batchnorm.BatchNormReLU3d,
+_FUNCTIONS = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_), "relu"),
+    F.relu6: "relu6",
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "leaky_relu"),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, torch.sigmoid_), "sigmoid"),
+    F.silu: "silu",
+    F.hardswish: "hardswish",
 }
-_ORIGINAL = {fused: plain for table in (_PLAIN, _WITH_RELU) for plain, fused in table.items()}
-_RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
-_RELU_METHODS = {"relu", "relu_"}
+_METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid"}
+_NAMES = {"relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "sigmoid": "Sigmoid", "silu": "SiLU"}
+_NAMES |= {"hardswish": "Hardswish"}
+_ADDS = {operator.add, operator.iadd, torch.add}
+_ADD_METHODS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+_IN_PLACE_ADDS = {operator.iadd, "add_", "__iadd__"}
+
+
+def _classes(kind: type, name: str, namespace: dict[str, Any]) -> dict[type, type]:
+    """torch's batch norms -> ours of the same dimensions with `kind` before them and a class attribute or two."""
+    found = {}
+    for plain, dimensions in _DIMENSIONS.items():
+        cls = type(f"{name}{dimensions}", (kind, plain), {"__module__": __name__, **namespace})
+        globals()[cls.__name__] = cls  # where pickle looks for it
+        found[plain] = cls
+    return found
+
+
+class _AddsWhatFits(batchnorm._FusedBatchNormAdd):
+    """A residual that the fused operator does not take, one that is broadcast or promoted, is added as it was."""
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        if isinstance(residual, Tensor) and _alike(input, residual):
+            return super().forward(input, residual)
+        y = self._normalize(input, lambda *arguments: batch_norm_act(*arguments[:-1], "none"))
+        return reference.ACTIVATIONS[self.act](y + residual)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def _add_relu(a: Any, b: Any) -> Any:
+    """``relu(a + b)``: fused where the operator takes both, else as it was."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and _alike(a, b):
+        return add_relu(a, b)
+    return torch.relu(a + b)
+
+
+_ACT_CLASSES = {
+    "none": {plain: getattr(batchnorm, f"BatchNorm{d}") for plain, d in _DIMENSIONS.items()},
+    "relu": {plain: getattr(batchnorm, f"BatchNormReLU{d}") for plain, d in _DIMENSIONS.items()},
+    **{
+        act: _classes(batchnorm._FusedBatchNorm, f"BatchNorm{_NAMES[act]}", {"act": act})
+        for act in ("relu6", "leaky_relu", "sigmoid", "silu", "hardswish")
+    },
+}
+_ADD_CLASSES = {
+    act: _classes(_AddsWhatFits, f"BatchNormAdd{_NAMES.get(act, '')}", {"act": act}) for act in ("none", "relu")
+}
+_ORIGINAL = {
+    fused: plain
+    for tables in (_ACT_CLASSES, _ADD_CLASSES)
+    for table in tables.values()
+    for plain, fused in table.items()
+}
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """One batch norm of the model: its path, the kind it became (empty if left alone), and why."""
+    """A batch norm or an addition: its path, the kind it became (empty if left alone), and why."""
 
     path: str
     kind: str
@@ -45,7 +112,10 @@ class Replacement:
 
 @dataclass
 class ConversionReport:
-    """What :func:`convert` did: an entry for each batch norm. ``print`` shows it; ``counts`` adds it up."""
+    """What :func:`convert` did, an entry for each batch norm and each addition replaced.
+
+    ``print`` shows it; ``counts`` adds it up.
+    """
 
     entries: list[Replacement] = field(default_factory=list)
 
@@ -65,7 +135,7 @@ class ConversionReport:
 
 
 class _Absorbed(nn.Identity):
-    """Stands where a ReLU stood that the batch norm before it now applies."""
+    """Stands where an activation stood that the batch norm before it now applies."""
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
@@ -92,23 +162,70 @@ def _restore(original_class: type, state: dict[str, Any]) -> nn.Module:
     return module
 
 
-def convert(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """The model with its batch norms, and the ReLUs that follow them, on the fused kernels.
+class ConversionError(RuntimeError):
+    """The converted model does not compute what the original does; the message says where they differ."""
+
+
+def convert(model: nn.Module, inplace: bool = False, verify: Any = None) -> nn.Module:
+    """The model with its batch norms, and the activations and residual additions behind them, on the fused kernels.
 
     The result shares parameters and buffers with ``model`` and has the same state-dict keys, so an optimiser made
     before still works and checkpoints fit either. With ``inplace`` the model itself is changed and returned. Results
-    are the same up to rounding, in training and in eval. Subclasses of batch norm are left alone; a batch norm or a
-    ReLU with hooks, and a batch norm whose output is used twice, is converted without the ReLU.
+    are the same up to rounding, in training and in eval. Subclasses of batch norm are left alone; a batch norm or an
+    activation with hooks, and a batch norm whose output is used twice, is converted without what follows.
+
+    ``verify`` is an example input, or a tuple of them: forward pass and gradients of the original and of the result
+    are then compared on it, in float64, in training and in eval mode, and :class:`ConversionError` is raised where
+    they differ; ``model`` is as it was.
 
     :func:`conversion_report` tells what was replaced and why, :func:`revert` undoes it. Converting twice changes
     nothing. Raises TypeError for what is no ``nn.Module`` or is a ``torch.jit`` module.
     """
     _check_module("convert", model)
+    if verify is not None:
+        _verify(model, verify if isinstance(verify, tuple) else (verify,))
     if not inplace:
         model = _sharing_copy(model)
     if "_cnnkern_report" not in model.__dict__:
         model.__dict__["_cnnkern_report"] = _convert(model)
     return model
+
+
+def _verify(model: nn.Module, inputs: tuple) -> None:
+    """Raises ConversionError where outputs, gradients or buffers differ by more than rounding in float64."""
+
+    def double(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    inputs = torch.utils._pytree.tree_map(double, inputs)
+    original = copy.deepcopy(model).double()
+    for training in (True, False):
+        results = []
+        for candidate in (copy.deepcopy(original), convert(copy.deepcopy(original), inplace=True)):
+            with torch.random.fork_rng():
+                torch.manual_seed(0)  # for dropout
+                outputs = candidate.train(training)(*inputs)
+            tensors = [t for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+            found = {f"output {i}": t.detach() for i, t in enumerate(tensors)}
+            differentiable = [t for t in tensors if t.requires_grad]
+            if differentiable:
+                sum(t.square().sum() for t in differentiable).backward()
+            found |= {f"gradient of {n}": p.grad for n, p in candidate.named_parameters() if p.grad is not None}
+            results.append(found | {n: b for n, b in candidate.named_buffers() if b.is_floating_point()})
+        theirs, ours = results
+        where = "training" if training else "eval"
+        if theirs.keys() != ours.keys():
+            raise ConversionError(f"cnnkern.convert: {where}: other outputs or gradients than the original's")
+        scale = max((t.abs().max().item() for n, t in theirs.items() if n.startswith("grad") and t.numel()), default=0)
+        for name, expected in theirs.items():
+            largest = scale if name.startswith("grad") else expected.abs().max().item() if expected.numel() else 0.0
+            same = ours[name].shape == expected.shape
+            error = (ours[name] - expected).abs().max().item() if same and expected.numel() else 0.0
+            if not same or not error <= 1e-7 * largest + 1e-12:
+                raise ConversionError(
+                    f"cnnkern.convert: {where}: {name} differs by {error:.1e} (largest value {largest:.1e}); "
+                    "the model is left as it was"
+                )
 
 
 def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
@@ -164,33 +281,42 @@ def _convert(model: nn.Module) -> ConversionReport:
         for node in _calls(traces.get(id(holder)))
         if "." in node.target
     }
-    absorbed: set[int] = set()
-    for _, holder in holders:
+    became: dict[int, str] = {}  # batch norms by what they became
+    adds: list[Replacement] = []
+    for path, holder in holders:
 
         def fusable(norm: nn.Module) -> bool:
             return (
-                type(norm) in _PLAIN and not _has_hooks(norm) and len(paths[id(norm)]) == 1 and id(norm) not in reached
+                type(norm) in _DIMENSIONS
+                and not _has_hooks(norm)
+                and len(paths[id(norm)]) == 1
+                and id(norm) not in reached
             )
 
-        if id(holder) in traces:
-            pairs = _pairs_in_trace(holder, traces[id(holder)], fusable)
-        else:
-            pairs = _pairs_in_sequential(holder, fusable)
-        for norm in pairs:
-            absorbed.add(id(norm))
-            _exchange(norm, _WITH_RELU)
-        if id(holder) in traces and pairs:
-            _rewrite(holder, traces[id(holder)])
+        graph = traces.get(id(holder))
+        if graph is None:
+            if id(holder) not in traces:
+                became |= _convert_sequential(holder, fusable)
+            continue
+        for fusion in _fusions(holder, graph, fusable):
+            _exchange(fusion.norm, (_ADD_CLASSES if fusion.add else _ACT_CLASSES)[fusion.act])
+            became[id(fusion.norm)] = _kind(fusion.act, fusion.add is not None)
+        adds += [Replacement(f"{path}.{node.name}".lstrip("."), "add + ReLU") for node in _rewrite(holder, graph)]
     report = ConversionReport()
     for path, module in model.named_modules():
-        if id(module) in absorbed:
-            report.entries.append(Replacement(path, "BatchNorm + ReLU"))
-        elif type(module) in _PLAIN:
-            _exchange(module, _PLAIN)
+        if id(module) in became:
+            report.entries.append(Replacement(path, became[id(module)]))
+        elif type(module) in _DIMENSIONS:
+            _exchange(module, _ACT_CLASSES["none"])
             report.entries.append(Replacement(path, "BatchNorm"))
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in _ORIGINAL:
             report.entries.append(Replacement(path, "", f"{type(module).__name__} has a forward pass of its own"))
+    report.entries += adds
     return report
+
+
+def _kind(act: str, add: bool) -> str:
+    return "BatchNorm" + " + add" * add + (f" + {_NAMES[act]}" if act != "none" else "")
 
 
 def _exchange(norm: nn.Module, table: dict[type, type]) -> None:
@@ -213,8 +339,23 @@ def _overrides_forward(module: nn.Sequential) -> bool:
     return type(module).forward is not nn.Sequential.forward
 
 
+class _Proxy(fx.Proxy):
+    """A proxy that records ``a += b`` as what it is; torch.fx's own would make it ``a = a + b``."""
+
+
+def _recorded(function: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], fx.Proxy]:
+    return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
+
+
+for _name in fx.graph.inplace_methods:
+    setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
+
+
 class _OwnForward(fx.Tracer):
     """Traces a module's own forward pass; every child is a leaf."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -239,61 +380,193 @@ def _calls(graph: fx.Graph | None) -> list[fx.Node]:
     return [] if graph is None else [n for n in graph.nodes if n.op == "call_module"]
 
 
-def _is_relu_call(holder: nn.Module, node: fx.Node) -> bool:
+def _act_of_module(module: nn.Module) -> str | None:
+    if _has_hooks(module) or (type(module) is nn.LeakyReLU and module.negative_slope != 0.01):
+        return None
+    return _MODULES.get(type(module))
+
+
+def _act_of(holder: nn.Module, node: fx.Node) -> str | None:
+    """The activation that this call applies to its first argument, if it is one of ours with its usual parameters."""
     if node.op == "call_module":
-        relu = holder.get_submodule(node.target)
-        return type(relu) is nn.ReLU and not _has_hooks(relu)
-    return (node.op == "call_function" and node.target in _RELU_FUNCTIONS) or (
-        node.op == "call_method" and node.target in _RELU_METHODS
+        return _act_of_module(holder.get_submodule(node.target))
+    plain = len(node.args) == 1 and not node.kwargs.keys() - {"inplace"}
+    if node.op == "call_function" and plain:
+        return _FUNCTIONS.get(node.target)
+    return _METHODS.get(node.target) if node.op == "call_method" and plain else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _activation_after(holder: nn.Module, node: fx.Node) -> tuple[fx.Node | None, str]:
+    """The activation that is the one user of a node, and its name; (None, "none") without."""
+    user = _only_user(node)
+    act = _act_of(holder, user) if user is not None and user.args and user.args[0] is node else None
+    return (None, "none") if act is None else (user, act)
+
+
+def _is_add(node: fx.Node) -> bool:
+    called = (node.op == "call_function" and node.target in _ADDS) or (
+        node.op == "call_method" and node.target in _ADD_METHODS
+    )
+    return called and not node.kwargs and len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
+
+
+def _may_write(holder: nn.Module, node: fx.Node) -> bool:
+    """Whether the call may change one of its arguments in place."""
+    if node.op == "call_module":
+        return getattr(holder.get_submodule(node.target), "inplace", True)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
+    return (
+        name.endswith("_") or name.startswith("__i") or node.target is operator.iadd or bool(node.kwargs.get("inplace"))
     )
 
 
-def _relu_after(holder: nn.Module, norm: fx.Node) -> fx.Node | None:
-    """The ReLU that is the one user of a batch norm's output."""
-    users = list(norm.users)
-    return users[0] if len(users) == 1 and _is_relu_call(holder, users[0]) and users[0].args[0] is norm else None
+@dataclass
+class _Fusion:
+    """A batch norm with what follows it in the holder's graph."""
+
+    norm: nn.Module
+    call: fx.Node
+    add: fx.Node | None
+    residual: fx.Node | None
+    activation: fx.Node | None
+    act: str
 
 
-def _pairs_in_trace(holder: nn.Module, graph: fx.Graph | None, fusable) -> list[nn.Module]:
+def _fusion_at(holder: nn.Module, call: fx.Node, with_add: bool = True) -> _Fusion:
+    """The longest run of operations from this batch norm on that one operator computes."""
+    norm = holder.get_submodule(call.target)
+    add = _only_user(call)
+    if with_add and add is not None and _is_add(add) and add.args[0] is not add.args[1]:
+        residual = add.args[1] if add.args[0] is call else add.args[0]
+        # An addition in place changes its first argument: the batch norm's output, which nobody else sees.
+        if not (add.target in _IN_PLACE_ADDS and add.args[0] is residual) and _can_wait(holder, call, add):
+            activation, act = _activation_after(holder, add)
+            if act in ("relu", "none"):
+                return _Fusion(norm, call, add, residual, activation, act)
+            return _Fusion(norm, call, add, residual, None, "none")
+    activation, act = _activation_after(holder, call)
+    return _Fusion(norm, call, None, None, activation, act)
+
+
+def _can_wait(holder: nn.Module, call: fx.Node, add: fx.Node) -> bool:
+    """Whether the batch norm may be computed where its output is added: its input is still the same there."""
+    if len(call.args) != 1 or call.kwargs or not isinstance(call.args[0], fx.Node):
+        return False
+    source = call.args[0]
+    if _only_user(source) is call and source.op == "call_module" and _is_fresh(holder.get_submodule(source.target)):
+        return True
+    node = call.next
+    while node is not add:
+        if _may_write(holder, node):
+            return False
+        node = node.next
+    return True
+
+
+def _fusions(holder: nn.Module, graph: fx.Graph, fusable) -> list[_Fusion]:
     calls = _calls(graph)
     count = Counter(n.target for n in calls)
-    return [
-        holder.get_submodule(n.target)
-        for n in calls
-        if count[n.target] == 1 and fusable(holder.get_submodule(n.target)) and _relu_after(holder, n) is not None
-    ]
+    found, added = [], set()
+    for call in calls:
+        if count[call.target] != 1 or not fusable(holder.get_submodule(call.target)):
+            continue
+        fusion = _fusion_at(holder, call)
+        if fusion.add in added:  # the sum of two batch norms: the first has it
+            fusion = _fusion_at(holder, call, with_add=False)
+        if fusion.add is not None:
+            added.add(fusion.add)
+        if fusion.add is not None or fusion.activation is not None:
+            found.append(fusion)
+    return found
 
 
-def _pairs_in_sequential(holder: nn.Sequential, fusable) -> list[nn.Module]:
-    names, pairs = list(holder._modules), []
+def _convert_sequential(holder: nn.Sequential, fusable) -> dict[int, str]:
+    """Exchanges the pairs of a plain nn.Sequential; its batch norms by what they became."""
+    names, became = list(holder._modules), {}
     for name, following in itertools.pairwise(names):
-        norm, relu = holder._modules[name], holder._modules[following]
-        if fusable(norm) and type(relu) is nn.ReLU and not _has_hooks(relu):
-            holder._modules[following] = _Absorbed(relu).train(relu.training)
-            pairs.append(norm)
-    return pairs
+        norm, activation = holder._modules[name], holder._modules[following]
+        act = _act_of_module(activation)
+        if fusable(norm) and act is not None:
+            holder._modules[following] = _Absorbed(activation).train(activation.training)
+            _exchange(norm, _ACT_CLASSES[act])
+            became[id(norm)] = _kind(act, add=False)
+    return became
 
 
-def _rewrite(holder: nn.Module, graph: fx.Graph | None) -> None:
-    """Takes the ReLU calls out that the batch norms before them apply by now."""
+_FRESH = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)
+
+
+def _is_fresh(module: nn.Module) -> bool:
+    """Whether the module's output is a tensor of its own, no view of its input."""
+    if type(module) is nn.Sequential and len(module):
+        return _is_fresh(module[-1])
+    return isinstance(module, _FRESH)
+
+
+def _add_relu_at(holder: nn.Module, node: fx.Node) -> fx.Node | None:
+    """The ReLU behind this addition, if both may become one call."""
+    if not _is_add(node):
+        return None
+    relu, act = _activation_after(holder, node)
+    if act != "relu":
+        return None
+    if node.target in _IN_PLACE_ADDS:
+        target = node.args[0]
+        own = target.op == "call_module" and _is_fresh(holder.get_submodule(target.target))
+        if not own or _only_user(target) is not node:
+            return None
+    return relu
+
+
+def _rewrite(holder: nn.Module, graph: fx.Graph | None) -> list[fx.Node]:
+    """Takes out what the exchanged batch norms of this module compute by now, and joins additions with their ReLUs.
+
+    Returns the additions that were joined. What to do is read off the graph and the classes of the batch norms, so
+    that it can be done again on a copy.
+    """
     assert graph is not None, f"the forward pass of {type(holder).__name__} could be traced before"
     count = Counter(n.target for n in _calls(graph))
-    changed = False
-    for node in _calls(graph):
-        norm = holder.get_submodule(node.target)
-        relu = (
-            _relu_after(holder, node)
-            if getattr(norm, "act", None) == "relu" and "_cnnkern_converted" in norm.__dict__
-            else None
-        )
+    changed, joined = False, []
+    for call in _calls(graph):
+        norm = holder.get_submodule(call.target)
+        if "_cnnkern_converted" not in norm.__dict__ or (norm.act == "none" and not isinstance(norm, _AddsWhatFits)):
+            continue
+        fusion = _fusion_at(holder, call, with_add=isinstance(norm, _AddsWhatFits))
+        if fusion.act != norm.act:
+            continue
+        if fusion.add is None:
+            if fusion.activation is None:
+                continue
+            target = fusion.activation.target
+            if fusion.activation.op == "call_module" and count[target] == 1 and "." not in target:
+                holder._modules[target] = _Absorbed(holder._modules[target])
+            else:
+                fusion.activation.replace_all_uses_with(call)
+                graph.erase_node(fusion.activation)
+                changed = True
+            continue
+        last = fusion.activation or fusion.add
+        with graph.inserting_before(last):
+            fused = graph.call_module(call.target, (*call.args, fusion.residual))
+        last.replace_all_uses_with(fused)
+        for node in filter(None, (fusion.activation, fusion.add, call)):
+            graph.erase_node(node)
+        changed = True
+    for node in list(graph.nodes):
+        relu = _add_relu_at(holder, node)
         if relu is None:
             continue
-        if relu.op == "call_module" and count[relu.target] == 1 and "." not in relu.target:
-            holder._modules[relu.target] = _Absorbed(holder._modules[relu.target])
-        else:
-            relu.replace_all_uses_with(node)
-            graph.erase_node(relu)
-            changed = True
+        with graph.inserting_before(relu):
+            fused = graph.call_function(_add_relu, node.args)
+        relu.replace_all_uses_with(fused)
+        graph.erase_node(relu)
+        graph.erase_node(node)
+        joined.append(node)
+        changed = True
     if changed:
         cls = type(holder)
         forward = type(fx.GraphModule(holder, graph)).forward
@@ -304,3 +577,4 @@ def _rewrite(holder: nn.Module, graph: fx.Graph | None) -> None:
             "__qualname__": cls.__qualname__,
         }
         holder.__class__ = type(cls.__name__, (_Rewritten, cls), names)
+    return joined

@@ -11,16 +11,21 @@ from torch import nn
 
 import cnnkern
 
-# network -> the batch norms that have a ReLU right behind, and the others
+ADD, RELU = "BatchNorm + add + ReLU", "BatchNorm + ReLU"
 TORCHVISION = {
-    "resnet18": (9, 11),
-    "resnet50": (33, 20),
-    "vgg11_bn": (8, 0),
-    "vgg16_bn": (13, 0),
-    "densenet121": (120, 1),
-    "resnext50_32x4d": (33, 20),
-    "mobilenet_v2": (0, 52),
-    "googlenet": (57, 0),
+    "resnet18": {RELU: 9, ADD: 8, "BatchNorm": 3},
+    "resnet50": {RELU: 33, ADD: 16, "BatchNorm": 4},
+    "vgg11_bn": {RELU: 8},
+    "vgg16_bn": {RELU: 13},
+    "densenet121": {RELU: 120, "BatchNorm": 1},
+    "resnext50_32x4d": {RELU: 33, ADD: 16, "BatchNorm": 4},
+    "mobilenet_v2": {"BatchNorm + ReLU6": 35, "BatchNorm": 17},
+    "mobilenet_v3_small": {"BatchNorm + Hardswish": 18, RELU: 5, "BatchNorm": 11},
+    "efficientnet_b0": {"BatchNorm + SiLU": 33, "BatchNorm": 16},
+    "regnet_y_400mf": {RELU: 33, "BatchNorm": 20, "add + ReLU": 16},
+    "shufflenet_v2_x0_5": {RELU: 37, "BatchNorm": 19},
+    "convnext_tiny": {},
+    "googlenet": {RELU: 57},
 }
 
 
@@ -33,9 +38,7 @@ def build(name: str) -> nn.Module:
 def test_replaces_every_pair_of_a_torchvision_model(name):
     model = build(name)
     converted = cnnkern.convert(model)
-    with_relu, alone = TORCHVISION[name]
-    expected = {"BatchNorm + ReLU": with_relu, "BatchNorm": alone}
-    assert cnnkern.conversion_report(converted).counts == {k: n for k, n in expected.items() if n}
+    assert cnnkern.conversion_report(converted).counts == TORCHVISION[name]
     assert cnnkern.conversion_report(model).counts == cnnkern.conversion_report(converted).counts
     assert list(converted.state_dict()) == list(model.state_dict())
     assert all(a is b for a, b in zip(model.parameters(), converted.parameters(), strict=True))
@@ -43,7 +46,13 @@ def test_replaces_every_pair_of_a_torchvision_model(name):
     assert not any(isinstance(m, cnnkern.nn.BatchNorm2d | cnnkern.nn.BatchNormReLU2d) for m in model.modules())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "vgg11_bn", "densenet121", "googlenet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet18", "resnet50", "vgg11_bn", "densenet121", "googlenet"),
+        *("mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf"),
+    ],
+)
 def test_two_training_steps_and_eval_are_as_in_the_original(name):
     torch.manual_seed(0)
     original = build(name).double()
@@ -144,13 +153,79 @@ class ReachedFromAbove(nn.Module):
         return self.inner(x) + self.inner[0](x)
 
 
+class Residual(nn.Module):
+    """A convolution, a batch norm, and whatever `join` makes of its output and the input."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.conv, self.bn, self.join = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), join
+        self.relu, self.drop = nn.ReLU(inplace=True), nn.Dropout(0.0)
+
+    def forward(self, x):
+        return self.join(self, self.bn(self.conv(x)), x)
+
+
+def in_place(self, y, x):
+    y += x
+    return self.relu(y)
+
+
+def in_place_on_the_residual(self, y, x):
+    r = x * 1
+    r += y
+    return F.relu(r) + r
+
+
+def used_twice_after_the_add(self, y, x):
+    z = y + x
+    return F.relu(z) * z
+
+
+def input_overwritten_before_the_add(self, y, x):
+    torch.relu_(x)
+    return F.relu(y + x)
+
+
+class TwoNorms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(self.bn1(x) + self.bn2(2 * x))
+
+
+class NormOfWhatIsOverwritten(nn.Module):
+    """The batch norm's input changes in place before the addition, so it must not be computed there."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        z = x * 2
+        y = self.bn(z)
+        z.mul_(3)
+        return torch.relu(y + z)
+
+
+class Quantizable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.skip = torch.ao.nn.quantized.FloatFunctional()
+
+    def forward(self, x):
+        return self.skip.add_relu(x, self.bn(self.conv(x)))
+
+
 def shared_norm() -> nn.Module:
     norm = nn.BatchNorm2d(4)
     return nn.Sequential(norm, nn.ReLU(), nn.Sequential(norm))
 
 
 WRITTEN = {
-    "one relu, many calls": (Block, {"BatchNorm + ReLU": 1}),
+    "one relu, many calls": (Block, {"BatchNorm + ReLU": 1, "add + ReLU": 1}),
     "F.relu": (lambda: Functional(F.relu), {"BatchNorm + ReLU": 1}),
     "torch.relu": (lambda: Functional(torch.relu), {"BatchNorm + ReLU": 1}),
     "method": (lambda: Functional(lambda x: x.relu()), {"BatchNorm + ReLU": 1}),
@@ -166,7 +241,42 @@ WRITTEN = {
     "untraceable": (Untraceable, {"BatchNorm": 1}),
     "reached from above": (ReachedFromAbove, {"BatchNorm": 1}),
     "one batch norm in two places": (shared_norm, {"BatchNorm": 1}),
-    "relu6": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU6()), {"BatchNorm": 1}),
+    **{
+        name: (lambda act=act: nn.Sequential(nn.BatchNorm2d(4), act), {f"BatchNorm + {type(act).__name__}": 1})
+        for name, act in {
+            "relu6": nn.ReLU6(inplace=True),
+            "leaky relu": nn.LeakyReLU(),
+            "sigmoid": nn.Sigmoid(),
+            "silu": nn.SiLU(),
+            "hardswish": nn.Hardswish(),
+        }.items()
+    },
+    "leaky relu of another slope": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.2)), {"BatchNorm": 1}),
+    "F.leaky_relu of another slope": (lambda: Functional(lambda x: F.leaky_relu(x, 0.2)), {"BatchNorm": 1}),
+    "F.silu": (lambda: Functional(F.silu), {"BatchNorm + SiLU": 1}),
+    "gelu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.GELU()), {"BatchNorm": 1}),
+    "bn + x, relu": (lambda: Residual(lambda self, y, x: F.relu(y + x)), {ADD: 1}),
+    "x + bn, relu": (lambda: Residual(lambda self, y, x: (x + y).relu()), {ADD: 1}),
+    "torch.add, in-place relu": (lambda: Residual(lambda self, y, x: torch.add(x, y).relu_()), {ADD: 1}),
+    "in-place add, relu module": (lambda: Residual(in_place), {ADD: 1}),
+    "add method, no relu": (lambda: Residual(lambda self, y, x: y.add(x) * 2), {"BatchNorm + add": 1}),
+    "add, sigmoid": (lambda: Residual(lambda self, y, x: torch.sigmoid(y + x)), {"BatchNorm + add": 1}),
+    "scaled add": (lambda: Residual(lambda self, y, x: torch.add(y, x, alpha=2)), {"BatchNorm": 1}),
+    "add of a number": (lambda: Residual(lambda self, y, x: F.relu(y + 1)), {"BatchNorm": 1}),
+    "added to itself": (lambda: Residual(lambda self, y, x: F.relu(y + y)), {"BatchNorm": 1, "add + ReLU": 1}),
+    "broadcast residual": (lambda: Residual(lambda self, y, x: F.relu(y + x.mean((2, 3), keepdim=True))), {ADD: 1}),
+    "broadcast addition": (
+        lambda: Residual(lambda self, y, x: F.relu(x[:1] + 2 * x) * y),
+        {"BatchNorm": 1, "add + ReLU": 1},
+    ),
+    "in place on the residual": (lambda: Residual(in_place_on_the_residual), {"BatchNorm": 1}),
+    "sum used twice": (lambda: Residual(used_twice_after_the_add), {"BatchNorm + add": 1}),
+    "dropout between": (
+        lambda: Residual(lambda self, y, x: F.relu(self.drop(y) + x)),
+        {"BatchNorm": 1, "add + ReLU": 1},
+    ),
+    "sum of two batch norms": (TwoNorms, {ADD: 1, "BatchNorm": 1}),
+    "FloatFunctional": (Quantizable, {ADD: 1}),
     "nothing": (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), {}),
 }
 
@@ -203,6 +313,33 @@ def test_however_it_is_written(name):
     assert list(converted.state_dict()) == list(model.state_dict())
 
 
+def test_what_is_changed_in_place_stays_changed_in_place():
+    """Eager cannot differentiate these; their outputs, and what they do to their input, stay."""
+
+    class OntoTheInput(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.relu = nn.BatchNorm2d(4), nn.ReLU()
+
+        def forward(self, x):
+            y = self.relu(self.bn(x))
+            x += y
+            return self.relu(x) + y
+
+    for make, counts in (
+        (NormOfWhatIsOverwritten, {"BatchNorm": 1, "add + ReLU": 1}),
+        (OntoTheInput, {RELU: 1}),
+    ):
+        model = make()
+        converted = cnnkern.convert(model)
+        assert cnnkern.conversion_report(converted).counts == counts
+        x = torch.randn(2, 4, 3, 5)
+        mine, theirs = x.clone(), x.clone()
+        with torch.no_grad():
+            torch.testing.assert_close(converted(mine), model(theirs))
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_hooks_see_what_they_saw():
     model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU())
     seen = []
@@ -233,6 +370,18 @@ def test_checkpoints_fit_both_ways():
     model.load_state_dict(other.state_dict())
     old = {k: v for k, v in model.state_dict().items() if "num_batches_tracked" not in k}
     other.load_state_dict(old)  # from before batches were counted
+
+
+def test_verify_passes_what_is_right_and_refuses_what_is_not(monkeypatch):
+    model = build("resnet18")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    cnnkern.convert(model, verify=torch.randn(2, 3, 32, 32))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    wrong = cnnkern.convert.__globals__["_ADD_CLASSES"]["relu"][nn.BatchNorm2d]
+    monkeypatch.setattr(wrong, "forward", lambda self, x, r: type(self).__mro__[1].forward(self, x, -r))
+    with pytest.raises(cnnkern.ConversionError, match=r"training: output 0 differs by .* the model is left as it was"):
+        cnnkern.convert(model, inplace=True, verify=(torch.randn(2, 3, 32, 32),))
+    assert type(model.layer1[0].bn2) is nn.BatchNorm2d
 
 
 def test_what_cannot_be_converted_says_so():

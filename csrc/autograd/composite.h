@@ -12,26 +12,10 @@
 #include <functional>
 #include <tuple>
 
+#include "autograd/activation.h"
 #include "check.h"
 
 namespace cnnkern {
-
-inline Tensor activation_by_pytorch(const Tensor& pre, c10::string_view act) {
-  return with_activation("cnnkern", act, [&](auto activation) -> Tensor {
-    using Act = decltype(activation);
-    if constexpr (std::is_same_v<Act, Relu>) return at::relu(pre);
-    if constexpr (std::is_same_v<Act, OtherActivation>) {
-      switch (activation.kind) {
-        case Act::kRelu6: return at::hardtanh(pre, 0, 6);
-        case Act::kLeakyRelu: return at::leaky_relu(pre, Act::kSlope);
-        case Act::kSigmoid: return at::sigmoid(pre);
-        case Act::kSilu: return at::silu(pre);
-        default: return at::hardswish(pre);
-      }
-    }
-    return pre;
-  });
-}
 
 // Which of `inputs`, the leading tensor arguments of a Function, want gradients; one that is None has no edge.
 inline std::vector<bool> needs_grad(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& inputs) {
@@ -53,6 +37,11 @@ inline bool under_functorch() {
     return true;
   }
   return false;
+}
+
+// Whether the operator is left to PyTorch: in transforms, and on a GPU what has no kernel of its own there yet.
+inline bool left_to_pytorch(const Tensor& x, bool has_cuda_kernel) {
+  return under_functorch() || (x.is_cuda() && !has_cuda_kernel);
 }
 
 inline bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }

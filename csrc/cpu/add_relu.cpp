@@ -23,7 +23,7 @@ namespace {
 template <typename T, typename F>
 void over_stretches(int64_t numel, const F& f) {
   constexpr int64_t kStretchLength = 1024;
-  const bool stream = 4 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes();
+  const bool stream = beyond_cache(numel * static_cast<int64_t>(sizeof(T)));
   const auto stretches = [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(numel, end * kStretchLength);
     stream ? f(std::true_type{}, begin * kStretchLength, last) : f(std::false_type{}, begin * kStretchLength, last);

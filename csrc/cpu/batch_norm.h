@@ -64,7 +64,7 @@ struct BatchNormForward {
   ChannelTable<T, kRows> table{};
 
   static constexpr bool maps() { return true; }
-  bool streams(int64_t numel) const { return 4 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes(); }
+  bool streams(int64_t numel) const { return beyond_cache(numel * static_cast<int64_t>(sizeof(T))); }
   T* output() const { return y; }
   void prefetch(int64_t i) const {  __builtin_prefetch(x + i, 0, 2); }
 
@@ -172,7 +172,7 @@ struct BatchNormBackward {
 
   // In eval the gradients need no sums and are written in the first sweep.
   bool maps() const { return kTraining && (dx != nullptr || dresidual != nullptr); }
-  bool streams(int64_t numel) const { return 4 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes(); }
+  bool streams(int64_t numel) const { return beyond_cache(numel * static_cast<int64_t>(sizeof(T))); }
   T* output() const { return dx != nullptr ? dx : dresidual; }
   void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2), __builtin_prefetch(dy + i, 0, 2); }
 

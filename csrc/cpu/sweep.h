@@ -60,6 +60,11 @@ inline int64_t last_level_cache_bytes() {
   return bytes;
 }
 
+// Whether a tensor of so many bytes is written past the caches. Measured: from 2 MB on, of a cache of 32 MB, twice as
+// fast where nothing is in cache yet, as when an operator follows others on other tensors; below, who reads the result
+// next finds it in cache.
+inline bool beyond_cache(int64_t bytes) { return 16 * bytes > last_level_cache_bytes(); }
+
 struct Planes {  // contiguous: (N, C, HW)
   int64_t N, C, HW;
   int64_t numel() const { return N * C * HW; }

@@ -11,6 +11,7 @@
 #include <array>
 #include <tuple>
 
+#include "autograd/activation.h"
 #include "check.h"
 #include "cuda/bn_act.cuh"
 #include "memory_layout.h"
@@ -53,7 +54,11 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_cuda(const Tensor& x, const OptionalTe
                                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
                                                bool training, double momentum, double eps, c10::string_view act) {
   check_batch_norm("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, eps);
-  check_relu_or_none("cnnkern::bn_act", act);
+  check_activation("cnnkern::bn_act", act);
+  if (act != "relu" && act != "none") {
+    auto [pre, mean, rstd] = bn_act_cuda(x, weight, bias, running_mean, running_var, training, momentum, eps, "none");
+    return {activation_by_pytorch(pre, act), mean, rstd};
+  }
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor x_ = in_layout(x);
   Tensor y = at::empty_like(x_);
