@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cnnkern import _C
+from cnnkern import _C, reference
 from cnnkern.triton_kernels import check
 
 BACKENDS = ("cuda", "triton", "eager")
@@ -36,7 +36,18 @@ def _eager_bn_act(x, weight, bias, running_mean, running_var, training, momentum
     y, mean, rstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
     if not training:
         mean, rstd = running_mean, (running_var.double() + eps).rsqrt()
-    return torch.relu_(y) if act == "relu" else y, mean.double(), rstd.double()
+    return reference.ACTIVATIONS[act](y), mean.double(), rstd.double()
+
+
+_aten = torch.ops.aten
+_ACTIVATION_GRADIENTS = {
+    "relu": lambda dy, pre: _aten.threshold_backward(dy, pre, 0),
+    "relu6": lambda dy, pre: _aten.hardtanh_backward(dy, pre, 0, 6),
+    "leaky_relu": lambda dy, pre: _aten.leaky_relu_backward(dy, pre, 0.01, False),
+    "sigmoid": lambda dy, pre: _aten.sigmoid_backward(dy, torch.sigmoid(pre)),
+    "silu": _aten.silu_backward,
+    "hardswish": _aten.hardswish_backward,
+}
 
 
 def _eager_bn_act_backward(dy, x, weight, bias, mean, rstd, training, act, output_mask: Sequence[bool]):
@@ -50,9 +61,8 @@ def _eager_bn_act_backward(dy, x, weight, bias, mean, rstd, training, act, outpu
     wide = torch.promote_types(x.dtype, torch.float32)
     w, b = (None if v is None else v.to(wide) for v in (weight, bias))
     mean, rstd, var = mean.to(wide), rstd.to(wide), rstd.pow(-2).to(wide)
-    if act == "relu":  # the operator saves no mask, so the output is computed again
-        y = torch.native_batch_norm(x, w, b, mean, var, False, 0.0, 0.0)[0]
-        dy = torch.ops.aten.threshold_backward(dy, y, 0)
+    if act != "none":  # the operator saves no mask, so what the activation saw is computed again
+        dy = _ACTIVATION_GRADIENTS[act](dy, torch.native_batch_norm(x, w, b, mean, var, False, 0.0, 0.0)[0])
     # In eval the statistics are the running ones, and eps is part of this variance.
     grads = torch.ops.aten.native_batch_norm_backward(dy, x, w, mean, var, mean, rstd, training, 0.0, list(output_mask))
     return tuple(g.to(t.dtype) if m else x.new_empty(0) for g, t, m in zip(grads, parameters, output_mask, strict=True))
@@ -138,7 +148,13 @@ class backend:
         return f"backend({self.name!r})"
 
 
+# Additions have CPU kernels only; on a GPU csrc/autograd hands them to PyTorch's operators.
+_LEFT_TO_PYTORCH = {"bn_add_act", "bn_add_act_backward", "add_relu", "add_relu_backward"}
+
+
 def _cuda_kernel(operator: str) -> str:
+    if operator in _LEFT_TO_PYTORCH:
+        return "PyTorch's own operators: no CUDA kernel of ours yet"
     if _active is not None and operator in _active.operators:
         return _LABELS[_active.name]
     if operator in _CUDA_OPERATORS:
@@ -151,7 +167,8 @@ def _cuda_kernel(operator: str) -> str:
 def status() -> dict[str, dict[str, str]]:
     """Which kernel answers for which device, as ``{operator: {"cpu": kernel, "cuda": kernel}}``.
 
-    A kernel is ``"C++ AVX512"`` (or AVX2, DEFAULT), ``"CUDA C++"``, ``"Triton"``, ``"eager PyTorch"``, or
+    A kernel is ``"C++ AVX512"`` (or AVX2, DEFAULT), ``"CUDA C++"``, ``"Triton"``, ``"eager PyTorch"``,
+    ``"PyTorch's own operators: "`` with the reason, or
     ``"none: "`` with the reason and how to get one.
     """
     on_cpu = f"C++ {_C.cpu_capability()}"

@@ -102,16 +102,36 @@ def affine(mean, rstd, weight, bias, c, mask, S: tl.constexpr):
 
 
 @triton.jit
+def clamp6(v):
+    return tl.where(v <= 0.0, 0.0, tl.where(v >= 6.0, 6.0, v))  # not minimum and maximum: NaN passes
+
+
+@triton.jit
+def sigmoid(v):
+    return 1.0 / (1.0 + tl.exp(-v))
+
+
+@triton.jit
 def act_value(pre, ACT: tl.constexpr):
     if ACT == "relu":
-        return tl.where(pre <= 0.0, 0.0, pre)  # not maximum: NaN passes
+        return tl.where(pre <= 0.0, 0.0, pre)
+    elif ACT == "relu6":
+        return clamp6(pre)
+    elif ACT == "leaky_relu":
+        return tl.where(pre <= 0.0, pre * 0.01, pre)
+    elif ACT == "sigmoid":
+        return sigmoid(pre)
+    elif ACT == "silu":
+        return pre / (1.0 + tl.exp(-pre))
+    elif ACT == "hardswish":
+        return pre * clamp6(pre + 3.0) * (1.0 / 6.0)
     else:
         return pre
 
 
 @triton.jit
 def act_grad(dy, pre, ACT: tl.constexpr, dtype: tl.constexpr):
-    if ACT == "relu":
+    if ACT == "relu" or ACT == "relu6":
         # A positive value may round to 0, and then has the gradient of that output; see csrc/activations.h.
         if dtype == tl.float16:
             bound = tl.full([], 2.0**-25, tl.float32)
@@ -119,7 +139,19 @@ def act_grad(dy, pre, ACT: tl.constexpr, dtype: tl.constexpr):
             bound = tl.full([], 2.0**-134, tl.float32)
         else:
             bound = tl.full([], 0.0, dtype)
-        return tl.where(pre <= bound, 0.0, dy)
+        g = tl.where(pre <= bound, 0.0, dy)
+        return tl.where(pre >= 6.0, 0.0, g) if ACT == "relu6" else g
+    elif ACT == "leaky_relu":
+        return tl.where(pre <= 0.0, dy * 0.01, dy)
+    elif ACT == "sigmoid":
+        s = sigmoid(pre)
+        return dy * (1.0 - s) * s
+    elif ACT == "silu":
+        s = sigmoid(pre)
+        return dy * s * (1.0 + pre * (1.0 - s))
+    elif ACT == "hardswish":
+        inner = dy * (pre * (1.0 / 3.0) + 0.5)
+        return tl.where(pre <= -3.0, 0.0, tl.where(pre >= 3.0, dy, inner))
     else:
         return dy
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ACTIVATIONS = ("none", "relu")
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "sigmoid", "silu", "hardswish")
 
 
 def _type_name(t: Tensor) -> str:  # as C++ prints it: Float, BFloat16

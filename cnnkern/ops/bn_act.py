@@ -23,8 +23,8 @@ def batch_norm_act(
 
     Equivalent to ``F.relu(F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))``
     for ``act="relu"``, to the batch norm alone for ``act="none"``; other activations are ``"relu6"``, ``"leaky_relu"``
-    (slope 0.01), ``"sigmoid"``, ``"silu"`` and ``"hardswish"``, as `torch.nn.functional` has them. CUDA and Triton
-    kernels exist for ``"none"`` and ``"relu"``.
+    (slope 0.01), ``"sigmoid"``, ``"silu"`` and ``"hardswish"``, as `torch.nn.functional` has them. On a GPU those five
+    are PyTorch's own operators while gradients are recorded.
 
     Shapes: ``input`` and the result (N, C, ...) of 2 to 5 dimensions; the others (C,) or None. ``running_mean`` and
     ``running_var`` are updated in place when training, and are needed when not.
