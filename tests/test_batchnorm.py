@@ -250,3 +250,22 @@ def test_export_and_reload(tmp_path):
     exported = torch.export.export(model, (x,))
     assert any("cnnkern.bn_act" in str(n.target) for n in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(x), model(x))
+
+
+@pytest.mark.parametrize("name", [n for n in cnnkern.nn.__all__ if n.startswith("Lazy")])
+def test_lazy_forms_become_the_module_they_stand_for(name):
+    lazy_class, eager_class = getattr(cnnkern.nn, name), getattr(cnnkern.nn, name.removeprefix("Lazy"))
+    twin = getattr(nn, f"LazyBatchNorm{name[-2:]}")
+    x = torch.randn(SHAPES[name[-2:]][-1])
+    inputs = (x, torch.randn_like(x)) if "Add" in name else (x,)
+    for arguments in ({}, {"affine": False}, {"track_running_stats": False}, {"momentum": None, "eps": 0.1}):
+        lazy = lazy_class(**arguments)
+        assert repr(lazy) == repr(twin(**arguments)).replace(f"LazyBatchNorm{name[-2:]}", name)
+        copied = pickle.loads(pickle.dumps(lazy))
+        y = lazy(*inputs)
+        assert type(lazy) is eager_class
+        eager = eager_class(x.shape[1], **arguments)
+        assert torch.equal(y, eager(*inputs))
+        assert list(lazy.state_dict()) == list(eager.state_dict())
+        copied.load_state_dict(eager.state_dict())
+        assert torch.equal(copied.eval()(*inputs), eager.eval()(*inputs))

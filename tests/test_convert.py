@@ -397,3 +397,31 @@ def test_what_cannot_be_converted_says_so():
     assert "Own has a forward pass of its own" in str(report)
     assert "nothing to convert" in str(cnnkern.conversion_report(nn.Linear(2, 2)))
     assert "1 BatchNorm + ReLU" in str(cnnkern.conversion_report(nn.Sequential(nn.BatchNorm1d(2), nn.ReLU())))
+
+
+@pytest.mark.parametrize("name", torchvision.models.list_models())
+def test_every_model_that_torchvision_registers(name, monkeypatch):
+    """Without weights: what is replaced, and that keys and modules stay; the numbers are other tests' matter."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module, name, parameter):
+        register(module, name, None if parameter is None else nn.Parameter(parameter.detach().to("meta")))
+
+    monkeypatch.setattr(nn.Module, "register_parameter", register_on_meta)
+    extra: dict = {"init_weights": False} if "googlenet" in name or "inception" in name else {}
+    if name.startswith(("deeplab", "fcn", "lraspp", "faster", "fcos", "keypoint", "mask", "retina", "ssd")):
+        extra["weights_backbone"] = None
+    model = torchvision.models.get_model(name, weights=None, **extra)
+    monkeypatch.undo()
+    norms = [m for m in model.modules() if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)]
+    converted = cnnkern.convert(model)
+    counts = cnnkern.conversion_report(converted).counts
+    assert sum(n for kind, n in counts.items() if kind.startswith("BatchNorm")) == len(norms)
+    assert "left alone" not in counts
+    assert not any(type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) for m in converted.modules())
+    assert list(converted.state_dict()) == list(model.state_dict())
+    assert [n for n, _ in converted.named_modules()] == [n for n, _ in model.named_modules()]
+    reverted = cnnkern.revert(converted)
+    assert [type(m) for m in reverted.modules()] == [type(m) for m in model.modules()]
+    if any(family in name for family in ("vit", "swin", "convnext", "alexnet", "squeezenet")) or name[:3] == "vgg":
+        assert (counts == {}) == (not norms)

@@ -134,3 +134,40 @@ def test_backward_s_mask_is_the_forward_s_bit_for_bit(dtype, generator):
             assert ((y == 0) & (x > 0)).any(), "no positive value rounded to zero: the test tests nothing"
         else:
             assert torch.equal(dx != 0, y != 0)
+
+
+@settings(max_examples=100, deadline=None, derandomize="CI" in os.environ, suppress_health_check=list(HealthCheck))
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 20), st.integers(1, 20)),
+    log_scale=st.floats(-6, 6),
+    log_residual=st.floats(-6, 6),
+    offset=st.floats(-1e6, 1e6),
+    act=st.sampled_from(["relu", "none"]),
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 2**31),
+)
+def test_additions_at_any_scale_and_offset(shape, log_scale, log_residual, offset, act, layout, seed):
+    if shape[0] * shape[2] * shape[3] < 3:
+        return
+    g = torch.Generator().manual_seed(seed)
+    x = testing.with_layout(((testing.randn(shape, g, torch.float64) + offset) * 10**log_scale).float(), layout)
+    r = testing.with_layout((testing.randn(shape, g, torch.float64) * 10**log_residual).float(), layout)
+    dy = testing.randn(shape, g, torch.float32) if act == "none" else None
+    testing.check(CASES["bn_add_act"], arguments(x, act=act) | {"residual": r}, dy, slack=abs(offset) < 100)
+    testing.check(CASES["add_relu"], {"input": x, "other": r})
+
+
+@pytest.mark.parametrize("operator", ["bn_add_act", "add_relu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_additions_of_extremes(operator, layout, dtype, generator):
+    """Infinities, NaN, the largest and the smallest numbers in the residual of a few elements."""
+    case = CASES[operator]
+    second = case.differentiable[1]
+    inputs = case.inputs((4, 5, 9, 11), dtype, generator=generator)
+    info = torch.finfo(dtype)
+    extremes = [float("inf"), -float("inf"), float("nan"), info.max, -info.max, info.tiny, info.smallest_normal / 4]
+    flat = inputs[second].reshape(-1)
+    flat[: 3 * len(extremes) : 3] = torch.tensor(extremes, dtype=torch.float64).to(dtype)
+    inputs = {n: testing.with_layout(v, layout) if n in ("input", second) else v for n, v in inputs.items()}
+    testing.check(case, inputs, slack=False)

@@ -18,6 +18,8 @@ from cnnkern.nn.batchnorm import (
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
+from cnnkern.nn.lazy import LazyBatchNormAddReLU2d, LazyBatchNormReLU1d, LazyBatchNormReLU2d, LazyBatchNormReLU3d
+from cnnkern.nn.sync import SyncBatchNorm, SyncBatchNormAddReLU, SyncBatchNormReLU, convert_sync_batchnorm
 
 __all__ = [
     "AddReLU",
@@ -36,4 +38,12 @@ __all__ = [
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "LazyBatchNormAddReLU2d",
+    "LazyBatchNormReLU1d",
+    "LazyBatchNormReLU2d",
+    "LazyBatchNormReLU3d",
+    "SyncBatchNorm",
+    "SyncBatchNormAddReLU",
+    "SyncBatchNormReLU",
+    "convert_sync_batchnorm",
 ]

@@ -97,7 +97,9 @@ void run_rows(Policy& policy, const Rows& s) {
     else
       at::parallel_for(0, n, 1, f);
   };
-  for (int64_t c = 0; c < s.C; ++c) policy.prepare(c);
+  parallel(divup(s.C, kChannels), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin * kChannels; c < std::min(s.C, end * kChannels); ++c) policy.prepare(c);
+  });
   policy.table.replicate();
   if constexpr (Policy::kReduces) {
     c10::SmallVector<double, 512> sums(units * 2 * width, 0.0);
@@ -107,10 +109,10 @@ void run_rows(Policy& policy, const Rows& s) {
         reduce_rows(policy, width, u * piece, std::min(numel, (u + 1) * piece), &sums[u * 2 * width], acc.data());
       stream_fence();
     });
-    parallel(divup(s.C, 256), [&](int64_t begin, int64_t end) {
+    parallel(divup(s.C, kChannels), [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        const int64_t c0 = block * 256, channels = std::min<int64_t>(256, s.C - c0);
-        double s1[256] = {}, s2[256] = {};
+        const int64_t c0 = block * kChannels, channels = std::min(kChannels, s.C - c0);
+        double s1[kChannels] = {}, s2[kChannels] = {};
         for (const double* row = sums.data() + c0; row < sums.data() + units * 2 * width; row += 2 * width)
           for (int64_t j = 0; j < width; j += s.C)
             for (int64_t c = 0; c < channels; ++c) s1[c] += row[j + c], s2[c] += row[width + j + c];

@@ -200,13 +200,33 @@ inline void add_lanes(double* wide, const at::vec::Vectorized<S>& v) {
   for (int j = 0; j < n; ++j) wide[j] += static_cast<double>(lanes[j]);
 }
 
+// exp, within two units in the last place. at::vec's own is a call into another library, around which every register
+// is saved; this one is inlined. exp(x) = 2^n * exp(r) with |r| <= log(2) / 2, and exp(r) by its series.
+template <typename S>
+inline at::vec::Vectorized<S> inline_exp(const at::vec::Vectorized<S>& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<S, float>) {
+    // Beyond these the result is infinite or zero; NaN is the second operand and passes.
+    const __m512 v = _mm512_max_ps(_mm512_set1_ps(-105.0f), _mm512_min_ps(_mm512_set1_ps(89.0f), x));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e4p-1f), v);  // log(2) in two parts, the first exact times n
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.7f7d1cp-20f), r);
+    __m512 p = _mm512_set1_ps(1.0f / 5040);
+    for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+      p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(coefficient));
+    return _mm512_scalef_ps(p, n);
+  }
+#endif
+  return x.exp();
+}
+
 }  // namespace CPU_CAPABILITY
 
 template <typename S>
 struct Lanewise<at::vec::Vectorized<S>> {
   using V = at::vec::Vectorized<S>;
   static V relu(const V& v) { return at::vec::clamp_min(v, V(0)); }
-  static V exp(const V& v) { return v.exp(); }
+  static V exp(const V& v) { return inline_exp(v); }
   static V where_le(const V& x, const V& bound, const V& a, const V& b) {
 #if defined(CPU_CAPABILITY_AVX512)
     if constexpr (std::is_same_v<S, float>)

@@ -1,0 +1,33 @@
+"""Batch norms that learn their number of channels from the first input, as torch.nn's lazy modules do."""
+
+from torch import Tensor
+from torch.nn.modules.batchnorm import _LazyNormBase
+
+from cnnkern.nn.batchnorm import BatchNormAddReLU2d, BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d
+
+
+class LazyBatchNormReLU1d(_LazyNormBase, BatchNormReLU1d):
+    """:class:`BatchNormReLU1d` whose ``num_features`` is the first input's C. Input (N, C) or (N, C, L)."""
+
+    cls_to_become = BatchNormReLU1d
+
+
+class LazyBatchNormReLU2d(_LazyNormBase, BatchNormReLU2d):
+    """:class:`BatchNormReLU2d` whose ``num_features`` is the first input's C. Input (N, C, H, W)."""
+
+    cls_to_become = BatchNormReLU2d
+
+
+class LazyBatchNormReLU3d(_LazyNormBase, BatchNormReLU3d):
+    """:class:`BatchNormReLU3d` whose ``num_features`` is the first input's C. Input (N, C, D, H, W)."""
+
+    cls_to_become = BatchNormReLU3d
+
+
+class LazyBatchNormAddReLU2d(_LazyNormBase, BatchNormAddReLU2d):
+    """:class:`BatchNormAddReLU2d` whose ``num_features`` is the first input's C. Input and residual (N, C, H, W)."""
+
+    cls_to_become = BatchNormAddReLU2d
+
+    def initialize_parameters(self, input: Tensor, residual: Tensor) -> None:
+        super().initialize_parameters(input)

@@ -1,0 +1,195 @@
+"""Batch norm over all processes of a group, with the activation and the residual in the kernels.
+
+Each way one collective: forward gathers every process's count, mean and variance of each channel, and combines them in
+the order of ranks; backward sums two vectors of C. Unlike torch's own, it runs on the CPU (gloo) as well.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cnnkern.nn.batchnorm import _FusedBatchNorm, _FusedBatchNormAdd
+from cnnkern.ops.bn_act import batch_norm_act
+from cnnkern.ops.bn_add_act import batch_norm_add_act
+
+_ops = torch.ops.cnnkern
+_TINY = 1e-300  # an eps that the variance can be recovered from
+
+
+def _local_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    """(elements a channel, mean, biased variance), the vectors in float64."""
+    count = x.numel() // max(x.shape[1], 1)
+    if count <= 1:  # for one element the kernel would be right to refuse; the other processes may have more
+        mean = x.detach().movedim(1, -1).reshape(count, x.shape[1]).double().sum(0)
+        return count, mean, torch.zeros_like(mean)
+    _, mean, rstd = _ops.bn_act(x.detach(), None, None, None, None, True, 0.0, _TINY, "none")
+    return count, mean, rstd.pow(-2) - _TINY
+
+
+def _global_moments(x: Tensor, group: dist.ProcessGroup) -> tuple[int, Tensor, Tensor]:
+    count, mean, var = _local_moments(x)
+    mine = torch.cat([mean.new_tensor([count]), mean, var])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    channels = x.shape[1]
+    counts = [int(e[0].item()) for e in everyone]
+    total = sum(counts)
+    if total <= 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got {total} over all processes")
+    mean = sum(n * e[1 : 1 + channels] for n, e in zip(counts, everyone, strict=True)) / total
+    squares = [
+        n * (e[1 + channels :] + (e[1 : 1 + channels] - mean).square()) for n, e in zip(counts, everyone, strict=True)
+    ]
+    return total, mean, sum(squares) / total
+
+
+class _Synchronised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, running_mean, running_var, momentum, eps, act, group):
+        count, mean, var = _global_moments(x, group)
+        if running_mean is not None:
+            running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
+            unbiased = var * (count / (count - 1))
+            running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
+        # With the statistics given, the kernels of eval mode do the rest.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        vectors = (weight, bias, mean.to(dtype), var.to(dtype))
+        mask = None
+        if residual is None:
+            y, mean, rstd = _ops.bn_act(x, *vectors, False, 0.0, eps, act)
+        else:
+            y, mean, rstd, mask = _ops.bn_add_act(x, residual, *vectors, False, 0.0, eps, act)
+        ctx.save_for_backward(x, weight, bias, mean, rstd, mask)
+        ctx.count, ctx.act, ctx.group = count, act, group
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, mean, rstd, mask = ctx.saved_tensors
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        channels = x.shape[1]
+        # In float32 at least, whatever the parameters are, for their gradients are sums that others are added to.
+        w = x.new_ones(channels, dtype=dtype) if weight is None else weight.to(dtype)
+        b = x.new_zeros(channels, dtype=dtype) if bias is None else bias.to(dtype)
+        dresidual = None
+        if mask is None:
+            dx, dweight, dbias = _ops.bn_act_backward(dy, x, w, b, mean, rstd, False, ctx.act, [True] * 3)
+        else:
+            dx, dresidual, dweight, dbias = _ops.bn_add_act_backward(
+                dy, x, w, b, mean, rstd, mask, False, ctx.act, [True] * 4
+            )
+        sums = torch.cat([dbias.double(), dweight.double()])
+        dist.all_reduce(sums, group=ctx.group)
+        scale = w.double() * rstd / ctx.count
+        shape = (1, channels) + (1,) * (x.dim() - 2)
+
+        def column(v: Tensor) -> Tensor:
+            return v.to(dtype).view(shape)
+
+        centred = x.to(dtype) - column(mean)
+        through_statistics = centred * column(scale * rstd * sums[channels:]) + column(scale * sums[:channels])
+        dx = (dx.to(dtype) - through_statistics).to(x.dtype)
+        dweight = None if weight is None else dweight.to(weight.dtype)
+        dbias = None if bias is None else dbias.to(bias.dtype)
+        return dx, dresidual, dweight, dbias, None, None, None, None, None, None
+
+
+class _SyncBatchNorm(_BatchNorm):
+    """Constructor and state of torch.nn.SyncBatchNorm, but no subclass: DistributedDataParallel refuses it on a CPU."""
+
+    act: str
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: "dist.ProcessGroup | None" = None,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    def _forward(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        self._check_input_dim(input)
+        tracks = self.training and self.track_running_stats and self.num_batches_tracked is not None
+        if self.momentum is not None:
+            momentum = self.momentum
+        else:
+            momentum = 1.0 / (float(self.num_batches_tracked) + 1.0) if tracks else 0.0
+        uses_running = not self.training or self.track_running_stats
+        running = (self.running_mean, self.running_var) if uses_running else (None, None)
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        alone = not (dist.is_available() and dist.is_initialized())
+        group = None if alone else self.process_group or dist.group.WORLD
+        if training and group is not None and dist.get_world_size(group) > 1:
+            output = _Synchronised.apply(
+                input, residual, self.weight, self.bias, *running, momentum, self.eps, self.act, group
+            )
+        else:
+            rest = (*running, self.weight, self.bias, training, momentum, self.eps, self.act)
+            output = batch_norm_act(input, *rest) if residual is None else batch_norm_add_act(input, residual, *rest)
+        if tracks:
+            self.num_batches_tracked.add_(1)
+        return output
+
+
+class SyncBatchNorm(_SyncBatchNorm):
+    """:class:`torch.nn.SyncBatchNorm` on the fused kernels, on the CPU too. Input (N, C, ...)."""
+
+    act = "none"
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._forward(input, None)
+
+
+class SyncBatchNormReLU(SyncBatchNorm):
+    """:class:`torch.nn.SyncBatchNorm`, then ReLU. Input (N, C, ...)."""
+
+    act = "relu"
+
+
+class SyncBatchNormAddReLU(_SyncBatchNorm):
+    """``F.relu(sync_batch_norm(x) + residual)``, called as ``m(x, residual)``. Both are (N, C, ...)."""
+
+    act = "relu"
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        return self._forward(input, residual)
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> nn.Module:
+    """The module with every batch norm, torch's or ours, synchronised over the processes of a group, in place.
+
+    Like :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`, and with the activations and additions of our own
+    kept. Parameters, buffers and state-dict keys stay. ``process_group`` is the default group where it is None.
+    """
+    for child in module.modules():
+        if isinstance(child, _SyncBatchNorm):
+            pass
+        elif isinstance(child, _FusedBatchNormAdd):
+            act = child.act
+            child.__class__ = SyncBatchNormAddReLU
+            child.act = act
+        elif isinstance(child, _FusedBatchNorm):
+            act = child.act
+            child.__class__ = SyncBatchNormReLU if act == "relu" else SyncBatchNorm
+            child.act = act
+        elif type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+            child.__class__ = SyncBatchNorm
+        else:
+            continue
+        child.process_group = process_group
+    return module

@@ -1,0 +1,63 @@
+"""Synchronised batch norm in real processes, started by torchrun: see sync_worker.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import cnnkern
+
+WORKER = Path(__file__).with_name("sync_worker.py")
+
+
+def torchrun(task: str, processes: int) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
+    return subprocess.run([*command, str(WORKER), task], env=environment, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize(
+    ("task", "processes"),
+    [
+        ("equal_to_one_process_on_the_whole_batch", 2),
+        ("equal_to_one_process_on_the_whole_batch", 3),
+        ("converted_resnet_under_ddp_is_single_process_training", 2),
+        ("one_value_over_all_processes_is_refused", 2),
+    ],
+)
+def test_in_processes(task, processes):
+    done = torchrun(task, processes)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_a_process_that_dies_ends_the_others_with_an_error():
+    assert torchrun("a_process_that_dies", 2).returncode != 0
+
+
+def test_without_a_process_group_it_is_the_batch_norm_of_one_process():
+    x, r = torch.randn(3, 5, 4, 6), torch.randn(3, 5, 4, 6)
+    for name, inputs in (("ReLU", (x,)), ("AddReLU", (x, r))):
+        sync = getattr(cnnkern.nn, f"SyncBatchNorm{name}")(5)
+        plain = getattr(cnnkern.nn, f"BatchNorm{name}2d")(5)
+        assert list(sync.state_dict()) == list(nn.SyncBatchNorm(5).state_dict())
+        assert torch.equal(sync(*inputs), plain(*inputs))
+        assert torch.equal(sync.running_var, plain.running_var)
+        assert list(sync.state_dict()) == list(plain.state_dict())
+
+
+def test_convert_sync_batchnorm_keeps_activations_and_keys():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.SiLU(), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+    converted = cnnkern.convert(model)
+    x = torch.randn(3, 4, 5, 6)
+    expected = converted(x)
+    synchronised = cnnkern.nn.convert_sync_batchnorm(cnnkern.convert(model))
+    assert all(isinstance(synchronised[i], cnnkern.nn.SyncBatchNorm) for i in (0, 2, 4))
+    assert [synchronised[i].act for i in (0, 2, 4)] == ["silu", "relu", "none"]
+    assert torch.equal(synchronised(x), expected)
+    assert list(synchronised.state_dict()) == list(model.state_dict())
+    torchs = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    torch.testing.assert_close(cnnkern.nn.convert_sync_batchnorm(torchs)(x), expected)
