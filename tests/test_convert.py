@@ -407,7 +407,8 @@ def test_every_model_that_torchvision_registers(name, monkeypatch):
     def register_on_meta(module, name, parameter):
         register(module, name, None if parameter is None else nn.Parameter(parameter.detach().to("meta")))
 
-    monkeypatch.setattr(nn.Module, "register_parameter", register_on_meta)
+    if not name.startswith("ssdlite"):  # its constructor runs the backbone
+        monkeypatch.setattr(nn.Module, "register_parameter", register_on_meta)
     extra: dict = {"init_weights": False} if "googlenet" in name or "inception" in name else {}
     if name.startswith(("deeplab", "fcn", "lraspp", "faster", "fcos", "keypoint", "mask", "retina", "ssd")):
         extra["weights_backbone"] = None
