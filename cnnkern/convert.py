@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cnnkern import reference
-from cnnkern.nn import batchnorm
+from cnnkern.nn import batchnorm, sync
 from cnnkern.ops.add_relu import add_relu
 from cnnkern.ops.bn_act import batch_norm_act
 
@@ -99,6 +99,8 @@ _ORIGINAL = {
     for table in tables.values()
     for plain, fused in table.items()
 }
+# A converted model may have been synchronised since; torch's own synchronised one is what stays.
+_ORIGINAL |= dict.fromkeys((sync.SyncBatchNorm, sync.SyncBatchNormReLU, sync.SyncBatchNormAddReLU), nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,7 @@ def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
             module.__class__ = module._original_class
         if module.__dict__.pop("_cnnkern_converted", False):
             module.__class__ = _ORIGINAL[type(module)]
+            module.__dict__.pop("act", None)
         for name, child in module._modules.items():
             if isinstance(child, _Absorbed):
                 module._modules[name] = child._original[0].train(child.training)

@@ -84,6 +84,19 @@ def run(
     return results
 
 
+def saved_bytes(function: Callable[[], Tensor]) -> int:
+    """What autograd holds between the forward pass of `function` and its backward pass, each storage once."""
+    storages: dict[int, tuple[Tensor, int]] = {}
+
+    def pack(t: Tensor) -> Tensor:  # kept alive, or another storage might take its place
+        return storages.setdefault(t.untyped_storage().data_ptr(), (t, t.untyped_storage().nbytes()))[0]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = function()
+    del y
+    return sum(n for _, n in storages.values())
+
+
 def to_float64(inputs: dict[str, Any]) -> dict[str, Any]:
     return {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
 

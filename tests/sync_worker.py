@@ -59,8 +59,10 @@ def compare(kind, split, dtype, layout, rank) -> None:
     allowance = {n: 64 * eps * max(1.0, t.abs().max().item() if t.numel() else 0.0) for n, t in truth.items()}
     testing.assert_as_good_as(found, whole(dtype), truth, allowance)
     assert module.num_batches_tracked.item() == 1
-    evaluated = module.eval()(*inputs)
-    assert evaluated.shape == a.shape
+    statistics = module.running_mean, module.running_var, module.weight, module.bias
+    expected = F.batch_norm(a, *statistics) + (b if adds else 0)
+    expected = expected if kind is SyncBatchNorm else F.relu(expected)
+    torch.testing.assert_close(module.eval()(*inputs), expected, rtol=1e-4, atol=1e-3)
 
 
 def converted_resnet_under_ddp_is_single_process_training() -> None:
@@ -100,6 +102,19 @@ def one_value_over_all_processes_is_refused() -> None:
         module(x)
     except ValueError as error:
         assert "got 1 over all processes" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("accepted")
+    assert torch.equal(module.running_mean, torch.zeros(CHANNELS))
+    assert module.num_batches_tracked.item() == 0
+
+
+def an_error_leaves_the_statistics() -> None:
+    module = SyncBatchNormAddReLU(CHANNELS)
+    x = torch.randn(2, CHANNELS, 3, 3)
+    try:
+        module(x, x[:1])
+    except RuntimeError as error:
+        assert "residual must have the input's shape" in str(error)  # noqa: PT017
     else:
         raise AssertionError("accepted")
     assert torch.equal(module.running_mean, torch.zeros(CHANNELS))

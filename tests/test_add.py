@@ -27,16 +27,6 @@ def pair(name, **arguments):
     return fused, twin
 
 
-def saved_bytes(function) -> int:
-    storages = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: storages.setdefault(t.untyped_storage().data_ptr(), (t, t.untyped_storage().nbytes()))[0], lambda t: t
-    ):
-        y = function()
-    del y
-    return sum(n for _, n in storages.values())
-
-
 @names
 @pytest.mark.parametrize("act", ["relu", "none"])
 def test_three_steps_and_eval_as_good_as_eager(name, act):
@@ -89,12 +79,14 @@ def test_saves_one_bit_an_element_and_neither_residual_nor_output(dtype):
     def add(act):
         return functional.batch_norm_add_act(x, r, None, None, weight, bias, True, act=act)
 
-    assert saved_bytes(lambda: add("relu")) == x.nbytes + x.numel() // 8 + vectors
-    assert saved_bytes(lambda: add("none")) == x.nbytes + vectors
-    assert saved_bytes(lambda: functional.add_relu(x, r)) == x.numel() // 8
-    assert saved_bytes(lambda: F.relu(x + r)) == x.nbytes  # eager keeps the output
+    assert testing.saved_bytes(lambda: add("relu")) == x.nbytes + x.numel() // 8 + vectors
+    assert testing.saved_bytes(lambda: add("none")) == x.nbytes + vectors
+    assert testing.saved_bytes(lambda: functional.add_relu(x, r)) == x.numel() // 8
+    assert testing.saved_bytes(lambda: F.relu(x + r)) == x.nbytes  # eager keeps the output
     for act in ("relu6", "leaky_relu", "sigmoid", "silu", "hardswish"):
-        saved = saved_bytes(lambda act=act: functional.batch_norm_act(x, None, None, weight, bias, True, act=act))
+        saved = testing.saved_bytes(
+            lambda act=act: functional.batch_norm_act(x, None, None, weight, bias, True, act=act)
+        )
         assert saved == x.nbytes + vectors
 
 

@@ -181,22 +181,12 @@ def test_errors_name_operator_what_came_and_what_is_allowed():
     assert torch.equal(rv, torch.ones(5))
 
 
-def saved_bytes(function) -> int:
-    storages = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: storages.setdefault(t.untyped_storage().data_ptr(), (t, t.untyped_storage().nbytes()))[0], lambda t: t
-    ):
-        y = function()
-    del y
-    return sum(n for _, n in storages.values())
-
-
 def test_saves_the_input_and_two_vectors():
     fused, twin, act = pair("BatchNormReLU2d")
     x = torch.randn(4, 5, 16, 16, requires_grad=True)
     vectors = 5 * (8 + 8 + 4 + 4)  # mean, rstd in float64; weight, bias
-    assert saved_bytes(lambda: fused(x)) == x.nbytes + vectors
-    assert saved_bytes(lambda: act(twin(x))) >= 2 * x.nbytes
+    assert testing.saved_bytes(lambda: fused(x)) == x.nbytes + vectors
+    assert testing.saved_bytes(lambda: act(twin(x))) >= 2 * x.nbytes
 
 
 def test_no_leak_over_ten_thousand_calls_errors_included():

@@ -27,6 +27,7 @@ def torchrun(task: str, processes: int) -> subprocess.CompletedProcess:
         ("equal_to_one_process_on_the_whole_batch", 3),
         ("converted_resnet_under_ddp_is_single_process_training", 2),
         ("one_value_over_all_processes_is_refused", 2),
+        ("an_error_leaves_the_statistics", 2),
     ],
 )
 def test_in_processes(task, processes):
@@ -59,5 +60,8 @@ def test_convert_sync_batchnorm_keeps_activations_and_keys():
     assert [synchronised[i].act for i in (0, 2, 4)] == ["silu", "relu", "none"]
     assert torch.equal(synchronised(x), expected)
     assert list(synchronised.state_dict()) == list(model.state_dict())
+    reverted = cnnkern.revert(synchronised)
+    assert [type(m) for m in reverted] == [nn.SyncBatchNorm, nn.SiLU, nn.SyncBatchNorm, nn.ReLU, nn.SyncBatchNorm]
+    torch.testing.assert_close(reverted.eval()(x), synchronised.eval()(x))
     torchs = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     torch.testing.assert_close(cnnkern.nn.convert_sync_batchnorm(torchs)(x), expected)

@@ -4,11 +4,12 @@ Each way one collective: forward gathers every process's count, mean and varianc
 the order of ranks; backward sums two vectors of C. Unlike torch's own, it runs on the CPU (gloo) as well.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnkern.nn.batchnorm import _FusedBatchNorm, _FusedBatchNormAdd
 from cnnkern.ops.bn_act import batch_norm_act
@@ -48,19 +49,19 @@ def _global_moments(x: Tensor, group: dist.ProcessGroup) -> tuple[int, Tensor, T
 class _Synchronised(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, running_mean, running_var, momentum, eps, act, group):
-        count, mean, var = _global_moments(x, group)
-        if running_mean is not None:
-            running_mean.mul_(1 - momentum).add_(mean.to(running_mean.dtype), alpha=momentum)
-            unbiased = var * (count / (count - 1))
-            running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
+        count, batch_mean, var = _global_moments(x, group)
         # With the statistics given, the kernels of eval mode do the rest.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        vectors = (weight, bias, mean.to(dtype), var.to(dtype))
+        vectors = (weight, bias, batch_mean.to(dtype), var.to(dtype))
         mask = None
         if residual is None:
             y, mean, rstd = _ops.bn_act(x, *vectors, False, 0.0, eps, act)
         else:
             y, mean, rstd, mask = _ops.bn_add_act(x, residual, *vectors, False, 0.0, eps, act)
+        if running_mean is not None:  # after the kernels, which raise before anything has changed
+            running_mean.mul_(1 - momentum).add_(batch_mean.to(running_mean.dtype), alpha=momentum)
+            unbiased = var * (count / (count - 1))
+            running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
         ctx.save_for_backward(x, weight, bias, mean, rstd, mask)
         ctx.count, ctx.act, ctx.group = count, act, group
         return y
@@ -97,10 +98,13 @@ class _Synchronised(torch.autograd.Function):
         return dx, dresidual, dweight, dbias, None, None, None, None, None, None
 
 
-class _SyncBatchNorm(_BatchNorm):
-    """Constructor and state of torch.nn.SyncBatchNorm, but no subclass: DistributedDataParallel refuses it on a CPU."""
+class SyncBatchNorm(_FusedBatchNorm):
+    """:class:`torch.nn.SyncBatchNorm` on the fused kernels, on the CPU too. Input (N, C, ...).
 
-    act: str
+    Constructor and state are torch's, but it is no subclass: DistributedDataParallel refuses those on a CPU.
+    """
+
+    act = "none"
 
     def __init__(
         self,
@@ -118,41 +122,30 @@ class _SyncBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
         self.process_group = process_group
 
+    def forward(self, input: Tensor) -> Tensor:
+        return self._normalize(input, self._over_processes(batch_norm_act))
+
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
-    def _forward(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        self._check_input_dim(input)
-        tracks = self.training and self.track_running_stats and self.num_batches_tracked is not None
-        if self.momentum is not None:
-            momentum = self.momentum
-        else:
-            momentum = 1.0 / (float(self.num_batches_tracked) + 1.0) if tracks else 0.0
-        uses_running = not self.training or self.track_running_stats
-        running = (self.running_mean, self.running_var) if uses_running else (None, None)
-        training = self.training or (self.running_mean is None and self.running_var is None)
-        alone = not (dist.is_available() and dist.is_initialized())
-        group = None if alone else self.process_group or dist.group.WORLD
-        if training and group is not None and dist.get_world_size(group) > 1:
-            output = _Synchronised.apply(
-                input, residual, self.weight, self.bias, *running, momentum, self.eps, self.act, group
+    def _over_processes(self, alone: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The operator `alone` with the statistics of all processes; itself where there is one process."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return alone
+        group = self.process_group or dist.group.WORLD
+        if dist.get_world_size(group) == 1:
+            return alone
+
+        def together(input: Tensor, *arguments) -> Tensor:
+            *residual, mean, var, weight, bias, training, momentum, eps, act = arguments
+            if not training:
+                return alone(input, *arguments)
+            return _Synchronised.apply(
+                input, *(residual or (None,)), weight, bias, mean, var, momentum, eps, act, group
             )
-        else:
-            rest = (*running, self.weight, self.bias, training, momentum, self.eps, self.act)
-            output = batch_norm_act(input, *rest) if residual is None else batch_norm_add_act(input, residual, *rest)
-        if tracks:
-            self.num_batches_tracked.add_(1)
-        return output
 
-
-class SyncBatchNorm(_SyncBatchNorm):
-    """:class:`torch.nn.SyncBatchNorm` on the fused kernels, on the CPU too. Input (N, C, ...)."""
-
-    act = "none"
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self._forward(input, None)
+        return together
 
 
 class SyncBatchNormReLU(SyncBatchNorm):
@@ -161,13 +154,13 @@ class SyncBatchNormReLU(SyncBatchNorm):
     act = "relu"
 
 
-class SyncBatchNormAddReLU(_SyncBatchNorm):
+class SyncBatchNormAddReLU(SyncBatchNorm):
     """``F.relu(sync_batch_norm(x) + residual)``, called as ``m(x, residual)``. Both are (N, C, ...)."""
 
     act = "relu"
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        return self._forward(input, residual)
+        return self._normalize(input, self._over_processes(batch_norm_add_act), residual)
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> nn.Module:
@@ -177,19 +170,15 @@ def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup 
     kept. Parameters, buffers and state-dict keys stay. ``process_group`` is the default group where it is None.
     """
     for child in module.modules():
-        if isinstance(child, _SyncBatchNorm):
-            pass
-        elif isinstance(child, _FusedBatchNormAdd):
+        if isinstance(child, _FusedBatchNorm) and not isinstance(child, SyncBatchNorm):
             act = child.act
-            child.__class__ = SyncBatchNormAddReLU
-            child.act = act
-        elif isinstance(child, _FusedBatchNorm):
-            act = child.act
-            child.__class__ = SyncBatchNormReLU if act == "relu" else SyncBatchNorm
-            child.act = act
+            if isinstance(child, _FusedBatchNormAdd):
+                child.__class__ = SyncBatchNormAddReLU
+            else:
+                child.__class__ = SyncBatchNormReLU if act == "relu" else SyncBatchNorm
+            child.act = act  # of the module, whatever its new class has
         elif type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
             child.__class__ = SyncBatchNorm
-        else:
-            continue
-        child.process_group = process_group
+        if isinstance(child, SyncBatchNorm):
+            child.process_group = process_group
     return module
