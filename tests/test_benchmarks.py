@@ -17,8 +17,23 @@ import pytest
 import torch
 from rich.console import Console
 
+import cnnkern
 from benchmarks import __main__ as driver
-from benchmarks import bandwidth, chart, judge, machine, models, operators, overhead, report, rows, timing, worker
+from benchmarks import (
+    accuracy,
+    bandwidth,
+    chart,
+    judge,
+    machine,
+    models,
+    operators,
+    overhead,
+    report,
+    rows,
+    sweeps,
+    timing,
+    worker,
+)
 from benchmarks.bandwidth import Bandwidth
 from benchmarks.groups import Contender, Group, Refused, Session, Unavailable, select
 from benchmarks.options import Options
@@ -581,3 +596,25 @@ def test_options_survive_the_file_that_hands_them_over(tmp_path):
     options.save(tmp_path / "options")
     assert Options.load(tmp_path / "options") == options
     assert json.loads((tmp_path / "options").read_text())["threads"] == 3
+
+
+def test_accuracy_is_ours_against_float64(monkeypatch):
+    monkeypatch.setattr(accuracy, "SHAPE", (4, 3, 8, 8))
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # what is compiled is another test's matter
+    found = accuracy.errors(testing.CASES["bn_act"], "mean of 1e4 deviations")
+    assert list(found) == ["ours", "eager", "torch.compile"]
+    assert found["torch.compile"] == found["eager"]
+    assert max(found["ours"]) < 1e-6 < max(found["eager"])
+
+
+def test_sweeps_count_every_tensor_once(monkeypatch, capsys):
+    monkeypatch.setattr(sweeps, "SHAPES", ((2, 8, 16, 16),))
+    monkeypatch.setattr(sweeps, "MINIMUM_BYTES", 2**16)
+    monkeypatch.setattr(cnnkern, "tune_malloc", lambda: "malloc left alone")
+    clock = {name: [2e-6] for name in sweeps.steps((2, 8, 16, 16), "contiguous")}
+    monkeypatch.setattr(sweeps.timing, "interleave", lambda steps, **limits: {name: clock[name] for name in steps})
+    assert sweeps.main(["--threads", str(torch.get_num_threads())]) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "2x8x16x16" in line]
+    assert [line[3] for line in lines[:4]] == ["0.00"] * 4
+    # 16 KiB a tensor in two microseconds
+    assert [float(line[4].rstrip(" |")) for line in lines[:4]] == [16.4, 16.4, 16.4, 24.6]

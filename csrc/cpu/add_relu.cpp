@@ -23,7 +23,7 @@ namespace {
 template <typename T, typename F>
 void over_stretches(int64_t numel, const F& f) {
   constexpr int64_t kStretchLength = 1024;
-  const bool stream = beyond_cache(numel * static_cast<int64_t>(sizeof(T)));
+  const bool stream = beyond_cache<T>(numel);
   const auto stretches = [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(numel, end * kStretchLength);
     stream ? f(std::true_type{}, begin * kStretchLength, last) : f(std::false_type{}, begin * kStretchLength, last);
@@ -78,7 +78,8 @@ std::tuple<Tensor, Tensor> add_relu_cpu(const Tensor& x, const Tensor& residual)
   // Only the bytes that bits are added to one by one have to be zero: with fewer than 8 lanes every one.
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "add_relu", [&] {
     uint8_t* bits = mask.mutable_data_ptr<uint8_t>();
-    const int64_t from = kLanes<scalar_t> % 8 != 0 ? 0 : std::max<int64_t>(x.numel() / kLanes<scalar_t> * kLanes<scalar_t> / 8, 0);
+    constexpr int64_t L = kLanes<scalar_t>;
+    const int64_t from = L % 8 != 0 ? 0 : x.numel() / L * L / 8;
     std::fill(bits + from, bits + mask.numel(), uint8_t{0});
     forward(x_.const_data_ptr<scalar_t>(), residual_.const_data_ptr<scalar_t>(), y.mutable_data_ptr<scalar_t>(),
             BitWriter{bits}, x.numel());

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <ATen/Dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
 #include <cmath>
 #include <limits>
@@ -64,7 +66,6 @@ struct BatchNormForward {
   ChannelTable<T, kRows> table{};
 
   static constexpr bool maps() { return true; }
-  bool streams(int64_t numel) const { return beyond_cache(numel * static_cast<int64_t>(sizeof(T))); }
   T* output() const { return y; }
   void prefetch(int64_t i) const {  __builtin_prefetch(x + i, 0, 2); }
 
@@ -126,6 +127,21 @@ struct BatchNormForward {
   }
 };
 
+template <typename T, bool kTraining>
+BatchNormForward<T, kTraining> batch_norm_forward(const Tensor& x, const Layout& layout, const OptionalTensor& weight,
+                                                  const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                                  const OptionalTensor& running_var, double momentum, double eps,
+                                                  Tensor& y, Tensor& mean, Tensor& rstd) {
+  return {.x = x.const_data_ptr<T>(),
+          .y = y.mutable_data_ptr<T>(),
+          .mean = mean.mutable_data_ptr<double>(),
+          .rstd = rstd.mutable_data_ptr<double>(),
+          .view = layout.channel(),
+          .parameters = {tensor_or_undefined(weight), tensor_or_undefined(bias)},
+          .running = {tensor_or_undefined(running_mean), tensor_or_undefined(running_var), momentum},
+          .eps = eps};
+}
+
 // Rows of a backward kernel's table that the gates below read.
 enum : int { kCenteredScale = 1, kCenteredOffset = 2 };
 
@@ -172,7 +188,6 @@ struct BatchNormBackward {
 
   // In eval the gradients need no sums and are written in the first sweep.
   bool maps() const { return kTraining && (dx != nullptr || dresidual != nullptr); }
-  bool streams(int64_t numel) const { return beyond_cache(numel * static_cast<int64_t>(sizeof(T))); }
   T* output() const { return dx != nullptr ? dx : dresidual; }
   void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2), __builtin_prefetch(dy + i, 0, 2); }
 
@@ -238,6 +253,11 @@ void run(Policy&& policy, const Layout& layout) {
     run_rows(policy, layout.as_rows());
   else
     run_planes(policy, layout.as_planes());
+}
+
+// A gradient of t, or an empty tensor where it is not wanted.
+inline Tensor gradient_like(bool wanted, const OptionalTensor& t, const Tensor& x) {
+  return wanted ? at::empty_like(*t) : at::empty({0}, x.options());
 }
 
 // Calls f with the element type and the mode as types.

@@ -7,9 +7,6 @@
 // Traffic in tensors read or written, while a channel (planes) or the tensor (rows) stays in cache: 2 forward,
 // 3 backward; rows beyond the last-level cache 3 and 5. A thread owns blocks of channels, or pieces of rows.
 // Accumulators: the arithmetic type for 64 additions, then double (see sweep.h).
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
 #include <array>
 
 #include "cpu/batch_norm.h"
@@ -51,14 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_cpu(const Tensor& x, const OptionalTen
     constexpr bool kTraining = decltype(is_training)::value;
     with_activation("cnnkern::bn_act", act, [&](auto activation) {
       using Forward = BnActForward<T, decltype(activation), kTraining>;
-      run(Forward{{.x = x_.const_data_ptr<T>(),
-                   .y = y.mutable_data_ptr<T>(),
-                   .mean = mean.mutable_data_ptr<double>(),
-                   .rstd = rstd.mutable_data_ptr<double>(),
-                   .view = layout.channel(),
-                   .parameters = {tensor_or_undefined(weight), tensor_or_undefined(bias)},
-                   .running = {tensor_or_undefined(running_mean), tensor_or_undefined(running_var), momentum},
-                   .eps = eps},
+      run(Forward{batch_norm_forward<T, kTraining>(x_, layout, weight, bias, running_mean, running_var, momentum, eps, y,
+                                                   mean, rstd),
                   activation},
           layout);
     });
@@ -74,10 +65,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_cpu(const Tensor& dy, const T
   check_activation("cnnkern::bn_act_backward", act);
   const Tensor x_ = in_layout(x), dy_ = in_layout_of(dy, x_);
   const Layout layout = layout_of(x_);
-  const auto like = [&](bool wanted, const Tensor& t) { return wanted ? at::empty_like(t) : at::empty({0}, t.options()); };
-  Tensor dx = like(output_mask[0], x_);
-  Tensor dweight = like(output_mask[1], output_mask[1] ? *weight : x_);
-  Tensor dbias = like(output_mask[2], output_mask[2] ? *bias : x_);
+  Tensor dx = gradient_like(output_mask[0], x_, x_);
+  Tensor dweight = gradient_like(output_mask[1], weight, x_), dbias = gradient_like(output_mask[2], bias, x_);
   if (x.numel() == 0) return {dx, dweight.zero_(), dbias.zero_()};
   with_types(x_, training, [&](auto scalar, auto is_training) {
     using T = decltype(scalar);

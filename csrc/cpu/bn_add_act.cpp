@@ -4,8 +4,6 @@
 // Traffic in tensors read or written, while a channel (planes) or the tensor (rows) stays in cache: 3 forward,
 // 4 backward; rows beyond the last-level cache 4 and 6. A thread owns blocks of channels, or pieces of rows.
 // Accumulators: the arithmetic type for 64 additions, then double (see sweep.h).
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
 #include <array>
@@ -65,14 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_cpu(const Tensor& x, const
     constexpr bool kTraining = decltype(is_training)::value;
     with_relu_or_none("cnnkern::bn_add_act", act, [&](auto activation) {
       using Forward = BnAddActForward<T, decltype(activation), kTraining>;
-      run(Forward{{.x = x_.const_data_ptr<T>(),
-                   .y = y.mutable_data_ptr<T>(),
-                   .mean = mean.mutable_data_ptr<double>(),
-                   .rstd = rstd.mutable_data_ptr<double>(),
-                   .view = layout.channel(),
-                   .parameters = {tensor_or_undefined(weight), tensor_or_undefined(bias)},
-                   .running = {tensor_or_undefined(running_mean), tensor_or_undefined(running_var), momentum},
-                   .eps = eps},
+      run(Forward{batch_norm_forward<T, kTraining>(x_, layout, weight, bias, running_mean, running_var, momentum, eps, y,
+                                                   mean, rstd),
                   residual_.const_data_ptr<T>(),
                   {mask.mutable_data_ptr<uint8_t>()}},
           layout);
@@ -93,10 +85,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward_cpu(const Tensor&
   check_mask(op, mask, act == "relu" ? mask_bytes(x.numel()) : 0, x);
   const Tensor x_ = in_layout(x), dy_ = in_layout_of(dy, x_);
   const Layout layout = layout_of(x_);
-  const auto like = [&](bool wanted, const Tensor& t) { return wanted ? at::empty_like(t) : at::empty({0}, t.options()); };
-  Tensor dx = like(output_mask[0], x_), dresidual = like(output_mask[1], x_);
-  Tensor dweight = like(output_mask[2], output_mask[2] ? *weight : x_);
-  Tensor dbias = like(output_mask[3], output_mask[3] ? *bias : x_);
+  Tensor dx = gradient_like(output_mask[0], x_, x_), dresidual = gradient_like(output_mask[1], x_, x_);
+  Tensor dweight = gradient_like(output_mask[2], weight, x_), dbias = gradient_like(output_mask[3], bias, x_);
   if (x.numel() == 0) return {dx, dresidual, dweight.zero_(), dbias.zero_()};
   with_types(x_, training, [&](auto scalar, auto is_training) {
     using T = decltype(scalar);

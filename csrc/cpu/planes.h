@@ -96,10 +96,7 @@ C10_NOINLINE void map_span(const Policy& policy, const Planes& s, int64_t begin,
 
 template <typename Policy>
 void map_span(const Policy& policy, const Planes& s, int64_t begin, int64_t end, int64_t ahead, bool stream) {
-  if (stream)
-    map_span<true>(policy, s, begin, end, ahead);
-  else
-    map_span<false>(policy, s, begin, end, ahead);
+  stream ? map_span<true>(policy, s, begin, end, ahead) : map_span<false>(policy, s, begin, end, ahead);
 }
 
 // How a tensor of planes is cut: blocks of channels (a thread's contiguous run in one image), and for each block
@@ -205,7 +202,7 @@ void run_planes(Policy& policy, const Planes& s) {
   const int64_t threads = s.numel() < kSerial ? 1 : at::get_num_threads();
   const PlaneCut cut(s, sizeof(T), threads);
   policy.table.resize(s.C, s.C);
-  const bool stream = policy.streams(s.numel());
+  const bool stream = beyond_cache<T>(s.numel());
   if constexpr (!Policy::kReduces) return map_planes(policy, s, stream);
   const auto prepare = [&](int64_t block) {
     for (int64_t c = block * cut.block; c < std::min(s.C, (block + 1) * cut.block); ++c)

@@ -90,7 +90,7 @@ void run_rows(Policy& policy, const Rows& s) {
   const int64_t piece = std::max<int64_t>(divup(divup(numel, width), pieces), 1) * width;
   const int64_t units = std::max<int64_t>(divup(numel, piece), 1);
   policy.table.resize(s.C, width);
-  const bool stream = policy.streams(numel) && width % L == 0 && short_of_alignment(policy.output()) == 0;
+  const bool stream = beyond_cache<T>(numel) && width % L == 0 && short_of_alignment(policy.output()) == 0;
   const auto parallel = [&](int64_t n, const auto& f) {
     if (numel < kSerial || n == 1)
       f(int64_t{0}, n);

@@ -8,7 +8,7 @@
 //   term<kPartial>(at, i, n, s1, s2)  first sweep: adds element i (a vector; its first n lanes if kPartial) to two sums
 //   finish(c, s1, s2)              the channel's sums -> constants of the second sweep
 //   map<kStream>(at, i)            second sweep: computes and stores element i (a vector); map(at, i, n) its first n lanes
-//   output(), streams(numel)       where the second sweep stores, and whether it goes past the caches
+//   output()                       where the second sweep stores
 //
 // `at(row)` gives a per-channel constant as a vector: broadcast in planes, loaded in rows of channels. Sums are kept
 // in vector accumulators of the arithmetic type for at most kFlush additions a lane, then in double. The pieces over
@@ -36,7 +36,7 @@ constexpr int64_t kMaxBlock = 64;          // channels of a block
 constexpr int64_t kChannels = 512;         // whose constants a thread works out in one go, in rows
 constexpr int64_t kShortPlane = 512;       // elements of a plane so short that a branch a plane costs
 constexpr int64_t kStretch = 16384;        // elements of rows that are read forward in the reversed second sweep
-constexpr int64_t kAhead = 8192;           // bytes between what is read and what is fetched, in rows
+constexpr int64_t kAhead = 8192;           // bytes between what is read and what is fetched
 
 // How many elements p is short of the alignment of a whole vector.
 template <typename T>
@@ -48,8 +48,8 @@ int64_t short_of_alignment(const T* p) {
 
 inline int64_t divup(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The cache that one core's misses go to. sysconf adds up all that the machine has on some processors (measured: AMD
-// EPYC 9R14 under KVM, 320 MB for 32 MB), so the kernel's own table is asked.
+// The cache that one core's misses go to. sysconf adds up all that the machine has on some processors (an AMD EPYC
+// under KVM: `getconf LEVEL3_CACHE_SIZE` says 320 MB for 32 MB), so the kernel's own table is asked.
 inline int64_t last_level_cache_bytes() {
   static const int64_t bytes = [] {
     std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
@@ -61,10 +61,12 @@ inline int64_t last_level_cache_bytes() {
   return bytes;
 }
 
-// Whether a tensor of so many bytes is written past the caches. Measured: from 2 MB on, of a cache of 32 MB, twice as
-// fast where nothing is in cache yet, as when an operator follows others on other tensors; below, who reads the result
-// next finds it in cache.
-inline bool beyond_cache(int64_t bytes) { return 16 * bytes > last_level_cache_bytes(); }
+// Whether a tensor is written past the caches: faster where nothing is in cache yet, as when an operator follows others
+// on other tensors, while a small result is found in cache by who reads it next.
+template <typename T>
+bool beyond_cache(int64_t numel) {
+  return 16 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes();
+}
 
 struct Planes {  // contiguous: (N, C, HW)
   int64_t N, C, HW;
