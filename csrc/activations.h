@@ -33,8 +33,9 @@ struct Lanewise {
   // max(v, 0) that passes NaN on.
   static CNNKERN_HOST_DEVICE V relu(V v) { return v <= V(0) ? V(0) : v; }
   static CNNKERN_HOST_DEVICE V exp(V v) { return ::exp(v); }
-  // x <= bound ? a : b, lane by lane; b where x is NaN.
+  // x <= bound ? a : b, lane by lane, and x < bound ? a : b; b where x is NaN.
   static CNNKERN_HOST_DEVICE V where_le(V x, V bound, V a, V b) { return x <= bound ? a : b; }
+  static CNNKERN_HOST_DEVICE V where_lt(V x, V bound, V a, V b) { return x < bound ? a : b; }
 };
 
 struct Identity {
@@ -76,9 +77,9 @@ struct OtherActivation {
   CNNKERN_HOST_DEVICE V grad(V dy, V pre) const {
     using W = Lanewise<V>;
     switch (kind) {
-      // 0 from 6 on; NaN passes, as it does through the clamp.
-      case kRelu6: return W::where_le(V(6), pre, V(0), W::where_le(pre, V(rounds_to_zero<T>()), V(0), dy));
-      case kLeakyRelu: return W::where_le(pre, V(0), dy * V(kSlope), dy);
+      // NaN has the gradient that PyTorch gives it: here 0, and below the slope.
+      case kRelu6: return W::where_lt(V(rounds_to_zero<T>()), pre, W::where_lt(pre, V(6), dy, V(0)), V(0));
+      case kLeakyRelu: return W::where_lt(V(0), pre, dy, dy * V(kSlope));
       case kSigmoid: {
         const V s = sigmoid(pre);
         return dy * (V(1) - s) * s;

@@ -117,6 +117,23 @@ def test_relu_passes_nan_and_its_gradient():
     assert y.isnan().tolist() == [[False], [True], [False]]
 
 
+@pytest.mark.parametrize("act", reference.ACTIVATIONS)
+def test_activations_and_their_gradients_everywhere(act):
+    """Kinks, overflow, underflow, infinities and NaN, several times so that vectors and their tails meet them."""
+    hard = [float("inf"), -float("inf"), float("nan"), 200.0, -200.0, 88.5, -88.5, -103.0, -110.0, 0.0, -0.0, 1e-40]
+    values = torch.tensor([*hard, 3.0, -3.0, 6.0, *(i / 10 for i in range(-100, 100))] * 7)
+    for dtype in (torch.float32, torch.float64):
+        results = []
+        for function in (functional.batch_norm_act, reference.batch_norm_act):
+            x = values.to(dtype).view(1, 1, -1).clone().requires_grad_()
+            zero, one = torch.zeros(1, dtype=dtype), torch.ones(1, dtype=dtype)
+            y = function(x, zero, one, eps=0.0, act=act)
+            results.append((y.detach(), *torch.autograd.grad(y, x, torch.ones_like(y))))
+        eps = torch.finfo(dtype).eps
+        for ours, eager in zip(*results, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=16 * eps, atol=eps, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *DTYPES[1:]], ids=str)
 def test_backward_s_mask_is_the_forward_s_bit_for_bit(dtype, generator):
     """The gradient passes exactly where the output is not zero, whatever rounds to zero on the way out."""

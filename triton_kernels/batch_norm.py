@@ -139,10 +139,12 @@ def act_grad(dy, pre, ACT: tl.constexpr, dtype: tl.constexpr):
             bound = tl.full([], 2.0**-134, tl.float32)
         else:
             bound = tl.full([], 0.0, dtype)
-        g = tl.where(pre <= bound, 0.0, dy)
-        return tl.where(pre >= 6.0, 0.0, g) if ACT == "relu6" else g
+        if ACT == "relu6":
+            return tl.where((pre > bound) & (pre < 6.0), dy, 0.0)
+        else:
+            return tl.where(pre <= bound, 0.0, dy)
     elif ACT == "leaky_relu":
-        return tl.where(pre <= 0.0, dy * 0.01, dy)
+        return tl.where(pre > 0.0, dy, dy * 0.01)
     elif ACT == "sigmoid":
         s = sigmoid(pre)
         return dy * (1.0 - s) * s

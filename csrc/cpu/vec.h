@@ -222,19 +222,27 @@ inline at::vec::Vectorized<S> inline_exp(const at::vec::Vectorized<S>& x) {
 
 }  // namespace CPU_CAPABILITY
 
+// The immediate operands of AVX's compare instructions, ordered: false for NaN.
+constexpr int kLess = 0x11, kLessOrEqual = 0x12;
+
 template <typename S>
 struct Lanewise<at::vec::Vectorized<S>> {
   using V = at::vec::Vectorized<S>;
   static V relu(const V& v) { return at::vec::clamp_min(v, V(0)); }
   static V exp(const V& v) { return inline_exp(v); }
-  static V where_le(const V& x, const V& bound, const V& a, const V& b) {
+  static V where_le(const V& x, const V& bound, const V& a, const V& b) { return where<kLessOrEqual>(x, bound, a, b); }
+  static V where_lt(const V& x, const V& bound, const V& a, const V& b) { return where<kLess>(x, bound, a, b); }
+
+ private:
+  template <int kCompare>
+  static V where(const V& x, const V& bound, const V& a, const V& b) {
 #if defined(CPU_CAPABILITY_AVX512)
     if constexpr (std::is_same_v<S, float>)
-      return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, _CMP_LE_OQ), b, a);
+      return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, bound, kCompare), b, a);
     else
-      return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x, bound, _CMP_LE_OQ), b, a);
+      return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x, bound, kCompare), b, a);
 #else
-    return V::blendv(b, a, x <= bound);
+    return V::blendv(b, a, kCompare == kLessOrEqual ? x <= bound : x < bound);
 #endif
   }
 };
