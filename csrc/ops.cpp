@@ -15,4 +15,13 @@ TORCH_LIBRARY(cnnkern, m) {
   // inputs is dx. channels_last says which order that is.
   m.def("add_relu(Tensor x, Tensor residual) -> (Tensor y, Tensor mask)");
   m.def("add_relu_backward(Tensor dy, Tensor mask, bool channels_last) -> Tensor dx");
+
+  // y = layer norm of x over its last dimensions. mean and rstd have x's shape with one element there; their dtype is
+  // float32, or float64 beside float64.
+  m.def("layer_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def("layer_norm_backward(Tensor dy, Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+
+  // y = layer norm of x, (N, C, H, W), over C. mean and rstd: (N, 1, H, W), as above.
+  m.def("layer_norm2d(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def("layer_norm2d_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 }
