@@ -148,8 +148,9 @@ class backend:
         return f"backend({self.name!r})"
 
 
-# Additions have CPU kernels only; on a GPU csrc/autograd hands them to PyTorch's operators.
-_LEFT_TO_PYTORCH = {"bn_add_act", "bn_add_act_backward", "add_relu", "add_relu_backward"}
+# These have CPU kernels only; on a GPU csrc/autograd hands them to PyTorch's operators.
+_FORWARD_LEFT_TO_PYTORCH = ("bn_add_act", "add_relu", "layer_norm", "layer_norm2d")
+_LEFT_TO_PYTORCH = {*_FORWARD_LEFT_TO_PYTORCH, *(f"{name}_backward" for name in _FORWARD_LEFT_TO_PYTORCH)}
 
 
 def _cuda_kernel(operator: str) -> str:

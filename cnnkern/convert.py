@@ -5,12 +5,13 @@ What follows it is read from a `torch.fx` trace of the forward pass of the modul
 leaf. An activation that a batch norm has absorbed is bypassed: its entry is exchanged for an identity where one call
 is all it has, else (one `self.relu` for several calls, `F.relu`) the holder's forward pass is replaced by its trace
 without that call. Residual additions, which are no modules, are always replaced in the trace. Where tracing fails, the
-batch norms are exchanged without what follows, which never changes a meaning.
+batch norms are exchanged without what follows, which never changes a meaning. Layer norms are exchanged alone.
 """
 
 import copy
 import itertools
 import operator
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cnnkern import reference
-from cnnkern.nn import batchnorm, sync
+from cnnkern.nn import batchnorm, layer_norm, sync
 from cnnkern.ops.add_relu import add_relu
 from cnnkern.ops.bn_act import batch_norm_act
 
@@ -100,12 +101,24 @@ _ORIGINAL = {
     for plain, fused in table.items()
 }
 # A converted model may have been synchronised since; torch's own synchronised one is what stays.
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 _ORIGINAL |= dict.fromkeys((sync.SyncBatchNorm, sync.SyncBatchNormReLU, sync.SyncBatchNormAddReLU), nn.SyncBatchNorm)
+
+
+def _layer_norms() -> dict[type, type]:
+    """Layer norms -> ours. torchvision's has no name in torch; a model that has one has imported it."""
+    convnext = sys.modules.get("torchvision.models.convnext")
+    theirs = {} if convnext is None else {convnext.LayerNorm2d: layer_norm.LayerNorm2d}
+    return {nn.LayerNorm: layer_norm.LayerNorm} | theirs
+
+
+def _original_of(fused: type) -> type:
+    return _ORIGINAL.get(fused) or next(plain for plain, ours in _layer_norms().items() if ours is fused)
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A batch norm or an addition: its path, the kind it became (empty if left alone), and why."""
+    """A batch norm, a layer norm or an addition: its path, the kind it became (empty if left alone), and why."""
 
     path: str
     kind: str
@@ -114,7 +127,7 @@ class Replacement:
 
 @dataclass
 class ConversionReport:
-    """What :func:`convert` did, an entry for each batch norm and each addition replaced.
+    """What :func:`convert` did, an entry for each batch norm, layer norm and addition replaced.
 
     ``print`` shows it; ``counts`` adds it up.
     """
@@ -127,7 +140,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         if not self.entries:
-            return "cnnkern.convert: no batch norm in this model, nothing to convert"
+            return "cnnkern.convert: no batch norm and no layer norm in this model, nothing to convert"
         width = max(len(e.path) for e in self.entries)
         lines = [
             f"{e.path:{width}}  {e.kind or 'left alone'}{f' ({e.reason})' if e.reason else ''}" for e in self.entries
@@ -169,12 +182,14 @@ class ConversionError(RuntimeError):
 
 
 def convert(model: nn.Module, inplace: bool = False, verify: Any = None) -> nn.Module:
-    """The model with its batch norms, and the activations and residual additions behind them, on the fused kernels.
+    """The model with its layer norms and batch norms, and the activations and residual additions behind the latter, on
+    the fused kernels.
 
     The result shares parameters and buffers with ``model`` and has the same state-dict keys, so an optimiser made
     before still works and checkpoints fit either. With ``inplace`` the model itself is changed and returned. Results
-    are the same up to rounding, in training and in eval. Subclasses of batch norm are left alone; a batch norm or an
-    activation with hooks, and a batch norm whose output is used twice, is converted without what follows.
+    are the same up to rounding, in training and in eval. Subclasses of batch norm and layer norm are left alone; a
+    batch norm or an activation with hooks, and a batch norm whose output is used twice, is converted without what
+    follows.
 
     ``verify`` is an example input, or a tuple of them: forward pass and gradients of the original and of the result
     are then compared on it, in float64, in training and in eval mode, and :class:`ConversionError` is raised where
@@ -239,7 +254,7 @@ def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
         if isinstance(module, _Rewritten):
             module.__class__ = module._original_class
         if module.__dict__.pop("_cnnkern_converted", False):
-            module.__class__ = _ORIGINAL[type(module)]
+            module.__class__ = _original_of(type(module))
             module.__dict__.pop("act", None)
         for name, child in module._modules.items():
             if isinstance(child, _Absorbed):
@@ -305,14 +320,17 @@ def _convert(model: nn.Module) -> ConversionReport:
             _exchange(fusion.norm, (_ADD_CLASSES if fusion.add else _ACT_CLASSES)[fusion.act])
             became[id(fusion.norm)] = _kind(fusion.act, fusion.add is not None)
         adds += [Replacement(f"{path}.{node.name}".lstrip("."), "add + ReLU") for node in _rewrite(holder, graph)]
-    report = ConversionReport()
+    report, layer_norms = ConversionReport(), _layer_norms()
     for path, module in model.named_modules():
         if id(module) in became:
             report.entries.append(Replacement(path, became[id(module)]))
         elif type(module) in _DIMENSIONS:
             _exchange(module, _ACT_CLASSES["none"])
             report.entries.append(Replacement(path, "BatchNorm"))
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in _ORIGINAL:
+        elif type(module) in layer_norms:
+            _exchange(module, layer_norms)
+            report.entries.append(Replacement(path, type(module).__name__))
+        elif isinstance(module, _NORMS) and type(module) not in (*_ORIGINAL, *layer_norms.values()):
             report.entries.append(Replacement(path, "", f"{type(module).__name__} has a forward pass of its own"))
     report.entries += adds
     return report

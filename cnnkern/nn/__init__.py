@@ -18,6 +18,7 @@ from cnnkern.nn.batchnorm import (
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
+from cnnkern.nn.layer_norm import LayerNorm, LayerNorm2d
 from cnnkern.nn.lazy import LazyBatchNormAddReLU2d, LazyBatchNormReLU1d, LazyBatchNormReLU2d, LazyBatchNormReLU3d
 from cnnkern.nn.sync import SyncBatchNorm, SyncBatchNormAddReLU, SyncBatchNormReLU, convert_sync_batchnorm
 
@@ -38,6 +39,8 @@ __all__ = [
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "LayerNorm",
+    "LayerNorm2d",
     "LazyBatchNormAddReLU2d",
     "LazyBatchNormReLU1d",
     "LazyBatchNormReLU2d",

@@ -8,6 +8,7 @@ from cnnkern.testing.add_relu import ADD_RELU
 from cnnkern.testing.batch_norm import BN_ACT, BN_ADD_ACT
 from cnnkern.testing.case import Case, Shape, randn, run, saved_bytes, with_layout
 from cnnkern.testing.judge import assert_as_good_as, check, to_float64
+from cnnkern.testing.layer_norm import LAYER_NORM, LAYER_NORM2D
 
 __all__ = [
     "CASES",
@@ -22,4 +23,4 @@ __all__ = [
     "with_layout",
 ]
 
-CASES: dict[str, Case] = {case.name: case for case in (BN_ACT, BN_ADD_ACT, ADD_RELU)}
+CASES: dict[str, Case] = {case.name: case for case in (BN_ACT, BN_ADD_ACT, ADD_RELU, LAYER_NORM, LAYER_NORM2D)}
