@@ -105,10 +105,12 @@ void store_gradient(const Tensor& gradient, int64_t begin, int64_t end, const Va
     store(gradient.mutable_data_ptr<compute_t<T>>());
 }
 
-// Whether a result of which whole vectors begin every `length` elements is written past the caches.
+// Whether a result, of which whole vectors begin every `length` elements, is written past the caches: where the four
+// tensors of a training step do not fit into the last of them.
 template <typename T>
 bool streams(const T* out, int64_t numel, int64_t length) {
-  return beyond_cache<T>(numel) && length % kLanes<T> == 0 && short_of_alignment(out) == 0;
+  return 4 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes() && length % kLanes<T> == 0 &&
+         short_of_alignment(out) == 0;
 }
 
 // Into how many pieces `units` of work are cut over which gradients of parameters are summed: a power of two that
