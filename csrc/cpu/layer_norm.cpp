@@ -99,7 +99,8 @@ struct Forward {
       sums[1] = at::vec::fmadd(d, d, sums[1]);
     });
     if (!m.finish(static_cast<double>(cols), eps))
-      for (int r = 0; r < kRows; ++r) m.set_exact(r, exact_moments(in + r * cols, cols, 1), eps);
+      for (int r = 0; r < kRows; ++r)
+        if (!m.sound(r, static_cast<double>(cols))) m.set_exact(r, exact_moments(in + r * cols, cols, 1), eps);
     for (int r = 0; r < kRows; ++r) {
       mean[row + r] = m.mean[r], rstd[row + r] = m.rstd[r];
       center[r] = V(m.center[r]), scale[r] = V(m.rstd[r]), offset[r] = V(m.offset[r]);
