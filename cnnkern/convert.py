@@ -5,7 +5,8 @@ What follows it is read from a `torch.fx` trace of the forward pass of the modul
 leaf. An activation that a batch norm has absorbed is bypassed: its entry is exchanged for an identity where one call
 is all it has, else (one `self.relu` for several calls, `F.relu`) the holder's forward pass is replaced by its trace
 without that call. Residual additions, which are no modules, are always replaced in the trace. Where tracing fails, the
-batch norms are exchanged without what follows, which never changes a meaning. Layer norms are exchanged alone.
+batch norms are exchanged without what follows, which never changes a meaning. Grouped convolutions and layer norms
+are exchanged alone.
 """
 
 import copy
@@ -23,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from cnnkern import reference
 from cnnkern.nn import batchnorm, layer_norm, sync
+from cnnkern.nn.conv import GroupedConv2d
 from cnnkern.ops.add_relu import add_relu
 from cnnkern.ops.bn_act import batch_norm_act
 
@@ -101,24 +103,35 @@ _ORIGINAL = {
     for plain, fused in table.items()
 }
 # A converted model may have been synchronised since; torch's own synchronised one is what stays.
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 _ORIGINAL |= dict.fromkeys((sync.SyncBatchNorm, sync.SyncBatchNormReLU, sync.SyncBatchNormAddReLU), nn.SyncBatchNorm)
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 
 
-def _layer_norms() -> dict[type, type]:
-    """Layer norms -> ours. torchvision's has no name in torch; a model that has one has imported it."""
+def _plain() -> dict[type, tuple[type, Callable[[Any], bool]]]:
+    """Layers that are exchanged alone -> what for, and whether to.
+
+    torchvision's layer norm is no part of torch; a model that has one has imported it.
+    """
+
+    def always(_: nn.Module) -> bool:
+        return True
+
     convnext = sys.modules.get("torchvision.models.convnext")
-    theirs = {} if convnext is None else {convnext.LayerNorm2d: layer_norm.LayerNorm2d}
-    return {nn.LayerNorm: layer_norm.LayerNorm} | theirs
+    theirs = {} if convnext is None else {convnext.LayerNorm2d: (layer_norm.LayerNorm2d, always)}
+    return theirs | {
+        nn.Conv2d: (GroupedConv2d, lambda conv: conv.groups > 1),
+        nn.LayerNorm: (layer_norm.LayerNorm, always),
+    }
 
 
-def _original_of(fused: type) -> type:
-    return _ORIGINAL.get(fused) or next(plain for plain, ours in _layer_norms().items() if ours is fused)
+def _originals() -> dict[type, type]:
+    """Our layers -> those that they were."""
+    return _ORIGINAL | {ours: plain for plain, (ours, _) in _plain().items()}
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A batch norm, a layer norm or an addition: its path, the kind it became (empty if left alone), and why."""
+    """A layer or an addition: its path, the kind it became (empty if left alone), and why."""
 
     path: str
     kind: str
@@ -127,7 +140,7 @@ class Replacement:
 
 @dataclass
 class ConversionReport:
-    """What :func:`convert` did, an entry for each batch norm, layer norm and addition replaced.
+    """What :func:`convert` did, an entry for each layer and each addition that it replaced or had to leave alone.
 
     ``print`` shows it; ``counts`` adds it up.
     """
@@ -140,7 +153,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         if not self.entries:
-            return "cnnkern.convert: no batch norm and no layer norm in this model, nothing to convert"
+            return "cnnkern.convert: no norm and no grouped convolution in this model, nothing to convert"
         width = max(len(e.path) for e in self.entries)
         lines = [
             f"{e.path:{width}}  {e.kind or 'left alone'}{f' ({e.reason})' if e.reason else ''}" for e in self.entries
@@ -182,8 +195,8 @@ class ConversionError(RuntimeError):
 
 
 def convert(model: nn.Module, inplace: bool = False, verify: Any = None) -> nn.Module:
-    """The model with its layer norms and batch norms, and the activations and residual additions behind the latter, on
-    the fused kernels.
+    """The model with its norms and grouped convolutions, and the activations and residual additions behind batch norms,
+    on our kernels.
 
     The result shares parameters and buffers with ``model`` and has the same state-dict keys, so an optimiser made
     before still works and checkpoints fit either. With ``inplace`` the model itself is changed and returned. Results
@@ -254,7 +267,7 @@ def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
         if isinstance(module, _Rewritten):
             module.__class__ = module._original_class
         if module.__dict__.pop("_cnnkern_converted", False):
-            module.__class__ = _original_of(type(module))
+            module.__class__ = _originals()[type(module)]
             module.__dict__.pop("act", None)
         for name, child in module._modules.items():
             if isinstance(child, _Absorbed):
@@ -320,17 +333,17 @@ def _convert(model: nn.Module) -> ConversionReport:
             _exchange(fusion.norm, (_ADD_CLASSES if fusion.add else _ACT_CLASSES)[fusion.act])
             became[id(fusion.norm)] = _kind(fusion.act, fusion.add is not None)
         adds += [Replacement(f"{path}.{node.name}".lstrip("."), "add + ReLU") for node in _rewrite(holder, graph)]
-    report, layer_norms = ConversionReport(), _layer_norms()
+    report, plain = ConversionReport(), _plain()
     for path, module in model.named_modules():
         if id(module) in became:
             report.entries.append(Replacement(path, became[id(module)]))
         elif type(module) in _DIMENSIONS:
             _exchange(module, _ACT_CLASSES["none"])
             report.entries.append(Replacement(path, "BatchNorm"))
-        elif type(module) in layer_norms:
-            _exchange(module, layer_norms)
+        elif type(module) in plain and plain[type(module)][1](module):
+            _exchange(module, {type(module): plain[type(module)][0]})
             report.entries.append(Replacement(path, type(module).__name__))
-        elif isinstance(module, _NORMS) and type(module) not in (*_ORIGINAL, *layer_norms.values()):
+        elif isinstance(module, _NORMS) and type(module) not in _originals():
             report.entries.append(Replacement(path, "", f"{type(module).__name__} has a forward pass of its own"))
     report.entries += adds
     return report
@@ -340,9 +353,9 @@ def _kind(act: str, add: bool) -> str:
     return "BatchNorm" + " + add" * add + (f" + {_NAMES[act]}" if act != "none" else "")
 
 
-def _exchange(norm: nn.Module, table: dict[type, type]) -> None:
-    norm.__class__ = table[type(norm)]
-    norm.__dict__["_cnnkern_converted"] = True
+def _exchange(module: nn.Module, table: dict[type, type]) -> None:
+    module.__class__ = table[type(module)]
+    module.__dict__["_cnnkern_converted"] = True
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -43,6 +43,10 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
     return F.relu(input + other)
 
 
+def conv2d(input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
 def layer_norm(input: Tensor, normalized_shape, weight=None, bias=None, eps=1e-5) -> Tensor:
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 

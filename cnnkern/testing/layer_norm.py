@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cnnkern import functional, reference
 from cnnkern.testing.case import Case, Shape, randn
-from cnnkern.testing.shapes import CONVNEXT_TINY, RAGGED_SHAPES, batch
+from cnnkern.testing.shapes import CONVNEXT_TINY, RAGGED_SHAPES, batch, layers
 
 
 def _parameter(wanted: bool, shape: Shape, generator: torch.Generator, dtype: torch.dtype) -> Tensor | None:
@@ -136,9 +136,9 @@ LAYER_NORM = Case(
     gradcheck_shapes=((2, 2, 2, 3), (4, 3), (2, 2, 4)),
     forward_call=layer_norm_forward_call,
     backward_call=layer_norm_backward_call,
-    bench_shapes={
-        "widths": WIDTHS,
-        "convnext_tiny": tuple((n * h * w, c) for n, c, h, w in CONVNEXT_TINY),
+    bench_layers={
+        "widths": layers(WIDTHS),
+        "convnext_tiny": layers([(n * h * w, c) for n, c, h, w in CONVNEXT_TINY]),
     },
     bench_variant="affine",
     forward_traffic=(1, 1),
@@ -164,7 +164,7 @@ LAYER_NORM2D = Case(
     gradcheck_shapes=((2, 4, 2, 2), (2, 3, 1, 3)),
     forward_call=layer_norm2d_forward_call,
     backward_call=layer_norm2d_backward_call,
-    bench_shapes={"convnext_tiny": CONVNEXT_TINY, "convnext_tiny batch 1": batch(1, CONVNEXT_TINY)},
+    bench_layers={"convnext_tiny": layers(CONVNEXT_TINY), "convnext_tiny batch 1": layers(batch(1, CONVNEXT_TINY))},
     bench_variant="affine",
     bench_forms={"written out": reference.layer_norm2d_written_out},
     forward_traffic=(1, 1),
