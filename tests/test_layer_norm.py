@@ -105,7 +105,7 @@ def test_nan_and_infinity_stay_in_their_row(case, bad, generator):
 @either
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
 def test_one_and_two_values_a_row(case, dtype, generator):
-    """One value has no deviation and no gradient, whatever the rounding; the gradient of two is what rounding leaves."""
+    """One value has no deviation and no gradient, whatever the rounding; two leave what rounding makes."""
     for n in (1, 2):
         shape = (37, n) if case is ROWS else (3, n, 5, 9)
         x, dy = (testing.randn(shape, generator, dtype) for _ in range(2))
