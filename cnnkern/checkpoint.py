@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -23,15 +22,15 @@ class CheckpointError(Exception):
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Calls ``write`` with a file that takes the place of ``path`` once it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(unfinished, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:  # Ctrl-C too: what stood at `path` stays, and nothing beside it
-            os.unlink(file.name)
-            raise
+        os.replace(unfinished, path)
+    finally:  # after Ctrl-C too: what stood at `path` stays, and nothing beside it
+        unfinished.unlink(missing_ok=True)
 
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:

@@ -41,7 +41,19 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "step": lambda done: 0.1 ** int(3 * done),
 }
 # What a run that is resumed must share with the one that it resumes, to be its continuation.
-FIXED = ("dataset", "size", "batch_size", "optimizer", "momentum", "weight_decay", "amp", "eager", "sync_bn", "seed")
+FIXED = (
+    "dataset",
+    "size",
+    "batch_size",
+    "optimizer",
+    "momentum",
+    "weight_decay",
+    "amp",
+    "eager",
+    "sync_bn",
+    "augment",
+    "seed",
+)
 
 
 class TrainingError(Exception):
@@ -130,6 +142,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compare", action="store_true", help="print images a second of fused and eager training steps, and stop")
     add("--seed", type=int, default=0)
     add("--threads", type=positive(int), help="of the CPU; default: PyTorch's choice")
+    add("--augment", action="store_true", help="turn, shift and scale each training image a little, at random")
     add("--workers", type=int, default=0, help="processes that read image files ahead")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--output", type=Path, metavar="DIR", help="of checkpoint and curves; default: runs/MODEL")
@@ -276,7 +289,8 @@ class Run:
             self.history.append(row)
             self.console.print(
                 f"epoch {self.epoch}/{options.epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.2%}  "
-                f"test loss {test_loss:.4f}  test accuracy {test_accuracy:.2%}  {seen / seconds:.0f} images/s"
+                f"test loss {test_loss:.4f}  test accuracy {test_accuracy:.2%}  {seen / seconds:.0f} images/s",
+                soft_wrap=True,
             )
             if self.group.rank == 0:
                 checkpoints.save(last, self._checkpoint())
@@ -293,7 +307,7 @@ class Run:
         started = time.perf_counter()
         with self._progress(steps) as advance:
             for i, (images, labels) in enumerate(self.train_loader):
-                images, labels = self._place(images, labels)
+                images, labels = self._place(data.augment(images) if options.augment else images, labels)
                 done = (self.epoch + i / steps) / options.epochs
                 for parameters in self.optimizer.param_groups:
                     parameters["lr"] = options.lr * SCHEDULES[options.schedule](done)
@@ -392,10 +406,10 @@ class Run:
             seconds(name)
         times = [{name: seconds(name) for name in contenders} for _ in range(rounds)]
         rates = {name: len(labels) / statistics.median(t[name] for t in times) for name in contenders}
-        ratio = statistics.median(t["eager"] / t["fused"] for t in times)
         self.console.print(
-            f"{self.options.model} on {'x'.join(map(str, images.shape))}, {torch.get_num_threads()} threads: fused "
-            f"{rates['fused']:.1f} images/s, eager {rates['eager']:.1f} images/s, {ratio:.2f}x",
+            f"{self.options.model} on {'x'.join(map(str, images.shape))}, {torch.get_num_threads()} threads: "
+            f"fused {rates['fused']:.1f} images/s, eager {rates['eager']:.1f} images/s, "
+            f"{rates['fused'] / rates['eager']:.2f}x",
             soft_wrap=True,
         )
         return rates

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from cnnkern.models.layers import init_for_relu
 from cnnkern.models.registry import register
 
 
@@ -14,7 +15,7 @@ def alexnet(
     Sides 54-26-26-12-12-12-12-5, then 6400 features. ``width_mult`` scales every width. No layer to fuse.
     """
     wide = [round(c * width_mult) for c in (96, 256, 384, 4096)]
-    return nn.Sequential(
+    model = nn.Sequential(
         nn.Conv2d(in_channels, wide[0], 11, stride=4, padding=1),
         nn.ReLU(),
         nn.MaxPool2d(3, stride=2),
@@ -37,3 +38,4 @@ def alexnet(
         nn.Dropout(dropout),
         nn.Linear(wide[3], num_classes),
     )
+    return init_for_relu(model)

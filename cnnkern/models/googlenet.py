@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cnnkern.models.layers import layer_set
+from cnnkern.models.layers import init_for_relu, layer_set
 from cnnkern.models.registry import register
 
 
@@ -76,6 +76,7 @@ class GoogLeNet(nn.Sequential):
             nn.Sequential(*stage(832, _STAGE5), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
             nn.Linear(1024, num_classes),
         )
+        init_for_relu(self)
 
 
 @register(1, 96, 96)

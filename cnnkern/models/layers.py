@@ -26,6 +26,19 @@ def grouped_conv2d(layers: ModuleType, *args, groups: int, **kwargs) -> nn.Conv2
     return (layers.GroupedConv2d if groups > 1 else nn.Conv2d)(*args, groups=groups, **kwargs)
 
 
+def init_for_relu(model: nn.Module) -> nn.Module:
+    """The model with the initial weights under which ReLU keeps the signal's size from layer to layer, biases zero.
+
+    A deep network without batch norm does not learn without. Source: He et al., Delving Deep into Rectifiers, 2015
+    (arXiv:1502.01852).
+    """
+    for m in model.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+            nn.init.zeros_(m.bias)
+    return model
+
+
 class Chain(nn.Sequential):
     """Layers in sequence, of which the last may take a residual as well: ``m(x)`` or ``m(x, residual)``.
 

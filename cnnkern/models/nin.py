@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from cnnkern.models.layers import init_for_relu
 from cnnkern.models.registry import register
 
 
@@ -25,7 +26,7 @@ def nin(num_classes: int = 10, in_channels: int = 1, fused: bool = True, dropout
 
     Blocks give 96x54x54, 256x26x26, 384x12x12 and 10x5x5; a global average pool makes the classes of the last.
     """
-    return nn.Sequential(
+    model = nn.Sequential(
         NiNBlock(in_channels, 96, 11, stride=4),
         nn.MaxPool2d(3, stride=2),
         NiNBlock(96, 256, 5, padding=2),
@@ -37,3 +38,4 @@ def nin(num_classes: int = 10, in_channels: int = 1, fused: bool = True, dropout
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
+    return init_for_relu(model)
