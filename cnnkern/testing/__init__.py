@@ -1,0 +1,25 @@
+"""One row an operator, `CASES`, from which the tests and the benchmarks follow, and the one judge of results.
+
+A result is held to what eager PyTorch achieves at the same dtype, both measured against the same mathematics in
+float64 (:func:`assert_as_good_as`).
+"""
+
+from cnnkern.testing.add_relu import ADD_RELU
+from cnnkern.testing.batch_norm import BN_ACT, BN_ADD_ACT
+from cnnkern.testing.case import Case, Shape, randn, run, saved_bytes, with_layout
+from cnnkern.testing.judge import assert_as_good_as, check, to_float64
+
+__all__ = [
+    "CASES",
+    "Case",
+    "Shape",
+    "assert_as_good_as",
+    "check",
+    "randn",
+    "run",
+    "saved_bytes",
+    "to_float64",
+    "with_layout",
+]
+
+CASES: dict[str, Case] = {case.name: case for case in (BN_ACT, BN_ADD_ACT, ADD_RELU)}

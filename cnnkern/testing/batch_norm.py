@@ -1,0 +1,184 @@
+"""The rows of bn_act and bn_add_act."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnnkern import functional, reference
+from cnnkern.testing.case import Case, Shape, randn
+from cnnkern.testing.judge import to_float64
+from cnnkern.testing.shapes import ADD_BENCH_SHAPES, BATCH_NORM_BENCH_SHAPES, RAGGED_SHAPES
+
+# Where an activation's derivative jumps.
+KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
+
+
+def _near_kink(inputs: dict[str, Any], distance: float) -> Tensor:
+    """Elements whose pre-activation is as good as at a kink, but not zero throughout as behind a weight of zero."""
+    add = "residual" in inputs
+    function = reference.batch_norm_add_act if add else reference.batch_norm_act
+    pre = function(**{**to_float64(_copied(inputs)), "act": "none"})
+    if add and inputs["input"].dtype in (torch.bfloat16, torch.float16):
+        # Eager rounds the batch norm before it adds: by up to half a unit of a term of 8 or so.
+        distance = max(distance, 4 * torch.finfo(inputs["input"].dtype).eps)
+    near = [(pre - kink).abs() < distance for kink in KINKS.get(inputs["act"], ())]
+    return torch.stack(near).any(0) & (pre != 0) if near else torch.zeros_like(pre, dtype=torch.bool)
+
+
+def batch_norm_inputs(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    *,
+    generator: torch.Generator,
+    training: bool = True,
+    weight: bool = True,
+    bias: bool = True,
+    running: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str = "relu",
+    parameter_dtype: torch.dtype | None = None,
+    smooth: bool = False,
+    residual: bool = False,
+) -> dict[str, Any]:
+    """Arguments of batch_norm_act, or with `residual` of batch_norm_add_act: offsets and scales that differ from
+    channel to channel, one weight of zero.
+
+    With `smooth`, for finite differences, no weight is zero and no element near the activation's kink.
+    """
+    channels, parameters = shape[1], parameter_dtype or dtype
+    scale = randn((1, channels) + (1,) * (len(shape) - 2), generator, torch.float64)
+    x = (randn(shape, generator, torch.float64) * (0.5 + scale.abs()) + 2 * scale).to(dtype)
+    w = randn((channels,), generator, parameters)
+    if channels > 2 and not smooth:
+        w[channels // 2] = 0
+    inputs = {
+        "input": x,
+        **({"residual": randn(shape, generator, torch.float64).to(dtype)} if residual else {}),
+        "running_mean": randn((channels,), generator, parameters) if running else None,
+        "running_var": randn((channels,), generator, parameters).abs() + 0.5 if running else None,
+        "weight": w if weight else None,
+        "bias": randn((channels,), generator, parameters) if bias else None,
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "act": act,
+    }
+    if smooth and _near_kink(inputs, 1e-3).any():
+        variant = {"training": training, "weight": weight, "bias": bias, "running": running, "residual": residual}
+        variant |= {"momentum": momentum, "eps": eps, "act": act, "smooth": True}
+        return batch_norm_inputs(shape, dtype, generator=generator, **variant)
+    # Rounding must not decide on which side of the kink an element falls: its whole gradient hangs on it. Such an
+    # element takes its neighbour's value, which moves the statistics a little, so twice.
+    for _ in range(2 if act in KINKS else 0):
+        if inputs["input"].numel() == 0:
+            break
+        near = _near_kink(inputs, 1e-5)
+        if residual:
+            inputs["residual"] = torch.where(near, inputs["residual"] + 1, inputs["residual"])
+        else:
+            inputs["input"] = torch.where(near, inputs["input"].roll(1), inputs["input"])
+    return inputs
+
+
+def _copied(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+
+
+def bn_act_forward_call(inputs: dict[str, Any]) -> tuple:
+    a = inputs
+    vectors = (a["weight"], a["bias"], a["running_mean"], a["running_var"])
+    return torch.ops.cnnkern.bn_act.default, (a["input"], *vectors, a["training"], a["momentum"], a["eps"], a["act"])
+
+
+def bn_act_backward_call(inputs: dict[str, Any], dy: Tensor) -> tuple:
+    a = inputs
+    operator, arguments = bn_act_forward_call(_copied(a))
+    _, mean, rstd = operator(*arguments)
+    mask = [True, a["weight"] is not None, a["bias"] is not None]
+    return torch.ops.cnnkern.bn_act_backward.default, (
+        *(dy, a["input"], a["weight"], a["bias"], mean, rstd, a["training"], a["act"], mask),
+    )
+
+
+def batch_norm_add_inputs(shape: Shape, dtype: torch.dtype = torch.float32, **variant: Any) -> dict[str, Any]:
+    return batch_norm_inputs(shape, dtype, residual=True, **variant)
+
+
+def bn_add_act_forward_call(inputs: dict[str, Any]) -> tuple:
+    x, *rest = bn_act_forward_call(inputs)[1]
+    return torch.ops.cnnkern.bn_add_act.default, (x, inputs["residual"], *rest)
+
+
+def bn_add_act_backward_call(inputs: dict[str, Any], dy: Tensor) -> tuple:
+    a = inputs
+    operator, arguments = bn_add_act_forward_call(_copied(a))
+    _, mean, rstd, mask = operator(*arguments)
+    wanted = [True, True, a["weight"] is not None, a["bias"] is not None]
+    return torch.ops.cnnkern.bn_add_act_backward.default, (
+        *(dy, a["input"], a["weight"], a["bias"], mean, rstd, mask, a["training"], a["act"], wanted),
+    )
+
+
+BATCH_NORM_VARIANTS = {
+    "train relu": {},
+    "train none": {"act": "none"},
+    "eval relu": {"training": False},
+    "eval none": {"training": False, "act": "none"},
+    "no affine": {"weight": False, "bias": False},
+    "weight alone": {"bias": False},
+    "bias alone, eval": {"weight": False, "training": False},
+    "no running statistics": {"running": False},
+    "momentum 0": {"momentum": 0.0},
+    "momentum 1, large eps": {"momentum": 1.0, "eps": 0.1},
+}
+
+BN_ACT = Case(
+    name="bn_act",
+    function=functional.batch_norm_act,
+    reference=reference.batch_norm_act,
+    inputs=batch_norm_inputs,
+    differentiable=("input", "weight", "bias"),
+    mutated=("running_mean", "running_var"),
+    variants=BATCH_NORM_VARIANTS
+    | {
+        "train relu6": {"act": "relu6"},
+        "train leaky_relu": {"act": "leaky_relu"},
+        "train sigmoid": {"act": "sigmoid"},
+        "eval silu": {"act": "silu", "training": False},
+        "train silu": {"act": "silu"},
+        "train hardswish": {"act": "hardswish"},
+    },
+    shapes=RAGGED_SHAPES,
+    gradcheck_shapes=((3, 2, 2, 2), (4, 3), (2, 2, 3)),
+    forward_call=bn_act_forward_call,
+    backward_call=bn_act_backward_call,
+    bench_shapes=BATCH_NORM_BENCH_SHAPES,
+    bench_variant="train relu",
+    bench_others=(
+        *("train none", "train relu6", "train leaky_relu", "train sigmoid", "train silu", "train hardswish"),
+    ),
+    forward_traffic=(1, 1),
+    backward_traffic=(2, 1),
+)
+
+BN_ADD_ACT = Case(
+    name="bn_add_act",
+    function=functional.batch_norm_add_act,
+    reference=reference.batch_norm_add_act,
+    inputs=batch_norm_add_inputs,
+    differentiable=("input", "residual", "weight", "bias"),
+    mutated=("running_mean", "running_var"),
+    variants=BATCH_NORM_VARIANTS,
+    shapes=RAGGED_SHAPES,
+    gradcheck_shapes=((3, 2, 2, 2), (4, 3), (2, 2, 3)),
+    forward_call=bn_add_act_forward_call,
+    backward_call=bn_add_act_backward_call,
+    bench_shapes=ADD_BENCH_SHAPES,
+    bench_variant="train relu",
+    bench_others=("train none",),
+    forward_traffic=(2, 1),
+    backward_traffic=(2, 2),
+    devices=("cpu",),
+)
