@@ -209,6 +209,8 @@ def test_a_batch_that_cannot_be_divided_among_processes(tmp_path):
         (["lenet", "--batch-size", "-3"], "argument --batch-size: must be above zero; got -3"),
         (["lenet", "--lr", "nan"], "argument --lr: must be above zero; got nan"),
         (["lenet", "--weight-decay", "-1"], "argument --weight-decay: must not be below zero"),
+        (["lenet", "--device", "abacus"], "argument --device: 'abacus' cannot be used"),
+        (["lenet", "--workers", "-1"], "argument --workers: must not be below zero"),
         (["lenet", "--dataset", "imagenet"], "argument --dataset: 'imagenet' is none of digits, mnist"),
         (["lenet", "--dataset", "mnist", "here"], "argument --dataset: takes one name"),
         (["lenet", "--amp", "fp8"], "argument --amp: invalid choice: 'fp8'"),
@@ -235,8 +237,13 @@ def test_errors_of_a_run_are_one_line(tiny, tmp_path, capsys):
         "cnnkern: no model is called 'lenet_rely': did you mean lenet"
     )
     said = error_of(capsys, "alexnet", "--resize", "32", *out)
-    assert said.startswith("cnnkern: alexnet does not take images of 1x32x32")
+    assert said.startswith("cnnkern: alexnet cannot train on 64x1x32x32")
     assert "try --resize 224" in said
+    said = error_of(capsys, "resnet18", "--resize", "32", "--batch-size", "1", *out)
+    assert "Expected more than 1 value per channel when training" in said
+    (tmp_path / "file").touch()
+    assert "File exists" in error_of(capsys, tiny, "--output", str(tmp_path / "file"))
+    (tmp_path / "file").unlink()
     assert "--batch-size 2000 is more than the 1437" in error_of(capsys, tiny, "--batch-size", "2000", *out)
     assert "mnist: say with --data-dir" in error_of(capsys, tiny, "--dataset", "mnist", *out)
     assert "there is no directory /nowhere" in error_of(capsys, tiny, "--dataset", "folder", "/nowhere", *out)
