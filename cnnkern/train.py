@@ -75,6 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--weight-decay", type=number(float, zero=True), default=0.0)
     add("--schedule", choices=sorted(SCHEDULES), default="constant", help="of the learning rate")
     add("--amp", choices=["bf16"], help="autocast")
+    add("--float64", action="store_true", help="double precision, for comparisons of runs")
     add("--channels-last", action="store_true")
     add("--compile", action="store_true", help="torch.compile")
     add("--eager", action="store_true", help="the unfused twin, on PyTorch's operators")
@@ -96,6 +97,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.data_dir = folder[0] if folder else options.data_dir
     options.lr = options.lr or LEARNING_RATES[options.optimizer]
     options.output = options.output or Path("runs") / options.model
+    if options.float64 and options.amp:
+        parser.error("--float64 and --amp exclude each other")
     if options.sync_bn and options.eager:
         parser.error("--sync-bn needs the fused layers: leave --eager out")
     return options

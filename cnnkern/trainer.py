@@ -98,6 +98,8 @@ class Run:
 
     def __init__(self, options: argparse.Namespace, group: Processes) -> None:
         self.options, self.group = options, group
+        self.dtype = torch.float64 if options.float64 else torch.float32
+        self.layout = torch.channels_last if options.channels_last else torch.contiguous_format
         self.console = Console(highlight=False, quiet=group.rank > 0)
         try:
             builder = get_builder(options.model)
@@ -148,8 +150,7 @@ class Run:
         model = create_model(self.options.model, fused=fused, **self.arguments)
         if self.options.sync_bn:
             convert_sync_batchnorm(model)
-        layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
-        return model.to(self.options.device, memory_format=layout)
+        return model.to(self.options.device, self.dtype, memory_format=self.layout)
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         options = self.options
@@ -175,9 +176,8 @@ class Run:
         )
 
     def _place(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
         device = self.options.device
-        return images.to(device, memory_format=layout), labels.to(device)
+        return images.to(device, self.dtype, memory_format=self.layout), labels.to(device)
 
     def _autocast(self) -> torch.autocast:
         device = torch.device(self.options.device).type

@@ -7,6 +7,7 @@ the ones of QUICK. Facts and state-dict keys are tested for all, on tensors with
 import os
 import re
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -535,3 +536,9 @@ def test_models_are_copied_pickled_and_run_channels_last(name):
             assert torch.equal(twin(x), expected)
         last = copy.deepcopy(model).to(memory_format=torch.channels_last)
         torch.testing.assert_close(last(x.to(memory_format=torch.channels_last)), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_code_of_the_documentation_runs():
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(code, "training.md", "exec"), {})
