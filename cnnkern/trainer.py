@@ -38,19 +38,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "step": lambda done: 0.1 ** int(3 * done),
 }
 # What a run that is resumed must share with the one that it resumes, to be its continuation.
-FIXED = (
-    "dataset",
-    "size",
-    "batch_size",
-    "optimizer",
-    "momentum",
-    "weight_decay",
-    "amp",
-    "eager",
-    "sync_bn",
-    "augment",
-    "seed",
-)
+FIXED = ("dataset", "size", "batch_size", "optimizer", "momentum", "weight_decay", "augment", "seed")
+FIXED += ("amp", "float64", "eager", "sync_bn")
 
 
 class TrainingError(Exception):
@@ -271,7 +260,7 @@ class Run:
             images, labels = self._place(images, labels)
             with self._autocast():
                 output = self.model(images)
-            loss = F.cross_entropy(output.float(), labels, reduction="sum")
+            loss = F.cross_entropy(output.to(self.dtype), labels, reduction="sum")
             right = (output.argmax(1) == labels).sum()
             sums += torch.stack([loss.double(), right.double(), right.new_tensor(len(labels)).double()])
         loss, correct, seen = self.group.sum(sums).tolist()

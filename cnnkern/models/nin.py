@@ -26,6 +26,7 @@ def nin(num_classes: int = 10, in_channels: int = 1, fused: bool = True, dropout
 
     Blocks give 96x54x54, 256x26x26, 384x12x12 and 10x5x5; a global average pool makes the classes of the last.
     """
+    classes = NiNBlock(384, num_classes, 3, padding=1)
     model = nn.Sequential(
         NiNBlock(in_channels, 96, 11, stride=4),
         nn.MaxPool2d(3, stride=2),
@@ -34,8 +35,12 @@ def nin(num_classes: int = 10, in_channels: int = 1, fused: bool = True, dropout
         NiNBlock(256, 384, 3, padding=1),
         nn.MaxPool2d(3, stride=2),
         nn.Dropout(dropout),
-        NiNBlock(384, num_classes, 3, padding=1),
+        classes,
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
-    return init_for_relu(model)
+    init_for_relu(model)
+    # Behind its ReLU a class that starts below zero has no gradient to come back by: all start above.
+    nn.init.normal_(classes[-2].weight, std=0.01)
+    nn.init.ones_(classes[-2].bias)
+    return model
