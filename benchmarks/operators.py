@@ -14,7 +14,7 @@ from benchmarks.groups import LAYOUTS, Contender, Group, Unavailable, first_line
 from benchmarks.judge import assert_as_good_as
 from benchmarks.options import Options
 from cnnkern import testing
-from cnnkern.testing import Case
+from cnnkern.testing import Case, Layer
 
 
 def groups(options: Options, compiled: bool) -> list[Group]:
@@ -24,16 +24,16 @@ def groups(options: Options, compiled: bool) -> list[Group]:
     """
     columns = []
     for case in testing.CASES.values():
-        for network, shapes, variant in _columns(case, options.networks == "all"):
-            by_size = sorted(shapes, key=math.prod)
+        for network, layers, variant in _columns(case, options.networks == "all"):
+            by_size = sorted(layers, key=lambda layer: math.prod(layer.shape))
             middle = by_size[len(by_size) // 2]
             if options.quick:
-                shapes = tuple(dict.fromkeys((by_size[0], middle)))
+                layers = (by_size[0], middle)[: len(layers)]
             column = []
-            for shape in shapes:
-                drawn = Drawn(case, shape, getattr(torch, options.dtype), variant, options.device)
+            for layer in layers:
+                drawn = Drawn(case, layer, getattr(torch, options.dtype), variant, options.device)
                 for mode in ("training", "inference"):
-                    with_compile = compiled and not options.quick and shape == middle and variant == case.bench_variant
+                    with_compile = compiled and not options.quick and layer == middle and variant == case.bench_variant
                     column.append(_group(network, mode, drawn, with_compile))
             columns.append(column)
     longest = max(map(len, columns), default=0)
@@ -41,44 +41,43 @@ def groups(options: Options, compiled: bool) -> list[Group]:
     return [group for i in pairs for column in columns for group in column[i : i + 2]]
 
 
-def _columns(case: Case, everything: bool) -> Iterator[tuple[str, tuple[tuple[int, ...], ...], str]]:
-    """(network, shapes, variant): the first network's, or all networks' and after them the other variants'."""
-    for network, shapes in itertools.islice(case.bench_shapes.items(), None if everything else 1):
-        yield network, shapes, case.bench_variant
+def _columns(case: Case, everything: bool) -> Iterator[tuple[str, tuple[Layer, ...], str]]:
+    """(network, layers, variant): the first network's, or all networks' and after them the other variants'."""
+    for network, layers in itertools.islice(case.bench_layers.items(), None if everything else 1):
+        yield network, layers, case.bench_variant
     for variant in case.bench_others if everything else ():
-        yield "resnet50", ((32, 256, 28, 28), (1, 256, 28, 28)), variant
+        yield "resnet50", (Layer((32, 256, 28, 28)), Layer((1, 256, 28, 28))), variant
 
 
 def _group(network: str, mode: str, drawn: "Drawn", with_compile: bool) -> Group:
-    case, shape, training = drawn.case, drawn.shape, mode == "training"
+    case, layer, training = drawn.case, drawn.layer, mode == "training"
     itemsize = drawn.dtype.itemsize
-    layouts = LAYOUTS if len(shape) in (4, 5) else LAYOUTS[:1]
+    layouts = LAYOUTS if len(layer.shape) in (4, 5) else LAYOUTS[:1]
     names = ("eager", "ours") + ("torch.compile",) * with_compile
-    numel = math.prod(shape)
-    backward = case.backward_traffic if training else (0, 0)
-    read, written = (f + b for f, b in zip(case.forward_traffic, backward, strict=True))
+    numel = math.prod(layer.shape)
+    read, written = case.elements(layer, training)
     return Group(
         suite="operators",
         operator=case.name + ("" if drawn.variant == case.bench_variant else f" ({drawn.variant})"),
         network=network,
-        shape="x".join(map(str, shape)),
+        shape=str(layer),
         mode=mode,
         api="functional",
         contenders=tuple(Contender(name, layout) for layout in layouts for name in names),
         open=lambda: OperatorBench(drawn, training),
         weight=0.2 + numel * (1.5e-7 if training else 6e-8) + (12 if training else 6) * len(layouts) * with_compile,
         dtype=str(drawn.dtype).removeprefix("torch."),
-        bytes_read=read * numel * itemsize,
-        bytes_written=written * numel * itemsize,
+        bytes_read=read * itemsize,
+        bytes_written=written * itemsize,
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """The inputs of a case on one shape, drawn when first needed. Both modes get the same numbers."""
+    """The inputs of a case on one layer, drawn when first needed. Both modes get the same numbers."""
 
     case: Case
-    shape: tuple[int, ...]
+    layer: Layer
     dtype: torch.dtype
     variant: str
     device: str
@@ -88,7 +87,8 @@ class Drawn:
 def _draw(drawn: Drawn) -> tuple[dict[str, Any], Tensor]:
     """(inputs, dy), contiguous. Only the last shape's are kept: they may be gigabytes."""
     case, generator = drawn.case, torch.Generator().manual_seed(0)
-    inputs = case.inputs(drawn.shape, drawn.dtype, generator=generator, **case.variants[drawn.variant])
+    variant = case.variants[drawn.variant] | drawn.layer.arguments
+    inputs = case.inputs(drawn.layer.shape, drawn.dtype, generator=generator, **variant)
     inputs = {n: v.to(drawn.device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
     shape = testing.run(case.reference, case, inputs)["output"].shape
     return inputs, testing.randn(shape, generator, drawn.dtype).to(drawn.device)

@@ -148,8 +148,10 @@ class backend:
         return f"backend({self.name!r})"
 
 
-# Additions have CPU kernels only; on a GPU csrc/autograd hands them to PyTorch's operators.
-_LEFT_TO_PYTORCH = {"bn_add_act", "bn_add_act_backward", "add_relu", "add_relu_backward"}
+# These have CPU kernels only; on a GPU csrc/autograd hands them to PyTorch's operators.
+_LEFT_TO_PYTORCH = {
+    operator + suffix for operator in ("bn_add_act", "add_relu", "grouped_conv2d") for suffix in ("", "_backward")
+}
 
 
 def _cuda_kernel(operator: str) -> str:

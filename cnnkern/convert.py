@@ -5,7 +5,7 @@ What follows it is read from a `torch.fx` trace of the forward pass of the modul
 leaf. An activation that a batch norm has absorbed is bypassed: its entry is exchanged for an identity where one call
 is all it has, else (one `self.relu` for several calls, `F.relu`) the holder's forward pass is replaced by its trace
 without that call. Residual additions, which are no modules, are always replaced in the trace. Where tracing fails, the
-batch norms are exchanged without what follows, which never changes a meaning.
+batch norms are exchanged without what follows, which never changes a meaning. Grouped convolutions are exchanged alone.
 """
 
 import copy
@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from cnnkern import reference
 from cnnkern.nn import batchnorm, sync
+from cnnkern.nn.conv import GroupedConv2d
 from cnnkern.ops.add_relu import add_relu
 from cnnkern.ops.bn_act import batch_norm_act
 
@@ -93,19 +94,22 @@ _ACT_CLASSES = {
 _ADD_CLASSES = {
     act: _classes(_AddsWhatFits, f"BatchNormAdd{_NAMES.get(act, '')}", {"act": act}) for act in ("none", "relu")
 }
+# Layers that are exchanged as they are, with what follows them left alone, and when.
+_PLAIN: dict[type, tuple[type, Callable[[Any], bool]]] = {nn.Conv2d: (GroupedConv2d, lambda conv: conv.groups > 1)}
 _ORIGINAL = {
     fused: plain
     for tables in (_ACT_CLASSES, _ADD_CLASSES)
     for table in tables.values()
     for plain, fused in table.items()
 }
+_ORIGINAL |= {ours: plain for plain, (ours, _) in _PLAIN.items()}
 # A converted model may have been synchronised since; torch's own synchronised one is what stays.
 _ORIGINAL |= dict.fromkeys((sync.SyncBatchNorm, sync.SyncBatchNormReLU, sync.SyncBatchNormAddReLU), nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A batch norm or an addition: its path, the kind it became (empty if left alone), and why."""
+    """A layer or an addition: its path, the kind it became (empty if left alone), and why."""
 
     path: str
     kind: str
@@ -114,7 +118,7 @@ class Replacement:
 
 @dataclass
 class ConversionReport:
-    """What :func:`convert` did, an entry for each batch norm and each addition replaced.
+    """What :func:`convert` did, an entry for each batch norm and each layer or addition replaced.
 
     ``print`` shows it; ``counts`` adds it up.
     """
@@ -127,7 +131,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         if not self.entries:
-            return "cnnkern.convert: no batch norm in this model, nothing to convert"
+            return "cnnkern.convert: no batch norm and no grouped convolution in this model, nothing to convert"
         width = max(len(e.path) for e in self.entries)
         lines = [
             f"{e.path:{width}}  {e.kind or 'left alone'}{f' ({e.reason})' if e.reason else ''}" for e in self.entries
@@ -169,7 +173,8 @@ class ConversionError(RuntimeError):
 
 
 def convert(model: nn.Module, inplace: bool = False, verify: Any = None) -> nn.Module:
-    """The model with its batch norms, and the activations and residual additions behind them, on the fused kernels.
+    """The model with its batch norms, the activations and residual additions behind them, and its grouped convolutions
+    on our kernels.
 
     The result shares parameters and buffers with ``model`` and has the same state-dict keys, so an optimiser made
     before still works and checkpoints fit either. With ``inplace`` the model itself is changed and returned. Results
@@ -312,6 +317,9 @@ def _convert(model: nn.Module) -> ConversionReport:
         elif type(module) in _DIMENSIONS:
             _exchange(module, _ACT_CLASSES["none"])
             report.entries.append(Replacement(path, "BatchNorm"))
+        elif type(module) in _PLAIN and _PLAIN[type(module)][1](module):
+            _exchange(module, {type(module): _PLAIN[type(module)][0]})
+            report.entries.append(Replacement(path, type(module).__name__))
         elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in _ORIGINAL:
             report.entries.append(Replacement(path, "", f"{type(module).__name__} has a forward pass of its own"))
     report.entries += adds
@@ -322,9 +330,9 @@ def _kind(act: str, add: bool) -> str:
     return "BatchNorm" + " + add" * add + (f" + {_NAMES[act]}" if act != "none" else "")
 
 
-def _exchange(norm: nn.Module, table: dict[type, type]) -> None:
-    norm.__class__ = table[type(norm)]
-    norm.__dict__["_cnnkern_converted"] = True
+def _exchange(module: nn.Module, table: dict[type, type]) -> None:
+    module.__class__ = table[type(module)]
+    module.__dict__["_cnnkern_converted"] = True
 
 
 def _has_hooks(module: nn.Module) -> bool:

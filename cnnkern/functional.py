@@ -3,5 +3,6 @@
 from cnnkern.ops.add_relu import add_relu
 from cnnkern.ops.bn_act import batch_norm_act, batch_norm_relu
 from cnnkern.ops.bn_add_act import batch_norm_add_act, batch_norm_add_relu
+from cnnkern.ops.grouped_conv2d import conv2d
 
-__all__ = ["add_relu", "batch_norm_act", "batch_norm_add_act", "batch_norm_add_relu", "batch_norm_relu"]
+__all__ = ["add_relu", "batch_norm_act", "batch_norm_add_act", "batch_norm_add_relu", "batch_norm_relu", "conv2d"]

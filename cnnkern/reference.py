@@ -41,3 +41,7 @@ def batch_norm_add_act(
 
 def add_relu(input: Tensor, other: Tensor) -> Tensor:
     return F.relu(input + other)
+
+
+def conv2d(input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)

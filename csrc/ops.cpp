@@ -15,4 +15,8 @@ TORCH_LIBRARY(cnnkern, m) {
   // inputs is dx. channels_last says which order that is.
   m.def("add_relu(Tensor x, Tensor residual) -> (Tensor y, Tensor mask)");
   m.def("add_relu_backward(Tensor dy, Tensor mask, bool channels_last) -> Tensor dx");
+
+  // y = conv2d(x, weight, bias) of any number of groups, depthwise included; dx, dweight and dbias as asked for.
+  m.def("grouped_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor y");
+  m.def("grouped_conv2d_backward(Tensor dy, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 }

@@ -38,6 +38,7 @@ from benchmarks.bandwidth import Bandwidth
 from benchmarks.groups import Contender, Group, Refused, Session, Unavailable, select
 from benchmarks.options import Options
 from cnnkern import testing
+from cnnkern.testing import Layer
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOCK = timing.ReplayClock()
@@ -171,7 +172,7 @@ def test_values_that_are_not_finite_and_other_shapes_are_judged_too():
 @pytest.fixture
 def tiny_case(monkeypatch):
     """CASES cut down to batch norm on two shapes of a network called toy."""
-    case = replace(testing.CASES["bn_act"], bench_shapes={"toy": ((2, 3, 5, 7), (2, 8, 4, 4))})
+    case = replace(testing.CASES["bn_act"], bench_layers={"toy": (Layer((2, 3, 5, 7)), Layer((2, 8, 4, 4)))})
     monkeypatch.setattr(testing, "CASES", {"bn_act": case})
     return case
 
@@ -541,8 +542,8 @@ import sys
 import torch
 from benchmarks import operators
 from benchmarks.groups import Contender, Unavailable
-from cnnkern.testing import CASES
-drawn = operators.Drawn(CASES["bn_act"], (2, 8, 4, 4), torch.float32, "train relu", "cpu")
+from cnnkern.testing import CASES, Layer
+drawn = operators.Drawn(CASES["bn_act"], Layer((2, 8, 4, 4)), torch.float32, "train relu", "cpu")
 bench = operators.OperatorBench(drawn, training=False)
 try:
     bench.step(Contender("torch.compile", "contiguous"), verify=True)

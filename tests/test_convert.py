@@ -18,13 +18,13 @@ TORCHVISION = {
     "vgg11_bn": {RELU: 8},
     "vgg16_bn": {RELU: 13},
     "densenet121": {RELU: 120, "BatchNorm": 1},
-    "resnext50_32x4d": {RELU: 33, ADD: 16, "BatchNorm": 4},
-    "mobilenet_v2": {"BatchNorm + ReLU6": 35, "BatchNorm": 17},
-    "mobilenet_v3_small": {"BatchNorm + Hardswish": 18, RELU: 5, "BatchNorm": 11},
-    "efficientnet_b0": {"BatchNorm + SiLU": 33, "BatchNorm": 16},
-    "regnet_y_400mf": {RELU: 33, "BatchNorm": 20, "add + ReLU": 16},
-    "shufflenet_v2_x0_5": {RELU: 37, "BatchNorm": 19},
-    "convnext_tiny": {},
+    "resnext50_32x4d": {RELU: 33, ADD: 16, "BatchNorm": 4, "GroupedConv2d": 16},
+    "mobilenet_v2": {"BatchNorm + ReLU6": 35, "BatchNorm": 17, "GroupedConv2d": 17},
+    "mobilenet_v3_small": {"BatchNorm + Hardswish": 18, RELU: 5, "BatchNorm": 11, "GroupedConv2d": 11},
+    "efficientnet_b0": {"BatchNorm + SiLU": 33, "BatchNorm": 16, "GroupedConv2d": 16},
+    "regnet_y_400mf": {RELU: 33, "BatchNorm": 20, "add + ReLU": 16, "GroupedConv2d": 16},
+    "shufflenet_v2_x0_5": {RELU: 37, "BatchNorm": 19, "GroupedConv2d": 19},
+    "convnext_tiny": {"GroupedConv2d": 18},
     "googlenet": {RELU: 57},
 }
 
@@ -418,6 +418,8 @@ def test_every_model_that_torchvision_registers(name, monkeypatch):
     converted = cnnkern.convert(model)
     counts = cnnkern.conversion_report(converted).counts
     assert sum(n for kind, n in counts.items() if kind.startswith("BatchNorm")) == len(norms)
+    grouped = [m for m in model.modules() if type(m) is nn.Conv2d and m.groups > 1]
+    assert counts.get("GroupedConv2d", 0) == len(grouped)
     assert "left alone" not in counts
     assert not any(type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) for m in converted.modules())
     assert list(converted.state_dict()) == list(model.state_dict())
@@ -425,4 +427,4 @@ def test_every_model_that_torchvision_registers(name, monkeypatch):
     reverted = cnnkern.revert(converted)
     assert [type(m) for m in reverted.modules()] == [type(m) for m in model.modules()]
     if any(family in name for family in ("vit", "swin", "convnext", "alexnet", "squeezenet")) or name[:3] == "vgg":
-        assert (counts == {}) == (not norms)
+        assert (counts == {}) == (not norms and not grouped)

@@ -18,7 +18,14 @@ from cnnkern.nn.batchnorm import (
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
-from cnnkern.nn.lazy import LazyBatchNormAddReLU2d, LazyBatchNormReLU1d, LazyBatchNormReLU2d, LazyBatchNormReLU3d
+from cnnkern.nn.conv import GroupedConv2d
+from cnnkern.nn.lazy import (
+    LazyBatchNormAddReLU2d,
+    LazyBatchNormReLU1d,
+    LazyBatchNormReLU2d,
+    LazyBatchNormReLU3d,
+    LazyGroupedConv2d,
+)
 from cnnkern.nn.sync import SyncBatchNorm, SyncBatchNormAddReLU, SyncBatchNormReLU, convert_sync_batchnorm
 
 __all__ = [
@@ -38,10 +45,12 @@ __all__ = [
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "GroupedConv2d",
     "LazyBatchNormAddReLU2d",
     "LazyBatchNormReLU1d",
     "LazyBatchNormReLU2d",
     "LazyBatchNormReLU3d",
+    "LazyGroupedConv2d",
     "SyncBatchNorm",
     "SyncBatchNormAddReLU",
     "SyncBatchNormReLU",

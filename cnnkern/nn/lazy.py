@@ -1,9 +1,10 @@
-"""Batch norms that learn their number of channels from the first input, as torch.nn's lazy modules do."""
+"""Layers that learn their number of channels from the first input, as torch.nn's lazy modules do."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _LazyNormBase
 
 from cnnkern.nn.batchnorm import BatchNormAddReLU2d, BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d
+from cnnkern.nn.conv import GroupedConv2d
 
 
 class LazyBatchNormReLU1d(_LazyNormBase, BatchNormReLU1d):
@@ -31,3 +32,9 @@ class LazyBatchNormAddReLU2d(_LazyNormBase, BatchNormAddReLU2d):
 
     def initialize_parameters(self, input: Tensor, residual: Tensor) -> None:
         super().initialize_parameters(input)
+
+
+class LazyGroupedConv2d(nn.LazyConv2d, GroupedConv2d):
+    """:class:`GroupedConv2d` whose ``in_channels`` is the first input's C. Input (N, C, H, W) or (C, H, W)."""
+
+    cls_to_become = GroupedConv2d

@@ -6,12 +6,14 @@ float64 (:func:`assert_as_good_as`).
 
 from cnnkern.testing.add_relu import ADD_RELU
 from cnnkern.testing.batch_norm import BN_ACT, BN_ADD_ACT
-from cnnkern.testing.case import Case, Shape, randn, run, saved_bytes, with_layout
+from cnnkern.testing.case import Case, Layer, Shape, randn, run, saved_bytes, with_layout
+from cnnkern.testing.grouped_conv2d import GROUPED_CONV2D
 from cnnkern.testing.judge import assert_as_good_as, check, to_float64
 
 __all__ = [
     "CASES",
     "Case",
+    "Layer",
     "Shape",
     "assert_as_good_as",
     "check",
@@ -22,4 +24,4 @@ __all__ = [
     "with_layout",
 ]
 
-CASES: dict[str, Case] = {case.name: case for case in (BN_ACT, BN_ADD_ACT, ADD_RELU)}
+CASES: dict[str, Case] = {case.name: case for case in (BN_ACT, BN_ADD_ACT, ADD_RELU, GROUPED_CONV2D)}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cnnkern import functional, reference
 from cnnkern.testing.case import Case, Shape, randn
-from cnnkern.testing.shapes import ADD_BENCH_SHAPES, RAGGED_SHAPES
+from cnnkern.testing.shapes import ADD_LAYERS, RAGGED_SHAPES
 
 
 def add_relu_inputs(
@@ -39,7 +39,7 @@ ADD_RELU = Case(
     gradcheck_shapes=((3, 2, 2, 2), (4, 3), (2, 2, 3)),
     forward_call=lambda inputs: (torch.ops.cnnkern.add_relu.default, (inputs["input"], inputs["other"])),
     backward_call=add_relu_backward_call,
-    bench_shapes=ADD_BENCH_SHAPES,
+    bench_layers=ADD_LAYERS,
     bench_variant="plain",
     forward_traffic=(2, 1),
     backward_traffic=(1, 1),

@@ -8,7 +8,7 @@ from torch import Tensor
 from cnnkern import functional, reference
 from cnnkern.testing.case import Case, Shape, randn
 from cnnkern.testing.judge import to_float64
-from cnnkern.testing.shapes import ADD_BENCH_SHAPES, BATCH_NORM_BENCH_SHAPES, RAGGED_SHAPES
+from cnnkern.testing.shapes import ADD_LAYERS, BATCH_NORM_LAYERS, RAGGED_SHAPES
 
 # Where an activation's derivative jumps.
 KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
@@ -154,7 +154,7 @@ BN_ACT = Case(
     gradcheck_shapes=((3, 2, 2, 2), (4, 3), (2, 2, 3)),
     forward_call=bn_act_forward_call,
     backward_call=bn_act_backward_call,
-    bench_shapes=BATCH_NORM_BENCH_SHAPES,
+    bench_layers=BATCH_NORM_LAYERS,
     bench_variant="train relu",
     bench_others=(
         *("train none", "train relu6", "train leaky_relu", "train sigmoid", "train silu", "train hardswish"),
@@ -175,7 +175,7 @@ BN_ADD_ACT = Case(
     gradcheck_shapes=((3, 2, 2, 2), (4, 3), (2, 2, 3)),
     forward_call=bn_add_act_forward_call,
     backward_call=bn_add_act_backward_call,
-    bench_shapes=ADD_BENCH_SHAPES,
+    bench_layers=ADD_LAYERS,
     bench_variant="train relu",
     bench_others=("train none",),
     forward_traffic=(2, 1),

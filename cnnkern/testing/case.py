@@ -1,5 +1,6 @@
 """What tests and benchmarks know of an operator, and how they call it."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,17 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A call as a network makes it: the input's shape, and what else `Case.inputs` is told."""
+
+    shape: Shape
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return " ".join(["x".join(map(str, self.shape)), *(f"{n} {v}" for n, v in self.arguments.items())])
 
 
 @dataclass(frozen=True)
@@ -23,18 +35,30 @@ class Case:
     variants: dict[str, dict[str, Any]]  # name -> keyword arguments of `inputs`
     shapes: tuple[Shape, ...]  # the battery's: ragged sizes, one element, every rank
     gradcheck_shapes: tuple[Shape, ...]
-    bench_shapes: dict[str, tuple[Shape, ...]]  # network -> its shapes, each once
+    bench_layers: dict[str, tuple[Layer, ...]]  # network -> its layers, each once
     bench_variant: str
     bench_others: tuple[str, ...] = field(default=(), kw_only=True)  # variants that a full run adds on two shapes
     forward_call: Callable[[dict[str, Any]], tuple]  # arguments of `inputs` -> (operator, positional arguments)
     backward_call: Callable[[dict[str, Any], Tensor], tuple]  # ... and dy -> (gradient operator, arguments)
-    # Tensors of x's size that the least possible traffic (read, written) consists of.
+    # Tensors that the least possible traffic (read, written) consists of; of x's size but for y and dy.
     forward_traffic: tuple[int, int]
     backward_traffic: tuple[int, int]
     devices: tuple[str, ...] = ("cpu", "cuda")  # that have a kernel
     ranks: tuple[int, ...] = (2, 3, 4, 5)  # numbers of dimensions that the input may have
     empty_shapes: tuple[Shape, ...] = ((0, 3, 4, 5), (0, 3), (2, 3, 0, 4))
     float32_parameters: bool = True  # beside a 16-bit input: whether `inputs` knows parameter_dtype
+
+    output_shape: Callable[[Layer], Shape] | None = None  # where it is not the input's
+
+    def elements(self, layer: Layer, training: bool) -> tuple[int, int]:
+        """How many elements have to be (read, written)."""
+        x = math.prod(layer.shape)
+        y = math.prod(self.output_shape(layer)) if self.output_shape else x
+        read, written = self.forward_traffic[0] * x, self.forward_traffic[1] * y
+        if training:
+            read += (self.backward_traffic[0] - 1) * x + y
+            written += self.backward_traffic[1] * x
+        return read, written
 
     def of_its_rank(self, *shapes: Shape) -> tuple[Shape, ...]:
         return tuple(shape for shape in shapes if len(shape) in self.ranks)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cnnkern.testing.case import Shape
+from cnnkern.testing.case import Layer, Shape
 
 # The shapes at 224x224 of the batch norms of three networks, each shape once, and of those that a residual follows.
 
@@ -31,15 +31,61 @@ DENSENET121 = (  # what neither has: a step of 32 channels from layer to layer
 )
 RESNET50_ADDS = (*_at(56, 256), *_at(28, 512), *_at(14, 1024), *_at(7, 2048))
 
-BATCH_NORM_BENCH_SHAPES = {
-    "resnet50": RESNET50,
-    "resnext50": RESNEXT50,
-    "densenet121": DENSENET121,
-    "resnet50 batch 1": _batch(1, RESNET50),
-    "resnext50 batch 1": _batch(1, RESNEXT50),
-    "densenet121 batch 1": _batch(1, DENSENET121),
+
+def _layers(shapes: Sequence[Shape]) -> tuple[Layer, ...]:
+    return tuple(map(Layer, shapes))
+
+
+BATCH_NORM_LAYERS = {
+    "resnet50": _layers(RESNET50),
+    "resnext50": _layers(RESNEXT50),
+    "densenet121": _layers(DENSENET121),
+    "resnet50 batch 1": _layers(_batch(1, RESNET50)),
+    "resnext50 batch 1": _layers(_batch(1, RESNEXT50)),
+    "densenet121 batch 1": _layers(_batch(1, DENSENET121)),
 }
-ADD_BENCH_SHAPES = {"resnet50": RESNET50_ADDS, "resnet50 batch 1": _batch(1, RESNET50_ADDS)}
+ADD_LAYERS = {"resnet50": _layers(RESNET50_ADDS), "resnet50 batch 1": _layers(_batch(1, RESNET50_ADDS))}
+
+
+# The grouped convolutions of six networks at 224x224, each once: channels and side of the input, stride.
+
+
+def _grouped(width: int, kernel: int, *layers: tuple[int, int, int]) -> tuple[Layer, ...]:
+    arguments = {"width": width, "kernel": kernel, "padding": kernel // 2, "bias": False}
+    return tuple(Layer((16, c, side, side), arguments | {"stride": stride}) for c, side, stride in layers)
+
+
+def _of_batch(n: int, layers: dict[str, tuple[Layer, ...]]) -> dict[str, tuple[Layer, ...]]:
+    return {
+        f"{network} batch {n}": tuple(Layer((n, *layer.shape[1:]), layer.arguments) for layer in its)
+        for network, its in layers.items()
+    }
+
+
+_GROUPED_LAYERS = {
+    "mobilenet_v2": _grouped(
+        *(1, 3, (32, 112, 1), (96, 112, 2), (144, 56, 1), (144, 56, 2), (192, 28, 1), (192, 28, 2), (384, 14, 1)),
+        *((576, 14, 1), (576, 14, 2), (960, 7, 1)),
+    ),
+    "efficientnet_b0": (
+        *_grouped(1, 3, (32, 112, 1), (96, 112, 2), (144, 56, 1), (240, 28, 2), (480, 14, 1), (1152, 7, 1)),
+        *_grouped(1, 5, (144, 56, 2), (240, 28, 1), (480, 14, 1), (672, 14, 1), (672, 14, 2), (1152, 7, 1)),
+    ),
+    "convnext_tiny": _grouped(1, 7, (96, 56, 1), (192, 28, 1), (384, 14, 1), (768, 7, 1)),
+    "resnext50": (
+        *_grouped(4, 3, (128, 56, 1)),
+        *_grouped(8, 3, (256, 56, 2), (256, 28, 1)),
+        *_grouped(16, 3, (512, 28, 2), (512, 14, 1)),
+        *_grouped(32, 3, (1024, 14, 2), (1024, 7, 1)),
+    ),
+    "regnet_x_400mf": _grouped(
+        *(16, 3, (32, 112, 2), (64, 56, 2), (64, 28, 1), (160, 28, 2), (160, 14, 1), (400, 14, 2), (400, 7, 1)),
+    ),
+    "regnet_y_400mf": _grouped(
+        *(8, 3, (48, 112, 2), (104, 56, 2), (104, 28, 1), (208, 28, 2), (208, 14, 1), (440, 14, 2), (440, 7, 1)),
+    ),
+}
+GROUPED_LAYERS = _GROUPED_LAYERS | _of_batch(1, _GROUPED_LAYERS)
 
 RAGGED_SHAPES = (
     (3, 1),

@@ -1,0 +1,21 @@
+"""Grouped and depthwise convolution as a module."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cnnkern.ops.grouped_conv2d import conv2d
+
+
+class GroupedConv2d(nn.Conv2d):
+    """``nn.Conv2d`` that runs fast where it has many groups: depthwise, or groups of a few channels.
+
+    Constructor, parameters, ``padding_mode`` and checkpoints are those of :class:`torch.nn.Conv2d`.
+    Input (N, C_in, H, W) or (C_in, H, W), output (N, C_out, H', W') or (C_out, H', W').
+    """
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)

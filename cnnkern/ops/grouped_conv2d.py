@@ -1,0 +1,79 @@
+"""Grouped and depthwise convolution. Kernels: csrc/cpu; autograd: csrc/autograd."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_grouped_conv2d = torch.ops.cnnkern.grouped_conv2d.default
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """2-D convolution, fast where it has many groups: depthwise, and groups of a few channels.
+
+    Equivalent to ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``; whatever that accepts is
+    accepted, and where PyTorch's kernel is the faster one (``docs/grouped_conv.md`` has the rule), it answers.
+
+    Shapes: ``input`` (N, C, H, W) or (C, H, W); ``weight`` (out_channels, C / groups, kH, kW); ``bias``
+    (out_channels,) or None; the result (N, out_channels, H', W'). ``padding`` is a number of pixels, one for each of
+    the two dimensions, ``"valid"`` or ``"same"``. All tensors have one dtype. The result is channels_last where the
+    input or the weight is. The gradient saves ``input`` and ``weight``.
+
+    Raises RuntimeError, as PyTorch does, for shapes, dtypes or devices that do not fit, for groups that do not divide
+    the channels and for a kernel larger than the padded input.
+    """
+    strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
+    if isinstance(padding, str):
+        input, paddings = _pad(input, weight, strides, padding, dilations)
+    else:
+        paddings = _pair("padding", padding)
+    if input.dim() == 3 and weight.dim() == 4:
+        return _grouped_conv2d(input[None], weight, bias, strides, paddings, dilations, groups)[0]
+    return _grouped_conv2d(input, weight, bias, strides, paddings, dilations, groups)
+
+
+def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value) * (2 if len(value) == 1 else 1)
+    if len(pair) != 2:
+        raise RuntimeError(f"cnnkern::grouped_conv2d: expected {name} to be one number or two; got {value}")
+    return pair
+
+
+def _pad(
+    input: Tensor, weight: Tensor, stride: tuple[int, int], padding: str, dilation: tuple[int, int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """The input, and how far it is still to be padded on every side."""
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise RuntimeError(f"cnnkern::grouped_conv2d: padding must be numbers, 'valid' or 'same'; got {padding!r}")
+    if stride != (1, 1):
+        raise RuntimeError(f"cnnkern::grouped_conv2d: padding='same' needs stride 1; got stride {stride}")
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[-2:], strict=True)]
+    odd = [n % 2 for n in total]  # one more pixel on the far side, as PyTorch has it
+    if any(odd):
+        input = F.pad(input, (0, odd[1], 0, odd[0]))
+    return input, (total[0] // 2, total[1] // 2)
+
+
+@torch.library.register_fake("cnnkern::grouped_conv2d")
+def _(x, weight, bias, stride, padding, dilation, groups):
+    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+
+
+@torch.library.register_fake("cnnkern::grouped_conv2d_backward")
+def _(dy, x, weight, stride, padding, dilation, groups, output_mask):
+    sizes = [weight.shape[0]]
+    grads = torch.ops.aten.convolution_backward(
+        dy, x, weight, sizes, stride, padding, dilation, False, (0, 0), groups, output_mask
+    )
+    return tuple(x.new_empty(0) if g is None else g for g in grads)

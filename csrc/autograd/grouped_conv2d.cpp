@@ -1,0 +1,152 @@
+// The derivative of grouped_conv2d: the gradient operator's kernel; second derivatives by PyTorch's own formula. In forward
+// mode and under torch.func transforms PyTorch's own convolution answers, and on CUDA tensors too.
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/_convolution_double_backward.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <torch/library.h>
+
+#include "autograd/composite.h"
+
+namespace cnnkern {
+namespace {
+
+using at::IntArrayRef;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+using Mask = std::array<bool, 3>;
+
+const auto& forward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cnnkern::grouped_conv2d", "")
+                             .typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, IntArrayRef, IntArrayRef, IntArrayRef, int64_t)>();
+  return op;
+}
+
+const auto& backward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cnnkern::grouped_conv2d_backward", "")
+                             .typed<Gradients(const Tensor&, const Tensor&, const Tensor&, IntArrayRef, IntArrayRef, IntArrayRef, int64_t, Mask)>();
+  return op;
+}
+
+// What of a call is no tensor, as a Function keeps it.
+struct Settings {
+  std::vector<int64_t> stride, padding, dilation;
+  int64_t groups;
+  void save(AutogradContext* ctx) const {
+    ctx->saved_data["stride"] = stride;
+    ctx->saved_data["padding"] = padding;
+    ctx->saved_data["dilation"] = dilation;
+    ctx->saved_data["groups"] = groups;
+  }
+  static Settings of(AutogradContext* ctx) {
+    return {ctx->saved_data["stride"].toIntVector(), ctx->saved_data["padding"].toIntVector(),
+            ctx->saved_data["dilation"].toIntVector(), ctx->saved_data["groups"].toInt()};
+  }
+};
+
+struct GroupedConv2dBackward : torch::autograd::Function<GroupedConv2dBackward> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& dy, const Tensor& x, const Tensor& weight,
+                               const Settings& s, Mask mask) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({dy, x, weight});
+    s.save(ctx);
+    auto [dx, dweight, dbias] = backward_op().call(dy, x, weight, s.stride, s.padding, s.dilation, s.groups, mask);
+    return {dx, dweight, dbias};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Settings s = Settings::of(ctx);
+    const auto given = [](const Tensor& t) { return t.defined() && t.sym_numel() > 0 ? OptionalTensor(t) : std::nullopt; };
+    auto [ddy, dx, dweight] = at::_convolution_double_backward(
+        given(grads[0]), given(grads[1]), given(grads[2]), saved[0], saved[2], saved[1], s.stride, s.padding, s.dilation,
+        /*transposed=*/false, /*output_padding=*/{0, 0}, s.groups,
+        {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
+    return {ddy, dx, dweight, Tensor(), Tensor()};
+  }
+};
+
+struct GroupedConv2d : torch::autograd::Function<GroupedConv2d> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Settings& s) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->save_for_backward({x, weight});
+    s.save(ctx);
+    ctx->saved_data["has_bias"] = tensor_or_undefined(bias).defined();
+    return forward_op().call(x, weight, bias, s.stride, s.padding, s.dilation, s.groups);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const Settings s = Settings::of(ctx);
+    const bool has_bias = ctx->saved_data["has_bias"].toBool();
+    const Mask mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), has_bias && ctx->needs_input_grad(2)};
+    auto [dx, dweight, dbias] =
+        backward_op().call(grads[0], saved[0], saved[1], s.stride, s.padding, s.dilation, s.groups, mask);
+    return {mask[0] ? dx : Tensor(), mask[1] ? dweight : Tensor(), mask[2] ? dbias : Tensor(), Tensor()};
+  }
+};
+
+Tensor conv2d_by_pytorch(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
+                         IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  return at::convolution(x, weight, bias, stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, groups);
+}
+
+Gradients conv2d_backward_by_pytorch(const Tensor& dy, const Tensor& x, const Tensor& weight, IntArrayRef stride,
+                                     IntArrayRef padding, IntArrayRef dilation, int64_t groups, Mask mask) {
+  return at::convolution_backward(dy, x, weight, /*bias_sizes=*/IntArrayRef{weight.size(0)}, stride, padding, dilation,
+                                  /*transposed=*/false, /*output_padding=*/{0, 0}, groups, mask);
+}
+
+Tensor grouped_conv2d_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
+                               IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  const Tensor& b = tensor_or_undefined(bias);
+  if (left_to_pytorch(x, /*has_cuda_kernel=*/false) || has_tangent(x) || has_tangent(weight) || has_tangent(b))
+    return conv2d_by_pytorch(x, weight, bias, stride, padding, dilation, groups);
+  if (at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad() || requires_grad(b)))
+    return GroupedConv2d::apply(x, weight, bias, Settings{stride.vec(), padding.vec(), dilation.vec(), groups});
+  at::AutoDispatchBelowADInplaceOrView below;
+  return forward_op().call(x, weight, bias, stride, padding, dilation, groups);
+}
+
+Gradients grouped_conv2d_backward_autograd(const Tensor& dy, const Tensor& x, const Tensor& weight, IntArrayRef stride,
+                                           IntArrayRef padding, IntArrayRef dilation, int64_t groups, Mask mask) {
+  if (at::GradMode::is_enabled() && (dy.requires_grad() || x.requires_grad() || weight.requires_grad())) {
+    auto out = GroupedConv2dBackward::apply(dy, x, weight, Settings{stride.vec(), padding.vec(), dilation.vec(), groups}, mask);
+    return {out[0], out[1], out[2]};
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return backward_op().call(dy, x, weight, stride, padding, dilation, groups, mask);
+}
+
+// Autocast runs convolutions in the lower precision, as PyTorch's own.
+template <c10::DispatchKey kAutocast, c10::DeviceType kDevice>
+Tensor grouped_conv2d_autocast(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
+                               IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  c10::impl::ExcludeDispatchKeyGuard guard(kAutocast);
+  const auto type = at::autocast::get_lower_precision_fp_from_device_type(kDevice);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(type, t, kDevice); };
+  return forward_op().call(cast(x), cast(weight), cast(bias), stride, padding, dilation, groups);
+}
+
+}  // namespace
+}  // namespace cnnkern
+
+TORCH_LIBRARY_IMPL(cnnkern, Autograd, m) {
+  m.impl("grouped_conv2d", &cnnkern::grouped_conv2d_autograd);
+  m.impl("grouped_conv2d_backward", &cnnkern::grouped_conv2d_backward_autograd);
+}
+
+TORCH_LIBRARY_IMPL(cnnkern, AutocastCPU, m) {
+  m.impl("grouped_conv2d", &cnnkern::grouped_conv2d_autocast<c10::DispatchKey::AutocastCPU, c10::DeviceType::CPU>);
+}
+TORCH_LIBRARY_IMPL(cnnkern, AutocastCUDA, m) {
+  m.impl("grouped_conv2d", &cnnkern::grouped_conv2d_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
+}
+TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("grouped_conv2d", &cnnkern::conv2d_by_pytorch); }
+TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) {
+  m.impl("grouped_conv2d", &cnnkern::conv2d_by_pytorch);
+  m.impl("grouped_conv2d_backward", &cnnkern::conv2d_backward_by_pytorch);
+}

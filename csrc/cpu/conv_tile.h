@@ -1,0 +1,199 @@
+// Tiles of images on their way to and from the convolution kernels: planes of pixels, each pixel a vector of
+// kPlane channels in float, with the zero padding written out. Both memory layouts and all dtypes become the same tile.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/vec.h"
+
+namespace cnnkern {
+inline namespace CPU_CAPABILITY {
+
+constexpr int kPlane = static_cast<int>(kLanes<float>);  // channels of a plane
+
+constexpr int64_t kPixelsAhead = 24;  // that are fetched while one is copied, in channels_last
+
+template <typename T>
+struct Image {  // (N, C, H, W), contiguous or channels_last
+  T* data;
+  int64_t N, C, H, W;
+  bool channels_last;
+  T* at(int64_t n, int64_t c, int64_t h) const {
+    return data + (channels_last ? (n * H + h) * W * C + c : ((n * C + c) * H + h) * W);
+  }
+};
+
+// Turns a square of vectors: lane j of v[i] becomes lane i of v[j].
+inline void transpose(Vec<float> (&v)[kPlane]) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512 t[16], r[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  }
+  const auto low = [](__m512 a, __m512 b) { return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); };
+  const auto high = [](__m512 a, __m512 b) { return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))); };
+  for (int i = 0; i < 16; i += 4) {  // lane l of r[i + k] has column 4 * l + k of rows i ... i + 3
+    r[i] = low(t[i], t[i + 2]), r[i + 1] = high(t[i], t[i + 2]);
+    r[i + 2] = low(t[i + 1], t[i + 3]), r[i + 3] = high(t[i + 1], t[i + 3]);
+  }
+  for (int k = 0; k < 4; ++k) {
+    const __m512 a = _mm512_shuffle_f32x4(r[k], r[4 + k], 0x44), b = _mm512_shuffle_f32x4(r[k], r[4 + k], 0xee);
+    const __m512 c = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0x44), d = _mm512_shuffle_f32x4(r[8 + k], r[12 + k], 0xee);
+    v[k] = _mm512_shuffle_f32x4(a, c, 0x88), v[4 + k] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    v[8 + k] = _mm512_shuffle_f32x4(b, d, 0x88), v[12 + k] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256 t[8], r[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  }
+  const auto low = [](__m256 a, __m256 b) { return _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); };
+  const auto high = [](__m256 a, __m256 b) { return _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(a), _mm256_castps_pd(b))); };
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = low(t[i], t[i + 2]), r[i + 1] = high(t[i], t[i + 2]);
+    r[i + 2] = low(t[i + 1], t[i + 3]), r[i + 3] = high(t[i + 1], t[i + 3]);
+  }
+  for (int k = 0; k < 4; ++k) {
+    v[k] = _mm256_permute2f128_ps(r[k], r[4 + k], 0x20);
+    v[4 + k] = _mm256_permute2f128_ps(r[k], r[4 + k], 0x31);
+  }
+#else
+  float square[kPlane][kPlane], column[kPlane];
+  for (int i = 0; i < kPlane; ++i) v[i].store(square[i]);
+  for (int j = 0; j < kPlane; ++j) {
+    for (int i = 0; i < kPlane; ++i) column[i] = square[i][j];
+    v[j] = Vec<float>::loadu(column);
+  }
+#endif
+}
+
+// Stores v kCopies times: copy i has in every lane the lane i of its group of kCopies lanes.
+template <int kCopies>
+inline void store_copies(float* p, const Vec<float>& v) {
+  if constexpr (kCopies == 1) {
+    v.store(p);
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (kCopies == 2) {
+      _mm512_storeu_ps(p, _mm512_permute_ps(v, 0xa0));
+      _mm512_storeu_ps(p + 16, _mm512_permute_ps(v, 0xf5));
+    } else {
+      _mm512_storeu_ps(p, _mm512_permute_ps(v, 0x00));
+      _mm512_storeu_ps(p + 16, _mm512_permute_ps(v, 0x55));
+      _mm512_storeu_ps(p + 32, _mm512_permute_ps(v, 0xaa));
+      _mm512_storeu_ps(p + 48, _mm512_permute_ps(v, 0xff));
+    }
+#elif defined(CPU_CAPABILITY_AVX2)
+    if constexpr (kCopies == 2) {
+      _mm256_storeu_ps(p, _mm256_permute_ps(v, 0xa0));
+      _mm256_storeu_ps(p + 8, _mm256_permute_ps(v, 0xf5));
+    } else {
+      _mm256_storeu_ps(p, _mm256_permute_ps(v, 0x00));
+      _mm256_storeu_ps(p + 8, _mm256_permute_ps(v, 0x55));
+      _mm256_storeu_ps(p + 16, _mm256_permute_ps(v, 0xaa));
+      _mm256_storeu_ps(p + 24, _mm256_permute_ps(v, 0xff));
+    }
+#else
+    float lanes[kPlane];
+    v.store(lanes);
+    for (int i = 0; i < kCopies; ++i)
+      for (int j = 0; j < kPlane; ++j) p[i * kPlane + j] = lanes[j / kCopies * kCopies + i];
+#endif
+  }
+}
+
+// The part of an image that a tile holds: rows [row, row + rows) by columns [col, col + cols), which may lie outside.
+struct Window {
+  int64_t row, rows, col, cols;
+};
+
+// Channels [c, c + count) of image n, count at most kPlane, into a plane of (rows, cols, kCopies, kPlane); what lies
+// outside the image or beyond count is zero.
+template <int kCopies, typename T>
+void pack(const Image<const T>& x, int64_t n, int64_t c, int64_t count, const Window& window, float* plane) {
+  constexpr int64_t pixel = int64_t{kCopies} * kPlane;
+  using V = Vec<T>;
+  const int64_t first = std::clamp<int64_t>(-window.col, 0, window.cols);  // columns of the window inside the image
+  const int64_t last = std::clamp<int64_t>(x.W - window.col, first, window.cols);
+  const int64_t top = std::clamp<int64_t>(-window.row, 0, window.rows);
+  const int64_t bottom = std::clamp<int64_t>(x.H - window.row, top, window.rows);
+  const int64_t pitch = window.cols * pixel;
+  std::fill(plane, plane + top * pitch, 0.0f);
+  std::fill(plane + bottom * pitch, plane + window.rows * pitch, 0.0f);
+  for (int64_t r = top; r < bottom; ++r) {
+    std::fill(plane + r * pitch, plane + r * pitch + first * pixel, 0.0f);
+    std::fill(plane + r * pitch + last * pixel, plane + (r + 1) * pitch, 0.0f);
+  }
+  if (top == bottom || first == last) return;
+  if (x.channels_last) {
+    for (int64_t r = top; r < bottom; ++r) {
+      const T* p = x.at(n, c, window.row + r) + (window.col + first) * x.C;
+      float* out = plane + r * pitch + first * pixel;
+      if (count == kPlane)
+        for (int64_t j = first; j < last; ++j, p += x.C, out += pixel) {
+          __builtin_prefetch(p + kPixelsAhead * x.C, 0, 2);  // so far from one another, none is foreseen
+          store_copies<kCopies>(out, vload(p));
+        }
+      else
+        for (int64_t j = first; j < last; ++j, p += x.C, out += pixel) store_copies<kCopies>(out, vload(p, count, V(0)));
+    }
+    return;
+  }
+  // Rows follow one another in memory, so squares of kPlane pixels are turned without regard to where a row ends.
+  const T* p = x.at(n, c, window.row + top);
+  const int64_t pixels = (bottom - top) * x.W, channel = x.H * x.W;
+  int64_t column = -window.col;  // of the window, of the next pixel
+  int64_t row = top;
+  for (int64_t i = 0; i < pixels; i += kPlane) {
+    const int64_t width = std::min<int64_t>(kPlane, pixels - i);
+    V v[kPlane];
+    if (width == kPlane && count == kPlane) {
+      for (int j = 0; j < kPlane; ++j) v[j] = vload(p + j * channel + i);
+    } else {
+      for (int j = 0; j < kPlane; ++j) v[j] = j < count ? vload(p + j * channel + i, width, V(0)) : V(0);
+    }
+    transpose(v);
+    for (int64_t j = 0; j < width; ++j) {
+      if (column >= 0 && column < window.cols) store_copies<kCopies>(plane + row * pitch + column * pixel, v[j]);
+      if (++column == x.W - window.col) column = -window.col, ++row;
+    }
+  }
+}
+
+// A plane of (rows, W, kPlane) into channels [c, c + count) of rows [row, row + rows) of image n; with `stream` past the
+// caches where whole vectors are aligned.
+template <typename T>
+void unpack(const float* plane, const Image<T>& y, int64_t n, int64_t c, int64_t count, int64_t row, int64_t rows, bool stream) {
+  const int64_t pixels = rows * y.W, channel = y.H * y.W;
+  T* p = y.at(n, c, row);
+  constexpr int64_t bytes = kPlane * sizeof(T);
+  const int64_t step = y.channels_last ? y.C : channel;  // between vectors
+  stream = stream && count == kPlane && reinterpret_cast<uintptr_t>(p) % bytes == 0 && step % kPlane == 0;
+  if (y.channels_last) {
+    if (stream)
+      for (int64_t i = 0; i < pixels; ++i) vstream(p + i * y.C, Vec<T>::loadu(plane + i * kPlane));
+    else if (count == kPlane)
+      for (int64_t i = 0; i < pixels; ++i) vstore(p + i * y.C, Vec<T>::loadu(plane + i * kPlane));
+    else
+      for (int64_t i = 0; i < pixels; ++i) vstore(p + i * y.C, Vec<T>::loadu(plane + i * kPlane), count);
+    return;
+  }
+  for (int64_t i = 0; i < pixels; i += kPlane) {
+    const int64_t width = std::min<int64_t>(kPlane, pixels - i);
+    Vec<T> v[kPlane];
+    for (int64_t j = 0; j < kPlane; ++j) v[j] = j < width ? Vec<T>::loadu(plane + (i + j) * kPlane) : Vec<T>(0);
+    transpose(v);
+    if (width == kPlane && stream)
+      for (int64_t j = 0; j < count; ++j) vstream(p + j * channel + i, v[j]);
+    else if (width == kPlane)
+      for (int64_t j = 0; j < count; ++j) vstore(p + j * channel + i, v[j]);
+    else
+      for (int64_t j = 0; j < count; ++j) vstore(p + j * channel + i, v[j], width);
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace cnnkern

@@ -1,0 +1,468 @@
+// grouped_conv2d: y = conv2d(x, weight, bias), as many output as input channels a group. Backward: dx, dweight, dbias.
+//
+// A block of channels of one image is copied into planes of float vectors of channels, padding included, convolved
+// there and copied out (conv_tile.h, conv_kernels.h), so both memory layouts and all dtypes run the same kernels. The
+// backward pass packs dy once for dx and dweight. Traffic in tensors read or written: 2 forward, 3 backward.
+// The gradient of the weight is summed in float over a tile, over the tiles of a chunk of images, and in double over
+// chunks, in their order; chunks depend on the shape alone, so results do not depend on the number of threads.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+
+#include <array>
+#include <tuple>
+
+#include "check.h"
+#include "cpu/conv_blocks.h"
+#include "cpu/dispatch.h"
+#include "memory_layout.h"
+
+namespace cnnkern {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+template <typename T>
+void pack(int64_t copies, const Image<const T>& x, int64_t n, int64_t c, int64_t count, const Window& window, float* plane) {
+  if (copies == 1) return pack<1>(x, n, c, count, window, plane);
+  if (copies == 2) return pack<2>(x, n, c, count, window, plane);
+  pack<4>(x, n, c, count, window, plane);
+}
+
+// One part's sums over its taps; `step` pixels of the plane lie between the first taps of two neighbouring outputs.
+void sums(const Geometry& g, const Sweep& s, int64_t step, int64_t plane) {
+  if (g.narrow()) {
+    switch (step * g.width) {
+      case 1: return narrow_sums<1>(s);
+      case 2: return narrow_sums<2>(s);
+      case 4: return narrow_sums<4>(s);
+      default: return narrow_sums<8>(s);
+    }
+  }
+  if (g.lanes() == kPlane) return step == 1 ? wide_sums<kPlane, 1>(s, g.width, plane) : wide_sums<kPlane, 2>(s, g.width, plane);
+  step == 1 ? wide_sums<8, 1>(s, g.width, plane) : wide_sums<8, 2>(s, g.width, plane);
+}
+
+constexpr bool kManyRegisters = kPlane == 16;
+
+// The gradient of a narrow part: rows of `taps` vectors, as many rows at a time as registers hold.
+void narrow_gradient(Products s, int64_t kernel_rows, int64_t taps, float* out) {
+  const int64_t pitch = taps * kPlane;
+  int64_t row = 0;
+  const auto rows = [&](auto r, auto k) {
+    constexpr int R = decltype(r)::value, K = decltype(k)::value;
+    for (; row + R <= kernel_rows; row += R) {
+      narrow_products<R, K>(s.of_kernel_rows(row, R), out + row * pitch, pitch);
+    }
+  };
+  using std::integral_constant;
+  if (taps == 3) rows(integral_constant<int, 3>{}, integral_constant<int, 3>{});
+  if (taps == 5) rows(integral_constant<int, kManyRegisters ? 5 : 2>{}, integral_constant<int, 5>{});
+  if (taps == 6) rows(integral_constant<int, kManyRegisters ? 3 : 2>{}, integral_constant<int, 6>{});
+  if (taps == 7) rows(integral_constant<int, kManyRegisters ? 4 : 2>{}, integral_constant<int, 7>{});
+  if (taps == 7 && kManyRegisters) rows(integral_constant<int, 3>{}, integral_constant<int, 7>{});
+  if (taps == 12 && kManyRegisters) rows(integral_constant<int, 2>{}, integral_constant<int, 12>{});
+  if (taps == 12) rows(integral_constant<int, 1>{}, integral_constant<int, 12>{});
+  for (; row < kernel_rows; ++row) {
+    int64_t tap = 0;
+    const auto some = [&](auto k) {
+      constexpr int K = decltype(k)::value;
+      for (; tap + K <= taps; tap += K) {
+        Products part = s.of_kernel_rows(row, 1);
+        part.in += tap * kPlane;
+        narrow_products<1, K>(part, out + row * pitch + tap * kPlane, pitch);
+      }
+    };
+    some(integral_constant<int, 8>{});
+    some(integral_constant<int, 4>{});
+    some(integral_constant<int, 1>{});
+  }
+}
+
+// The gradient of a wide part, whose group's channels begin at `s.in`.
+template <int L>
+void wide_gradient(const Products& s, const Geometry& g, int64_t plane, float* out) {
+  const auto taps = [&](auto k, int64_t ky, int64_t kx) {
+    constexpr int K = decltype(k)::value;
+    const Products row = s.of_kernel_rows(ky, 1);
+    float* o = out + (ky * g.kw + kx) * g.width * L;
+    for (int64_t i = 0; i < g.width;) {
+      Products part = row;
+      part.in += kx * kPlane + i / kPlane * plane + i % kPlane;
+      if (i + 8 <= g.width && (K == 1 || kManyRegisters))
+        wide_products<L, K, (K == 1 || kManyRegisters) ? 8 : 4>(part, o + i * L, g.width * L), i += 8;
+      else
+        wide_products<L, K, 4>(part, o + i * L, g.width * L), i += 4;
+    }
+  };
+  for (int64_t ky = 0; ky < g.kh; ++ky) {
+    int64_t kx = 0;
+    for (; kx + 3 <= g.kw; kx += 3) taps(std::integral_constant<int, 3>{}, ky, kx);
+    for (; kx < g.kw; ++kx) taps(std::integral_constant<int, 1>{}, ky, kx);
+  }
+}
+
+// Planes of a narrow block: in channels_last as many as whole cache lines have.
+template <typename T>
+int64_t narrow_planes(bool channels_last) {
+  return channels_last ? std::max<int64_t>(64 / (kPlane * sizeof(T)), 1) : 1;
+}
+
+// How many tiles the rows of an image are cut into: so that a tile's scratch stays in cache, and threads have enough to do.
+int64_t count_tiles(int64_t rows, int64_t row_bytes, int64_t units, int64_t kernel) {
+  const int64_t for_cache = divup(rows * row_bytes, kTileBytes), for_threads = divup(kUnits / 4, std::max<int64_t>(units, 1));
+  const int64_t most = std::max<int64_t>(1, rows / std::max<int64_t>(kernel, 4));  // what tiles share is packed twice
+  return std::clamp<int64_t>(std::max(for_cache, for_threads), 1, most);
+}
+
+template <typename T>
+void forward(const Image<const T>& x, const T* weight, const T* bias, const Image<T>& y, const Geometry& g) {
+  const Blocks blocks(g, narrow_planes<T>(x.channels_last));
+  const int64_t count = blocks.count(), copies = g.copies(), pixel = copies * kPlane;
+  const int64_t cols = (g.OW - 1) * g.stride + g.kw;
+  const bool stream = beyond_cache<T>(g.N * g.C * g.OH * g.OW);
+  const int64_t tiles = count_tiles(g.OH, blocks.planes * (g.stride * cols * pixel + g.OW * kPlane) * 4, g.N * count, g.kh);
+  // Weights and, behind them, the bias of a block, one value a lane of its planes.
+  const int64_t block_floats = blocks.weights() + blocks.planes * kPlane + kPlane;
+  std::unique_ptr<float[]> packed(new float[count * block_floats]);
+  at::parallel_for(0, count, divup(16384, block_floats), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      float* p = &packed[b * block_floats];
+      pack_weights(weight, blocks, b, /*of_input=*/false, p);
+      const int64_t channels = std::min(blocks.channels, g.C - b * blocks.channels);
+      for (int64_t c = 0; c < blocks.planes * kPlane + kPlane; ++c)
+        p[blocks.weights() + c] = bias != nullptr && c < channels ? static_cast<float>(bias[b * blocks.channels + c]) : 0.0f;
+    }
+  });
+  const auto unit = [&](int64_t n, int64_t b, int64_t t) {
+    const auto [begin, end] = tile_rows(g.OH, tiles, t);
+    const Window window{begin * g.stride - g.ph, (end - begin - 1) * g.stride + g.kh, -g.pw, cols};
+    const int64_t plane = window.rows * cols * pixel, out_plane = (end - begin) * g.OW * kPlane;
+    float* in = scratch(blocks.planes * (plane + out_plane));
+    float* out = in + blocks.planes * plane;
+    for (int64_t p = 0; p < blocks.planes; ++p)
+      pack(copies, x, n, blocks.first(b, p), blocks.valid(b, p), window, in + p * plane);
+    for (int64_t part = 0; part < blocks.parts(); ++part) {
+      const int64_t lane = blocks.lane(part), group = g.narrow() ? lane : part / blocks.parts_of_group() * g.width;
+      sums(g,
+           {.in = in + group / kPlane * plane + (g.narrow() ? 0 : group % kPlane),
+            .in_row = g.stride * cols * pixel,
+            .in_pitch = cols * pixel,
+            .weight = &packed[b * block_floats + part * blocks.part_weights()],
+            .kernel_rows = g.kh,
+            .taps = g.kw * copies,
+            .bias = &packed[b * block_floats + blocks.weights() + lane],
+            .out = out + lane / kPlane * out_plane + lane % kPlane,
+            .out_row = g.OW * kPlane,
+            .out_column = kPlane,
+            .rows = end - begin,
+            .columns = g.OW,
+            .first_row = -window.row,
+            .last_row = g.H - window.row,
+            .row_step = g.stride},
+           g.stride, plane);
+    }
+    for (int64_t p = 0; p < blocks.planes; ++p)
+      unpack(out + p * out_plane, y, n, blocks.first(b, p), blocks.valid(b, p), begin, end - begin, stream);
+  };
+  at::parallel_for(0, g.N * count * tiles, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t u = begin; u < end; ++u) {
+      if (x.channels_last)  // blocks of the same pixels one after another: their cache lines are neighbours
+        unit(u / (count * tiles), u % count, u / count % tiles);
+      else
+        unit(u / (count * tiles), u / tiles % count, u % tiles);
+    }
+    stream_fence();
+  });
+}
+
+template <typename T>
+struct Gradients {
+  Image<T> dx;          // data null where it is not wanted
+  Tensor dweight, dbias;  // undefined where they are not wanted
+};
+
+template <typename T>
+void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight, const Gradients<T>& grads, const Geometry& g) {
+  const Blocks blocks(g, narrow_planes<T>(x.channels_last));
+  const bool dx = grads.dx.data != nullptr, dweight = grads.dweight.defined(), dbias = grads.dbias.defined();
+  const int64_t count = blocks.count(), copies = g.copies(), pixel = copies * kPlane, s = g.stride, L = g.lanes();
+  const bool stream = beyond_cache<T>(g.N * g.C * g.H * g.W);
+  // Columns of dy that a tile holds: those that dx needs, and all for dweight.
+  const int64_t dy_col = std::min<int64_t>(g.pw / s - divup(g.kw, s) + 1, 0);
+  const int64_t dy_cols = std::max((g.W - 1 + g.pw) / s + 1, g.OW) - dy_col, x_cols = (g.OW - 1) * s + g.kw;
+  const int64_t row_bytes = blocks.planes * 4 * kPlane * (copies * (dy_cols + dweight * s * x_cols) + dx * s * g.W);
+  const int64_t tiles = std::min(count_tiles(g.OH, row_bytes, g.N * count, g.kh), g.H);
+  const int64_t items = g.N * tiles, chunks = std::clamp<int64_t>(divup(kUnits, count), 1, items);
+  const int64_t block_floats = blocks.weights() + blocks.planes * kPlane;
+  std::unique_ptr<float[]> packed(new float[dx ? count * blocks.weights() : 0]);
+  if (dx)
+    at::parallel_for(0, count, divup(16384, blocks.weights()), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) pack_weights(weight, blocks, b, /*of_input=*/true, &packed[b * blocks.weights()]);
+    });
+  const float zeros[kPlane] = {};
+  std::unique_ptr<float[]> partial(new float[dweight || dbias ? count * chunks * block_floats : 0]);
+
+  const auto unit = [&](int64_t b, int64_t n, int64_t t, float* sums_of_weight) {
+    const auto [dy_begin, dy_end] = tile_rows(g.OH, tiles, t);
+    const auto [begin, end] = tile_rows(g.H, tiles, t);
+    int64_t lo = dy_begin, hi = dy_end;
+    if (dx) {
+      lo = std::min(lo, (begin + g.ph) / s - divup(g.kh, s) + 1);
+      hi = std::max(hi, (end - 1 + g.ph) / s + 1);
+    }
+    const Window dy_window{lo, hi - lo, dy_col, dy_cols};
+    const Window x_window{dy_begin * s - g.ph, (dy_end - dy_begin - 1) * s + g.kh, -g.pw, x_cols};
+    const int64_t dy_plane = dy_window.rows * dy_cols * kPlane, dy_copies = copies > 1 ? dy_plane * copies : 0;
+    const int64_t x_plane = x_window.rows * x_cols * pixel, dx_plane = (end - begin) * g.W * kPlane;
+    float* dy_at = scratch(blocks.planes * (dy_plane + dy_copies + (dweight ? x_plane : 0) + (dx ? dx_plane : 0)));
+    float* dy_copies_at = copies > 1 ? dy_at + blocks.planes * dy_plane : dy_at;
+    float* x_at = dy_at + blocks.planes * (dy_plane + dy_copies);
+    float* dx_at = x_at + (dweight ? blocks.planes * x_plane : 0);
+    const int64_t dx_in_plane = copies > 1 ? dy_copies : dy_plane;
+    for (int64_t p = 0; p < blocks.planes; ++p) {
+      const int64_t c = blocks.first(b, p), valid = blocks.valid(b, p);
+      if (copies == 1 || dweight || dbias) pack(1, dy, n, c, valid, dy_window, dy_at + p * dy_plane);
+      if (copies > 1 && dx) pack(copies, dy, n, c, valid, dy_window, dy_copies_at + p * dy_copies);
+      if (dweight) pack(copies, x, n, c, valid, x_window, x_at + p * x_plane);
+    }
+    const float* dy_first = dy_at + ((dy_begin - lo) * dy_cols - dy_col) * kPlane;  // plane 0, the tile's own rows
+    for (int64_t part = 0; part < blocks.parts(); ++part) {
+      const int64_t lane = blocks.lane(part), group = g.narrow() ? lane : part / blocks.parts_of_group() * g.width;
+      const int64_t group_lane = g.narrow() ? 0 : group % kPlane;
+      if (dx) {
+        const float* w = &packed[b * blocks.weights() + part * blocks.part_weights()];
+        for (int64_t my = 0; my < s; ++my)
+          for (int64_t mx = 0; mx < s; ++mx) {
+            const Residue rows(my, s, g.kh), columns(mx, s, g.kw);
+            const int64_t row = rows.first(begin, g.ph), column = columns.first(0, g.pw);
+            const int64_t in_row = (row + g.ph) / s - rows.count + 1 - lo, in_col = (column + g.pw) / s - columns.count + 1 - dy_col;
+            sums(g,
+                 {.in = dy_copies_at + group / kPlane * dx_in_plane + group_lane + (in_row * dy_cols + in_col) * pixel,
+                  .in_row = dy_cols * pixel,
+                  .in_pitch = dy_cols * pixel,
+                  .weight = w,
+                  .kernel_rows = rows.count,
+                  .taps = columns.count * copies,
+                  .bias = zeros,
+                  .out = dx_at + lane / kPlane * dx_plane + lane % kPlane + ((row - begin) * g.W + column) * kPlane,
+                  .out_row = s * g.W * kPlane,
+                  .out_column = s * kPlane,
+                  .rows = row < end ? divup(end - row, s) : 0,
+                  .columns = column < g.W ? divup(g.W - column, s) : 0,
+                  .first_row = -lo - in_row,
+                  .last_row = g.OH - lo - in_row,
+                  .row_step = 1},
+                 1, dx_in_plane);
+            w += rows.count * columns.count * g.width * L;
+          }
+      }
+      if (dweight) {
+        const Products products{.dy = dy_first + lane / kPlane * dy_plane + lane % kPlane,
+                                .dy_row = dy_cols * kPlane,
+                                .in = x_at + group / kPlane * x_plane + group_lane,
+                                .in_row = s * x_cols * pixel,
+                                .in_pixel = s * pixel,
+                                .in_pitch = x_cols * pixel,
+                                .rows = dy_end - dy_begin,
+                                .columns = g.OW,
+                                .first_row = -x_window.row,
+                                .last_row = g.H - x_window.row,
+                                .row_step = s};
+        float* out = sums_of_weight + part * blocks.part_weights();
+        if (g.narrow())
+          narrow_gradient(products, g.kh, g.kw * g.width, out);
+        else if (L == kPlane)
+          wide_gradient<kPlane>(products, g, x_plane, out);
+        else
+          wide_gradient<8>(products, g, x_plane, out);
+      }
+    }
+    if (dbias)
+      for (int64_t p = 0; p < blocks.planes; ++p) {
+        using V = Vec<float>;
+        float* to = sums_of_weight + blocks.weights() + p * kPlane;
+        V sum(0);
+        for (int64_t row = 0; row < dy_end - dy_begin; ++row)
+          for (int64_t j = 0; j < g.OW; ++j) sum = sum + V::loadu(dy_first + p * dy_plane + (row * dy_cols + j) * kPlane);
+        (V::loadu(to) + sum).store(to);
+      }
+    if (dx)
+      for (int64_t p = 0; p < blocks.planes; ++p)
+        unpack(dx_at + p * dx_plane, grads.dx, n, blocks.first(b, p), blocks.valid(b, p), begin, end - begin, stream);
+  };
+
+  at::parallel_for(0, count * chunks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t u = first; u < last; ++u) {
+      // Channels_last: blocks of the same pixels one after another; contiguous: images of the same block.
+      const int64_t b = x.channels_last ? u % count : u / chunks, chunk = x.channels_last ? u / count : u % chunks;
+      float* to = partial ? &partial[(b * chunks + chunk) * block_floats] : nullptr;
+      if (dweight || dbias) std::fill_n(to, block_floats, 0.0f);
+      const auto [begin, end] = tile_rows(items, chunks, chunk);
+      for (int64_t item = begin; item < end; ++item) unit(b, item / tiles, item % tiles, to);
+    }
+    stream_fence();
+  });
+
+  if (!dweight && !dbias) return;
+  T* dw = dweight ? grads.dweight.template mutable_data_ptr<T>() : nullptr;
+  T* db = dbias ? grads.dbias.template mutable_data_ptr<T>() : nullptr;
+  at::parallel_for(0, count, divup(16384, chunks * block_floats), [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const float* p = &partial[b * chunks * block_floats];
+      const auto total = [&](int64_t j) {
+        double sum = 0;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) sum += p[chunk * block_floats + j];
+        return static_cast<T>(sum);
+      };
+      for (int64_t part = 0; dweight && part < blocks.parts(); ++part) {
+        const int64_t channel = b * blocks.channels + blocks.lane(part);
+        const int64_t end = g.narrow() ? g.C : std::min(g.C, (channel / g.width + 1) * g.width);
+        const auto strides = grads.dweight.strides();
+        for (int64_t tap = 0; tap < g.taps(); ++tap)
+          for (int64_t i = 0; i < g.width; ++i) {
+            T* to = dw + channel * strides[0] + i * strides[1] + tap / g.kw * strides[2] + tap % g.kw * strides[3];
+            const int64_t from = part * blocks.part_weights() + (tap * g.width + i) * L;
+            for (int64_t j = 0; j < std::min(L, end - channel); ++j) to[j * strides[0]] = total(from + j);
+          }
+      }
+      const int64_t channels = std::min(blocks.channels, g.C - b * blocks.channels);
+      for (int64_t c = 0; dbias && c < channels; ++c) db[b * blocks.channels + c] = total(blocks.weights() + c);
+    }
+  });
+}
+
+// ---- tensors in, tensors out ----
+
+// The rule of dispatch: what our kernels cover. ATen answers for everything else, errors included.
+bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+             at::IntArrayRef dilation, int64_t groups) {
+  if (x.dim() != 4 || weight.dim() != 4 || stride.size() != 2 || padding.size() != 2 || dilation.size() != 2) return false;
+  const auto type = x.scalar_type();
+  if ((type != at::kFloat && type != at::kBFloat16 && type != at::kHalf) || weight.scalar_type() != type) return false;
+  const int64_t C = x.size(1), width = weight.size(1), kh = weight.size(2), kw = weight.size(3);
+  if (groups < 2 || x.numel() == 0 || weight.size(0) != C || width * groups != C || !weight.device().is_cpu()) return false;
+  if (bias.defined() && (bias.dim() != 1 || bias.size(0) != C || bias.scalar_type() != type || !bias.device().is_cpu())) return false;
+  if (width != 1 && width != 2 && (width % 4 != 0 || width > 64)) return false;
+  if (stride[0] != stride[1] || stride[0] < 1 || stride[0] > 2 || dilation[0] != 1 || dilation[1] != 1) return false;
+  if (std::min(kh, kw) < 1 || std::max(kh, kw) > 31 || padding[0] < 0 || padding[1] < 0) return false;
+  return x.size(2) + 2 * padding[0] >= kh && x.size(3) + 2 * padding[1] >= kw;
+}
+
+// Where the library's forward pass is faster: small depthwise kernels on small planes in channels_last, which it reads in
+// place.
+bool library_forward(const Geometry& g, bool channels_last) {
+  const int64_t pixels = g.OH * g.OW;
+  return channels_last && g.width == 1 && ((g.taps() <= 9 && pixels <= 196) || (g.taps() <= 25 && pixels <= 49));
+}
+
+// Where the library's gradient of the weight is faster: on planes of up to 8x8, if groups are wide, or if it is all that
+// is asked for of a small depthwise kernel.
+bool library_dweight(const Geometry& g, const std::array<bool, 3>& output_mask) {
+  const bool alone = !output_mask[0] && g.width == 1 && g.taps() <= 9;
+  return output_mask[1] && g.OH * g.OW <= 64 && (g.width >= 16 || alone);
+}
+
+Geometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding) {
+  const int64_t kh = weight.size(2), kw = weight.size(3);
+  return {.N = x.size(0),
+          .C = x.size(1),
+          .H = x.size(2),
+          .W = x.size(3),
+          .OH = (x.size(2) + 2 * padding[0] - kh) / stride[0] + 1,
+          .OW = (x.size(3) + 2 * padding[1] - kw) / stride[0] + 1,
+          .kh = kh,
+          .kw = kw,
+          .stride = stride[0],
+          .ph = padding[0],
+          .pw = padding[1],
+          .width = weight.size(1)};
+}
+
+// The memory format of results, chosen as ATen's convolutions choose it.
+at::MemoryFormat result_format(const Tensor& x, const Tensor& weight) {
+  const auto channels_last = at::MemoryFormat::ChannelsLast;
+  return x.suggest_memory_format() == channels_last || weight.suggest_memory_format() == channels_last
+             ? channels_last
+             : at::MemoryFormat::Contiguous;
+}
+
+template <typename T>
+Image<const T> image(const Tensor& t) {
+  return {t.const_data_ptr<T>(), t.size(0), t.size(1), t.size(2), t.size(3), !t.is_contiguous()};
+}
+
+template <typename T>
+Image<T> output(const Tensor& t) {
+  return {t.mutable_data_ptr<T>(), t.size(0), t.size(1), t.size(2), t.size(3), !t.is_contiguous()};
+}
+
+// Calls f with a value of the element type.
+template <typename F>
+void with_dtype(at::ScalarType type, const F& f) {
+  if (type == at::kFloat) return f(float{});
+  if (type == at::kBFloat16) return f(c10::BFloat16{});
+  f(c10::Half{});
+}
+
+}  // namespace
+
+Tensor grouped_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
+                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const Tensor& b = tensor_or_undefined(bias);
+  const bool is_covered = covered(x, weight, b, stride, padding, dilation, groups);
+  const bool channels_last = is_covered && result_format(x, weight) == at::MemoryFormat::ChannelsLast;
+  if (!is_covered || library_forward(geometry(x, weight, stride, padding), channels_last))
+    return at::convolution(x, weight, bias, stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, groups);
+  const Geometry g = geometry(x, weight, stride, padding);
+  const Tensor x_ = in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
+  const Tensor y = at::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(result_format(x, weight)));
+  with_dtype(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    forward(image<T>(x_), weight_.const_data_ptr<T>(), b.defined() ? bias_.const_data_ptr<T>() : nullptr, output<T>(y), g);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                               at::IntArrayRef stride, at::IntArrayRef padding,
+                                                               at::IntArrayRef dilation, int64_t groups,
+                                                               std::array<bool, 3> output_mask) {
+  const auto by_library = [&](std::array<bool, 3> mask) {
+    return at::convolution_backward(dy, x, weight, /*bias_sizes=*/at::IntArrayRef{weight.size(0)}, stride, padding, dilation,
+                                    /*transposed=*/false, /*output_padding=*/{0, 0}, groups, mask);
+  };
+  const Tensor none = at::empty({0}, x.options());
+  if (!covered(x, weight, {}, stride, padding, dilation, groups)) {
+    const auto grads = by_library(output_mask);
+    const auto or_none = [&](const Tensor& t) { return t.defined() ? t : none; };
+    return {or_none(std::get<0>(grads)), or_none(std::get<1>(grads)), or_none(std::get<2>(grads))};
+  }
+  const Geometry g = geometry(x, weight, stride, padding);
+  TORCH_CHECK(dy.sizes() == at::IntArrayRef({g.N, g.C, g.OH, g.OW}) && dy.scalar_type() == x.scalar_type() && dy.device().is_cpu(),
+              "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.C, g.OH, g.OW}),
+              " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
+  const Tensor x_ = in_layout(x), dy_ = in_layout(dy), weight_ = weight.contiguous();
+  const auto format = result_format(x, weight);
+  const Tensor dx = output_mask[0] ? at::empty(x.sizes(), x.options().memory_format(format)) : none;
+  const bool by_others = library_dweight(g, output_mask);
+  const Tensor dweight = by_others ? std::get<1>(by_library({false, true, false})) : output_mask[1] ? at::empty(weight.sizes(), weight.options().memory_format(format)) : none;
+  const Tensor dbias = output_mask[2] ? at::empty({g.C}, weight.options()) : none;
+  if (!output_mask[0] && (by_others || !output_mask[1]) && !output_mask[2]) return {dx, dweight, dbias};
+  with_dtype(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    backward<T>(image<T>(dy_), image<T>(x_), weight_.const_data_ptr<T>(),
+                {.dx = output_mask[0] ? output<T>(dx) : Image<T>{},
+                 .dweight = output_mask[1] && !by_others ? dweight : Tensor(),
+                 .dbias = output_mask[2] ? dbias : Tensor()},
+                g);
+  });
+  return {dx, dweight, dbias};
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace cnnkern
+
+CNNKERN_REGISTER_CPU(grouped_conv2d, grouped_conv2d_cpu)
+CNNKERN_REGISTER_CPU(grouped_conv2d_backward, grouped_conv2d_backward_cpu)
