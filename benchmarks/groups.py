@@ -15,7 +15,7 @@ LAYOUTS = ("contiguous", "channels_last")
 
 @dataclass(frozen=True)
 class Contender:
-    name: str  # ours, eager or torch.compile
+    name: str  # ours, eager, another form of the reference, torch.compile
     layout: str
 
 

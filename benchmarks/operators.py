@@ -18,7 +18,8 @@ from cnnkern.testing import Case, Layer
 
 
 def groups(options: Options, compiled: bool) -> list[Group]:
-    """Training and inference of every case on every shape; torch.compile, if at all, on one shape a network.
+    """Training and inference of every case on every shape; torch.compile, if at all, on one shape a network, of the
+    reference and of each other form of it that the case names.
 
     Cases take turns, so that a run which has no time for everything has times for each.
     """
@@ -53,7 +54,8 @@ def _group(network: str, mode: str, drawn: "Drawn", with_compile: bool) -> Group
     case, layer, training = drawn.case, drawn.layer, mode == "training"
     itemsize = drawn.dtype.itemsize
     layouts = LAYOUTS if len(layer.shape) in (4, 5) else LAYOUTS[:1]
-    names = ("eager", "ours") + ("torch.compile",) * with_compile
+    compiled = ("torch.compile", *(f"torch.compile, {form}" for form in case.bench_forms)) * with_compile
+    names = ("eager", "ours", *case.bench_forms, *compiled)
     numel = math.prod(layer.shape)
     read, written = case.elements(layer, training)
     return Group(
@@ -65,7 +67,10 @@ def _group(network: str, mode: str, drawn: "Drawn", with_compile: bool) -> Group
         api="functional",
         contenders=tuple(Contender(name, layout) for layout in layouts for name in names),
         open=lambda: OperatorBench(drawn, training),
-        weight=0.2 + numel * (1.5e-7 if training else 6e-8) + (12 if training else 6) * len(layouts) * with_compile,
+        weight=0.2
+        + numel * (1.5e-7 if training else 6e-8) * (1 + len(case.bench_forms))
+        + (12 if training else 6) * len(layouts) * len(compiled),
+        compiled=frozenset(compiled),
         dtype=str(drawn.dtype).removeprefix("torch."),
         bytes_read=read * itemsize,
         bytes_written=written * itemsize,
@@ -118,10 +123,11 @@ class OperatorBench:
 
     def step(self, contender: Contender, verify: bool) -> Callable[[], object]:
         case, (inputs, dy) = self.case, self.placed(contender.layout)
-        function = case.function if contender.name == "ours" else case.reference
-        if contender.name == "torch.compile":
+        name, _, form = contender.name.partition(", ")
+        function = case.bench_forms.get(form or name, case.function if name == "ours" else case.reference)
+        if name == "torch.compile":
             torch._dynamo.reset()  # else the eighth shape is left to eager
-            function = torch.compile(case.reference, dynamic=False, fullgraph=True)
+            function = torch.compile(function, dynamic=False, fullgraph=True)
             try:
                 _run(function, case, inputs, dy)
             except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, for one

@@ -149,9 +149,8 @@ class backend:
 
 
 # These have CPU kernels only; on a GPU csrc/autograd hands them to PyTorch's operators.
-_LEFT_TO_PYTORCH = {
-    operator + suffix for operator in ("bn_add_act", "add_relu", "grouped_conv2d") for suffix in ("", "_backward")
-}
+_FORWARD_LEFT_TO_PYTORCH = ("bn_add_act", "add_relu", "grouped_conv2d", "layer_norm", "layer_norm2d")
+_LEFT_TO_PYTORCH = {*_FORWARD_LEFT_TO_PYTORCH, *(f"{name}_backward" for name in _FORWARD_LEFT_TO_PYTORCH)}
 
 
 def _cuda_kernel(operator: str) -> str:

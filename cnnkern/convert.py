@@ -5,12 +5,14 @@ What follows it is read from a `torch.fx` trace of the forward pass of the modul
 leaf. An activation that a batch norm has absorbed is bypassed: its entry is exchanged for an identity where one call
 is all it has, else (one `self.relu` for several calls, `F.relu`) the holder's forward pass is replaced by its trace
 without that call. Residual additions, which are no modules, are always replaced in the trace. Where tracing fails, the
-batch norms are exchanged without what follows, which never changes a meaning. Grouped convolutions are exchanged alone.
+batch norms are exchanged without what follows, which never changes a meaning. Grouped convolutions and layer norms
+are exchanged alone.
 """
 
 import copy
 import itertools
 import operator
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cnnkern import reference
-from cnnkern.nn import batchnorm, sync
+from cnnkern.nn import batchnorm, layer_norm, sync
 from cnnkern.nn.conv import GroupedConv2d
 from cnnkern.ops.add_relu import add_relu
 from cnnkern.ops.bn_act import batch_norm_act
@@ -94,17 +96,37 @@ _ACT_CLASSES = {
 _ADD_CLASSES = {
     act: _classes(_AddsWhatFits, f"BatchNormAdd{_NAMES.get(act, '')}", {"act": act}) for act in ("none", "relu")
 }
-# Layers that are exchanged as they are, with what follows them left alone, and when.
-_PLAIN: dict[type, tuple[type, Callable[[Any], bool]]] = {nn.Conv2d: (GroupedConv2d, lambda conv: conv.groups > 1)}
 _ORIGINAL = {
     fused: plain
     for tables in (_ACT_CLASSES, _ADD_CLASSES)
     for table in tables.values()
     for plain, fused in table.items()
 }
-_ORIGINAL |= {ours: plain for plain, (ours, _) in _PLAIN.items()}
 # A converted model may have been synchronised since; torch's own synchronised one is what stays.
 _ORIGINAL |= dict.fromkeys((sync.SyncBatchNorm, sync.SyncBatchNormReLU, sync.SyncBatchNormAddReLU), nn.SyncBatchNorm)
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+
+
+def _plain() -> dict[type, tuple[type, Callable[[Any], bool]]]:
+    """Layers that are exchanged alone -> what for, and whether to.
+
+    torchvision's layer norm is no part of torch; a model that has one has imported it.
+    """
+
+    def always(_: nn.Module) -> bool:
+        return True
+
+    convnext = sys.modules.get("torchvision.models.convnext")
+    theirs = {} if convnext is None else {convnext.LayerNorm2d: (layer_norm.LayerNorm2d, always)}
+    return theirs | {
+        nn.Conv2d: (GroupedConv2d, lambda conv: conv.groups > 1),
+        nn.LayerNorm: (layer_norm.LayerNorm, always),
+    }
+
+
+def _originals() -> dict[type, type]:
+    """Our layers -> those that they were."""
+    return _ORIGINAL | {ours: plain for plain, (ours, _) in _plain().items()}
 
 
 @dataclass(frozen=True)
@@ -118,7 +140,7 @@ class Replacement:
 
 @dataclass
 class ConversionReport:
-    """What :func:`convert` did, an entry for each batch norm and each layer or addition replaced.
+    """What :func:`convert` did, an entry for each layer and each addition that it replaced or had to leave alone.
 
     ``print`` shows it; ``counts`` adds it up.
     """
@@ -131,7 +153,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         if not self.entries:
-            return "cnnkern.convert: no batch norm and no grouped convolution in this model, nothing to convert"
+            return "cnnkern.convert: no norm and no grouped convolution in this model, nothing to convert"
         width = max(len(e.path) for e in self.entries)
         lines = [
             f"{e.path:{width}}  {e.kind or 'left alone'}{f' ({e.reason})' if e.reason else ''}" for e in self.entries
@@ -173,13 +195,14 @@ class ConversionError(RuntimeError):
 
 
 def convert(model: nn.Module, inplace: bool = False, verify: Any = None) -> nn.Module:
-    """The model with its batch norms, the activations and residual additions behind them, and its grouped convolutions
+    """The model with its norms and grouped convolutions, and the activations and residual additions behind batch norms,
     on our kernels.
 
     The result shares parameters and buffers with ``model`` and has the same state-dict keys, so an optimiser made
     before still works and checkpoints fit either. With ``inplace`` the model itself is changed and returned. Results
-    are the same up to rounding, in training and in eval. Subclasses of batch norm are left alone; a batch norm or an
-    activation with hooks, and a batch norm whose output is used twice, is converted without what follows.
+    are the same up to rounding, in training and in eval. Subclasses of batch norm and layer norm are left alone; a
+    batch norm or an activation with hooks, and a batch norm whose output is used twice, is converted without what
+    follows.
 
     ``verify`` is an example input, or a tuple of them: forward pass and gradients of the original and of the result
     are then compared on it, in float64, in training and in eval mode, and :class:`ConversionError` is raised where
@@ -244,7 +267,7 @@ def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
         if isinstance(module, _Rewritten):
             module.__class__ = module._original_class
         if module.__dict__.pop("_cnnkern_converted", False):
-            module.__class__ = _ORIGINAL[type(module)]
+            module.__class__ = _originals()[type(module)]
             module.__dict__.pop("act", None)
         for name, child in module._modules.items():
             if isinstance(child, _Absorbed):
@@ -310,17 +333,17 @@ def _convert(model: nn.Module) -> ConversionReport:
             _exchange(fusion.norm, (_ADD_CLASSES if fusion.add else _ACT_CLASSES)[fusion.act])
             became[id(fusion.norm)] = _kind(fusion.act, fusion.add is not None)
         adds += [Replacement(f"{path}.{node.name}".lstrip("."), "add + ReLU") for node in _rewrite(holder, graph)]
-    report = ConversionReport()
+    report, plain = ConversionReport(), _plain()
     for path, module in model.named_modules():
         if id(module) in became:
             report.entries.append(Replacement(path, became[id(module)]))
         elif type(module) in _DIMENSIONS:
             _exchange(module, _ACT_CLASSES["none"])
             report.entries.append(Replacement(path, "BatchNorm"))
-        elif type(module) in _PLAIN and _PLAIN[type(module)][1](module):
-            _exchange(module, {type(module): _PLAIN[type(module)][0]})
+        elif type(module) in plain and plain[type(module)][1](module):
+            _exchange(module, {type(module): plain[type(module)][0]})
             report.entries.append(Replacement(path, type(module).__name__))
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in _ORIGINAL:
+        elif isinstance(module, _NORMS) and type(module) not in _originals():
             report.entries.append(Replacement(path, "", f"{type(module).__name__} has a forward pass of its own"))
     report.entries += adds
     return report

@@ -35,16 +35,21 @@ inline void check_image(const char* op, const Tensor& x) {
   TORCH_CHECK(x.dim() >= 2 && x.dim() <= 5, op, ": expected an input of 2 to 5 dimensions (N, C, ...); got ", x.sizes());
 }
 
-// A per-channel vector: C elements, on the input's device, in the input's dtype or float32.
-inline void check_channel_vector(const char* op, const char* name, const OptionalTensor& v, const Tensor& x) {
-  if (!v.has_value() || !v->defined()) return;
-  TORCH_CHECK(v->dim() == 1 && v->size(0) == x.size(1), op, ": ", name, " should contain ", x.size(1),
-              " elements (one a channel), not ", v->numel(), "; got shape ", v->sizes());
+// On the input's device, in the input's dtype or, beside 16-bit input, in float32.
+inline void check_parameter_type(const char* op, const char* name, const OptionalTensor& v, const Tensor& x) {
   TORCH_CHECK(v->device() == x.device(), op, ": expected ", name, " on ", x.device(), " like the input; got ", v->device());
   const bool mixed = v->scalar_type() == at::kFloat && (x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf);
   TORCH_CHECK(v->scalar_type() == x.scalar_type() || mixed, op, ": expected ", name,
               " in the input's dtype (", x.scalar_type(), ")", x.scalar_type() == at::kDouble ? "" : " or float32",
               "; got ", v->scalar_type());
+}
+
+// A per-channel vector: C elements, on the input's device, in the input's dtype or float32.
+inline void check_channel_vector(const char* op, const char* name, const OptionalTensor& v, const Tensor& x) {
+  if (!v.has_value() || !v->defined()) return;
+  TORCH_CHECK(v->dim() == 1 && v->size(0) == x.size(1), op, ": ", name, " should contain ", x.size(1),
+              " elements (one a channel), not ", v->numel(), "; got shape ", v->sizes());
+  check_parameter_type(op, name, v, x);
 }
 
 inline void check_same_shape(const char* op, const char* name, const Tensor& t, const Tensor& x) {
@@ -87,6 +92,45 @@ inline void check_batch_norm_backward(const char* op, const Tensor& dy, const Te
                     t->device() == x.device(),
                 op, ": mean and rstd must be the vectors that the forward operator returned: float64, ", x.size(1),
                 " elements, on ", x.device(), "; got ", t->scalar_type(), " ", t->sizes(), " on ", t->device());
+  TORCH_CHECK(!output_mask[1] || tensor_or_undefined(weight).defined(), op, ": output_mask asks for dweight, but weight is None");
+  TORCH_CHECK(!output_mask[2] || tensor_or_undefined(bias).defined(), op, ": output_mask asks for dbias, but bias is None");
+}
+
+// What layer norm asks of its inputs: parameters have the shape of the last dimensions of x.
+inline void check_layer_norm(const char* op, const Tensor& x, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
+                             const OptionalTensor& bias) {
+  check_floating(op, x);
+  const auto n = static_cast<int64_t>(normalized_shape.size());
+  TORCH_CHECK(n >= 1, op, ": expected normalized_shape to be at least 1-dimensional; got normalized_shape = ", normalized_shape);
+  TORCH_CHECK(x.dim() >= n && x.sizes().slice(x.dim() - n) == normalized_shape, op, ": given normalized_shape=", normalized_shape,
+              ", expected an input whose last dimensions are these; got input of size ", x.sizes());
+  const auto check = [&](const char* name, const OptionalTensor& v) {
+    if (!v.has_value() || !v->defined()) return;
+    TORCH_CHECK(v->sizes() == normalized_shape, op, ": expected ", name, " to be of the same shape as normalized_shape = ",
+                normalized_shape, "; got ", name, " of shape ", v->sizes());
+    check_parameter_type(op, name, v, x);
+  };
+  check("weight", weight);
+  check("bias", bias);
+}
+
+inline void check_layer_norm2d(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias) {
+  check_floating(op, x);
+  TORCH_CHECK(x.dim() == 4, op, ": expected an input of 4 dimensions (N, C, H, W); got ", x.sizes());
+  check_channel_vector(op, "weight", weight, x);
+  check_channel_vector(op, "bias", bias, x);
+}
+
+// What the gradient of a layer norm needs besides: statistics of the shape `shape`, as the forward operator returned them.
+inline void check_layer_norm_saved(const char* op, const Tensor& dy, const Tensor& x, at::IntArrayRef shape,
+                                   const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
+                                   const Tensor& rstd, const std::array<bool, 3>& output_mask) {
+  check_same_shape(op, "dy", dy, x);
+  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  for (const Tensor* t : {&mean, &rstd})
+    TORCH_CHECK(t->sizes() == shape && t->scalar_type() == type && t->is_contiguous() && t->device() == x.device(), op,
+                ": mean and rstd must be those that the forward operator returned: ", type, ", of shape ", shape, ", on ",
+                x.device(), "; got ", t->scalar_type(), " ", t->sizes(), " on ", t->device());
   TORCH_CHECK(!output_mask[1] || tensor_or_undefined(weight).defined(), op, ": output_mask asks for dweight, but weight is None");
   TORCH_CHECK(!output_mask[2] || tensor_or_undefined(bias).defined(), op, ": output_mask asks for dbias, but bias is None");
 }

@@ -1,4 +1,4 @@
-"""What is peculiar to grouped convolution: every argument of F.conv2d, its errors, the module, accuracy of long sums."""
+"""What is peculiar to grouped convolution: the arguments of F.conv2d, its errors, the module, long sums."""
 
 import copy
 import itertools

@@ -19,6 +19,7 @@ from cnnkern.nn.batchnorm import (
     BatchNormReLU3d,
 )
 from cnnkern.nn.conv import GroupedConv2d
+from cnnkern.nn.layer_norm import LayerNorm, LayerNorm2d
 from cnnkern.nn.lazy import (
     LazyBatchNormAddReLU2d,
     LazyBatchNormReLU1d,
@@ -46,6 +47,8 @@ __all__ = [
     "BatchNormReLU2d",
     "BatchNormReLU3d",
     "GroupedConv2d",
+    "LayerNorm",
+    "LayerNorm2d",
     "LazyBatchNormAddReLU2d",
     "LazyBatchNormReLU1d",
     "LazyBatchNormReLU2d",

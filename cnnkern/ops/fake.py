@@ -1,5 +1,7 @@
 """What the operators' fakes share: outputs without data, for torch.compile and torch.export."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,3 +49,19 @@ def check_residual(op: str, x: Tensor, residual: Tensor) -> None:
         residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device,
         lambda: f"{op}: residual must have the input's shape, dtype and device",
     )
+
+
+def layer_norm_statistics(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """mean and rstd of a layer norm over `dims`: those dimensions have one element."""
+    shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
+    mean = x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return mean, torch.empty_like(mean)
+
+
+def layer_norm_parameters(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, output_mask: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """dweight and dbias of a layer norm, dense whatever the parameters' strides."""
+    wanted = ((output_mask[1], weight), (output_mask[2], bias))
+    dense = [v.new_empty(v.shape) if want else x.new_empty(0) for want, v in wanted]
+    return dense[0], dense[1]

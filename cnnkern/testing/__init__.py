@@ -9,6 +9,7 @@ from cnnkern.testing.batch_norm import BN_ACT, BN_ADD_ACT
 from cnnkern.testing.case import Case, Layer, Shape, randn, run, saved_bytes, with_layout
 from cnnkern.testing.grouped_conv2d import GROUPED_CONV2D
 from cnnkern.testing.judge import assert_as_good_as, check, to_float64
+from cnnkern.testing.layer_norm import LAYER_NORM, LAYER_NORM2D
 
 __all__ = [
     "CASES",
@@ -24,4 +25,5 @@ __all__ = [
     "with_layout",
 ]
 
-CASES: dict[str, Case] = {case.name: case for case in (BN_ACT, BN_ADD_ACT, ADD_RELU, GROUPED_CONV2D)}
+_ROWS = (BN_ACT, BN_ADD_ACT, ADD_RELU, GROUPED_CONV2D, LAYER_NORM, LAYER_NORM2D)
+CASES: dict[str, Case] = {case.name: case for case in _ROWS}

@@ -38,6 +38,8 @@ class Case:
     bench_layers: dict[str, tuple[Layer, ...]]  # network -> its layers, each once
     bench_variant: str
     bench_others: tuple[str, ...] = field(default=(), kw_only=True)  # variants that a full run adds on two shapes
+    # Other forms of the reference in use, by name: contenders of the benchmarks.
+    bench_forms: dict[str, Callable[..., Tensor]] = field(default_factory=dict, kw_only=True)
     forward_call: Callable[[dict[str, Any]], tuple]  # arguments of `inputs` -> (operator, positional arguments)
     backward_call: Callable[[dict[str, Any], Tensor], tuple]  # ... and dy -> (gradient operator, arguments)
     # Tensors that the least possible traffic (read, written) consists of; of x's size but for y and dy.
@@ -46,6 +48,7 @@ class Case:
     devices: tuple[str, ...] = ("cpu", "cuda")  # that have a kernel
     ranks: tuple[int, ...] = (2, 3, 4, 5)  # numbers of dimensions that the input may have
     empty_shapes: tuple[Shape, ...] = ((0, 3, 4, 5), (0, 3), (2, 3, 0, 4))
+    keeps_layout: bool = True  # whether results have the input's memory format; else they are contiguous
     float32_parameters: bool = True  # beside a 16-bit input: whether `inputs` knows parameter_dtype
 
     output_shape: Callable[[Layer], Shape] | None = None  # where it is not the input's

@@ -11,7 +11,7 @@ def _at(side: int, *channels: int) -> list[Shape]:
     return [(32, c, side, side) for c in channels]
 
 
-def _batch(n: int, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
+def batch(n: int, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
     return tuple((n, *shape[1:]) for shape in shapes)
 
 
@@ -31,20 +31,23 @@ DENSENET121 = (  # what neither has: a step of 32 channels from layer to layer
 )
 RESNET50_ADDS = (*_at(56, 256), *_at(28, 512), *_at(14, 1024), *_at(7, 2048))
 
+# The layer norms of ConvNeXt-Tiny at 224x224, batch 16, and the one before its classifier.
+CONVNEXT_TINY = ((16, 96, 56, 56), (16, 192, 28, 28), (16, 384, 14, 14), (16, 768, 7, 7), (16, 768, 1, 1))
 
-def _layers(shapes: Sequence[Shape]) -> tuple[Layer, ...]:
+
+def layers(shapes: Sequence[Shape]) -> tuple[Layer, ...]:
     return tuple(map(Layer, shapes))
 
 
 BATCH_NORM_LAYERS = {
-    "resnet50": _layers(RESNET50),
-    "resnext50": _layers(RESNEXT50),
-    "densenet121": _layers(DENSENET121),
-    "resnet50 batch 1": _layers(_batch(1, RESNET50)),
-    "resnext50 batch 1": _layers(_batch(1, RESNEXT50)),
-    "densenet121 batch 1": _layers(_batch(1, DENSENET121)),
+    "resnet50": layers(RESNET50),
+    "resnext50": layers(RESNEXT50),
+    "densenet121": layers(DENSENET121),
+    "resnet50 batch 1": layers(batch(1, RESNET50)),
+    "resnext50 batch 1": layers(batch(1, RESNEXT50)),
+    "densenet121 batch 1": layers(batch(1, DENSENET121)),
 }
-ADD_LAYERS = {"resnet50": _layers(RESNET50_ADDS), "resnet50 batch 1": _layers(_batch(1, RESNET50_ADDS))}
+ADD_LAYERS = {"resnet50": layers(RESNET50_ADDS), "resnet50 batch 1": layers(batch(1, RESNET50_ADDS))}
 
 
 # The grouped convolutions of six networks at 224x224, each once: channels and side of the input, stride.

@@ -59,6 +59,15 @@ inline std::tuple<Tensor, Tensor, Tensor> batch_norm_by_pytorch(
   return {activation_by_pytorch(pre, act), none, none.clone()};
 }
 
+// Mean and rstd over `dims` as functions of x whose values are the saved ones: rstd's eps is not needed, its derivative is.
+inline std::tuple<Tensor, Tensor> differentiable_statistics(const Tensor& x, const Tensor& mean, const Tensor& rstd,
+                                                            at::IntArrayRef dims) {
+  const Tensor centred = x - mean;
+  const Tensor shift = centred.mean(dims, /*keepdim=*/true);
+  const Tensor var = (centred - shift).square().mean(dims, /*keepdim=*/true);
+  return {mean + shift, (var - var.detach() + rstd.detach().pow(-2)).rsqrt()};
+}
+
 // y of bn_act as a differentiable function of x, weight and bias, from the vectors that the forward pass saved.
 inline Tensor bn_act_composite(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
                                const Tensor& rstd, bool training, c10::string_view act) {
@@ -69,14 +78,7 @@ inline Tensor bn_act_composite(const Tensor& x, const Tensor& weight, const Tens
     if (d != 1) dims.push_back(d);
   const Tensor wide = x.to(type);
   Tensor centre = mean.to(type).view(shape), scale = rstd.to(type).view(shape);
-  if (training) {
-    // rstd as a function of x whose value is the saved one: the saved eps is not needed, d rstd / d var is.
-    const Tensor centred = wide - centre;
-    const Tensor shift = centred.mean(dims, /*keepdim=*/true);
-    const Tensor var = (centred - shift).square().mean(dims, /*keepdim=*/true);
-    centre = centre + shift;
-    scale = (var - var.detach() + scale.detach().pow(-2)).rsqrt();
-  }
+  if (training) std::tie(centre, scale) = differentiable_statistics(wide, centre, scale, dims);
   Tensor pre = (wide - centre) * scale;
   if (weight.defined()) pre = pre * weight.to(type).view(shape);
   if (bias.defined()) pre = pre + bias.to(type).view(shape);

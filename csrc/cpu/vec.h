@@ -200,6 +200,41 @@ inline void add_lanes(double* wide, const at::vec::Vectorized<S>& v) {
   for (int j = 0; j < n; ++j) wide[j] += static_cast<double>(lanes[j]);
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+inline __m256 fold(__m512 v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+inline __m256d fold(__m512d v) { return _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1)); }
+#elif defined(CPU_CAPABILITY_AVX2)
+inline __m256 fold(__m256 v) { return v; }
+inline __m256d fold(__m256d v) { return v; }
+#endif
+
+// The sums of the lanes of four vectors, in double.
+template <typename S>
+inline void sum_lanes(const at::vec::Vectorized<S> (&v)[4], double* sums) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<S, float>) {
+    const __m256 a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    const __m256 abcd = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    _mm256_storeu_pd(sums, _mm256_cvtps_pd(_mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1))));
+  } else {
+    const __m256d ab = _mm256_hadd_pd(fold(v[0]), fold(v[1])), cd = _mm256_hadd_pd(fold(v[2]), fold(v[3]));
+    const __m256d low = _mm256_permute2f128_pd(ab, cd, 0x20), high = _mm256_permute2f128_pd(ab, cd, 0x31);
+    _mm256_storeu_pd(sums, _mm256_add_pd(low, high));
+  }
+#else
+  constexpr int n = at::vec::Vectorized<S>::size();
+  for (int i = 0; i < 4; ++i) {
+    S lanes[n];
+    v[i].store(lanes);
+    for (int half = n / 2; half > 0; half /= 2)
+      for (int j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+    sums[i] = lanes[0];
+  }
+#endif
+}
+
 // exp, within two units in the last place. at::vec's own is a call into another library, around which every register
 // is saved; this one is inlined. exp(x) = 2^n * exp(r) with |r| <= log(2) / 2, and exp(r) by its series.
 template <typename S>

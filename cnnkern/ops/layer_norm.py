@@ -1,0 +1,57 @@
+"""Layer norm over the last dimensions. Kernels: csrc/cpu; autograd: csrc/autograd."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cnnkern.ops import fake
+
+_layer_norm = torch.ops.cnnkern.layer_norm.default
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Layer normalisation over the last dimensions, as many as ``normalized_shape`` has.
+
+    Equivalent to ``F.layer_norm(input, normalized_shape, weight, bias, eps)``.
+
+    Shapes: ``input`` and the result (\\*, \\*normalized_shape), any number of rows; ``weight`` and ``bias``
+    ``normalized_shape`` or None, each on its own.
+    Dtypes: float32, float64, bfloat16 or float16; parameters in the input's dtype, or float32 beside the 16-bit ones.
+    The result is contiguous. The gradient saves the input and two numbers a row: float32, or float64 beside float64.
+    On a GPU PyTorch's own operator answers.
+
+    Raises RuntimeError for shapes, dtypes or devices that do not fit.
+
+    Source: Ba, Kiros and Hinton, Layer Normalization, 2016 (arXiv:1607.06450).
+    """
+    return _layer_norm(input, normalized_shape, weight, bias, eps)[0]
+
+
+@torch.library.register_fake("cnnkern::layer_norm")
+def _(x, normalized_shape, weight, bias, eps):
+    op, n = "cnnkern::layer_norm", len(normalized_shape)
+    torch._check(n >= 1, lambda: f"{op}: expected normalized_shape to be at least 1-dimensional")
+    torch._check(
+        x.dim() >= n and all(a == b for a, b in zip(x.shape[x.dim() - n :], normalized_shape, strict=True)),
+        lambda: f"{op}: given normalized_shape={normalized_shape}, expected an input whose last dimensions are these",
+    )
+    for name, vector in (("weight", weight), ("bias", bias)):
+        torch._check(
+            vector is None or (vector.device == x.device and tuple(vector.shape) == tuple(normalized_shape)),
+            lambda name=name: f"{op}: expected {name} to be of the same shape as normalized_shape, beside the input",
+        )
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, *fake.layer_norm_statistics(x, range(x.dim() - n, x.dim()))
+
+
+@torch.library.register_fake("cnnkern::layer_norm_backward")
+def _(dy, x, normalized_shape, weight, bias, mean, rstd, output_mask):
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if output_mask[0] else x.new_empty(0)
+    return dx, *fake.layer_norm_parameters(x, weight, bias, output_mask)

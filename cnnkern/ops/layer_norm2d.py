@@ -1,0 +1,39 @@
+"""Layer norm over the channels of images. Kernels: csrc/cpu; autograd: csrc/autograd."""
+
+import torch
+from torch import Tensor
+
+from cnnkern.ops import fake
+
+_layer_norm2d = torch.ops.cnnkern.layer_norm2d.default
+
+
+def layer_norm2d(input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """Layer normalisation of each pixel over its channels.
+
+    Equivalent to ``F.layer_norm(input.permute(0, 2, 3, 1), input.shape[1:2], weight, bias, eps).permute(0, 3, 1, 2)``,
+    in the memory format of the input.
+
+    Shapes: ``input`` and the result (N, C, H, W); ``weight`` and ``bias`` (C,) or None, each on its own.
+    Dtypes: float32, float64, bfloat16 or float16; parameters in the input's dtype, or float32 beside the 16-bit ones.
+    The gradient saves the input and two numbers a pixel: float32, or float64 beside float64.
+    On a GPU PyTorch's own operators answer.
+
+    Raises RuntimeError for shapes, dtypes or devices that do not fit.
+
+    Source: Liu et al., A ConvNet for the 2020s, 2022 (arXiv:2201.03545).
+    """
+    return _layer_norm2d(input, weight, bias, eps)[0]
+
+
+@torch.library.register_fake("cnnkern::layer_norm2d")
+def _(x, weight, bias, eps):
+    torch._check(x.dim() == 4, lambda: "cnnkern::layer_norm2d: expected an input of 4 dimensions (N, C, H, W)")
+    fake.check_channel_vectors("cnnkern::layer_norm2d", x, weight=weight, bias=bias)
+    return fake.empty_like_layout(x), *fake.layer_norm_statistics(x, (1,))
+
+
+@torch.library.register_fake("cnnkern::layer_norm2d_backward")
+def _(dy, x, weight, bias, mean, rstd, output_mask):
+    dx = fake.empty_like_layout(x) if output_mask[0] else x.new_empty(0)
+    return dx, *fake.layer_norm_parameters(x, weight, bias, output_mask)
