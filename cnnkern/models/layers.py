@@ -5,7 +5,7 @@ the same constructor, parameters and state-dict keys; only the kernels beneath d
 (a dense convolution, a pooling) is `torch.nn`'s in both.
 """
 
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,10 @@ from torch import Tensor, nn
 import cnnkern.nn
 from cnnkern.models import unfused
 
-_FUSED = SimpleNamespace(**{name: getattr(cnnkern.nn, name, getattr(unfused, name)) for name in unfused.__all__})
-
 
 def layer_set(fused: bool) -> ModuleType:
     """The module whose layers a model is built from: :mod:`cnnkern.nn` or :mod:`cnnkern.models.unfused`."""
-    return _FUSED if fused else unfused
+    return cnnkern.nn if fused else unfused
 
 
 def grouped_conv2d(layers: ModuleType, *args, groups: int, **kwargs) -> nn.Conv2d:
