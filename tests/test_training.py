@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cnnkern import checkpoint as checkpoints
-from cnnkern import cli, data, models, testing, train
+from cnnkern import cli, data, models, testing, train, trainer
 from cnnkern.models import registry
 from cnnkern.models.layers import layer_set
 
@@ -191,10 +191,10 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path):
     assert list(checkpoint["state"]) == list(models.res_lenet(in_channels=1).state_dict())
 
 
-def test_a_batch_that_cannot_be_divided_among_processes(tmp_path):
-    done = torchrun("lenet_relu", "--batch-size", "63", folder=tmp_path)
-    assert done.returncode != 0
-    assert "cnnkern: --batch-size 63 cannot be divided among 2 processes" in done.stderr
+def test_a_batch_that_cannot_be_divided_among_processes():
+    options = train.parse(["lenet_relu", "--batch-size", "63"])
+    with pytest.raises(train.TrainingError, match="--batch-size 63 cannot be divided among 2 processes"):
+        train.Run(options, trainer.Processes(rank=0, count=2))
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------
