@@ -383,8 +383,8 @@ def sgd(model: nn.Module, x: Tensor, target: Tensor, lr: float, steps: int = 5) 
 
 
 def calm_rate(model: nn.Module, gradients: dict[str, Tensor]) -> float:
-    """A learning rate at which a step moves the weights by a thousandth of their norm. With a larger one, rounding
-    grows by orders of magnitude from step to step in a deep network whose last batch norms see four values.
+    """A learning rate at which a step moves the weights by a thousandth of their norm. With a larger one, or images
+    of which the last batch norms see one pixel, rounding grows by orders of magnitude from step to step.
     """
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     steps = torch.cat([gradients[n].flatten() for n, _ in model.named_parameters()])
@@ -404,21 +404,21 @@ QUICK = {
     "nin": 67,
     "googlenet": 32,
     "resnet18": 32,
-    "resnext50_32x4d": 32,
+    "resnext50_32x4d": 64,
     "preact_resnet18": 32,
     "densenet_small": 32,
     "regnet_x_tiny": 32,
-    "regnet_y_400mf": 32,
-    "mobilenet_v2": 32,
-    "shufflenet_v2_x1_0": 32,
-    "efficientnet_b0": 32,
+    "regnet_y_400mf": 64,
+    "mobilenet_v2": 64,
+    "shufflenet_v2_x1_0": 64,
+    "efficientnet_b0": 64,
     "convnext_tiny": 32,
 }
 ALL = os.environ.get("CNNKERN_ALL_MODELS") == "1"
 # In double precision, with gradients and momentum, these take more memory than a test should.
 LARGE = {"regnet_x_32gf", "regnet_y_32gf", "regnet_y_128gf"}
 # alexnet needs its 224 pixels; the other sides are small, for the larger models have more layers and no other kinds.
-COMPARED = {n: QUICK.get(n, 224 if n == "alexnet" else 32) for n in list_models() if n not in LARGE} if ALL else QUICK
+COMPARED = {n: QUICK.get(n, 224 if n == "alexnet" else 64) for n in list_models() if n not in LARGE} if ALL else QUICK
 
 
 def narrow(name: str) -> dict[str, float]:
