@@ -200,7 +200,7 @@ struct Backward {
     const T *const g = dy + row * cols, *const in = x + row * cols;
     V center[kRows];
     for (int r = 0; r < kRows; ++r) center[r] = V(mean[row + r]);
-    double sum[kRows], product[kRows];
+    double sum[kRows] = {}, product[kRows] = {};
     sum_columns<T, 2, kRows>(cols, {sum, product}, [&](int r, int64_t j, int64_t n, auto partial, auto& sums) {
       constexpr bool kPartial = decltype(partial)::value;
       const V gw = load<kPartial>(g + r * cols + j, n, V(0)) * load<kPartial>(weight + j, n, V(0));
