@@ -25,7 +25,7 @@ def grouped_conv2d_inputs(
     bias: bool = True,
     smooth: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of conv2d with groups of `width` channels, C rounded up to whole groups; or with `groups` of them.
+    """Arguments of conv2d with groups of `width` channels, C rounded up to two whole groups or more; or with `groups`.
 
     Pictures smaller than the kernel are given as many more rows and columns as it needs.
     """
@@ -36,7 +36,7 @@ def grouped_conv2d_inputs(
         max(size, dilation * (k - 1) + 1 - 2 * p) for size, k, p in zip(picture, kernel, paddings, strict=True)
     )
     width = -(-channels // groups) if groups else width
-    groups = groups or -(-channels // width)
+    groups = groups or max(2, -(-channels // width))
     x = randn((n, groups * width, height, columns), generator, dtype)
     weight = randn((groups * width * multiplier, width, *kernel), generator, torch.float64) * 0.5
     return {

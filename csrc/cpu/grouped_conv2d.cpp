@@ -350,18 +350,18 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
   return x.size(2) + 2 * padding[0] >= kh && x.size(3) + 2 * padding[1] >= kw;
 }
 
-// Where the library's forward pass is faster: small depthwise kernels on small planes in channels_last, which it reads in
+// Where the library's forward pass is faster, on float32: small depthwise kernels on small planes in channels_last, which it reads in
 // place.
-bool library_forward(const Geometry& g, bool channels_last) {
+bool library_forward(const Geometry& g, at::ScalarType type, bool channels_last) {
   const int64_t pixels = g.OH * g.OW;
-  return channels_last && g.width == 1 && ((g.taps() <= 9 && pixels <= 196) || (g.taps() <= 25 && pixels <= 49));
+  return type == at::kFloat && channels_last && g.width == 1 && ((g.taps() <= 9 && pixels <= 196) || (g.taps() <= 25 && pixels <= 49));
 }
 
-// Where the library's gradient of the weight is faster: on planes of up to 8x8, if groups are wide, or if it is all that
+// Where the library's gradient of the weight is faster, on float32: on planes of up to 8x8, if groups are wide, or if it is all that
 // is asked for of a small depthwise kernel.
-bool library_dweight(const Geometry& g, const std::array<bool, 3>& output_mask) {
+bool library_dweight(const Geometry& g, at::ScalarType type, const std::array<bool, 3>& output_mask) {
   const bool alone = !output_mask[0] && g.width == 1 && g.taps() <= 9;
-  return output_mask[1] && g.OH * g.OW <= 64 && (g.width >= 16 || alone);
+  return type == at::kFloat && output_mask[1] && g.OH * g.OW <= 64 && (g.width >= 16 || alone);
 }
 
 Geometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding) {
@@ -413,7 +413,7 @@ Tensor grouped_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalT
   const Tensor& b = tensor_or_undefined(bias);
   const bool is_covered = covered(x, weight, b, stride, padding, dilation, groups);
   const bool channels_last = is_covered && result_format(x, weight) == at::MemoryFormat::ChannelsLast;
-  if (!is_covered || library_forward(geometry(x, weight, stride, padding), channels_last))
+  if (!is_covered || library_forward(geometry(x, weight, stride, padding), x.scalar_type(), channels_last))
     return at::convolution(x, weight, bias, stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, groups);
   const Geometry g = geometry(x, weight, stride, padding);
   const Tensor x_ = in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
@@ -429,16 +429,14 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
                                                                at::IntArrayRef stride, at::IntArrayRef padding,
                                                                at::IntArrayRef dilation, int64_t groups,
                                                                std::array<bool, 3> output_mask) {
-  const auto by_library = [&](std::array<bool, 3> mask) {
-    return at::convolution_backward(dy, x, weight, /*bias_sizes=*/at::IntArrayRef{weight.size(0)}, stride, padding, dilation,
-                                    /*transposed=*/false, /*output_padding=*/{0, 0}, groups, mask);
-  };
   const Tensor none = at::empty({0}, x.options());
-  if (!covered(x, weight, {}, stride, padding, dilation, groups)) {
-    const auto grads = by_library(output_mask);
-    const auto or_none = [&](const Tensor& t) { return t.defined() ? t : none; };
-    return {or_none(std::get<0>(grads)), or_none(std::get<1>(grads)), or_none(std::get<2>(grads))};
-  }
+  const auto by_library = [&](std::array<bool, 3> mask) {
+    const auto [dx, dweight, dbias] = at::convolution_backward(
+        dy, in_layout(x), weight, /*bias_sizes=*/at::IntArrayRef{weight.size(0)}, stride, padding, dilation,
+        /*transposed=*/false, /*output_padding=*/{0, 0}, groups, mask);
+    return std::tuple(mask[0] ? dx : none, mask[1] ? dweight : none, mask[2] ? dbias : none);
+  };
+  if (!covered(x, weight, {}, stride, padding, dilation, groups)) return by_library(output_mask);
   const Geometry g = geometry(x, weight, stride, padding);
   TORCH_CHECK(dy.sizes() == at::IntArrayRef({g.N, g.C, g.OH, g.OW}) && dy.scalar_type() == x.scalar_type() && dy.device().is_cpu(),
               "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.C, g.OH, g.OW}),
@@ -446,8 +444,10 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
   const Tensor x_ = in_layout(x), dy_ = in_layout(dy), weight_ = weight.contiguous();
   const auto format = result_format(x, weight);
   const Tensor dx = output_mask[0] ? at::empty(x.sizes(), x.options().memory_format(format)) : none;
-  const bool by_others = library_dweight(g, output_mask);
-  const Tensor dweight = by_others ? std::get<1>(by_library({false, true, false})) : output_mask[1] ? at::empty(weight.sizes(), weight.options().memory_format(format)) : none;
+  const bool by_others = library_dweight(g, x.scalar_type(), output_mask);
+  const Tensor dweight = by_others        ? std::get<1>(by_library({false, true, false}))
+                         : output_mask[1] ? at::empty(weight.sizes(), weight.options().memory_format(format))
+                                          : none;
   const Tensor dbias = output_mask[2] ? at::empty({g.C}, weight.options()) : none;
   if (!output_mask[0] && (by_others || !output_mask[1]) && !output_mask[2]) return {dx, dweight, dbias};
   with_dtype(x.scalar_type(), [&](auto type) {
