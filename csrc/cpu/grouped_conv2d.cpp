@@ -47,7 +47,7 @@ void sums(const Geometry& g, const Sweep& s, int64_t step, int64_t plane) {
 constexpr bool kManyRegisters = kPlane == 16;
 
 // The gradient of a narrow part: rows of `taps` vectors, as many rows at a time as registers hold.
-void narrow_gradient(Products s, int64_t kernel_rows, int64_t taps, float* out) {
+void narrow_gradient(const Products& s, int64_t kernel_rows, int64_t taps, float* out) {
   const int64_t pitch = taps * kPlane;
   int64_t row = 0;
   const auto rows = [&](auto r, auto k) {
@@ -90,8 +90,9 @@ void wide_gradient(const Products& s, const Geometry& g, int64_t plane, float* o
     for (int64_t i = 0; i < g.width;) {
       Products part = row;
       part.in += kx * kPlane + i / kPlane * plane + i % kPlane;
-      if (i + 8 <= g.width && (K == 1 || kManyRegisters))
-        wide_products<L, K, (K == 1 || kManyRegisters) ? 8 : 4>(part, o + i * L, g.width * L), i += 8;
+      constexpr int kMost = K == 1 || kManyRegisters ? 8 : 4;  // channels whose sums fit into registers
+      if (i + kMost <= g.width)
+        wide_products<L, K, kMost>(part, o + i * L, g.width * L), i += kMost;
       else
         wide_products<L, K, 4>(part, o + i * L, g.width * L), i += 4;
     }
@@ -144,9 +145,9 @@ void forward(const Image<const T>& x, const T* weight, const T* bias, const Imag
     for (int64_t p = 0; p < blocks.planes; ++p)
       pack(copies, x, n, blocks.first(b, p), blocks.valid(b, p), window, in + p * plane);
     for (int64_t part = 0; part < blocks.parts(); ++part) {
-      const int64_t lane = blocks.lane(part), group = g.narrow() ? lane : part / blocks.parts_of_group() * g.width;
+      const int64_t lane = blocks.lane(part), group = blocks.group(part);
       sums(g,
-           {.in = in + group / kPlane * plane + (g.narrow() ? 0 : group % kPlane),
+           {.in = in + group / kPlane * plane + group % kPlane,
             .in_row = g.stride * cols * pixel,
             .in_pitch = cols * pixel,
             .weight = &packed[b * block_floats + part * blocks.part_weights()],
@@ -229,8 +230,7 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
     }
     const float* dy_first = dy_at + ((dy_begin - lo) * dy_cols - dy_col) * kPlane;  // plane 0, the tile's own rows
     for (int64_t part = 0; part < blocks.parts(); ++part) {
-      const int64_t lane = blocks.lane(part), group = g.narrow() ? lane : part / blocks.parts_of_group() * g.width;
-      const int64_t group_lane = g.narrow() ? 0 : group % kPlane;
+      const int64_t lane = blocks.lane(part), group = blocks.group(part);
       if (dx) {
         const float* w = &packed[b * blocks.weights() + part * blocks.part_weights()];
         for (int64_t my = 0; my < s; ++my)
@@ -239,7 +239,7 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
             const int64_t row = rows.first(begin, g.ph), column = columns.first(0, g.pw);
             const int64_t in_row = (row + g.ph) / s - rows.count + 1 - lo, in_col = (column + g.pw) / s - columns.count + 1 - dy_col;
             sums(g,
-                 {.in = dy_copies_at + group / kPlane * dx_in_plane + group_lane + (in_row * dy_cols + in_col) * pixel,
+                 {.in = dy_copies_at + group / kPlane * dx_in_plane + group % kPlane + (in_row * dy_cols + in_col) * pixel,
                   .in_row = dy_cols * pixel,
                   .in_pitch = dy_cols * pixel,
                   .weight = w,
@@ -261,7 +261,7 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
       if (dweight) {
         const Products products{.dy = dy_first + lane / kPlane * dy_plane + lane % kPlane,
                                 .dy_row = dy_cols * kPlane,
-                                .in = x_at + group / kPlane * x_plane + group_lane,
+                                .in = x_at + group / kPlane * x_plane + group % kPlane,
                                 .in_row = s * x_cols * pixel,
                                 .in_pixel = s * pixel,
                                 .in_pitch = x_cols * pixel,
@@ -318,7 +318,7 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
       };
       for (int64_t part = 0; dweight && part < blocks.parts(); ++part) {
         const int64_t channel = b * blocks.channels + blocks.lane(part);
-        const int64_t end = g.narrow() ? g.C : std::min(g.C, (channel / g.width + 1) * g.width);
+        const int64_t end = blocks.end_of_part(channel);
         const auto strides = grads.dweight.strides();
         for (int64_t tap = 0; tap < g.taps(); ++tap)
           for (int64_t i = 0; i < g.width; ++i) {
@@ -411,13 +411,15 @@ void with_dtype(at::ScalarType type, const F& f) {
 Tensor grouped_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const Tensor& b = tensor_or_undefined(bias);
-  const bool is_covered = covered(x, weight, b, stride, padding, dilation, groups);
-  const bool channels_last = is_covered && result_format(x, weight) == at::MemoryFormat::ChannelsLast;
-  if (!is_covered || library_forward(geometry(x, weight, stride, padding), x.scalar_type(), channels_last))
+  const auto by_library = [&] {
     return at::convolution(x, weight, bias, stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, groups);
+  };
+  if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
   const Geometry g = geometry(x, weight, stride, padding);
+  const auto format = result_format(x, weight);
+  if (library_forward(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast)) return by_library();
   const Tensor x_ = in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
-  const Tensor y = at::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(result_format(x, weight)));
+  const Tensor y = at::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(format));
   with_dtype(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     forward(image<T>(x_), weight_.const_data_ptr<T>(), b.defined() ? bias_.const_data_ptr<T>() : nullptr, output<T>(y), g);
