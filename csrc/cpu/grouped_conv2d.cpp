@@ -40,19 +40,20 @@ void with_taps(int64_t taps, const F& f) {
 // One part's sums over its taps; `step` pixels of the plane lie between the first taps of two neighbouring outputs.
 void sums(const Geometry& g, const Sweep& s, int64_t step, int64_t plane) {
   const auto narrow = [&](auto taps) {
-    constexpr int K = decltype(taps)::value, K3 = K == 3 ? 3 : 0, strided = K == 2 ? 0 : K;
+    constexpr int K = decltype(taps)::value, strided = K >= 3 ? K : 0;
     if (g.width == 1) return step == 1 ? narrow_sums<1, 1, K>(s) : narrow_sums<1, 2, strided>(s);
     if (g.width == 2) return step == 1 ? narrow_sums<2, 1, 0>(s) : narrow_sums<2, 2, 0>(s);
-    step == 1 ? narrow_sums<4, 1, K3>(s) : narrow_sums<4, 2, K3>(s);
+    constexpr int few = K <= 3 ? K : 0;
+    step == 1 ? narrow_sums<4, 1, few>(s) : narrow_sums<4, 2, K == 3 ? 3 : 0>(s);
   };
   const auto wide = [&](auto taps) {
-    constexpr int K = decltype(taps)::value, strided = K == 2 ? 0 : K;
+    constexpr int K = decltype(taps)::value, strided = K >= 3 ? K : 0;
     if (g.lanes() == kPlane)
       return step == 1 ? wide_sums<kPlane, 1, K>(s, g.width, plane) : wide_sums<kPlane, 2, strided>(s, g.width, plane);
     if constexpr (kPlane != 8)
       step == 1 ? wide_sums<8, 1, K>(s, g.width, plane) : wide_sums<8, 2, strided>(s, g.width, plane);
   };
-  g.narrow() ? with_taps<2, 3, 5, 7>(s.taps, narrow) : with_taps<2, 3>(s.taps, wide);
+  g.narrow() ? with_taps<1, 2, 3, 5, 7>(s.taps, narrow) : with_taps<1, 2, 3>(s.taps, wide);
 }
 
 // The gradient of a narrow part, into (kernel rows, taps, channels of a group, kPlane).
@@ -373,6 +374,12 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
   return x.size(2) + 2 * padding[0] >= kh && x.size(3) + 2 * padding[1] >= kw;
 }
 
+// Where the library is faster, on float32: small depthwise kernels on planes of at most 7x7 in channels_last, which it
+// reads in place; the forward pass, and the gradient of the weight if that of the input is not asked for.
+bool left_to_library(const Geometry& g, at::ScalarType type, bool channels_last) {
+  return type == at::kFloat && channels_last && g.width == 1 && g.taps() <= 9 && g.OH * g.OW <= 49;
+}
+
 Geometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding) {
   const int64_t kh = weight.size(2), kw = weight.size(3);
   return {.N = x.size(0),
@@ -426,6 +433,7 @@ Tensor grouped_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalT
   if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
   const Geometry g = geometry(x, weight, stride, padding);
   const auto format = result_format(x, weight);
+  if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast)) return by_library();
   const Tensor x_ = in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
   const Tensor y = at::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(format));
   with_dtype(x.scalar_type(), [&](auto type) {
@@ -455,8 +463,9 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
   TORCH_CHECK(dy.sizes() == at::IntArrayRef({g.N, g.C, g.OH, g.OW}) && dy.scalar_type() == x.scalar_type() && dy.device().is_cpu(),
               "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.C, g.OH, g.OW}),
               " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
-  const Tensor x_ = in_layout(x), dy_ = in_layout(dy), weight_ = weight.contiguous();
   const auto format = result_format(x, weight);
+  if (!output_mask[0] && left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast)) return by_library(output_mask);
+  const Tensor x_ = in_layout(x), dy_ = in_layout(dy), weight_ = weight.contiguous();
   const Tensor dx = output_mask[0] ? at::empty(x.sizes(), x.options().memory_format(format)) : none;
   const Tensor dweight = output_mask[1] ? at::empty(weight.sizes(), weight.options().memory_format(format)) : none;
   const Tensor dbias = output_mask[2] ? at::empty({g.C}, weight.options()) : none;
