@@ -75,7 +75,7 @@ class Comparison:
     def verdict(self) -> str:
         same = len(self.changes) - len(self.slower) - len(self.faster)
         return (
-            f"compared by the ratio to eager: {len(self.slower)} rows slower, {len(self.faster)} faster, "
+            f"rows compared by their ratio to eager: {len(self.slower)} slower, {len(self.faster)} faster, "
             f"{same} within the noise of their rounds (at least {LEAST_NOISE:.0%})"
         )
 
@@ -123,4 +123,4 @@ def _notes(old: list[Row], new: list[Row], shared: int) -> Iterator[str]:
     for rows, where in ((old, "before"), (new, "now")):
         alone = sum(r.contender == "ours" and r.ratio is not None for r in rows) - shared
         if alone:
-            yield f"{alone} rows were timed {where} only"
+            yield f"rows timed {where} only: {alone}"

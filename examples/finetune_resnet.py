@@ -48,7 +48,7 @@ def accuracy(model: nn.Module, x: Tensor, labels: Tensor) -> float:
 
 def main(argv: list[str] | None = None) -> float:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--size", type=int, default=64, help="side of the patches in pixels")
     options = parser.parse_args(argv)
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> float:
     model = cnnkern.convert(model)  # the only line that this example is about
     print(cnnkern.conversion_report(model))
     model = model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
 
     images = photographs()
     x_test, y_test = patches(images, 64, options.size, generator)

@@ -1,4 +1,4 @@
-"""The Python in the documents runs as printed, links between them lead somewhere, and the version stands in one place."""
+"""The Python in the documents runs as printed, links between them lead somewhere, the version stands in one place."""
 
 import re
 from importlib import metadata

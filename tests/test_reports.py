@@ -182,7 +182,7 @@ def test_report_writes_the_page_and_compares(saved, tmp_path, capsys):
     out = tmp_path / "page.html"
     assert report.main([new, "--html", str(out), "--compare", old]) == 1
     assert "Changes since the earlier run" in out.read_text()
-    assert "1 rows slower" in capsys.readouterr().out
+    assert "1 slower" in capsys.readouterr().out
     assert report.main([new, "--html", str(tmp_path / "no" / "page.html")]) == 1
     assert_one_line(capsys.readouterr().err, "cannot write")
 
@@ -234,12 +234,12 @@ def test_comparison_names_what_the_runs_do_not_share():
     notes = "\n".join(compare.compare(before, after).notes)
     assert "not the same machine: some-machine before, other now" in notes
     assert "not the same torch" in notes
-    assert "1 rows were timed before only" in notes
+    assert "rows timed before only: 1" in notes
     with pytest.raises(ValueError, match="no measurement of ours is in both"):
         compare.compare(before, [replace(r, threads=7) for r in before])
 
 
-@pytest.mark.parametrize(("seconds", "code", "words"), [(1e-3, 0, "0 rows slower"), (3e-3, 1, "1 rows slower")])
+@pytest.mark.parametrize(("seconds", "code", "words"), [(1e-3, 0, "0 slower"), (3e-3, 1, "1 slower")])
 def test_bench_compares_with_an_earlier_run(seconds, code, words, saved, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(driver, "run", lambda options, settings, scratch, limit: (row(seconds=seconds), []))

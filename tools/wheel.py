@@ -1,11 +1,11 @@
-"""`make wheel`: builds wheel and source distribution into dist/, installs each outside the repository and tries it there.
+"""`make wheel`: builds wheel and source distribution into dist/, installs each outside the repository and tries it.
 
     .venv/bin/python tools/wheel.py            the source distribution is compiled from scratch, which takes minutes
     .venv/bin/python tools/wheel.py --quick    it is unpacked and compared with the checkout instead
     .venv/bin/python tools/wheel.py --tests    some of the operators' tests run on the installed wheel as well
 
-Each environment is a fresh one that borrows the packages of .venv (torch, numpy, rich) by a .pth file, so that nothing is
-downloaded; the editable cnnkern of .venv is not visible there. CNNKERN_CUDA=0|1 are setup.py's.
+Each environment is a fresh one that borrows the packages of .venv (torch, numpy, rich) by a .pth file, so that nothing
+is downloaded; the editable cnnkern of .venv is not visible there. CNNKERN_CUDA=0|1 are setup.py's.
 """
 
 from __future__ import annotations
@@ -55,12 +55,14 @@ class Failed(Exception):
     """What is wrong, in a line or with the output that says so."""
 
 
-def run(*command: str | Path, cwd: Path = ROOT, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, cwd: Path | None = None, code: int = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """The finished process. Raises Failed where it ends with another status than `code`."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "ATEN_CPU_CAPABILITY")}
     kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"  # the build finds ninja there
     arguments = [str(part) for part in command]
-    done = subprocess.run(arguments, cwd=cwd, env=kept | environment, capture_output=True, text=True)
+    done = subprocess.run(arguments, cwd=cwd or ROOT, env=kept | environment, capture_output=True, text=True)
     if done.returncode != code:
         said = (done.stdout + done.stderr)[-6000:]
         raise Failed(f"{' '.join(arguments)[:200]} ended with status {done.returncode}, not {code}:\n{said}")
