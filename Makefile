@@ -36,7 +36,7 @@ types: setup
 	.venv/bin/mypy tests/typed_use.py
 
 docs: setup
-	.venv/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 # ARGS=--quick does not compile the source distribution
 wheel: setup
