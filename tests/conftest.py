@@ -1,7 +1,42 @@
 """Every test runs with freshly allocated memory filled with NaN, so that an element nobody wrote shows."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
+
+
+class Device(NamedTuple):
+    """Whose kernels the battery holds to account, as in Case.devices, and where its tensors are."""
+
+    kernels: str
+    tensors: str
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda", "emulator"),
+        help="whose kernels the battery judges: the CPU's, a GPU's, or CUDA's on the emulator (docs/emulator.md)",
+    )
+    parser.addoption(
+        "--emulator-tool",
+        default="plain",
+        help="what the emulated kernels are built with: plain, or a sanitizer that Python was started under",
+    )
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig):
+    name = pytestconfig.getoption("--device")
+    if name != "emulator":
+        yield Device(name, name)
+        return
+    import emulator
+
+    with emulator.Emulator(pytestconfig.getoption("--emulator-tool")):
+        yield Device("cuda", "cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,172 @@
+"""The CUDA kernels executed without a GPU, and the proof that what executes them would report a fault.
+
+docs/emulator.md says how it works. `pytest --device emulator tests/test_battery.py` is the battery on it.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import emulator
+import pytest
+import torch
+
+from cnnkern import testing
+from cnnkern.testing import CASES
+
+CUDA_CASES = [case for case in CASES.values() if "cuda" in case.devices]
+
+# ---- the battery ------------------------------------------------------------------------------------------------
+
+# What of the battery runs with which tool: all that depends on the kernels, reruns for a part of the variants; shapes
+# of every kind in every dtype; every kernel.
+RUNS = {
+    "plain": "not compile and not func and not every_place and not opcheck and not many_threads"
+    " and (not reruns or relu or plain)",
+    "address+undefined": "(as_good_as and (relu or none or plain)) or any_layout or empty_batch or off_a_vector",
+    "thread": "(as_good_as and float32 and (relu or plain)) or (off_a_vector and (relu or plain))",
+}
+
+
+def run_battery(tool: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--device", "emulator"]
+    command += ["--emulator-tool", tool, "tests/test_battery.py", "-k", RUNS[tool]]
+    environment = {**os.environ, **emulator.environment(tool)}
+    return subprocess.run(command, cwd=emulator.ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def battery():
+    """The runs, as many at once as there are processors; the longest comes first."""
+    emulator.build()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {tool: pool.submit(run_battery, tool) for tool in RUNS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", RUNS)
+def test_battery(battery, tool):
+    done = battery[tool].result()
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    assert " passed" in done.stdout
+
+
+# ---- thread orders ----------------------------------------------------------------------------------------------
+
+
+SHAPES = (
+    ((3, 17, 7, 7), "contiguous"),  # one block a channel
+    ((2, 2, 97, 101), "contiguous"),  # slices of a channel
+    ((5, 8, 31, 33), "channels_last"),  # strips of rows
+)
+
+
+def in_layout(inputs: dict, layout: str) -> dict:
+    shape = inputs["input"].shape
+    return {
+        n: testing.with_layout(v, layout) if isinstance(v, torch.Tensor) and v.shape == shape else v
+        for n, v in inputs.items()
+    }
+
+
+@pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
+def test_results_do_not_depend_on_the_order_of_blocks_and_threads(case, generator, monkeypatch):
+    with emulator.Emulator():
+        for shape, layout in SHAPES:
+            inputs = in_layout(case.inputs(shape, torch.float32, generator=generator), layout)
+            dy = testing.randn(testing.run(case.reference, case, inputs)["output"].shape, generator, torch.float32)
+            results = []
+            for order in ("forward", "reverse", "random:1", "random:2"):
+                monkeypatch.setenv("EMULATOR_ORDER", order)
+                results.append(testing.run(case.function, case, inputs, dy))
+            for other in results[1:]:
+                for name, value in results[0].items():
+                    assert torch.equal(value, other[name]), f"{shape} {layout}: {name}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["add_relu", "bn_add_act"])
+def test_masks_are_those_of_the_cpu_kernels(name, dtype, generator):
+    for shape, layout in (*SHAPES, ((3, 5), "contiguous"), ((2, 7, 3, 5), "channels_last")):
+        inputs = in_layout(CASES[name].inputs(shape, dtype, generator=generator), layout)
+        operator, arguments = CASES[name].forward_call(inputs)
+
+        def mask(operator=operator, arguments=arguments):
+            return operator(*(a.clone() if isinstance(a, torch.Tensor) else a for a in arguments))[-1]
+
+        on_cpu = mask()
+        with emulator.Emulator():
+            assert torch.equal(mask(), on_cpu), f"{shape} {layout}"
+
+
+def test_an_order_that_there_is_not(monkeypatch):
+    monkeypatch.setenv("EMULATOR_ORDER", "sideways")
+    with emulator.Emulator(), pytest.raises(RuntimeError, match="forward, reverse or random:SEED; got sideways"):
+        torch.ops.cnnkern.add_relu(torch.ones(3, 2), torch.ones(3, 2))
+
+
+def test_the_emulator_answers_and_stands_aside():
+    def registered() -> str:
+        return torch._C._dispatch_dump("cnnkern::add_relu").partition("\nCPU: ")[2].partition("\n")[0]
+
+    before = registered()
+    with emulator.Emulator():
+        assert "tests/emulator/registration.cpp" in registered()
+    assert registered() == before
+
+
+# ---- planted faults ---------------------------------------------------------------------------------------------
+
+# name in faults.cpp -> the tool that has to report it and what the report says; with `order` threads run in that order.
+FAULTS = {
+    "missing_barrier": ("thread", "data race"),
+    "missing_syncwarp": ("thread", "data race"),
+    "shuffle_as_barrier": ("thread", "data race"),
+    "missing_threadfence": ("thread", "data race"),
+    "cross_block_race": ("thread", "data race"),
+    "block_reads_another": ("thread", "data race"),
+    "shared_overrun": ("address+undefined", "heap-buffer-overflow"),
+    "dynamic_shared_overrun": ("address+undefined", "heap-buffer-overflow"),
+    "global_overrun": ("address+undefined", "heap-buffer-overflow"),
+    "misaligned_vector": ("address+undefined", "misaligned address"),
+    "index_overflow": ("address+undefined", "signed integer overflow"),
+    "uninitialised_shared": ("plain", "wrong result: element 0 is -?nan"),
+    "order_of_threads": ("plain", "wrong result: element 1 is -?nan", "reverse"),
+    "divergent_barrier": ("plain", "divergent barrier: thread 1 of block"),
+    "early_exit": ("plain", "thread 40 of block .* left while 40 threads wait at the barrier"),
+    "threads_that_hang": ("plain", "divergent barrier: thread 33 of block"),
+    "wrong_mask": ("plain", "thread 16 of block .* left while other lanes wait for it in __shfl_xor_sync"),
+    "lanes_with_different_masks": ("plain", "with another mask or place than lanes that wait in __shfl_xor_sync"),
+    "source_outside_mask": ("plain", "reads lane 16, which is not in the mask of __shfl_xor_sync"),
+    "too_many_threads": ("plain", "a block has at most 1024 threads"),
+    "empty_grid": ("plain", "a grid has at least one block"),
+    "grid_too_tall": ("plain", "a grid has at most .* blocks"),
+    "too_much_shared": ("plain", "at most 49152 bytes of shared memory; got 49153"),
+    "too_much_static_shared": ("plain", "shared memory exceeds 49152 bytes"),
+}
+
+
+def run_faults(tool: str, *arguments: str, order: str = "forward") -> subprocess.CompletedProcess:
+    program = emulator.build(f"{tool}/faults") / tool / "faults"
+    environment = {**os.environ, **emulator.environment(tool), "EMULATOR_ORDER": order}
+    environment.pop("LD_PRELOAD", None)  # the program is linked to its sanitizer
+    return subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_reported(name):
+    tool, report, *order = FAULTS[name]
+    done = run_faults(tool, "--fault", name, **({"order": order[0]} if order else {}))
+    assert done.returncode != 0
+    assert re.search(report, done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random:7"])
+@pytest.mark.parametrize("tool", emulator.TOOLS)
+def test_correct_kernels_are_silent(tool, order):
+    names = run_faults(tool).stdout.split()
+    assert sorted(names) == sorted(FAULTS)
+    done = run_faults(tool, *names, order=order)
+    assert (done.returncode, done.stderr) == (0, "")
