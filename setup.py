@@ -123,7 +123,7 @@ def extension():
 
 
 setup(
-    packages=["cnnkern", "cnnkern.nn", "cnnkern.ops", "cnnkern.testing", "cnnkern.triton_kernels"],
+    packages=["cnnkern", "cnnkern.models", "cnnkern.nn", "cnnkern.ops", "cnnkern.testing", "cnnkern.triton_kernels"],
     # The bare name `triton_kernels` belongs to another distribution.
     package_dir={"cnnkern.triton_kernels": "triton_kernels"},
     ext_modules=[extension()],

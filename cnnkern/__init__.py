@@ -12,6 +12,7 @@ __all__ = [
     "conversion_report",
     "convert",
     "functional",
+    "models",
     "nn",
     "revert",
     "tune_malloc",
@@ -30,6 +31,6 @@ except ImportError as error:
             "torch."
         ) from error
 else:
-    from cnnkern import functional, nn
+    from cnnkern import functional, models, nn
     from cnnkern.convert import ConversionError, ConversionReport, conversion_report, convert, revert
     from cnnkern.memory import tune_malloc

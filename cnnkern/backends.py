@@ -91,7 +91,8 @@ def _has_kernel(operator: str, key: str) -> bool:
 
 _BUILT_WITH_CUDA = bool(_C.build_info()["cuda"])
 # As importing the extension left the CUDA key, before a backend of this module covers anything.
-_CUDA_OPERATORS = frozenset(name for name in _operators() if _has_kernel(name, "CUDA"))
+# A build without CUDA has only what hands CUDA tensors to PyTorch's operators.
+_CUDA_OPERATORS = frozenset(name for name in _operators() if _C.build_info()["cuda"] and _has_kernel(name, "CUDA"))
 
 
 @dataclass

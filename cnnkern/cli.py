@@ -6,7 +6,7 @@ It starts without torch and without the extension, for `cnnkern doctor` has to s
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import os
 import platform
 import re
@@ -30,12 +30,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "doctor", help="versions, instruction set, the kernel that answers for each operator, and what is missing"
     )
     commands.add_parser("bench", add_help=False, help="the benchmark suite, in a checkout; takes the suite's arguments")
+    commands.add_parser(
+        "train", add_help=False, help="train a model of the zoo; `cnnkern train --help` has the options"
+    )
+    zoo_parser = commands.add_parser("zoo", help="the models: parameters, operations, fused layers")
+    show_parser = zoo_parser.add_subparsers(dest="action").add_parser("show", help="the layers of one model")
+    show_parser.add_argument("name", metavar="NAME")
+    show_parser.add_argument("--input", type=image_size, metavar="C,H,W", help="default: the model's usual input")
+    show_parser.add_argument("--eager", action="store_true", help="the unfused twin")
     options, others = parser.parse_known_args(arguments)
     if options.command == "bench":
         return bench(others)
+    if options.command == "train":
+        return train(others)
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    return doctor()
+    return zoo(options) if options.command == "zoo" else doctor()
 
 
 def fail(message: str) -> int:
@@ -71,6 +81,48 @@ def bench(arguments: list[str]) -> int:
     sys.argv = ["cnnkern bench", *arguments]
     runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
     return 0
+
+
+def train(arguments: list[str]) -> int:
+    """Hands `arguments` to `cnnkern.train`."""
+    if problem := extension_problem() or missing_packages("cnnkern train", "torchvision", "matplotlib", "sklearn"):
+        return fail(problem)
+    from cnnkern.train import main as train_main
+
+    return train_main(arguments)
+
+
+def zoo(options: argparse.Namespace) -> int:
+    """Prints the table of all models, or the layers of one."""
+    packages = ("torchinfo",) if options.action == "show" else ()
+    if problem := extension_problem() or missing_packages("cnnkern zoo show", *packages):
+        return fail(problem)
+    from rich.console import Console
+
+    from cnnkern import zoo
+
+    if options.action != "show":
+        zoo.table(Console(highlight=False, width=None if sys.stdout.isatty() else 240))
+        return 0
+    try:
+        print(zoo.show(options.name, options.input, fused=not options.eager))
+    except ValueError as error:
+        return fail(str(error))
+    return 0
+
+
+def image_size(text: str) -> tuple[int, ...]:
+    """(channels, height, width) of "1,96,96"."""
+    size = tuple(int(part) for part in text.split(",") if part.isdecimal() and int(part) > 0)
+    if len(size) != 3 or text.count(",") != 2:
+        raise argparse.ArgumentTypeError(f"expected channels,height,width such as 1,96,96; got {text!r}")
+    return size
+
+
+def missing_packages(command: str, *names: str) -> str | None:
+    """What to install before `command` can run, in one line; None where all is there."""
+    absent = [name for name in names if importlib.util.find_spec(name) is None]
+    return f"{command} needs {', '.join(absent)}: `pip install 'cnnkern[train]'`" if absent else None
 
 
 Rows = Iterable[tuple[str, ...]]

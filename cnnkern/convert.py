@@ -567,7 +567,9 @@ def _rewrite(holder: nn.Module, graph: fx.Graph | None) -> list[fx.Node]:
     changed, joined = False, []
     for call in _calls(graph):
         norm = holder.get_submodule(call.target)
-        if "_cnnkern_converted" not in norm.__dict__ or (norm.act == "none" and not isinstance(norm, _AddsWhatFits)):
+        if "_cnnkern_converted" not in norm.__dict__ or type(norm) not in _ORIGINAL:
+            continue
+        if norm.act == "none" and not isinstance(norm, _AddsWhatFits):
             continue
         fusion = _fusion_at(holder, call, with_add=isinstance(norm, _AddsWhatFits))
         if fusion.act != norm.act:

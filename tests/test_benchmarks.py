@@ -28,6 +28,7 @@ from benchmarks import (
     models,
     operators,
     overhead,
+    passes,
     report,
     rows,
     sweeps,
@@ -619,3 +620,17 @@ def test_sweeps_count_every_tensor_once(monkeypatch, capsys):
     assert [line[3] for line in lines[:4]] == ["0.00"] * 4
     # 16 KiB a tensor in two microseconds
     assert [float(line[4].rstrip(" |")) for line in lines[:4]] == [16.4, 16.4, 16.4, 24.6]
+
+
+def test_passes_print_a_row_a_layer_and_the_lost_ones(monkeypatch, capsys):
+    layer = testing.CASES["grouped_conv2d"].bench_layers["mobilenet_v2"][0]
+    monkeypatch.setattr(passes, "layers", lambda batch: [Layer((1, 8, 6, 6), layer.arguments)])
+    monkeypatch.setattr(passes, "matrix_gflops", lambda: 100.0)
+    clock = {key: [2e-3 if key[0] == "eager" else 1e-3] for key in itertools.product(("eager", "ours"), passes.PASSES)}
+    clock["ours", "dx"] = [4e-3]
+    monkeypatch.setattr(passes.timing, "interleave", lambda steps, **limits: {key: clock[key] for key in steps})
+    assert passes.main(["--threads", str(torch.get_num_threads())]) == 0
+    out = capsys.readouterr().out
+    assert "| depthwise 3x3 | contiguous | 1 | 2.00x | 2.00x |" in out
+    assert "dx: 0.50x" in out
+    assert "2.00, 1.00, 2.00x" in out

@@ -102,6 +102,25 @@ def test_nan_and_infinity_stay_in_their_row(case, bad, generator):
                 assert torch.equal(mine, alone)
 
 
+@either
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
+def test_one_and_two_values_a_row(case, dtype, generator):
+    """One value has no deviation and no gradient, whatever the rounding; two leave what rounding makes."""
+    for n in (1, 2):
+        shape = (37, n) if case is ROWS else (3, n, 5, 9)
+        x, dy = (testing.randn(shape, generator, dtype) for _ in range(2))
+        for placed in layouts(case, x):
+            a = arguments(case, placed, generator)
+            y, dx, dweight, dbias = testing.run(case.function, case, a, dy).values()
+            if n == 1:
+                assert torch.equal(y, a["bias"].expand_as(y))
+                assert not dx.any()
+                assert not dweight.any()
+                torch.testing.assert_close(dbias, dy.double().sum().view(1).to(dtype))
+            elif dtype != torch.float64:
+                testing.check(case, a, dy)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_rows_few_rows_and_many(dtype, generator):
     """Columns shared out between threads, pieces of rows, sums flushed to double, stores past the caches."""
@@ -263,7 +282,7 @@ def test_convert_and_revert_layer_norms():
             nn.init.ones_(block.layer_scale)  # else nothing of the blocks is seen
     classes, x = [type(m) for m in model.modules()], torch.randn(1, 3, 64, 64)
     fused = cnnkern.convert(model)
-    assert cnnkern.conversion_report(fused).counts == {"LayerNorm": 18, "LayerNorm2d": 5}
+    assert cnnkern.conversion_report(fused).counts == {"GroupedConv2d": 18, "LayerNorm": 18, "LayerNorm2d": 5}
     assert not [m for m in fused.modules() if type(m) in (nn.LayerNorm, torchvision.models.convnext.LayerNorm2d)]
     assert list(fused.state_dict()) == list(model.state_dict())
     torch.testing.assert_close(fused(x), model(x), rtol=1e-3, atol=1e-4)

@@ -74,7 +74,7 @@ def randn(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) 
 
 def with_layout(x: Tensor, layout: str) -> Tensor:
     """x with the same values in another memory layout: contiguous, channels_last, sliced or expanded."""
-    if layout == "contiguous" or (layout == "channels_last" and x.dim() == 2):
+    if layout == "contiguous" or (layout == "channels_last" and x.dim() <= 2):
         return x.contiguous()
     if layout == "channels_last":
         return x.movedim(1, -1).contiguous().movedim(-1, 1)

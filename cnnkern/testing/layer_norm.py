@@ -18,6 +18,11 @@ def _parameter(wanted: bool, shape: Shape, generator: torch.Generator, dtype: to
     return values if wanted else None
 
 
+def _parameter_dtype(dtype: torch.dtype, asked: torch.dtype | None, weight: bool) -> torch.dtype:
+    """A float32 bias beside a 16-bit input and no weight: eager PyTorch, the judge, has no gradient for it."""
+    return asked if asked is not None and weight else dtype
+
+
 def _input(shape: Shape, over: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """Offsets and scales that differ from row to row."""
     per_row = [1 if d in over else n for d, n in enumerate(shape)]
@@ -39,7 +44,7 @@ def layer_norm_inputs(
 ) -> dict[str, Any]:
     """Arguments of layer_norm over the last `dims` dimensions, or all if there are fewer."""
     first = max(len(shape) - dims, 0)
-    normalized, parameters = tuple(shape[first:]), parameter_dtype or dtype
+    normalized, parameters = tuple(shape[first:]), _parameter_dtype(dtype, parameter_dtype, weight)
     return {
         "input": _input(shape, tuple(range(first, len(shape))), dtype, generator),
         "normalized_shape": normalized,
@@ -61,7 +66,7 @@ def layer_norm2d_inputs(
     smooth: bool = False,
 ) -> dict[str, Any]:
     """Arguments of layer_norm2d."""
-    parameters = parameter_dtype or dtype
+    parameters = _parameter_dtype(dtype, parameter_dtype, weight)
     return {
         "input": _input(shape, (1,), dtype, generator),
         "weight": _parameter(weight, shape[1:2], generator, parameters),
@@ -108,8 +113,12 @@ VARIANTS = {
     "bias alone, large eps": {"weight": False, "eps": 0.1},
 }
 
+# One or two values normalised leave gradients of nothing but rounding, float64's own included, which judges the others:
+# tests/test_layer_norm.py has them.
+LAST_DIMENSION = tuple(shape for shape in RAGGED_SHAPES if shape[-1] > 2)
+CHANNELS = tuple(shape for shape in RAGGED_SHAPES if len(shape) == 4 and shape[1] > 2)
 # Rows of every width that a vector, four vectors and a flushed sum are one short of, or one beyond.
-ROWS = ((5, 1), (1, 16), (9, 63), (3, 64), (2, 1025), (70, 260), (3, 4099))
+ROWS = ((1, 16), (9, 63), (3, 64), (2, 1025), (70, 260), (3, 4099))
 # The widths of transformers and convolutional networks, from what stays in the first cache to what leaves the last.
 WIDTHS = tuple(
     (max(1, numel // cols), cols) for numel in (10**4, 10**5, 10**6, 10**7) for cols in (32, 128, 512, 1024, 4096)
@@ -123,8 +132,8 @@ LAYER_NORM = Case(
     differentiable=("input", "weight", "bias"),
     mutated=(),
     variants=VARIANTS | {"two dimensions": {"dims": 2}},
-    shapes=((7,), *ROWS, *RAGGED_SHAPES),
-    gradcheck_shapes=((3, 2, 2, 2), (4, 3), (2, 2, 3)),
+    shapes=((7,), *ROWS, *LAST_DIMENSION),
+    gradcheck_shapes=((2, 2, 2, 3), (4, 3), (2, 2, 4)),
     forward_call=layer_norm_forward_call,
     backward_call=layer_norm_backward_call,
     bench_layers={
@@ -149,10 +158,10 @@ LAYER_NORM2D = Case(
     variants=VARIANTS,
     shapes=(
         *((n, c, 1, 1) for n, c in ROWS),
-        *(shape for shape in RAGGED_SHAPES if len(shape) == 4),
+        *CHANNELS,
         *((2, 5, 8, 8), (1, 3, 1, 65), (2, 66, 9, 15), (5, 130, 7, 9)),
     ),
-    gradcheck_shapes=((3, 2, 2, 2), (2, 3, 1, 3)),
+    gradcheck_shapes=((2, 4, 2, 2), (2, 3, 1, 3)),
     forward_call=layer_norm2d_forward_call,
     backward_call=layer_norm2d_backward_call,
     bench_layers={"convnext_tiny": layers(CONVNEXT_TINY), "convnext_tiny batch 1": layers(batch(1, CONVNEXT_TINY))},

@@ -65,6 +65,7 @@ struct LayerNorm2d : torch::autograd::Function<LayerNorm2d> {
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    if (!grads[0].defined()) return variable_list(4);
     const auto saved = ctx->get_saved_variables();
     const Tensor &weight = saved[1], &bias = saved[2];
     const auto needs = needs_grad(ctx, {saved[0], weight, bias});

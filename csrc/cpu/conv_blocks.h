@@ -52,13 +52,18 @@ struct Blocks {
   int64_t weights() const { return parts() * part_weights(); }
   // The channel of a part's lane 0, relative to the block's first, as its planes hold it.
   int64_t lane(int64_t part) const {
-    return g.narrow() ? part * kPlane : part / parts_of_group() * g.width + part % parts_of_group() * g.lanes();
+    return group(part) + (g.narrow() ? 0 : part % parts_of_group() * g.lanes());
+  }
+  // The channel at which the planes that a part reads begin, counted in the same way: the first of its group.
+  int64_t group(int64_t part) const { return g.narrow() ? part * kPlane : part / parts_of_group() * g.width; }
+  // Behind the last channel that a part from this one on may have.
+  int64_t end_of_part(int64_t channel) const {
+    return g.narrow() ? g.C : std::min(g.C, (channel / g.width + 1) * g.width);
   }
 };
 
-// f(offset of lane 0's weight, lanes that exist, step from lane to lane, step from group channel to group channel) for each
-// part of a block, where offsets are those of a contiguous weight of (C, width, kh, kw). Lanes are output channels,
-// or, for the gradient of the input, input channels. A narrow part has several groups, a wide one a part of one.
+// Where the taps begin that join `channel` with the i-th channel of its group, in a contiguous weight (C, width, kh, kw):
+// an output channel with an input channel, or, for the gradient of the input, an input channel with an output channel.
 inline int64_t weight_offset(const Geometry& g, int64_t channel, int64_t i, bool of_input) {
   const int64_t group = channel / g.width * g.width;
   return of_input ? ((group + i) * g.width + channel - group) * g.taps() : (channel * g.width + i) * g.taps();
@@ -85,7 +90,7 @@ void pack_weights(const T* weight, const Blocks& blocks, int64_t block, bool of_
   for (int64_t part = 0; part < blocks.parts(); ++part) {
     int64_t lane[kPlane];  // where each lane's channel begins, -1 where there is none
     const int64_t first = block * blocks.channels + blocks.lane(part);
-    const int64_t last = g.narrow() ? g.C : std::min(g.C, (first / g.width + 1) * g.width);
+    const int64_t last = blocks.end_of_part(first);
     int64_t step = 0;  // from a group's channel to the next
     for (int64_t j = 0; j < L; ++j) {
       lane[j] = first + j < last ? weight_offset(g, first + j, 0, of_input) : -1;

@@ -47,7 +47,7 @@ void sums(const Geometry& g, const Sweep& s, int64_t step, int64_t plane) {
 constexpr bool kManyRegisters = kPlane == 16;
 
 // The gradient of a narrow part: rows of `taps` vectors, as many rows at a time as registers hold.
-void narrow_gradient(Products s, int64_t kernel_rows, int64_t taps, float* out) {
+void narrow_gradient(const Products& s, int64_t kernel_rows, int64_t taps, float* out) {
   const int64_t pitch = taps * kPlane;
   int64_t row = 0;
   const auto rows = [&](auto r, auto k) {
@@ -90,8 +90,9 @@ void wide_gradient(const Products& s, const Geometry& g, int64_t plane, float* o
     for (int64_t i = 0; i < g.width;) {
       Products part = row;
       part.in += kx * kPlane + i / kPlane * plane + i % kPlane;
-      if (i + 8 <= g.width && (K == 1 || kManyRegisters))
-        wide_products<L, K, (K == 1 || kManyRegisters) ? 8 : 4>(part, o + i * L, g.width * L), i += 8;
+      constexpr int kMost = K == 1 || kManyRegisters ? 8 : 4;  // channels whose sums fit into registers
+      if (i + kMost <= g.width)
+        wide_products<L, K, kMost>(part, o + i * L, g.width * L), i += kMost;
       else
         wide_products<L, K, 4>(part, o + i * L, g.width * L), i += 4;
     }
@@ -144,9 +145,9 @@ void forward(const Image<const T>& x, const T* weight, const T* bias, const Imag
     for (int64_t p = 0; p < blocks.planes; ++p)
       pack(copies, x, n, blocks.first(b, p), blocks.valid(b, p), window, in + p * plane);
     for (int64_t part = 0; part < blocks.parts(); ++part) {
-      const int64_t lane = blocks.lane(part), group = g.narrow() ? lane : part / blocks.parts_of_group() * g.width;
+      const int64_t lane = blocks.lane(part), group = blocks.group(part);
       sums(g,
-           {.in = in + group / kPlane * plane + (g.narrow() ? 0 : group % kPlane),
+           {.in = in + group / kPlane * plane + group % kPlane,
             .in_row = g.stride * cols * pixel,
             .in_pitch = cols * pixel,
             .weight = &packed[b * block_floats + part * blocks.part_weights()],
@@ -229,8 +230,7 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
     }
     const float* dy_first = dy_at + ((dy_begin - lo) * dy_cols - dy_col) * kPlane;  // plane 0, the tile's own rows
     for (int64_t part = 0; part < blocks.parts(); ++part) {
-      const int64_t lane = blocks.lane(part), group = g.narrow() ? lane : part / blocks.parts_of_group() * g.width;
-      const int64_t group_lane = g.narrow() ? 0 : group % kPlane;
+      const int64_t lane = blocks.lane(part), group = blocks.group(part);
       if (dx) {
         const float* w = &packed[b * blocks.weights() + part * blocks.part_weights()];
         for (int64_t my = 0; my < s; ++my)
@@ -239,7 +239,7 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
             const int64_t row = rows.first(begin, g.ph), column = columns.first(0, g.pw);
             const int64_t in_row = (row + g.ph) / s - rows.count + 1 - lo, in_col = (column + g.pw) / s - columns.count + 1 - dy_col;
             sums(g,
-                 {.in = dy_copies_at + group / kPlane * dx_in_plane + group_lane + (in_row * dy_cols + in_col) * pixel,
+                 {.in = dy_copies_at + group / kPlane * dx_in_plane + group % kPlane + (in_row * dy_cols + in_col) * pixel,
                   .in_row = dy_cols * pixel,
                   .in_pitch = dy_cols * pixel,
                   .weight = w,
@@ -261,7 +261,7 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
       if (dweight) {
         const Products products{.dy = dy_first + lane / kPlane * dy_plane + lane % kPlane,
                                 .dy_row = dy_cols * kPlane,
-                                .in = x_at + group / kPlane * x_plane + group_lane,
+                                .in = x_at + group / kPlane * x_plane + group % kPlane,
                                 .in_row = s * x_cols * pixel,
                                 .in_pixel = s * pixel,
                                 .in_pitch = x_cols * pixel,
@@ -318,7 +318,7 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
       };
       for (int64_t part = 0; dweight && part < blocks.parts(); ++part) {
         const int64_t channel = b * blocks.channels + blocks.lane(part);
-        const int64_t end = g.narrow() ? g.C : std::min(g.C, (channel / g.width + 1) * g.width);
+        const int64_t end = blocks.end_of_part(channel);
         const auto strides = grads.dweight.strides();
         for (int64_t tap = 0; tap < g.taps(); ++tap)
           for (int64_t i = 0; i < g.width; ++i) {
@@ -350,18 +350,18 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
   return x.size(2) + 2 * padding[0] >= kh && x.size(3) + 2 * padding[1] >= kw;
 }
 
-// Where the library's forward pass is faster: small depthwise kernels on small planes in channels_last, which it reads in
+// Where the library's forward pass is faster, on float32: small depthwise kernels on small planes in channels_last, which it reads in
 // place.
-bool library_forward(const Geometry& g, bool channels_last) {
+bool library_forward(const Geometry& g, at::ScalarType type, bool channels_last) {
   const int64_t pixels = g.OH * g.OW;
-  return channels_last && g.width == 1 && ((g.taps() <= 9 && pixels <= 196) || (g.taps() <= 25 && pixels <= 49));
+  return type == at::kFloat && channels_last && g.width == 1 && ((g.taps() <= 9 && pixels <= 196) || (g.taps() <= 25 && pixels <= 49));
 }
 
-// Where the library's gradient of the weight is faster: on planes of up to 8x8, if groups are wide, or if it is all that
+// Where the library's gradient of the weight is faster, on float32: on planes of up to 8x8, if groups are wide, or if it is all that
 // is asked for of a small depthwise kernel.
-bool library_dweight(const Geometry& g, const std::array<bool, 3>& output_mask) {
+bool library_dweight(const Geometry& g, at::ScalarType type, const std::array<bool, 3>& output_mask) {
   const bool alone = !output_mask[0] && g.width == 1 && g.taps() <= 9;
-  return output_mask[1] && g.OH * g.OW <= 64 && (g.width >= 16 || alone);
+  return type == at::kFloat && output_mask[1] && g.OH * g.OW <= 64 && (g.width >= 16 || alone);
 }
 
 Geometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding) {
@@ -411,13 +411,15 @@ void with_dtype(at::ScalarType type, const F& f) {
 Tensor grouped_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const Tensor& b = tensor_or_undefined(bias);
-  const bool is_covered = covered(x, weight, b, stride, padding, dilation, groups);
-  const bool channels_last = is_covered && result_format(x, weight) == at::MemoryFormat::ChannelsLast;
-  if (!is_covered || library_forward(geometry(x, weight, stride, padding), channels_last))
+  const auto by_library = [&] {
     return at::convolution(x, weight, bias, stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, groups);
+  };
+  if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
   const Geometry g = geometry(x, weight, stride, padding);
+  const auto format = result_format(x, weight);
+  if (library_forward(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast)) return by_library();
   const Tensor x_ = in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
-  const Tensor y = at::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(result_format(x, weight)));
+  const Tensor y = at::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(format));
   with_dtype(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     forward(image<T>(x_), weight_.const_data_ptr<T>(), b.defined() ? bias_.const_data_ptr<T>() : nullptr, output<T>(y), g);
@@ -429,16 +431,18 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
                                                                at::IntArrayRef stride, at::IntArrayRef padding,
                                                                at::IntArrayRef dilation, int64_t groups,
                                                                std::array<bool, 3> output_mask) {
-  const auto by_library = [&](std::array<bool, 3> mask) {
-    return at::convolution_backward(dy, x, weight, /*bias_sizes=*/at::IntArrayRef{weight.size(0)}, stride, padding, dilation,
-                                    /*transposed=*/false, /*output_padding=*/{0, 0}, groups, mask);
-  };
   const Tensor none = at::empty({0}, x.options());
-  if (!covered(x, weight, {}, stride, padding, dilation, groups)) {
-    const auto grads = by_library(output_mask);
-    const auto or_none = [&](const Tensor& t) { return t.defined() ? t : none; };
-    return {or_none(std::get<0>(grads)), or_none(std::get<1>(grads)), or_none(std::get<2>(grads))};
-  }
+  const auto by_library = [&](std::array<bool, 3> mask) {
+    // oneDNN's 16-bit gradients of small grouped weights depend on what its memory held before (torch 2.14.1).
+    const bool widen = groups > 1 && x.is_floating_point() && x.element_size() == 2;
+    const auto wide = [&](const Tensor& t) { return widen ? t.to(at::kFloat) : t; };
+    const auto grads = at::convolution_backward(wide(dy), wide(x), wide(weight), /*bias_sizes=*/at::IntArrayRef{weight.size(0)},
+                                                stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0, 0},
+                                                groups, mask);
+    const auto asked = [&](bool wanted, const Tensor& t) { return wanted ? t.to(x.scalar_type()) : none; };
+    return std::tuple(asked(mask[0], std::get<0>(grads)), asked(mask[1], std::get<1>(grads)), asked(mask[2], std::get<2>(grads)));
+  };
+  if (!covered(x, weight, {}, stride, padding, dilation, groups)) return by_library(output_mask);
   const Geometry g = geometry(x, weight, stride, padding);
   TORCH_CHECK(dy.sizes() == at::IntArrayRef({g.N, g.C, g.OH, g.OW}) && dy.scalar_type() == x.scalar_type() && dy.device().is_cpu(),
               "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.C, g.OH, g.OW}),
@@ -446,8 +450,10 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
   const Tensor x_ = in_layout(x), dy_ = in_layout(dy), weight_ = weight.contiguous();
   const auto format = result_format(x, weight);
   const Tensor dx = output_mask[0] ? at::empty(x.sizes(), x.options().memory_format(format)) : none;
-  const bool by_others = library_dweight(g, output_mask);
-  const Tensor dweight = by_others ? std::get<1>(by_library({false, true, false})) : output_mask[1] ? at::empty(weight.sizes(), weight.options().memory_format(format)) : none;
+  const bool by_others = library_dweight(g, x.scalar_type(), output_mask);
+  const Tensor dweight = by_others        ? std::get<1>(by_library({false, true, false}))
+                         : output_mask[1] ? at::empty(weight.sizes(), weight.options().memory_format(format))
+                                          : none;
   const Tensor dbias = output_mask[2] ? at::empty({g.C}, weight.options()) : none;
   if (!output_mask[0] && (by_others || !output_mask[1]) && !output_mask[2]) return {dx, dweight, dbias};
   with_dtype(x.scalar_type(), [&](auto type) {

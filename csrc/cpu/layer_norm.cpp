@@ -27,6 +27,12 @@ constexpr int64_t kLongRow = 1024;       // ... and so long that parts of them d
 constexpr int64_t kColumns = 512;        // of such a part
 constexpr int64_t kLeastGroups = 4;      // of a piece
 
+// How far ahead of a row the one lies that is to be fetched meanwhile: whole groups, so that pages do not stop it.
+template <typename T>
+int64_t rows_ahead(int64_t cols) {
+  return divup(kAhead / static_cast<int64_t>(sizeof(T)), kGroup * cols) * kGroup * cols;
+}
+
 // totals[k][r] = sum over columns [0, cols) of what term(r, j, n, partial, sums) adds to sums[k] for columns j .. j + n
 // of row r. A row alone has several sums, for vectors in turn, so that one addition does not wait for another.
 template <typename T, int kSums, int kRows, typename Term>
@@ -93,7 +99,8 @@ struct Forward {
       sums[1] = at::vec::fmadd(d, d, sums[1]);
     });
     if (!m.finish(static_cast<double>(cols), eps))
-      for (int r = 0; r < kRows; ++r) m.set_exact(r, exact_moments(in + r * cols, cols, 1), eps);
+      for (int r = 0; r < kRows; ++r)
+        if (!m.sound(r, static_cast<double>(cols))) m.set_exact(r, exact_moments(in + r * cols, cols, 1), eps);
     for (int r = 0; r < kRows; ++r) {
       mean[row + r] = m.mean[r], rstd[row + r] = m.rstd[r];
       center[r] = V(m.center[r]), scale[r] = V(m.rstd[r]), offset[r] = V(m.offset[r]);
@@ -107,11 +114,12 @@ struct Forward {
     const T* const in = x + row * this->cols;
     T* const out = y + row * this->cols;
     const S *const weight = this->weight, *const bias = this->bias;  // a store might change members, but not these
-    const int64_t cols = this->cols;
+    const int64_t cols = this->cols, ahead = rows_ahead<T>(cols);
     int64_t j = 0;
     for (; j + L <= cols; j += L) {
       const V w = V::loadu(weight + j), b = V::loadu(bias + j);
       for (int r = 0; r < kRows; ++r) {
+        __builtin_prefetch(in + r * cols + j + ahead, 0, 2);
         const V xhat = at::vec::fmadd(vload(in + r * cols + j) - center[r], scale[r], offset[r]);
         vput<kStream>(out + r * cols + j, at::vec::fmadd(xhat, w, b));
       }
@@ -192,7 +200,7 @@ struct Backward {
     const T *const g = dy + row * cols, *const in = x + row * cols;
     V center[kRows];
     for (int r = 0; r < kRows; ++r) center[r] = V(mean[row + r]);
-    double sum[kRows], product[kRows];
+    double sum[kRows] = {}, product[kRows] = {};
     sum_columns<T, 2, kRows>(cols, {sum, product}, [&](int r, int64_t j, int64_t n, auto partial, auto& sums) {
       constexpr bool kPartial = decltype(partial)::value;
       const V gw = load<kPartial>(g + r * cols + j, n, V(0)) * load<kPartial>(weight + j, n, V(0));
@@ -208,7 +216,7 @@ struct Backward {
   template <int kRows, bool kStream>
   C10_NOINLINE void gradients(int64_t row, int64_t begin, int64_t end, const Terms* t, S* dweight, S* dbias) const {
     constexpr int64_t L = V::size();
-    const int64_t cols = this->cols;  // a store might change members, but not these
+    const int64_t cols = this->cols, ahead = rows_ahead<T>(cols);  // a store might change members, but not these
     const S* const weight = this->weight;
     T* const out = dx == nullptr ? nullptr : dx + row * cols;
     const bool sums = this->sums;
@@ -223,6 +231,7 @@ struct Backward {
       const V w = load<kPartial>(weight + j, n, V(0));
       V dw = sums ? load<kPartial>(dweight + j, n, V(0)) : V(0), db = sums ? load<kPartial>(dbias + j, n, V(0)) : V(0);
       for (int r = 0; r < kRows; ++r) {
+        __builtin_prefetch(g + r * cols + j + ahead, 0, 2), __builtin_prefetch(in + r * cols + j + ahead, 0, 2);
         const V gr = load<kPartial>(g + r * cols + j, n, V(0));
         const V d = load<kPartial>(in + r * cols + j, n, center[r]) - center[r];
         const V xhat = d * scale[r];

@@ -105,10 +105,12 @@ void store_gradient(const Tensor& gradient, int64_t begin, int64_t end, const Va
     store(gradient.mutable_data_ptr<compute_t<T>>());
 }
 
-// Whether a result of which whole vectors begin every `length` elements is written past the caches.
+// Whether a result, of which whole vectors begin every `length` elements, is written past the caches: where the four
+// tensors of a training step do not fit into the last of them.
 template <typename T>
 bool streams(const T* out, int64_t numel, int64_t length) {
-  return beyond_cache<T>(numel) && length % kLanes<T> == 0 && short_of_alignment(out) == 0;
+  return 4 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes() && length % kLanes<T> == 0 &&
+         short_of_alignment(out) == 0;
 }
 
 // Into how many pieces `units` of work are cut over which gradients of parameters are summed: a power of two that
@@ -141,7 +143,12 @@ struct Moments {
     for (int i = 0; i < kCount; ++i) center[i] = static_cast<S>(sum[i] / n);
   }
 
-  // Whether all are sound: where squares leave the range of the arithmetic type they are not. What has no elements is.
+  // Where squares leave the range of the arithmetic type they are not sound.
+  bool sound(int i, double n) const {
+    return squares[i] <= std::numeric_limits<S>::max() && (squares[i] > 1e-28 * n || (squares[i] == 0 && sum[i] == 0));
+  }
+
+  // Statistics from the sums; whether all are sound.
   bool finish(double n, double eps) {
     using V = at::vec::Vectorized<double>;
     alignas(64) double delta[kCount], r[kCount];
@@ -150,15 +157,14 @@ struct Moments {
       const V var = at::vec::clamp_min(V::loadu(squares + i) / V(n) - d * d, V(0));
       d.store(delta + i), (V(1) / (var + V(eps)).sqrt()).store(r + i);
     }
-    bool sound = true;
     for (int i = 0; i < kCount; ++i) {
       mean[i] = static_cast<S>(center[i] + delta[i]);
       rstd[i] = static_cast<S>(r[i]);
       offset[i] = static_cast<S>(-delta[i] * r[i]);
     }
-    for (int i = 0; i < kCount; ++i)
-      sound &= squares[i] <= std::numeric_limits<S>::max() && (squares[i] > 1e-28 * n || (squares[i] == 0 && sum[i] == 0));
-    return sound;
+    bool all = true;
+    for (int i = 0; i < kCount; ++i) all &= sound(i, n);
+    return all;
   }
 
   void set_exact(int i, std::tuple<double, double> moments, double eps) {

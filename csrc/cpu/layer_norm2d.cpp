@@ -1,11 +1,12 @@
 // layer_norm2d: layer norm of (N, C, H, W) over C, with the formulas of layer_norm.cpp. channels_last is its rows; this
 // file has the planes. Lanes are pixels, so no sum crosses lanes but those of dweight and dbias, and those once for
 // many pixels.
-// A thread owns strips of kVectors vectors of pixels by all of C, which stay in its own cache while they are read three
-// times forward (sums of x, of x - mean, result), twice backward; the next strip is fetched meanwhile, since nothing
+// A thread owns strips of up to kVectors vectors of pixels by all of C, which stay in its own cache while they are read
+// three times forward (sums of x, of x - mean, result), twice backward; the next strip is fetched meanwhile, since nothing
 // else foresees the jumps from plane to plane.
 // Traffic in tensors read or written: 2 forward, 3 backward. Accumulators: the arithmetic type for at most kRun
-// additions a lane, then double; dweight and dbias over pieces that depend on the shape alone, added in their order.
+// additions a lane, then double; dweight and dbias over the pixels of a strip, then double, over pieces that depend on
+// the shape alone, added in their order.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <c10/macros/Macros.h>
@@ -21,44 +22,49 @@ namespace {
 constexpr int kVectors = 4;           // of pixels side by side
 constexpr int64_t kLeastStrips = 4;   // of a piece
 
-// Vector k of `kCount`, of which the last has n lanes if kPartial.
+// Vector k of `kCount`, of which the last has n lanes, all or some, if kPartial.
 template <int kCount, bool kPartial, typename T>
 inline Vec<T> load(const T* p, int k, int64_t n, Vec<T> rest) {
-  return kPartial && k == kCount - 1 ? vload(p + k * kLanes<T>, n, rest) : vload(p + k * kLanes<T>);
+  constexpr int64_t L = kLanes<T>;
+  return kPartial && k == kCount - 1 && n < L ? vload(p + k * L, n, rest) : vload(p + k * L);
 }
 template <int kCount, bool kPartial, typename T>
 inline void store(T* p, int k, int64_t n, Vec<T> v, bool stream) {
-  if (kPartial && k == kCount - 1)
-    vstore(p + k * kLanes<T>, v, n);
+  constexpr int64_t L = kLanes<T>;
+  if (kPartial && k == kCount - 1 && n < L)
+    vstore(p + k * L, v, n);
   else if (stream)
-    vstream(p + k * kLanes<T>, v);
+    vstream(p + k * L, v);
   else
-    vstore(p + k * kLanes<T>, v);
+    vstore(p + k * L, v);
 }
 
-// How planes are cut into strips, and where each begins.
+// How planes are cut into strips: at most kVectors vectors each, as even as can be.
 template <typename T>
 struct Strips {
   int64_t N, C, HW;
-  static constexpr int64_t kLength = kVectors * kLanes<T>;
-  int64_t per_image() const { return HW / kLength + divup(HW % kLength, kLanes<T>); }
-  int64_t count() const { return N * per_image(); }
-  int64_t first_pixel(int64_t strip) const {
-    const int64_t i = strip % per_image(), whole = HW / kLength;
-    return i <= whole ? i * kLength : whole * kLength + (i - whole) * kLanes<T>;
-  }
-  int64_t offset(int64_t strip) const { return strip / per_image() * C * HW + first_pixel(strip); }
-  // f(vectors and whether the last is partial, as types; lanes of the last)
+  int64_t vectors = divup(HW, kLanes<T>), per_image = divup(vectors, kVectors);
+  int64_t count() const { return N * per_image; }
+  int64_t first_vector(int64_t i) const { return i * (vectors / per_image) + std::min(i, vectors % per_image); }
+  int64_t first_pixel(int64_t strip) const { return first_vector(strip % per_image) * kLanes<T>; }
+  int64_t offset(int64_t strip) const { return strip / per_image * C * HW + first_pixel(strip); }
+  // f(vectors and whether the last may be partial, as types; lanes of the last)
   template <typename F>
   void dispatch(int64_t strip, const F& f) const {
     using std::integral_constant;
-    const int64_t left = HW - first_pixel(strip), L = kLanes<T>;
-    if (left >= kLength)
-      f(integral_constant<int, kVectors>{}, std::false_type{}, L);
-    else if (left >= L)
-      f(integral_constant<int, 1>{}, std::false_type{}, L);
+    const int64_t i = strip % per_image, width = first_vector(i + 1) - first_vector(i);
+    const int64_t n = std::min(HW - (first_vector(i + 1) - 1) * kLanes<T>, kLanes<T>);
+    static_assert(kVectors == 4, "the widths below");
+    if (width == 4 && n == kLanes<T>)
+      f(integral_constant<int, 4>{}, std::false_type{}, n);
+    else if (width == 4)
+      f(integral_constant<int, 4>{}, std::true_type{}, n);
+    else if (width == 3)
+      f(integral_constant<int, 3>{}, std::true_type{}, n);
+    else if (width == 2)
+      f(integral_constant<int, 2>{}, std::true_type{}, n);
     else
-      f(integral_constant<int, 1>{}, std::true_type{}, left);
+      f(integral_constant<int, 1>{}, std::true_type{}, n);
   }
 };
 
@@ -78,7 +84,7 @@ inline void sum_channels(int64_t C, double* const (&totals)[kSums], const Term& 
 }
 
 template <typename T>
-constexpr int kStripLanes = std::max<int>(8, Strips<T>::kLength);
+constexpr int kStripLanes = std::max<int>(8, kVectors * kLanes<T>);
 
 template <typename T>
 struct Forward {
@@ -116,8 +122,9 @@ struct Forward {
       }
     });
     if (!m.finish(static_cast<double>(C), eps))
-      for (int64_t i = 0; i < lanes; ++i) m.set_exact(i, exact_moments(in + i, C, HW), eps);
-    const int64_t pixel = index / strips.per_image() * HW + strips.first_pixel(index);
+      for (int64_t i = 0; i < lanes; ++i)
+        if (!m.sound(i, static_cast<double>(C))) m.set_exact(i, exact_moments(in + i, C, HW), eps);
+    const int64_t pixel = index / strips.per_image * HW + strips.first_pixel(index);
     std::copy_n(m.mean, lanes, mean + pixel), std::copy_n(m.rstd, lanes, rstd + pixel);
     for (int k = 0; k < kCount; ++k) {
       center[k] = V::loadu(m.center + k * L), scale[k] = V::loadu(m.rstd + k * L), offset[k] = V::loadu(m.offset + k * L);
@@ -144,41 +151,6 @@ struct Forward {
   }
 };
 
-// Sums over pixels for each channel: lane by lane in the arithmetic type, moved to double from time to time.
-template <typename T>
-class ChannelSums {
-  using S = compute_t<T>;
-
- public:
-  ChannelSums(int64_t C, double* totals) : C_(C), totals_(totals), acc_(std::make_unique<S[]>(2 * (C + 1) * kLanes<T>)) {}
-  S* weight(int64_t c) { return acc_.get() + 2 * c * kLanes<T>; }
-  S* bias(int64_t c) { return weight(c) + kLanes<T>; }
-  void added(int64_t vectors) {
-    if ((pending_ += vectors) + kVectors > kRun) flush();
-  }
-  void flush() {
-    for (int64_t c = 0; c < C_; c += 2) {  // two channels' sums side by side
-      Vec<T> lanes[4];
-      for (int i = 0; i < 4; ++i) lanes[i] = Vec<T>::loadu(weight(c) + i * kLanes<T>);
-      double sums[4];
-      sum_lanes(lanes, sums);
-      for (int i = 0; i < (c + 1 < C_ ? 4 : 2); ++i) {
-        double& total = totals_[i % 2 * C_ + c + i / 2];
-        total = (flushed_ ? total : 0.0) + sums[i];
-      }
-    }
-    std::fill_n(acc_.get(), 2 * C_ * kLanes<T>, S(0));
-    flushed_ = true, pending_ = 0;
-  }
-
- private:
-  int64_t C_;
-  double* totals_;
-  std::unique_ptr<S[]> acc_;
-  int64_t pending_ = 0;
-  bool flushed_ = false;
-};
-
 template <typename T>
 struct Backward {
   using S = compute_t<T>;
@@ -187,17 +159,16 @@ struct Backward {
   T* dx;  // nullptr where not wanted
   const S *mean, *rstd, *weight;
   Strips<T> strips;
-  bool sums;  // whether the parameters' gradients are wanted
   bool stream;
 
   template <int kCount, bool kPartial>
-  C10_NOINLINE void strip(int64_t index, int64_t n, ChannelSums<T>& channels) const {
+  C10_NOINLINE void strip(int64_t index, int64_t n, double* totals) const {
     constexpr int64_t L = V::size();
     const int64_t C = strips.C, HW = strips.HW, offset = strips.offset(index);
     const T *const in = x + offset, *const g = dy + offset;
     T* const out = dx == nullptr ? nullptr : dx + offset;
     const int64_t ahead = index + 1 < strips.count() ? strips.offset(index + 1) - offset : 0;
-    const int64_t pixel = index / strips.per_image() * HW + strips.first_pixel(index);
+    const int64_t pixel = index / strips.per_image * HW + strips.first_pixel(index);
     V center[kCount], scale[kCount], level[kCount], slope[kCount];
     for (int k = 0; k < kCount; ++k) {
       center[k] = load<kCount, kPartial>(mean + pixel, k, n, V(0));
@@ -220,46 +191,51 @@ struct Backward {
         terms[0][i] = static_cast<S>(sum[i] / C), terms[1][i] = static_cast<S>(product[i] / C);
       for (int k = 0; k < kCount; ++k) level[k] = V::loadu(terms[0] + k * L), slope[k] = V::loadu(terms[1] + k * L) * scale[k];
     }
-    for (int64_t c = 0; c < C; ++c) {
-      const V w(weight[c]);
-      V dw(0), db(0);
-      for (int k = 0; k < kCount; ++k) {
-        __builtin_prefetch(in + c * HW + k * L + ahead, 0, 2), __builtin_prefetch(g + c * HW + k * L + ahead, 0, 2);
-        const V gr = load<kCount, kPartial>(g + c * HW, k, n, V(0));
-        const V xhat = (load<kCount, kPartial>(in + c * HW, k, n, center[k]) - center[k]) * scale[k];
-        dw = at::vec::fmadd(gr, xhat, dw), db = db + gr;
-        if (out != nullptr)
-          store<kCount, kPartial>(
-              out + c * HW, k, n,
-              at::vec::fnmadd(xhat, slope[k], gr * w - level[k]) * scale[k], stream);
+    for (int64_t first = 0; first < C; first += 2) {  // two channels, whose four sums are taken side by side
+      V found[4] = {V(0), V(0), V(0), V(0)};
+      for (int64_t c = first; c < std::min(C, first + 2); ++c) {
+        const V w(weight[c]);
+        V dw(0), db(0);
+        for (int k = 0; k < kCount; ++k) {
+          const int64_t at = c * HW + k * L + ahead;
+          __builtin_prefetch(in + at, 0, 2), __builtin_prefetch(g + at, 0, 2);
+          const V gr = load<kCount, kPartial>(g + c * HW, k, n, V(0));
+          const V xhat = (load<kCount, kPartial>(in + c * HW, k, n, center[k]) - center[k]) * scale[k];
+          dw = at::vec::fmadd(gr, xhat, dw), db = db + gr;
+          if (out != nullptr)
+            store<kCount, kPartial>(out + c * HW, k, n,
+                                    at::vec::fnmadd(xhat, slope[k], gr * w - level[k]) * scale[k], stream);
+        }
+        found[2 * (c - first)] = dw, found[2 * (c - first) + 1] = db;
       }
-      if (sums) {
-        (V::loadu(channels.weight(c)) + dw).store(channels.weight(c));
-        (V::loadu(channels.bias(c)) + db).store(channels.bias(c));
-      }
+      if (totals == nullptr) continue;
+      double sums[4];
+      sum_lanes(found, sums);
+      for (int64_t i = 0; i < 2 * std::min<int64_t>(C - first, 2); ++i) totals[2 * first + i] += sums[i];
     }
-    if (sums) channels.added(kCount);
   }
 
   void run(const Tensor& dweight, const Tensor& dbias) const {
     const int64_t C = strips.C, numel = strips.N * C * strips.HW, count = strips.count();
     const int64_t pieces = pieces_of(count, kLeastStrips, numel);
-    const auto totals = std::make_unique_for_overwrite<double[]>(sums ? pieces * 2 * C : 0);
-    at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        ChannelSums<T> channels(sums ? C : 0, totals.get() + p * 2 * C);
+    const bool sums = dweight.defined() || dbias.defined();
+    const auto totals = std::make_unique<double[]>(sums ? pieces * 2 * C : 0);  // (pieces, C, 2)
+    const auto some = [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p)
         for (int64_t i = p * count / pieces; i < (p + 1) * count / pieces; ++i)
           strips.dispatch(i, [&](auto vectors, auto partial, int64_t n) {
-            strip<decltype(vectors)::value, decltype(partial)::value>(i, n, channels);
+            strip<decltype(vectors)::value, decltype(partial)::value>(i, n, sums ? totals.get() + p * 2 * C : nullptr);
           });
-        channels.flush();
-      }
       stream_fence();
-    });
+    };
+    if (pieces == 1)
+      some(0, 1);
+    else
+      at::parallel_for(0, pieces, 1, some);
     for (int k = 0; k < 2; ++k)
       store_gradient<T>(k == 0 ? dweight : dbias, 0, C, [&](int64_t c) {
         double total = 0;
-        for (int64_t p = 0; p < pieces; ++p) total += totals[(p * 2 + k) * C + c];
+        for (int64_t p = 0; p < pieces; ++p) total += totals[(p * C + c) * 2 + k];
         return total;
       });
   }
@@ -322,7 +298,6 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_backward_cpu(const Tensor& dy, c
                        .rstd = rstd.const_data_ptr<S>(),
                        .weight = scales.data(),
                        .strips = {layout.N, layout.C, layout.HW},
-                       .sums = grads.dweight.defined() || grads.dbias.defined(),
                        .stream = streams(out, x.numel(), layout.HW)}
         .run(grads.dweight, grads.dbias);
   });

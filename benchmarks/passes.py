@@ -1,0 +1,125 @@
+"""Each pass of the grouped convolutions of six networks by itself: forward, dx, dweight, and dx with dweight.
+
+`python -m benchmarks.passes [--batch N] [--threads N] [--only TEXT] [--seconds S] [--default-malloc]` prints a table of
+eager's and our milliseconds, the ratios, and our GFLOP/s, with those of a large matrix product in the same run.
+Geometric means follow.
+"""
+
+import argparse
+import itertools
+import math
+import statistics
+import time
+
+import torch
+
+import cnnkern
+from benchmarks import timing
+from benchmarks.groups import LAYOUTS
+from cnnkern import testing
+from cnnkern.testing import Layer
+from cnnkern.testing.shapes import GROUPED_LAYERS
+
+CASE = testing.CASES["grouped_conv2d"]
+PASSES = {"forward": None, "dx": (True, False), "dweight": (False, True), "dx and dweight": (True, True)}
+
+
+def layers(batch: int) -> list[Layer]:
+    """The layers of all networks, each once."""
+    every = itertools.chain.from_iterable(v for n, v in GROUPED_LAYERS.items() if not n.endswith("batch 1"))
+    found = {str(layer): Layer((batch, *layer.shape[1:]), layer.arguments) for layer in every}
+    return list(found.values())
+
+
+def kind(layer: Layer) -> str:
+    width, kernel = layer.arguments["width"], layer.arguments["kernel"]
+    return f"depthwise {kernel}x{kernel}" if width == 1 else f"width {width}"
+
+
+def steps(layer: Layer, layout: str) -> dict[tuple[str, str], object]:
+    """(contender, pass) -> a call, after results have been compared."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = CASE.inputs(layer.shape, generator=generator, **layer.arguments)
+    x, weight = (testing.with_layout(inputs[name], layout) for name in ("input", "weight"))
+    settings = [(v, v) for v in (inputs["stride"], inputs["padding"], inputs["dilation"])]
+    groups = inputs["groups"]
+    eager, ours = torch.ops.aten.convolution, torch.ops.cnnkern.grouped_conv2d
+    eager_backward, ours_backward = torch.ops.aten.convolution_backward, torch.ops.cnnkern.grouped_conv2d_backward
+    y = eager(x, weight, None, *settings, False, (0, 0), groups)
+    dy = testing.with_layout(testing.randn(y.shape, generator, torch.float32), layout)
+    torch.testing.assert_close(ours(x, weight, None, *settings, groups), y, rtol=1e-4, atol=1e-4)
+
+    def backward(which: tuple[bool, bool], mine: bool):
+        if mine:
+            return ours_backward(dy, x, weight, *settings, groups, [*which, False])
+        return eager_backward(dy, x, weight, None, *settings, False, (0, 0), groups, [*which, False])
+
+    for a, b in zip(backward((True, True), True)[:2], backward((True, True), False)[:2], strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+    found = {}
+    for name, which in PASSES.items():
+        if which is None:
+            found["eager", name] = lambda: eager(x, weight, None, *settings, False, (0, 0), groups)
+            found["ours", name] = lambda: ours(x, weight, None, *settings, groups)
+        else:
+            found["eager", name] = lambda which=which: backward(which, False)
+            found["ours", name] = lambda which=which: backward(which, True)
+    return found
+
+
+def flops(layer: Layer) -> int:
+    """Of one pass; padding counts as if it were multiplied."""
+    return 2 * math.prod(CASE.output_shape(layer)) * layer.arguments["width"] * layer.arguments["kernel"] ** 2
+
+
+def matrix_gflops(seconds: float = 1.0) -> float:
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    samples = timing.interleave(
+        {"mm": lambda: a @ b}, deadline=time.perf_counter() + seconds, min_rounds=5, max_rounds=500
+    )
+    return 2 * 1024**3 / statistics.median(samples["mm"]) / 1e9
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.passes", description=__doc__)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", default="", metavar="TEXT", help="layers with TEXT in their row")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
+    parser.add_argument("--default-malloc", action="store_true", help="without cnnkern.tune_malloc()")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    malloc = "malloc's defaults" if arguments.default_malloc else cnnkern.tune_malloc()
+    print(f"threads: {arguments.threads}; {malloc}; a matrix product of 1024: {matrix_gflops():.0f} GFLOP/s\n")
+    print(f"| layer | layout | {' | '.join(f'{p}: eager, ours (ms), ratio' for p in PASSES)} | GFLOP/s of ours |")
+    print(f"|---|---|{'---:|' * (len(PASSES) + 1)}")
+    ratios: dict[tuple[str, str], list[float]] = {}
+    lost = []
+    for layer, layout in itertools.product(layers(arguments.batch), LAYOUTS):
+        if arguments.only not in f"{layer} {layout} {kind(layer)}":
+            continue
+        calls = steps(layer, layout)
+        deadline = time.perf_counter() + arguments.seconds
+        samples = timing.interleave(calls, deadline=deadline, min_rounds=5, max_rounds=200)
+        ms = {key: statistics.median(values) * 1e3 for key, values in samples.items()}
+        cells = []
+        for name in PASSES:
+            theirs, mine = ms["eager", name], ms["ours", name]
+            cells.append(f"{theirs:.2f}, {mine:.2f}, {theirs / mine:.2f}x")
+            if theirs < mine:
+                lost.append(f"{layer} {layout} {name}: {theirs / mine:.2f}x")
+        rate = ", ".join(f"{flops(layer) / ms['ours', name] / 1e6:.0f}" for name in ("forward", "dx", "dweight"))
+        print(f"| {kind(layer)}: {layer} | {layout} | {' | '.join(cells)} | {rate} |", flush=True)
+        both = ("forward", "dx and dweight")
+        step = sum(ms["eager", p] for p in both) / sum(ms["ours", p] for p in both)
+        ratios.setdefault((kind(layer), layout), []).append(step)
+    print("\n| kind | layout | layers | forward and backward | worst layer |\n|---|---|---:|---:|---:|")
+    for (name, layout), values in sorted(ratios.items()):
+        mean = statistics.geometric_mean(values)
+        print(f"| {name} | {layout} | {len(values)} | {mean:.2f}x | {min(values):.2f}x |")
+    print(f"\nSlower than eager: {len(lost)} of {4 * sum(map(len, ratios.values()))} passes", *lost, sep="\n- ")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,158 @@
+"""The model zoo: convolutional networks from LeNet to RegNet, each on the fused kernels or on PyTorch's operators.
+
+`create_model(name, fused=True, **kwargs)` builds one of `list_models()`; every builder is here under its name too.
+All take `num_classes`, `in_channels` and `fused`. `fused=False` gives the same architecture, with the same parameters
+and state-dict keys, in PyTorch's own operators. Models that torchvision has as well take its state dicts.
+"""
+
+from cnnkern.models.alexnet import alexnet
+from cnnkern.models.convnext import ConvNeXt, ConvNeXtBlock, convnext_tiny
+from cnnkern.models.densenet import (
+    DenseBlock,
+    DenseNet,
+    TransitionBlock,
+    densenet121,
+    densenet169,
+    densenet201,
+    densenet_small,
+)
+from cnnkern.models.efficientnet import EfficientNet, MBConv, efficientnet_b0
+from cnnkern.models.googlenet import GoogLeNet, Inception, googlenet
+from cnnkern.models.layers import SqueezeExcitation, StochasticDepth
+from cnnkern.models.lenet import bn_lenet, lenet, lenet5_tanh, lenet_relu, lenet_wide
+from cnnkern.models.mobilenet import InvertedResidual, MobileNetV2, mobilenet_v2
+from cnnkern.models.nin import NiNBlock, nin
+from cnnkern.models.preact_resnet import (
+    PreActBasicBlock,
+    PreActBottleneck,
+    PreActResNet,
+    preact_resnet18,
+    preact_resnet34,
+    preact_resnet50,
+)
+from cnnkern.models.registry import create_model, get_builder, list_models
+from cnnkern.models.regnet import (
+    AnyNet,
+    RegNet,
+    ResNeXtBlock,
+    regnet_x_1_6gf,
+    regnet_x_3_2gf,
+    regnet_x_8gf,
+    regnet_x_16gf,
+    regnet_x_32gf,
+    regnet_x_400mf,
+    regnet_x_800mf,
+    regnet_x_tiny,
+    regnet_y_1_6gf,
+    regnet_y_3_2gf,
+    regnet_y_8gf,
+    regnet_y_16gf,
+    regnet_y_32gf,
+    regnet_y_128gf,
+    regnet_y_400mf,
+    regnet_y_800mf,
+)
+from cnnkern.models.residual import BottleneckBlock, ResidualBlock, bn_lenet_residual, res_lenet, simple_resnet
+from cnnkern.models.resnet import (
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+)
+from cnnkern.models.shufflenet import ShuffleBlock, ShuffleNetV2, shufflenet_v2_x1_0
+from cnnkern.models.vgg import VGG, vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
+
+__all__ = [
+    "VGG",
+    "AnyNet",
+    "BasicBlock",
+    "Bottleneck",
+    "BottleneckBlock",
+    "ConvNeXt",
+    "ConvNeXtBlock",
+    "DenseBlock",
+    "DenseNet",
+    "EfficientNet",
+    "GoogLeNet",
+    "Inception",
+    "InvertedResidual",
+    "MBConv",
+    "MobileNetV2",
+    "NiNBlock",
+    "PreActBasicBlock",
+    "PreActBottleneck",
+    "PreActResNet",
+    "RegNet",
+    "ResNeXtBlock",
+    "ResNet",
+    "ResidualBlock",
+    "ShuffleBlock",
+    "ShuffleNetV2",
+    "SqueezeExcitation",
+    "StochasticDepth",
+    "TransitionBlock",
+    "alexnet",
+    "bn_lenet",
+    "bn_lenet_residual",
+    "convnext_tiny",
+    "create_model",
+    "densenet121",
+    "densenet169",
+    "densenet201",
+    "densenet_small",
+    "efficientnet_b0",
+    "get_builder",
+    "googlenet",
+    "lenet",
+    "lenet5_tanh",
+    "lenet_relu",
+    "lenet_wide",
+    "list_models",
+    "mobilenet_v2",
+    "nin",
+    "preact_resnet18",
+    "preact_resnet34",
+    "preact_resnet50",
+    "regnet_x_1_6gf",
+    "regnet_x_3_2gf",
+    "regnet_x_8gf",
+    "regnet_x_16gf",
+    "regnet_x_32gf",
+    "regnet_x_400mf",
+    "regnet_x_800mf",
+    "regnet_x_tiny",
+    "regnet_y_1_6gf",
+    "regnet_y_3_2gf",
+    "regnet_y_8gf",
+    "regnet_y_16gf",
+    "regnet_y_32gf",
+    "regnet_y_128gf",
+    "regnet_y_400mf",
+    "regnet_y_800mf",
+    "res_lenet",
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "shufflenet_v2_x1_0",
+    "simple_resnet",
+    "vgg11",
+    "vgg11_bn",
+    "vgg13",
+    "vgg13_bn",
+    "vgg16",
+    "vgg16_bn",
+    "vgg19",
+    "vgg19_bn",
+]

@@ -1,0 +1,43 @@
+"""The models by name."""
+
+import difflib
+from collections.abc import Callable
+
+from torch import nn
+
+Builder = Callable[..., nn.Module]
+BUILDERS: dict[str, Builder] = {}
+
+
+def register(*input_size: int) -> Callable[[Builder], Builder]:
+    """Enters a builder under its own name, with the (channels, height, width) that the model is usually given."""
+
+    def enter(builder: Builder) -> Builder:
+        builder.input_size = input_size
+        BUILDERS[builder.__name__] = builder
+        return builder
+
+    return enter
+
+
+def list_models() -> list[str]:
+    """The names that :func:`create_model` takes, in alphabetical order."""
+    return sorted(BUILDERS)
+
+
+def create_model(name: str, fused: bool = True, **kwargs) -> nn.Module:
+    """The model ``name`` of :func:`list_models`, on the fused kernels or, with ``fused=False``, on PyTorch's operators.
+
+    ``kwargs`` go to the builder: all take ``num_classes`` and ``in_channels``. Both forms have the same parameters and
+    state-dict keys. Raises ValueError for an unknown name, TypeError for an argument that the builder does not have.
+    """
+    return get_builder(name)(fused=fused, **kwargs)
+
+
+def get_builder(name: str) -> Builder:
+    """The builder of the model ``name``; its ``input_size`` is (channels, height, width). ValueError if unknown."""
+    if name not in BUILDERS:
+        near = difflib.get_close_matches(name, BUILDERS, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "cnnkern.models.list_models() has the names"
+        raise ValueError(f"no model is called {name!r}: {hint}")
+    return BUILDERS[name]
