@@ -1,5 +1,6 @@
 """Every test runs with freshly allocated memory filled with NaN, so that an element nobody wrote shows."""
 
+import math
 from typing import NamedTuple
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 
 
 class Device(NamedTuple):
-    """Whose kernels the battery holds to account, as in Case.devices, and where its tensors are."""
+    """Whose kernels the battery holds to account, as in Case.devices, where its tensors are, and how large at most."""
 
     kernels: str
     tensors: str
+    elements: float = math.inf
 
 
 def pytest_addoption(parser):
@@ -35,8 +37,10 @@ def device(pytestconfig):
         return
     import emulator
 
-    with emulator.Emulator(pytestconfig.getoption("--emulator-tool")):
-        yield Device("cuda", "cpu")
+    tool = pytestconfig.getoption("--emulator-tool")
+    with emulator.Emulator(tool):
+        # tests/test_emulator.py has the shapes that it takes to reach what is beyond.
+        yield Device("cuda", "cpu", elements=512 if tool == "thread" else 4096)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import emulator
 import pytest
@@ -20,63 +20,72 @@ CUDA_CASES = [case for case in CASES.values() if "cuda" in case.devices]
 
 # ---- the battery ------------------------------------------------------------------------------------------------
 
-# What of the battery runs with which tool: all that depends on the kernels, reruns for a part of the variants; shapes
-# of every kind in every dtype; every kernel.
+# What of the battery runs with which tool in `make test`: with `plain` all that a kernel has a part in; with a
+# sanitizer variants that reach every kernel, in shapes and layouts of every kind. In `make sanitize` all with each.
+EVERY_VARIANT = "as_good_as or float32_parameters or any_layout or off_a_vector or memory_format or empty_batch"
+EVERY_KERNEL = "(alone or none or silu or plain)"
 RUNS = {
-    "plain": "not compile and not func and not every_place and not opcheck and not many_threads"
-    " and (not reruns or relu or plain)",
-    "address+undefined": "(as_good_as and (relu or none or plain)) or any_layout or empty_batch or off_a_vector",
-    "thread": "(as_good_as and float32 and (relu or plain)) or (off_a_vector and (relu or plain))",
+    "plain": f"{EVERY_VARIANT} or gradcheck or test_compiles_to_one_graph or torch_func or larger",
+    "address+undefined": f"((as_good_as or off_a_vector or empty_batch) and {EVERY_KERNEL}) or larger",
+    "thread": f"(as_good_as and {EVERY_KERNEL}) or larger",
 }
-
-
-def run_battery(tool: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--device", "emulator"]
-    command += ["--emulator-tool", tool, "tests/test_battery.py", "-k", RUNS[tool]]
-    environment = {**os.environ, **emulator.environment(tool)}
-    return subprocess.run(command, cwd=emulator.ROOT, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def battery():
-    """The runs, as many at once as there are processors; the longest comes first."""
-    emulator.build()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {tool: pool.submit(run_battery, tool) for tool in RUNS}
+DTYPES = {"address+undefined": "not float64 and not float16", "thread": "not float64 and not float16 and not bfloat16"}
+if os.environ.get("EMULATOR_FULL") == "1":
+    RUNS = dict.fromkeys(DTYPES, f"{EVERY_VARIANT} or larger")
+RUNS = {tool: f"({chosen}) and {DTYPES[tool]}" if tool in DTYPES else chosen for tool, chosen in RUNS.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", RUNS)
-def test_battery(battery, tool):
-    done = battery[tool].result()
+def test_battery(tool):
+    emulator.build(f"{tool}/kernels.so")
+    # One process, whatever this one is part of: the sanitizers' reports end it.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
+    command += ["--device", "emulator", "--emulator-tool", tool, "-k", RUNS[tool]]
+    command += ["tests/test_battery.py", f"{Path(__file__)}::test_larger_shapes"]
+    environment = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")} | emulator.environment(tool)
+    done = subprocess.run(command, cwd=emulator.ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert " passed" in done.stdout
 
 
-# ---- thread orders ----------------------------------------------------------------------------------------------
-
-
-SHAPES = (
+# What the battery's shapes are too small for.
+LARGER = (
     ((3, 17, 7, 7), "contiguous"),  # one block a channel
     ((2, 2, 97, 101), "contiguous"),  # slices of a channel
     ((5, 8, 31, 33), "channels_last"),  # strips of rows
 )
 
 
-def in_layout(inputs: dict, layout: str) -> dict:
-    shape = inputs["input"].shape
-    return {
+def drawn(case: testing.Case, shape, layout: str, dtype: torch.dtype, generator) -> tuple[dict, torch.Tensor]:
+    """(inputs, dy)"""
+    inputs = case.inputs(shape, dtype, generator=generator)
+    inputs = {
         n: testing.with_layout(v, layout) if isinstance(v, torch.Tensor) and v.shape == shape else v
         for n, v in inputs.items()
     }
+    output = testing.run(case.reference, case, inputs)["output"]
+    return inputs, testing.randn(output.shape, generator, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
+def test_larger_shapes(case, dtype, generator, device, pytestconfig):
+    if pytestconfig.getoption("--device") != "emulator":
+        pytest.skip("test_battery runs this with each tool")
+    for shape, layout in LARGER:
+        inputs, dy = drawn(case, shape, layout, dtype, generator)
+        testing.check(case, inputs, dy)
+
+
+# ---- thread orders ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
 def test_results_do_not_depend_on_the_order_of_blocks_and_threads(case, generator, monkeypatch):
     with emulator.Emulator():
-        for shape, layout in SHAPES:
-            inputs = in_layout(case.inputs(shape, torch.float32, generator=generator), layout)
-            dy = testing.randn(testing.run(case.reference, case, inputs)["output"].shape, generator, torch.float32)
+        for shape, layout in LARGER:
+            inputs, dy = drawn(case, shape, layout, torch.float32, generator)
             results = []
             for order in ("forward", "reverse", "random:1", "random:2"):
                 monkeypatch.setenv("EMULATOR_ORDER", order)
@@ -89,8 +98,8 @@ def test_results_do_not_depend_on_the_order_of_blocks_and_threads(case, generato
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["add_relu", "bn_add_act"])
 def test_masks_are_those_of_the_cpu_kernels(name, dtype, generator):
-    for shape, layout in (*SHAPES, ((3, 5), "contiguous"), ((2, 7, 3, 5), "channels_last")):
-        inputs = in_layout(CASES[name].inputs(shape, dtype, generator=generator), layout)
+    for shape, layout in (*LARGER, ((3, 5), "contiguous"), ((2, 7, 3, 5), "channels_last")):
+        inputs, _ = drawn(CASES[name], shape, layout, dtype, generator)
         operator, arguments = CASES[name].forward_call(inputs)
 
         def mask(operator=operator, arguments=arguments):
@@ -126,6 +135,7 @@ FAULTS = {
     "shuffle_as_barrier": ("thread", "data race"),
     "missing_threadfence": ("thread", "data race"),
     "cross_block_race": ("thread", "data race"),
+    "cross_block_race_around_a_barrier": ("thread", "data race"),
     "block_reads_another": ("thread", "data race"),
     "shared_overrun": ("address+undefined", "heap-buffer-overflow"),
     "dynamic_shared_overrun": ("address+undefined", "heap-buffer-overflow"),
@@ -148,17 +158,17 @@ FAULTS = {
 }
 
 
-def run_faults(tool: str, *arguments: str, order: str = "forward") -> subprocess.CompletedProcess:
-    program = emulator.build(f"{tool}/faults") / tool / "faults"
-    environment = {**os.environ, **emulator.environment(tool), "EMULATOR_ORDER": order}
+def run_faults(tool: str, *arguments: str, **switches: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, **emulator.environment(tool), **switches}
     environment.pop("LD_PRELOAD", None)  # the program is linked to its sanitizer
-    return subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, check=False)
+    command = [emulator.build(f"{tool}/faults"), *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_reported(name):
     tool, report, *order = FAULTS[name]
-    done = run_faults(tool, "--fault", name, **({"order": order[0]} if order else {}))
+    done = run_faults(tool, "--fault", name, EMULATOR_ORDER=order[0] if order else "forward")
     assert done.returncode != 0
     assert re.search(report, done.stderr), done.stderr
 
@@ -168,5 +178,13 @@ def test_a_planted_fault_is_reported(name):
 def test_correct_kernels_are_silent(tool, order):
     names = run_faults(tool).stdout.split()
     assert sorted(names) == sorted(FAULTS)
-    done = run_faults(tool, *names, order=order)
+    done = run_faults(tool, *names, EMULATOR_ORDER=order)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "switch"), [("early_exit", "EMULATOR_STRICT=0"), ("cross_block_race", "EMULATOR_BLOCKS=ordered")]
+)
+def test_a_switch_that_hides_a_fault(name, switch):
+    done = run_faults(FAULTS[name][0], "--fault", name, **dict([switch.split("=")]))
     assert (done.returncode, done.stderr) == (0, "")

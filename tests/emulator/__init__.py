@@ -5,23 +5,29 @@ docs/emulator.md.
 """
 
 import ctypes
+import fcntl
+import functools
+import hashlib
 import os
+import re
 import subprocess
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "emulator"
 UNDEFINED = "alignment,shift,signed-integer-overflow,integer-divide-by-zero"
-# The flags of each tool, and the runtime library that Python has to be started with.
+# The flags of each tool, and the runtime library that Python has to be started with. The compiler is what takes time,
+# so sanitizers see the element types that differ in what is done to memory: float32, and one of 16 bits for addresses.
 TOOLS = {
     "plain": ([], None),
     # Of what is undefined, that which kernels do: all of it would take the compiler three times as long.
     "address+undefined": (
-        [f"-fsanitize=address,{UNDEFINED}", f"-fno-sanitize-recover={UNDEFINED}"],
+        ["-DEMULATOR_TYPES=2", f"-fsanitize=address,{UNDEFINED}", f"-fno-sanitize-recover={UNDEFINED}"],
         "libasan.so",
     ),
-    "thread": (["-fsanitize=thread"], "libtsan.so"),
+    "thread": (["-DEMULATOR_TYPES=1", "-fsanitize=thread"], "libtsan.so"),
 }
 # Contracting a*b+c would let forward and backward round differently; nvcc's calls of fma are spelled out.
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror"]
@@ -30,56 +36,85 @@ if os.uname().machine == "x86_64":
     FLAGS += ["-mfma"]
 
 
-def _ninja(tools: list[str], kernels: list[Path]) -> str:
-    """The build file: for each tool a library of `kernels` with their registration, and the program of faults."""
+def _run(*command: str) -> str:
+    # Python may have been started under a sanitizer; the compiler is not.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"the emulator does not build:\n{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+@functools.cache
+def _versions() -> str:
     import torch
 
-    torch_root = Path(torch.__file__).parent
-    lib, include = torch_root / "lib", torch_root / "include"
-    lines = [
-        f"flags = {' '.join(FLAGS)} -I{HERE} -I{ROOT / 'csrc'} -isystem {include} "
-        f"-isystem {include / 'torch' / 'csrc' / 'api' / 'include'}",
-        "rule compile",
-        "  command = g++ $flags $tool -MD -MF $out.d $before -c -x c++ $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule library",
-        f"  command = g++ -shared $tool $in -L{lib} -ltorch -ltorch_cpu -lc10 -o $out",
-        "rule program",
-        f"  command = g++ $tool $in -L{lib} -lc10 -Wl,-rpath,{lib} -o $out",
-        # The runtime itself is compiled without a sanitizer for every tool: it speaks to them by their interfaces.
-        f"build emulator.o: compile {HERE / 'emulator.cpp'}",
-    ]
-    for tool in tools:
-        flags = " ".join(TOOLS[tool][0])
-        objects = []
-        for source in [*kernels, HERE / "registration.cpp", HERE / "faults.cpp"]:
-            objects.append(f"{tool}/{source.name}.o")
-            lines += [f"build {objects[-1]}: compile {source}", f"  tool = {flags}"]
-            if source.suffix == ".cu":
-                lines += [f"  before = -include {HERE / 'registration.h'}"]
-        lines += [f"build {tool}/kernels.so: library {' '.join(objects[:-1])} emulator.o", f"  tool = {flags}"]
-        lines += [f"build {tool}/faults: program {objects[-1]} emulator.o", f"  tool = {flags}"]
-    return "\n".join(lines) + "\n"
+    return f"{torch.__version__} {_run('g++', '--version')}"
 
 
-def build(*targets: str) -> Path:
-    """Brings ``TOOL/kernels.so`` and ``TOOL/faults`` up to date, all of them by default; returns their folder.
+def _make(target: Path, command: list[str], inputs: Callable[[], Iterable[Path]]) -> Path:
+    """Runs `command` unless `target` is what it made of the same `inputs`, by their contents and not their dates."""
+
+    def fingerprint() -> str:
+        digest = hashlib.sha256(f"{_versions()} {command}".encode())
+        for path in inputs():
+            digest.update(str(path).encode() + (path.read_bytes() if path.exists() else b"?"))
+        return digest.hexdigest()
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f"{target.name}.stamp").open("a+") as stamp:
+        fcntl.flock(stamp, fcntl.LOCK_EX)  # other processes may want the same
+        stamp.seek(0)
+        if not (target.exists() and stamp.read() == fingerprint()):
+            stamp.truncate(0)
+            _run(*command)
+            stamp.write(fingerprint())  # of what the compiler has just found that it includes
+    return target
+
+
+def _object(source: Path, target: Path, *flags: str) -> Path:
+    import torch
+
+    include = Path(torch.__file__).parent / "include"
+    command = ["g++", *FLAGS, *flags, f"-I{HERE}", f"-I{ROOT / 'csrc'}", "-isystem", str(include)]
+    command += ["-isystem", str(include / "torch" / "csrc" / "api" / "include")]
+    command += ["-MMD", "-c", str(source), "-o", str(target)]
+
+    def included() -> list[Path]:  # but for the system's and PyTorch's, which their versions stand for
+        listed = target.with_suffix(".d")
+        return [Path(name) for name in re.split(r"[\s\\]+", listed.read_text())[1:] if name] if listed.exists() else []
+
+    return _make(target, command, included)
+
+
+def build(target: str) -> Path:
+    """The path of ``TOOL/kernels.so`` or ``TOOL/faults``, brought up to date.
 
     Raises RuntimeError with the compiler's message.
     """
-    import ninja
+    import torch
 
-    BUILD.mkdir(parents=True, exist_ok=True)
-    text = _ninja(list(TOOLS), sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
-    file = BUILD / "build.ninja"
-    if not file.exists() or file.read_text() != text:
-        file.write_text(text)
-    command = [Path(ninja.BIN_DIR) / "ninja", "-j", str(os.cpu_count()), "-C", BUILD, *targets]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the emulator does not build:\n{done.stdout}{done.stderr}")
-    return BUILD
+    lib = Path(torch.__file__).parent / "lib"
+    tool, name = target.split("/")
+    flags, _ = TOOLS[tool]
+    if name == "faults":
+        program = _object(HERE / "faults.cpp", BUILD / tool / "faults.o", *flags)
+        link = [f"-L{lib}", "-lc10", f"-Wl,-rpath,{lib}"]
+    else:
+        # All kernels at once: reading PyTorch's headers takes the compiler longer than most of them.
+        kernels = [
+            option for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) for option in ("-include", str(path))
+        ]
+        program = _object(
+            HERE / "registration.cpp",
+            BUILD / tool / "kernels.o",
+            *(*flags, "-include", str(HERE / "registration.h"), *kernels),
+        )
+        link = ["-shared", f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    # The runtime itself is compiled without a sanitizer for every tool: it speaks to them by their interfaces.
+    objects = [program, _object(HERE / "emulator.cpp", BUILD / "emulator.o")]
+    command = ["g++", *flags, *map(str, objects), *link, "-o", str(BUILD / target)]
+    return _make(BUILD / target, command, lambda: objects)
 
 
 def environment(tool: str) -> dict[str, str]:
@@ -87,10 +122,7 @@ def environment(tool: str) -> dict[str, str]:
     _, runtime = TOOLS[tool]
     if runtime is None:
         return {}
-    libraries = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in (runtime, "libstdc++.so")
-    ]
+    libraries = [_run("g++", f"-print-file-name={name}").strip() for name in (runtime, "libstdc++.so")]
     return {
         "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps what it has
@@ -105,7 +137,7 @@ class Emulator:
     """A context in which the emulated CUDA kernels answer for CPU tensors."""
 
     def __init__(self, tool: str = "plain") -> None:
-        self.library = ctypes.CDLL(str(build(f"{tool}/kernels.so") / tool / "kernels.so"))
+        self.library = ctypes.CDLL(str(build(f"{tool}/kernels.so")))
 
     def __enter__(self) -> "Emulator":
         self.library.emulator_install()

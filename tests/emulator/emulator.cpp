@@ -42,6 +42,12 @@ struct Warp {
   unsigned used = 0;
 };
 
+// What the threads of a block meet by. One for each set of fibers: tokens that two blocks share would order them.
+struct Meetings {
+  std::array<Token, 2> barriers;  // in turn, for the same reason
+  std::array<Warp, kMaxThreads / kWarp> warps;
+};
+
 struct Allocation {
   const void* key;  // null: the dynamic one
   size_t bytes, alignment;
@@ -62,9 +68,9 @@ unsigned threads;  // of a block
 unsigned exited, waiting;
 Place barrier_place;
 unsigned barriers;  // passed by this block
-std::array<Token, 2> barrier_tokens;
+std::array<Meetings, kSets> meetings_of_sets;
+Meetings* meetings;  // of the block
 Token launch_token, end_token, fence_token, shared_token;
-std::array<Warp, kMaxThreads / kWarp> warps;
 std::vector<Allocation> shared;
 std::vector<void*> old_shared;
 size_t dynamic_bytes;
@@ -139,7 +145,7 @@ void fiber_main() {
     end_token.release();
     me.state = State::exited;
     ++exited;
-    const Warp& warp = warps[self() / kWarp];
+    const Warp& warp = meetings->warps[self() / kWarp];
     for (const Rendezvous& r : warp.open)
       if (r.mask >> self() % kWarp & 1)
         fail(text(self()) + " left while other lanes wait for it in " + name(r.operation) + " at " + text(r.place));
@@ -192,9 +198,10 @@ void allocate_shared() {
 
 void take_fibers() {
   static unsigned blocks = 0;
-  std::vector<Fiber>& set = sets[__tsan_create_fiber ? blocks++ % sets.size() : 0];
-  if (set.empty()) set.resize(kMaxThreads);
-  fibers = set.data();
+  const size_t turn = __tsan_create_fiber ? blocks++ % kSets : 0;
+  if (sets[turn].empty()) sets[turn].resize(kMaxThreads);
+  fibers = sets[turn].data();
+  meetings = &meetings_of_sets[turn];
   for (unsigned i = 0; i < threads; ++i) {
     if (fibers[i].stack == nullptr) prepare(fibers[i]);
     if (__tsan_create_fiber && fibers[i].tsan == nullptr) fibers[i].tsan = __tsan_create_fiber(0);
@@ -204,8 +211,8 @@ void take_fibers() {
 void run_block() {
   exited = waiting = barriers = 0;
   queue_first = queue_size = 0;
-  for (Warp& warp : warps) warp.open.clear();
   take_fibers();
+  for (Warp& warp : meetings->warps) warp.open.clear();
   for (unsigned i = 0; i < threads; ++i) fibers[i].state = State::runnable;
   enqueue_every_thread();
   run_next();
@@ -309,7 +316,7 @@ void block_barrier(Place place) {
     fail("divergent barrier: " + text(self()) + " waits at " + text(place) + ", others at " + text(barrier_place));
   barrier_place = me.place = place;
   me.state = State::at_barrier;
-  Token& token = barrier_tokens[barriers % 2];  // a thread that wakes late does not see the next barrier's
+  Token& token = meetings->barriers[barriers % 2];
   token.release();
   if (++waiting + exited == threads) pass_barrier();
   run_next();
@@ -322,7 +329,7 @@ uint64_t warp_exchange(Exchange operation, unsigned mask, uint64_t value, int ar
   const auto what = [&] { return std::string(name(operation)) + " at " + text(place); };
   if ((mask >> lane & 1) == 0) fail(text(self()) + " is not in the mask of its own " + what());
   if (width < 1 || width > 32 || (width & (width - 1)) != 0) fail("the width of " + what() + " is no power of two up to 32");
-  Warp& warp = warps[first / kWarp];
+  Warp& warp = meetings->warps[first / kWarp];
   for (unsigned l = 0; l < kWarp; ++l)
     if ((mask >> l & 1) != 0 && (first + l >= threads || fibers[first + l].state == State::exited))
       fail("lane " + std::to_string(l) + " is in the mask of " + what() + ", but is not there");

@@ -263,14 +263,33 @@ void missing_threadfence() {
   expect(out, {28.0f});
 }
 
+// In memory, where a block's local variables are not another block's, whatever the emulator reuses.
+__attribute__((noinline)) void set(float* p) { *p = 1; }
+
 template <bool kFault>
 void write_own_or_shared(float* out) {
-  if (threadIdx.x == 0) out[kFault ? blockIdx.x / 2 : blockIdx.x] = 1;
+  float local;
+  set(&local);
+  if (threadIdx.x == 0) out[kFault ? blockIdx.x / 2 : blockIdx.x] = local;
 }
 template <bool kFault>
 void cross_block_race() {
   Global<float> out(4);
   launch(write_own_or_shared<kFault>, 4, kThreads, 0, nullptr, out.data);
+}
+
+// A barrier that one block has passed after its access and the other before its own does not order the two.
+template <bool kFault>
+void write_around_a_barrier(float* out) {
+  const auto write = [&] { out[kFault ? blockIdx.x / 2 : blockIdx.x] = 1; };
+  if (threadIdx.x == 0 && blockIdx.x % 2 == 0) write();
+  __syncthreads();
+  if (threadIdx.x == 0 && blockIdx.x % 2 == 1) write();
+}
+template <bool kFault>
+void cross_block_race_around_a_barrier() {
+  Global<float> out(4);
+  launch(write_around_a_barrier<kFault>, 4, kThreads, 0, nullptr, out.data);
 }
 
 // A block that reads what another has written in the same launch.
@@ -347,14 +366,31 @@ struct Fault {
 
 #define FAULT(name) {#name, name<false>, name<true>}
 const Fault kFaults[] = {
-    FAULT(missing_barrier),      FAULT(order_of_threads),    FAULT(missing_syncwarp),
-    FAULT(shuffle_as_barrier),   FAULT(shared_overrun),      FAULT(dynamic_shared_overrun),
-    FAULT(global_overrun),       FAULT(uninitialised_shared), FAULT(divergent_barrier),
-    FAULT(early_exit),           FAULT(threads_that_hang),   FAULT(wrong_mask),
-    FAULT(lanes_with_different_masks), FAULT(source_outside_mask),  FAULT(missing_threadfence), FAULT(cross_block_race),
-    FAULT(block_reads_another),  FAULT(misaligned_vector),   FAULT(index_overflow),
-    FAULT(too_many_threads),     FAULT(empty_grid),          FAULT(grid_too_tall),
-    FAULT(too_much_shared),      FAULT(too_much_static_shared),
+    FAULT(missing_barrier),
+    FAULT(order_of_threads),
+    FAULT(missing_syncwarp),
+    FAULT(shuffle_as_barrier),
+    FAULT(shared_overrun),
+    FAULT(dynamic_shared_overrun),
+    FAULT(global_overrun),
+    FAULT(uninitialised_shared),
+    FAULT(divergent_barrier),
+    FAULT(early_exit),
+    FAULT(threads_that_hang),
+    FAULT(wrong_mask),
+    FAULT(lanes_with_different_masks),
+    FAULT(source_outside_mask),
+    FAULT(missing_threadfence),
+    FAULT(cross_block_race),
+    FAULT(cross_block_race_around_a_barrier),
+    FAULT(block_reads_another),
+    FAULT(misaligned_vector),
+    FAULT(index_overflow),
+    FAULT(too_many_threads),
+    FAULT(empty_grid),
+    FAULT(grid_too_tall),
+    FAULT(too_much_shared),
+    FAULT(too_much_static_shared),
 };
 
 }  // namespace

@@ -39,6 +39,7 @@ namespace {
 
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kSets = 5;  // of fibers
 constexpr unsigned kNoSync = 1;  // __tsan_switch_to_fiber: a switch orders nothing
 
 // ---- sanitizers -------------------------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ Fiber host;
 // Blocks take these sets in turn. To ThreadSanitizer, which hears of nothing that orders the threads of two sets, a race
 // between blocks then shows; one that comes back to a set counts as ordered after its predecessor there. A set has
 // stacks of its own, or their reuse would look like a race. Without ThreadSanitizer one set does.
-std::array<std::vector<Fiber>, 5> sets;
+std::array<std::vector<Fiber>, kSets> sets;
 Fiber* fibers = nullptr;  // of the set whose turn it is; [i] is thread i of the block
 Fiber *current = &host, *previous = &host;
 
