@@ -20,18 +20,18 @@ CUDA_CASES = [case for case in CASES.values() if "cuda" in case.devices]
 
 # ---- the battery ------------------------------------------------------------------------------------------------
 
-# What of the battery runs with which tool in `make test`: with `plain` all that a kernel has a part in; with a
-# sanitizer variants that reach every kernel, in shapes and layouts of every kind. In `make sanitize` all with each.
-EVERY_VARIANT = "as_good_as or float32_parameters or any_layout or off_a_vector or memory_format or empty_batch"
-EVERY_KERNEL = "(alone or none or silu or plain)"
-RUNS = {
-    "plain": f"{EVERY_VARIANT} or gradcheck or test_compiles_to_one_graph or torch_func or larger",
-    "address+undefined": f"((as_good_as or off_a_vector or empty_batch) and {EVERY_KERNEL}) or larger",
-    "thread": f"(as_good_as and {EVERY_KERNEL}) or larger",
-}
+# What of the battery runs with which tool: with sanitizers all that reads or writes memory in a way of its own.
+MEMORY = "as_good_as or float32_parameters or any_layout or off_a_vector or memory_format or empty_batch or larger"
 DTYPES = {"address+undefined": "not float64 and not float16", "thread": "not float64 and not float16 and not bfloat16"}
-if os.environ.get("EMULATOR_FULL") == "1":
-    RUNS = dict.fromkeys(DTYPES, f"{EVERY_VARIANT} or larger")
+if os.environ.get("EMULATOR_FULL") == "1":  # make sanitize
+    RUNS = {"plain": f"{MEMORY} or gradcheck or compiles_to_one_graph or torch_func", **dict.fromkeys(DTYPES, MEMORY)}
+else:  # make test: variants that reach every kernel; of the others what two dtypes make of them
+    EVERY_KERNEL = "(alone or none or silu or plain)"
+    RUNS = {
+        "plain": f"(({MEMORY}) and {EVERY_KERNEL}) or (as_good_as and (float32 or bfloat16)) or (gradcheck and alone)"
+        " or larger",
+        "thread": f"(as_good_as and {EVERY_KERNEL}) or larger",
+    }
 RUNS = {tool: f"({chosen}) and {DTYPES[tool]}" if tool in DTYPES else chosen for tool, chosen in RUNS.items()}
 
 
