@@ -1,9 +1,10 @@
 # make: set-up only · test · bench · lint · types · docs · wheel. Each sets up .venv first, and then only what has changed.
 #   make test ARGS="-k bn_act"     ARGS go to pytest (which runs in two processes), or to the benchmarks
+#   make sanitize                  the battery on the emulated CUDA kernels, with each sanitizer too (docs/emulator.md)
 #   PYTHON=python3.12 make         chooses the interpreter (3.10 to 3.13) of .venv
 #   CNNKERN_CUDA=0 make            leaves the CUDA kernels out; 1 insists on them (see setup.py)
 
-.PHONY: setup test bench lint types docs wheel
+.PHONY: setup test sanitize bench lint types docs wheel
 .DEFAULT_GOAL := setup
 
 SUITABLE = -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
@@ -22,6 +23,9 @@ setup:
 
 test: setup
 	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+sanitize: setup
+	EMULATOR_FULL=1 .venv/bin/python -m pytest tests/test_emulator.py -k test_battery $(ARGS)
 
 bench: setup
 	.venv/bin/cnnkern bench $(ARGS)

@@ -89,6 +89,7 @@ def _has_kernel(operator: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{operator}", key)
 
 
+_BUILT_WITH_CUDA = bool(_C.build_info()["cuda"])
 # As importing the extension left the CUDA key, before a backend of this module covers anything.
 # A build without CUDA has only what hands CUDA tensors to PyTorch's operators.
 _CUDA_OPERATORS = frozenset(name for name in _operators() if _C.build_info()["cuda"] and _has_kernel(name, "CUDA"))
@@ -133,7 +134,7 @@ class backend:
     def __init__(self, name: str) -> None:
         if name not in BACKENDS:
             raise ValueError(f"cnnkern: backend must be one of {', '.join(BACKENDS)}; got {name!r}")
-        if name == "cuda" and not _CUDA_OPERATORS:
+        if name == "cuda" and not _BUILT_WITH_CUDA:
             raise RuntimeError(f"cnnkern: backend 'cuda' is not available: {_WITHOUT_CUDA}")
         self.name = name
         self._previous = None if _active is None else _active.name
@@ -150,18 +151,22 @@ class backend:
 
 
 # These have CPU kernels only; on a GPU csrc/autograd hands them to PyTorch's operators.
-_FORWARD_LEFT_TO_PYTORCH = ("bn_add_act", "add_relu", "grouped_conv2d", "layer_norm", "layer_norm2d")
+_FORWARD_LEFT_TO_PYTORCH = ("grouped_conv2d", "layer_norm", "layer_norm2d")
 _LEFT_TO_PYTORCH = {*_FORWARD_LEFT_TO_PYTORCH, *(f"{name}_backward" for name in _FORWARD_LEFT_TO_PYTORCH)}
+# Where the extension was built without CUDA, csrc/autograd hands these to PyTorch's operators.
+_ELSE_BY_PYTORCH = {"bn_add_act", "bn_add_act_backward", "add_relu", "add_relu_backward"}
 
 
 def _cuda_kernel(operator: str) -> str:
     if operator in _LEFT_TO_PYTORCH:
         return "PyTorch's own operators: no CUDA kernel of ours yet"
+    if not _BUILT_WITH_CUDA and operator in _ELSE_BY_PYTORCH:
+        return f"PyTorch's own operators: {_WITHOUT_CUDA}"
     if _active is not None and operator in _active.operators:
         return _LABELS[_active.name]
     if operator in _CUDA_OPERATORS:
         return "CUDA C++"
-    if _CUDA_OPERATORS:
+    if _BUILT_WITH_CUDA:
         return "none: the extension has no CUDA kernel for this operator"
     return f"none: {_WITHOUT_CUDA}; cnnkern.backends.backend('triton') needs neither"
 

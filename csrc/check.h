@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <string_view>
@@ -135,11 +136,20 @@ inline void check_layer_norm_saved(const char* op, const Tensor& dy, const Tenso
   TORCH_CHECK(!output_mask[2] || tensor_or_undefined(bias).defined(), op, ": output_mask asks for dbias, but bias is None");
 }
 
+// Of a mask of one bit an element. At least four, which is what a vectorised kernel reads or writes at once.
+inline int64_t mask_bytes(int64_t numel) { return std::max<int64_t>((numel + 7) / 8, 4); }
+
 inline void check_mask(const char* op, const Tensor& mask, int64_t bytes, const Tensor& x) {
   TORCH_CHECK(mask.scalar_type() == at::kByte && mask.dim() == 1 && mask.size(0) == bytes && mask.is_contiguous() &&
                   mask.device() == x.device(),
               op, ": mask must be the one that the forward operator returned: uint8, ", bytes, " bytes, on ", x.device(),
               "; got ", mask.scalar_type(), " ", mask.sizes(), " on ", mask.device());
+}
+
+// What add_relu_backward says of the order of its mask.
+inline void check_channels_last(const char* op, const Tensor& dy, bool channels_last) {
+  TORCH_CHECK(!channels_last || (dy.dim() >= 3 && dy.dim() <= 5), op,
+              ": channels_last needs a dy of 3 to 5 dimensions; got ", dy.sizes());
 }
 
 // Calls f with the activation named `act`, one of none and relu, as a type.

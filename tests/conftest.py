@@ -1,6 +1,8 @@
 """Every test runs with freshly allocated memory filled with NaN, so that an element nobody wrote shows."""
 
+import math
 import os
+from typing import NamedTuple
 
 # Two processes of tests share the cores: a thread that spins while it waits would take them from the other. OpenMP
 # reads this when torch is loaded.
@@ -8,6 +10,42 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+
+
+class Device(NamedTuple):
+    """Whose kernels the battery holds to account, as in Case.devices, where its tensors are, and how large at most."""
+
+    kernels: str
+    tensors: str
+    elements: float = math.inf
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        default="cpu",
+        choices=("cpu", "cuda", "emulator"),
+        help="whose kernels the battery judges: the CPU's, a GPU's, or CUDA's on the emulator (docs/emulator.md)",
+    )
+    parser.addoption(
+        "--emulator-tool",
+        default="plain",
+        help="what the emulated kernels are built with: plain, or a sanitizer that Python was started under",
+    )
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig):
+    name = pytestconfig.getoption("--device")
+    if name != "emulator":
+        yield Device(name, name)
+        return
+    import emulator
+
+    tool = pytestconfig.getoption("--emulator-tool")
+    with emulator.Emulator(tool):
+        # tests/test_emulator.py has the shapes that it takes to reach what is beyond.
+        yield Device("cuda", "cpu", elements=512 if tool == "thread" else 4096)
 
 
 @pytest.fixture(autouse=True)

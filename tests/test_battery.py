@@ -1,6 +1,7 @@
-"""The battery: what every operator of `cnnkern.testing.CASES` is held to, on the kernel that answers on the CPU."""
+"""The battery: what every operator of `cnnkern.testing.CASES` is held to, on the kernel that answers on --device."""
 
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import cnnkern
-from cnnkern import testing
+from cnnkern import backends, testing
 from cnnkern.testing import CASES, Case
 from cnnkern.testing.case import Shape
 
@@ -20,6 +21,7 @@ LAYOUTS = ("contiguous", "channels_last", "sliced")
 ROOT = Path(__file__).parent.parent
 # With every layout, or each in one of them: test_instruction_sets.py asks for that.
 EACH_SHAPE_ONCE = "CNNKERN_EACH_SHAPE_ONCE" in os.environ
+_device = None  # the fixture of that name in conftest.py
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -31,6 +33,19 @@ def over_variants(chosen: Iterable[Case]):
 
 variants = over_variants(CASES.values())
 variants_with_float32_parameters = over_variants(c for c in CASES.values() if c.float32_parameters)
+
+
+@pytest.fixture(autouse=True)
+def _on_device(request, device):
+    case = request.node.callspec.params["case"]
+    if device.kernels not in case.devices:
+        pytest.skip(f"{case.name} has no kernel of its own for {device.kernels}")
+    global _device
+    _device = device
+
+
+def shapes_of(case: Case) -> list[Shape]:
+    return [shape for shape in case.shapes if math.prod(shape) <= _device.elements]
 
 
 def in_layouts(shapes: Iterable[Shape]) -> Iterator[tuple[Shape, str]]:
@@ -46,13 +61,14 @@ def drawn(case: Case, shape, dtype, generator, variant, layout="contiguous") -> 
         if isinstance(value, Tensor) and value.shape == inputs["input"].shape:
             inputs[name] = testing.with_layout(value, layout)
     output = testing.run(case.reference, case, inputs)["output"]
-    return inputs, testing.randn(output.shape, generator, dtype)
+    inputs = {n: v.to(_device.tensors) if isinstance(v, Tensor) else v for n, v in inputs.items()}
+    return inputs, testing.randn(output.shape, generator, dtype).to(_device.tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @variants
 def test_forward_and_backward_as_good_as_eager(case, variant, dtype, generator):
-    for shape, layout in in_layouts(case.shapes):
+    for shape, layout in in_layouts(shapes_of(case)):
         inputs, dy = drawn(case, shape, dtype, generator, variant, layout)
         testing.check(case, inputs, dy)
 
@@ -60,7 +76,7 @@ def test_forward_and_backward_as_good_as_eager(case, variant, dtype, generator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
 @variants_with_float32_parameters
 def test_float32_parameters_beside_16_bit_input(case, variant, dtype, generator):
-    for shape, layout in in_layouts(case.shapes[4:9]):
+    for shape, layout in in_layouts(shapes_of(case)[4:9]):
         inputs, dy = drawn(case, shape, dtype, generator, {**variant, "parameter_dtype": torch.float32}, layout)
         testing.check(case, inputs, dy)
 
@@ -89,6 +105,19 @@ def test_gradients_that_arrive_in_any_layout(case, variant, generator):
             testing.check(case, inputs, testing.with_layout(dy, other))
         testing.check(case, inputs, dy[:1, :, :1, :1].expand(dy.shape))
         testing.check(case, inputs, dy.transpose(2, 3).contiguous().transpose(2, 3))
+
+
+@variants
+def test_storage_that_begins_off_a_vector(case, variant, generator):
+    def shifted(t: Tensor, n: int) -> Tensor:
+        return t.new_full((t.numel() + n,), float("nan")).as_strided(t.shape, t.stride(), n).copy_(t)
+
+    shapes = case.of_its_rank((3, 16, 5, 4), (2, 6, 7, 7))
+    for shape, layout, n in itertools.product(shapes, LAYOUTS[:2], (1, 2)):
+        inputs, dy = drawn(case, shape, torch.float32, generator, variant, layout)
+        names = [k for k, v in inputs.items() if isinstance(v, Tensor) and v.shape == inputs["input"].shape]
+        testing.check(case, inputs | {name: shifted(inputs[name], n) for name in names}, dy)  # all by the same
+        testing.check(case, inputs | {"input": shifted(inputs["input"], n)}, shifted(dy, 3))
 
 
 @variants
@@ -206,7 +235,9 @@ def test_every_place_of_an_operator_is_filled(case):
     assert sorted(forward) == sorted(CASES), "csrc/ops.cpp and testing.CASES name different operators"
     places = ["csrc/cpu/{}.cpp", "csrc/autograd/{}.cpp", "cnnkern/ops/{}.py"]
     if "cuda" in case.devices:
-        places += ["csrc/cuda/{}.cu", "csrc/cuda/{}.cuh", "triton_kernels/{}.py"]
+        places += ["csrc/cuda/{}.cu", "csrc/cuda/{}.cuh"]
+    if case.name in backends._TRITON_KERNELS:
+        places.append("triton_kernels/{}.py")
     for place in places:
         assert (ROOT / place.format(case.name)).exists(), f"{place.format(case.name)} is missing"
     assert f"{case.name}_backward" in names

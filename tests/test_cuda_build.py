@@ -12,6 +12,7 @@ import subprocess
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -25,36 +26,83 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-# Kernels of the hot path: name -> (instantiation, vectors read and written in a round of the loop that does the work).
+
+class Hot(NamedTuple):
+    """A kernel of the hot path: the 16-byte accesses in a round of the loop that does the work, and those of a mask."""
+
+    kernel: str
+    loads: int
+    stores: int
+    mask: str = ""  # pattern of the instruction, which comes four times a round
+
+
+def hot_kernels(scalar: str, vector: int) -> dict[str, Hot]:
+    """By what they do: `sweep layout direction`."""
+    relu = f"ThroughActivation<{scalar}, Relu>"
+    # Of eight bits a vector's thread owns the byte; four it adds to a word that others write too.
+    write = r"STG\.E\.U8" if vector == 8 else r"REDG?\.E\.OR"
+    kernels = {}
+    for layout, last in (("planes", "false"), ("rows", str(vector))):
+        for sweep in ("reduce", "map"):
+            stores = 4 if sweep == "map" else 0
+            instance = f"{sweep}_{layout}_kernel<{{}}, {last}>"
+            kernels |= {
+                f"{sweep} {layout} bn_act backward": Hot(
+                    instance.format(f"BatchNormBackward<{scalar}, {relu}, true>"), 8, stores
+                ),
+                f"{sweep} {layout} bn_add_act backward": Hot(
+                    instance.format(f"BatchNormBackward<{scalar}, ThroughMask, true>"), 8, 2 * stores, r"LDG\.E\.U8"
+                ),
+            }
+        kernels |= {
+            f"reduce {layout} forward": Hot(f"reduce_{layout}_kernel<Statistics<{scalar}>, {last}>", 4, 0),
+            f"map {layout} bn_act forward": Hot(f"map_{layout}_kernel<BnActForward<{scalar}, Relu>, {last}>", 4, 4),
+            f"map {layout} bn_add_act forward": Hot(
+                f"map_{layout}_kernel<BnAddActForward<{scalar}, Relu>, {last}>", 8, 4, write
+            ),
+        }
+    return kernels
+
+
 HOT_KERNELS = {
-    f"{sweep} {shape} {dtype} {direction}": (
-        f"{sweep}_{shape}_kernel<{policy}, {'false' if shape == 'planes' else vector}>",
-        4 * inputs,
-        4 if sweep == "map" else 0,
-    )
+    f"{name} {dtype}": hot
     for dtype, scalar, vector in (("float32", "float", 4), ("bfloat16", "c10::BFloat16", 8))
-    for direction, policy, inputs in (
-        ("forward", f"BnActForward<{scalar}, Relu>", 1),
-        ("backward", f"BnActBackward<{scalar}, Relu, true>", 2),
-    )
-    for sweep, shape in itertools.product(("reduce", "map"), ("planes", "rows"))
+    for name, hot in hot_kernels(scalar, vector).items()
+}
+# Without a loop: 16-byte accesses of the vectors that exist as a whole, in the last block and in all others.
+STRAIGHT_KERNELS = {
+    "add_relu forward float32": Hot("add_relu_fwd_kernel<float, 4>", 16, 8),
+    "add_relu backward float32": Hot("add_relu_bwd_kernel<float, 4>", 8, 8),
+    "add_relu forward bfloat16": Hot("add_relu_fwd_kernel<c10::BFloat16, 8>", 16, 8),
+    "add_relu backward bfloat16": Hot("add_relu_bwd_kernel<c10::BFloat16, 8>", 8, 8),
 }
 # Kernels whose loops hold less regular accesses too; they must not spill.
 OTHER_KERNELS = (
     "own_planes_kernel<BnActForward<float, Relu>, false>",
     "own_planes_kernel<BnActForward<float, Relu>, true>",
-    "own_planes_kernel<BnActBackward<c10::BFloat16, Relu, true>, true>",
-    "reduce_planes_kernel<BnActBackward<c10::BFloat16, Relu, false>, true>",
-    "reduce_rows_kernel<BnActBackward<double, Relu, false>, 2>",
+    "own_planes_kernel<BnActForward<c10::BFloat16, OtherActivation>, true>",
+    "own_planes_kernel<BnAddActForward<float, Relu>, false>",
+    "own_planes_kernel<BnAddActForward<c10::BFloat16, Relu>, true>",
+    "own_planes_kernel<BatchNormBackward<c10::BFloat16, ThroughActivation<c10::BFloat16, Relu>, true>, true>",
+    "own_planes_kernel<BatchNormBackward<float, ThroughActivation<float, OtherActivation>, true>, false>",
+    "own_planes_kernel<BatchNormBackward<c10::BFloat16, ThroughMask, true>, true>",
+    "reduce_planes_kernel<BatchNormBackward<c10::BFloat16, ThroughActivation<c10::BFloat16, Relu>, false>, true>",
+    "reduce_rows_kernel<BatchNormBackward<double, ThroughActivation<double, Relu>, false>, 2>",
+    "reduce_rows_kernel<BatchNormBackward<c10::Half, ThroughMask, false>, 8>",
+    "reduce_rows_kernel<BatchNormBackward<c10::Half, ThroughActivation<c10::Half, OtherActivation>, false>, 8>",
     "finish_kernel<Statistics<float>>",
+    "add_relu_fwd_kernel<float, 1>",
+    "add_relu_bwd_kernel<double, 2>",
 )
 PARAMETERS = {
-    "reduce_planes": "PlaneCut, double*",
-    "map_planes": "PlaneCut",
-    "own_planes": "PlaneCut, bool",
-    "reduce_rows": "RowCut, double*",
-    "map_rows": "RowCut",
-    "finish": "int64_t, const double*",
+    "reduce_planes": "{}, PlaneCut, double*",
+    "map_planes": "{}, PlaneCut",
+    "own_planes": "{}, PlaneCut, bool",
+    "reduce_rows": "{}, RowCut, double*",
+    "map_rows": "{}, RowCut",
+    "finish": "{}, int64_t, const double*",
+    "add_relu_fwd": "const {0}*, const {0}*, {0}*, unsigned*, int64_t",
+    "add_relu_bwd": "const {0}*, BitReader, {0}*, int64_t",
 }
 
 
@@ -69,13 +117,10 @@ def toolkit(program: str) -> Path | None:
 
 
 def instantiation(kernel: str) -> str:
-    """The explicit instantiation of a kernel, given as `name<policy, ...>`."""
-    name = kernel.partition("_kernel<")[0]
-    policy = re.search(r"_kernel<(\w+<[^<>]*>)", kernel).group(1)
-    if name.startswith("reduce") and "Forward" in policy:
-        policy = f"{policy}::Reduction"
-        kernel = re.sub(r"<(BnActForward<[^<>]*>)", r"<\1::Reduction", kernel)
-    return f"template __global__ void {kernel}({policy}, {PARAMETERS[name]});"
+    """The explicit instantiation of a kernel, given as `name_kernel<first argument, ...>`."""
+    name, _, arguments = kernel.removesuffix(">").partition("_kernel<")
+    first = re.match(r"(?:[^<>,]|<(?:[^<>]|<[^<>]*>)*>)+", arguments).group()
+    return f"template __global__ void {kernel}({PARAMETERS[name].format(first)});"
 
 
 @dataclass
@@ -102,18 +147,19 @@ class Kernel:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def kernels(request, tmp_path_factory) -> dict[str, Kernel]:
-    """csrc/cuda/bn_act.cuh compiled for one architecture: the kernels by the line that asked for them."""
+    """csrc/cuda/*.cuh compiled for one architecture: kernels by the instantiation that asked for them."""
     nvcc, cuobjdump = toolkit("nvcc"), toolkit("cuobjdump")
     if nvcc is None or cuobjdump is None:
         pytest.skip(
             f"needs nvcc and cuobjdump, which `pip install -r requirements.txt` brings; found {nvcc}, {cuobjdump}"
         )
     folder = tmp_path_factory.mktemp(request.param)
-    wanted = [kernel for kernel, _, _ in HOT_KERNELS.values()] + list(OTHER_KERNELS)
+    wanted = list(dict.fromkeys(hot.kernel for hot in (HOT_KERNELS | STRAIGHT_KERNELS).values())) + list(OTHER_KERNELS)
     lines = [instantiation(kernel) for kernel in wanted]
     source, cubin = folder / "kernels.cu", folder / "kernels.cubin"
     body = "\n".join(lines)
-    source.write_text(f'#include "cuda/bn_act.cuh"\nnamespace cnnkern::gpu {{\n{body}\n}}\n')
+    headers = "".join(f'#include "cuda/{name}.cuh"\n' for name in ("bn_act", "bn_add_act", "add_relu"))
+    source.write_text(f"{headers}namespace cnnkern::gpu {{\n{body}\n}}\n")
     home = nvcc.parent.parent
     includes = [ROOT / "csrc", Path(torch.__file__).parent / "include", home / "include", home / "include" / "cccl"]
     compiled = subprocess.run(
@@ -139,17 +185,15 @@ def kernels(request, tmp_path_factory) -> dict[str, Kernel]:
     by_name = dict(zip(demangled.splitlines(), found.values(), strict=True))
 
     def of(kernel: str) -> Kernel:
-        name = (
-            re.sub(r"BnActForward<([^<>]*), Relu>", r"Statistics<\1>", kernel)
-            if kernel.startswith("reduce")
-            else kernel
-        )
         spelled = [
             n
             for n in by_name
-            if n.replace("cnnkern::gpu::", "").replace("cnnkern::", "").replace("> >", ">>").startswith(f"void {name}(")
+            if n.replace("cnnkern::gpu::", "")
+            .replace("cnnkern::", "")
+            .replace("> >", ">>")
+            .startswith(f"void {kernel}(")
         ]
-        assert len(spelled) == 1, f"{name}: {spelled} of {list(by_name)}"
+        assert len(spelled) == 1, f"{kernel}: {spelled} of {list(by_name)}"
         return by_name[spelled[0]]
 
     return {kernel: of(kernel) for kernel in wanted}
@@ -165,23 +209,51 @@ def test_no_spills_and_enough_threads_a_multiprocessor(kernels):
 
 @pytest.mark.parametrize("name", HOT_KERNELS)
 def test_hot_loops_access_16_bytes_and_do_not_divide(kernels, name):
-    instance, loads, stores = HOT_KERNELS[name]
-    loops = kernels[instance].loops()
+    hot = HOT_KERNELS[name]
+    loops = kernels[hot.kernel].loops()
     assert loops
     rounds = []
     for body in loops:
-        accesses = [text for text in body if re.search(r"\b(LDG|STG)\b", text)]
-        assert all(".128" in text for text in accesses), accesses
+        accesses = [text for text in body if re.search(r"\b(LDG|STG|ATOMG?|REDG?)\b", text)]
+        masks = [text for text in accesses if hot.mask and re.search(hot.mask, text)]
+        wide = [text for text in accesses if text not in masks]
+        assert all(".128" in text for text in wide), accesses
         # A division is a reciprocal's first guess and a few corrections, or a call.
         assert not [text for text in body if re.search(r"\b(CALL|MUFU)\b", text)]
-        rounds.append(tuple(sum(access in text for text in accesses) for access in ("LDG", "STG")))
-    assert (loads, stores) in rounds, rounds
+        rounds.append((*(sum(access in text for text in wide) for access in ("LDG", "STG")), len(masks)))
+    assert (hot.loads, hot.stores, 4 if hot.mask else 0) in rounds, rounds
+
+
+@pytest.mark.parametrize("name", STRAIGHT_KERNELS)
+def test_kernels_without_a_loop_access_16_bytes_and_do_not_divide(kernels, name):
+    hot = STRAIGHT_KERNELS[name]
+    code = [text for _, text in kernels[hot.kernel].code]
+    assert not [text for text in code if re.search(r"\b(CALL|MUFU)\b", text)]
+    wide = tuple(sum(access in text and ".128" in text for text in code) for access in ("LDG", "STG"))
+    assert wide == (hot.loads, hot.stores)
+
+
+def test_every_kernel_that_ships_fits_the_registers_of_a_multiprocessor():
+    """All instantiations in the built extension, of all its architectures."""
+    if not cnnkern._C.build_info()["cuda"]:
+        pytest.skip("the extension was built without CUDA")
+    cuobjdump = toolkit("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("needs cuobjdump, which `pip install -r requirements.txt` brings with Triton")
+    command = [cuobjdump, "-res-usage", cnnkern._C.__file__]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", report)
+    assert found
+    for name, registers, stack, shared, local in found:
+        assert int(registers) <= 128, f"{name}: {registers} registers"
+        assert int(stack) == int(local) == 0, f"{name}: {stack} bytes of stack, {local} of local memory"
+        assert int(shared) <= 48 << 10, f"{name}: {shared} bytes of shared memory"
 
 
 def test_kernels_are_registered():
     if not cnnkern._C.build_info()["cuda"]:
         pytest.skip("the extension was built without CUDA")
-    for name in ("bn_act", "bn_act_backward"):
+    for name in ("bn_act", "bn_act_backward", "bn_add_act", "bn_add_act_backward", "add_relu", "add_relu_backward"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{name}", "CUDA")
 
 

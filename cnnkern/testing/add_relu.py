@@ -43,6 +43,5 @@ ADD_RELU = Case(
     bench_variant="plain",
     forward_traffic=(2, 1),
     backward_traffic=(1, 1),
-    devices=("cpu",),
     float32_parameters=False,
 )

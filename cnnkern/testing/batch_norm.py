@@ -180,5 +180,4 @@ BN_ADD_ACT = Case(
     bench_others=("train none",),
     forward_traffic=(2, 1),
     backward_traffic=(2, 2),
-    devices=("cpu",),
 )

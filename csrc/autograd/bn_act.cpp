@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_autograd(const Tensor& x, const Option
                                                    const OptionalTensor& running_var, bool training, double momentum,
                                                    double eps, c10::string_view act) {
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
-  if (left_to_pytorch(x, act == "relu" || act == "none") || has_tangent(x) || has_tangent(w) || has_tangent(b))
+  if (under_functorch() || has_tangent(x) || has_tangent(w) || has_tangent(b))
     return batch_norm_by_pytorch(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
   const auto forward = [&] {
     return forward_op().call(x, weight, bias, running_mean, running_var, training, momentum, eps, act);

@@ -39,7 +39,13 @@ inline bool under_functorch() {
   return false;
 }
 
-// Whether the operator is left to PyTorch: in transforms, and on a GPU what has no kernel of its own there yet.
+#ifdef CNNKERN_CUDA
+constexpr bool kBuiltWithCuda = true;
+#else
+constexpr bool kBuiltWithCuda = false;
+#endif
+
+// Whether the operator is left to PyTorch: in transforms, and on a GPU what has no kernel of its own there.
 inline bool left_to_pytorch(const Tensor& x, bool has_cuda_kernel) {
   return under_functorch() || (x.is_cuda() && !has_cuda_kernel);
 }

@@ -91,8 +91,7 @@ Tensor add_relu_backward_cpu(const Tensor& dy, const Tensor& mask, bool channels
   const char* op = "cnnkern::add_relu_backward";
   check_floating(op, dy);
   check_mask(op, mask, mask_bytes(dy.numel()), dy);
-  TORCH_CHECK(!channels_last || (dy.dim() >= 3 && dy.dim() <= 5), op,
-              ": channels_last needs a dy of 3 to 5 dimensions; got ", dy.sizes());
+  check_channels_last(op, dy, channels_last);
   const Tensor dy_ = channels_last ? in_rows(dy) : dy.contiguous();
   Tensor dx = at::empty_like(dy_);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dy.scalar_type(), "add_relu_backward", [&] {

@@ -8,9 +8,6 @@
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 
-// At least the four bytes that BitReader reads at once.
-inline int64_t mask_bytes(int64_t numel) { return std::max<int64_t>((numel + 7) / 8, 4); }
-
 struct BitWriter {
   uint8_t* bytes;  // zero before the first write
 

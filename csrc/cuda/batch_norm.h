@@ -1,0 +1,123 @@
+// Tensors as the batch-norm kernels take them.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <array>
+#include <tuple>
+
+#include "check.h"
+#include "cuda/batch_norm.cuh"
+#include "cuda/launch.cuh"
+#include "memory_layout.h"
+
+namespace cnnkern {
+
+inline gpu::Layout layout_of(const Tensor& x) {  // x from in_layout
+  const int64_t N = x.size(0), C = x.size(1), HW = x.numel() / (N * C);
+  return {HW == 1 || !x.is_contiguous(), N, C, HW};
+}
+
+template <typename T>
+gpu::ChannelVector<T> channel_vector(const Tensor& t) {
+  if (!t.defined()) return {nullptr, 0, false};
+  return {t.data_ptr(), t.stride(0), t.scalar_type() == at::kFloat};
+}
+
+template <typename T>
+gpu::ChannelVector<T> channel_vector(const OptionalTensor& t) {
+  return channel_vector<T>(tensor_or_undefined(t));
+}
+
+// The forward pass of any batch-norm operator, without what is its own. y and the others were allocated for x.
+template <typename T>
+gpu::BatchNormForward<T> batch_norm_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                            const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                            bool training, double momentum, double eps, const Tensor& y,
+                                            const Tensor& mean, const Tensor& rstd) {
+  return {{.x = x.const_data_ptr<T>(),
+           .mean = mean.mutable_data_ptr<double>(),
+           .rstd = rstd.mutable_data_ptr<double>(),
+           .view = gpu::ChannelView(layout_of(x)),
+           .running_mean = channel_vector<T>(running_mean),
+           .running_var = channel_vector<T>(running_var),
+           .momentum = momentum,
+           .eps = eps},
+          y.mutable_data_ptr<T>(),
+          {channel_vector<T>(weight), channel_vector<T>(bias)},
+          training};
+}
+
+template <typename T, typename P>
+void reduce_and_map(const P& p, const gpu::Cut<T>& cut, const Tensor& x) {
+  const Tensor workspace = at::empty({cut.workspace()}, x.options().dtype(at::kDouble));
+  gpu::reduce_and_map(p, cut, workspace.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream());
+}
+
+// Launches a forward pass; pointers: what it reads and writes of x's shape.
+template <typename T, typename P, typename... Pointers>
+void launch_forward(const P& p, const Tensor& x, const Pointers*... pointers) {
+  const gpu::Cut<T> cut(layout_of(x), p.training, pointers...);
+  if (p.training)
+    reduce_and_map(p, cut, x);
+  else
+    gpu::map(p, cut, c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+struct BatchNormGradients {
+  Tensor dx, dresidual, dweight, dbias;  // undefined where not wanted
+};
+
+// Launches the backward pass behind `gate`.
+template <typename T, typename Gate>
+void launch_backward(const Gate& gate, const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+                     const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, bool training,
+                     const BatchNormGradients& gradients) {
+  using S = gpu::compute_t<T>;
+  const gpu::Layout layout = layout_of(x);
+  const Tensor coefficients = at::empty({layout.C, 2}, x.options().dtype(c10::CppTypeToScalarType<S>::value));
+  const auto pointer = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
+  const auto run = [&](auto is_training) {
+    const gpu::BatchNormBackward<T, Gate, decltype(is_training)::value> backward{
+        .dy = dy.const_data_ptr<T>(),
+        .x = x.const_data_ptr<T>(),
+        .dx = pointer(gradients.dx),
+        .dresidual = pointer(gradients.dresidual),
+        .mean = mean.const_data_ptr<double>(),
+        .rstd = rstd.const_data_ptr<double>(),
+        .count = layout.N * layout.HW,
+        .parameters = {channel_vector<T>(weight), channel_vector<T>(bias)},
+        .dweight = channel_vector<T>(gradients.dweight),
+        .dbias = channel_vector<T>(gradients.dbias),
+        .coefficients = coefficients.mutable_data_ptr<S>(),
+        .gate = gate};
+    reduce_and_map(backward, gpu::Cut<T>(layout, training, backward.dy, backward.x, backward.dx, backward.dresidual), x);
+  };
+  if (training)
+    run(std::true_type{});
+  else
+    run(std::false_type{});
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// A gradient of t where it is wanted.
+inline Tensor gradient_like(bool wanted, const OptionalTensor& t) { return wanted ? at::empty_like(*t) : Tensor(); }
+
+// What the operator returns of it.
+inline Tensor or_empty(const Tensor& gradient, const Tensor& x) {
+  return gradient.defined() ? gradient : at::empty({0}, x.options());
+}
+
+inline void zero(const BatchNormGradients& gradients) {
+  for (const Tensor& t : {gradients.dx, gradients.dresidual, gradients.dweight, gradients.dbias})
+    if (t.defined()) t.zero_();
+}
+
+}  // namespace cnnkern

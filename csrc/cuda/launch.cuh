@@ -1,0 +1,125 @@
+// How a tensor is cut into blocks, which depends on its shape and alignment alone and not on the GPU, and the launches.
+// Where slices or strips share a channel, their sums go to memory, a second kernel adds them in order, a third maps.
+#pragma once
+
+#include "cuda/planes.cuh"
+#include "cuda/rows.cuh"
+
+namespace cnnkern::gpu {
+
+constexpr int64_t kBlocks = 1024;           // enough for every GPU
+constexpr int64_t kOwnerBlocks = 96;        // channels that keep a GPU busy with one block each,
+constexpr int64_t kOwnerBytes = 256 << 10;  // while all of them together stay in L2
+constexpr int64_t kSmallChannel = 8192;     // elements below which further launches cost more than idle processors
+
+// Adds the sums of a channel's slices or strips. partial: (C, slices, 2).
+template <typename P>
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(P p, int64_t slices, const double* partial) {
+  const int64_t c = blockIdx.x;
+  double sums[2] = {0, 0};
+  for (int64_t i = threadIdx.x; i < slices; i += blockDim.x) {
+    sums[0] += partial[2 * (c * slices + i)];
+    sums[1] += partial[2 * (c * slices + i) + 1];
+  }
+  block_sum(sums);
+  p.finish(c, sums[0], sums[1]);
+}
+
+// How a tensor is cut. may_own: both sweeps are made, so one block may make them. pointers: what they access, or null.
+template <typename T>
+struct Cut {
+  bool by_rows;
+  PlaneCut planes{};
+  RowCut rows{};
+
+  template <typename... Pointers>
+  explicit Cut(const Layout& s, bool may_own, const Pointers*... pointers) : by_rows(s.rows) {
+    constexpr int V = kVector<T>;
+    int misaligned = -1;
+    bool same = true;
+    const auto consider = [&](const T* p) {
+      const int m = static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(T) % V);
+      if (p == nullptr) return;
+      same = same && (misaligned == -1 || misaligned == m);
+      misaligned = m;
+    };
+    (consider(pointers), ...);
+    if (s.rows) {
+      RowCut& cut = rows;
+      cut.rows = s.N * s.HW, cut.C = s.C;
+      cut.vector = same && misaligned == 0 && s.C % V == 0;
+      cut.tiles = divup(s.C, kTileChannels);
+      cut.columns = static_cast<int>(divup(s.C / (cut.vector ? V : 1), cut.tiles));
+      cut.thread_rows = kThreads / cut.columns;
+      const int64_t least = static_cast<int64_t>(cut.thread_rows) * kUnroll * kFlush;
+      cut.strip = divup(cut.rows, larger(1, smaller(kBlocks / cut.tiles, cut.rows / least)));
+      cut.strips = divup(cut.rows, cut.strip);
+    } else {
+      PlaneCut& cut = planes;
+      cut.C = s.C, cut.HW = s.HW;
+      cut.misaligned = misaligned, cut.aligned = same;
+      cut.ragged = !same || misaligned != 0 || s.HW % V != 0;
+      cut.vectors = cut.ragged ? divup(s.HW + V - 1, V) : s.HW / V;
+      cut.total = s.N * cut.vectors;
+      const int64_t count = s.N * s.HW, bytes = count * static_cast<int64_t>(sizeof(T));
+      cut.owned = may_own && (count <= kSmallChannel || (s.C >= kOwnerBlocks && bytes <= kOwnerBytes));
+      const int64_t least = 2 * kUnroll * kThreads;
+      cut.slice = cut.owned ? cut.total : divup(cut.total, larger(1, smaller(kBlocks / s.C, cut.total / least)));
+      cut.slices = divup(cut.total, cut.slice);
+      cut.step_planes = threads() / cut.vectors, cut.step_vectors = threads() % cut.vectors;
+    }
+  }
+
+  int threads() const {  // of a block of planes
+    if (!planes.owned) return kThreads;
+    return planes.total > kUnroll * kFinishThreads ? kOwnerThreads : kFinishThreads;
+  }
+
+  // Doubles of scratch memory that a reduction needs.
+  int64_t workspace() const {
+    if (by_rows) return 2 * rows.C * rows.strips;
+    return planes.owned ? 0 : 2 * planes.C * planes.slices;
+  }
+};
+
+template <typename P>
+void map(const P& p, const Cut<typename P::Scalar>& cut, Stream stream) {
+  constexpr int V = kVector<typename P::Scalar>;
+  if (cut.by_rows) {
+    const dim3 grid(static_cast<unsigned>(cut.rows.tiles * cut.rows.strips));
+    launch(cut.rows.vector ? map_rows_kernel<P, V> : map_rows_kernel<P, 1>, grid, dim3(kThreads), 0, stream, p, cut.rows);
+  } else {
+    const dim3 grid(static_cast<unsigned>(cut.planes.C * cut.planes.slices));
+    launch(cut.planes.ragged ? map_planes_kernel<P, true> : map_planes_kernel<P, false>, grid, dim3(kThreads), 0, stream, p, cut.planes);
+  }
+}
+
+// Both sweeps. workspace: cut.workspace() doubles.
+template <typename P>
+void reduce_and_map(const P& p, const Cut<typename P::Scalar>& cut, double* workspace, Stream stream) {
+  using R = typename P::Reduction;
+  constexpr int V = kVector<typename P::Scalar>;
+  const R& reduction = p;
+  int64_t C, slices;
+  if (cut.by_rows) {
+    C = cut.rows.C, slices = cut.rows.strips;
+    const int lanes = cut.rows.vector ? V : 1;
+    const size_t shared = sizeof(double) * 2 * lanes * (cut.rows.thread_rows / 2) * cut.rows.columns;
+    const dim3 grid(static_cast<unsigned>(cut.rows.tiles * slices));
+    launch(cut.rows.vector ? reduce_rows_kernel<R, V> : reduce_rows_kernel<R, 1>, grid, dim3(kThreads), shared, stream, reduction,
+           cut.rows, workspace);
+  } else {
+    C = cut.planes.C, slices = cut.planes.slices;
+    if constexpr (!P::kWritesWhileReducing)
+      if (cut.planes.owned)
+        return launch(cut.planes.ragged ? own_planes_kernel<P, true> : own_planes_kernel<P, false>, dim3(static_cast<unsigned>(C)),
+                      dim3(cut.threads()), 0, stream, p, cut.planes, p.maps());
+    launch(cut.planes.ragged ? reduce_planes_kernel<R, true> : reduce_planes_kernel<R, false>,
+           dim3(static_cast<unsigned>(C * slices)), dim3(kThreads), 0, stream, reduction, cut.planes, workspace);
+  }
+  launch(finish_kernel<R>, dim3(static_cast<unsigned>(C)), dim3(kFinishThreads), 0, stream, reduction, slices, workspace);
+  if constexpr (!P::kWritesWhileReducing)
+    if (p.maps()) map(p, cut, stream);
+}
+
+}  // namespace cnnkern::gpu

@@ -1,0 +1,100 @@
+// The sweeps over planes (N, C, HW): a block owns a channel and both sweeps, or a slice of one channel and one of them.
+#pragma once
+
+#include "cuda/sweep.cuh"
+
+namespace cnnkern::gpu {
+
+constexpr int kOwnerThreads = 512;  // of a block that owns its channel
+
+// The vectors of a channel are counted through its N planes. If `kRagged`, planes do not begin or end with whole
+// aligned vectors: a plane's vectors are then the aligned ones that contain an element of it, and both ends of it may
+// have elements of other planes, which do not exist for this channel.
+
+struct PlaneCut {
+  int64_t C, HW;
+  int64_t vectors;                  // of a plane
+  int64_t total, slices, slice;     // vectors of a channel; slices of a channel; vectors of a slice
+  int64_t step_planes, step_vectors;  // from a thread's vector to its next
+  int misaligned;                   // elements by which the pointers exceed a multiple of 16 bytes
+  bool aligned;                     // it is the same for all of them
+  bool ragged, owned;
+};
+
+template <bool kRagged, int V, typename F>
+__device__ __forceinline__ void for_planes(const PlaneCut& cut, int64_t c, int64_t slice, const F& f) {
+  const int64_t begin = slice * cut.slice + threadIdx.x, end = smaller(cut.total, (slice + 1) * cut.slice);
+  const int64_t image = cut.C * cut.HW;
+  int64_t start = begin / cut.vectors * image + c * cut.HW, vector = begin % cut.vectors, j = begin;
+  const auto batch = [&](auto count) {
+    constexpr int U = decltype(count)::value;
+    int64_t at[U];
+    Lanes lanes = {0, V, cut.aligned};
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      at[u] = start + vector * V;
+      if constexpr (kRagged) {
+        at[u] -= (start + cut.misaligned) & (V - 1);
+        lanes.first = static_cast<int>(larger(0, start - at[u]));
+        lanes.last = static_cast<int>(smaller(V, start + cut.HW - at[u]));
+      }
+      start += cut.step_planes * image;
+      vector += cut.step_vectors;
+      if (vector >= cut.vectors) vector -= cut.vectors, start += image;
+    }
+    f(at, lanes);
+    j += U * static_cast<int64_t>(blockDim.x);
+  };
+  if constexpr (!kRagged)
+    while (j + (kUnroll - 1) * static_cast<int64_t>(blockDim.x) < end) batch(std::integral_constant<int, kUnroll>{});
+  while (j < end) batch(std::integral_constant<int, 1>{});
+}
+
+template <bool kRagged, typename P>
+__device__ __forceinline__ void reduce_planes(const P& p, const PlaneCut& cut, int64_t c, int64_t slice, double (&sums)[2]) {
+  constexpr int V = kVector<typename P::Scalar>;
+  GPU_SHARED(typename P::Before, shared, 1);
+  share(shared, 1, [&](int) { return p.before(c); });
+  const typename P::Before constants[1] = {shared[0]};
+  ThreadSums<P, V, 1> mine;
+  for_planes<kRagged, V>(cut, c, slice,
+                         [&](const auto& at, Lanes lanes) { mine.template add<kRagged>(p, at, lanes, constants); });
+  mine.flush();
+  sums[0] = mine.wide[0], sums[1] = mine.wide[1];
+  block_sum(sums);
+}
+
+template <bool kRagged, typename P>
+__device__ __forceinline__ void map_planes(const P& p, const PlaneCut& cut, int64_t c, int64_t slice) {
+  constexpr int V = kVector<typename P::Scalar>;
+  GPU_SHARED(typename P::After, shared, 1);
+  share(shared, 1, [&](int) { return p.after(c, slice == 0); });
+  const typename P::After constants[1] = {shared[0]};
+  for_planes<kRagged, V>(cut, c, slice, [&](const auto& at, Lanes lanes) { map_batch<kRagged, V>(p, at, lanes, constants); });
+}
+
+template <typename P, bool kRagged>
+__global__ void __launch_bounds__(kThreads) reduce_planes_kernel(P p, PlaneCut cut, double* partial) {
+  double sums[2];
+  reduce_planes<kRagged>(p, cut, blockIdx.x / cut.slices, blockIdx.x % cut.slices, sums);
+  if (threadIdx.x < 2) partial[2 * static_cast<int64_t>(blockIdx.x) + threadIdx.x] = threadIdx.x == 0 ? sums[0] : sums[1];
+}
+
+// Blocks go backwards through memory: what the first sweep read last is still in L2.
+template <typename P, bool kRagged>
+__global__ void __launch_bounds__(kThreads) map_planes_kernel(P p, PlaneCut cut) {
+  const int64_t b = gridDim.x - 1 - blockIdx.x;
+  map_planes<kRagged>(p, cut, b / cut.slices, b % cut.slices);
+}
+
+// Both sweeps of a channel.
+template <typename P, bool kRagged>
+__global__ void __launch_bounds__(kOwnerThreads, 1) own_planes_kernel(P p, PlaneCut cut, bool maps) {
+  const typename P::Reduction& reduction = p;
+  double sums[2];
+  reduce_planes<kRagged>(reduction, cut, blockIdx.x, 0, sums);
+  p.finish(blockIdx.x, sums[0], sums[1]);
+  if (maps) map_planes<kRagged>(p, cut, blockIdx.x, 0);
+}
+
+}  // namespace cnnkern::gpu

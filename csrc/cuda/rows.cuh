@@ -1,0 +1,89 @@
+// The sweeps over rows of channels (N * HW, C): a block owns a strip of rows of up to 128 channels.
+#pragma once
+
+#include "cuda/sweep.cuh"
+
+namespace cnnkern::gpu {
+
+constexpr int kTileChannels = 128;
+
+// A block is thread_rows by `columns` threads (what is left over of its kThreads is idle), a thread keeps to the V
+// channels of its column.
+
+struct RowCut {
+  int64_t rows, C;
+  int64_t tiles, strips, strip;  // tiles of channels; strips of rows; rows of a strip
+  int columns, thread_rows;
+  bool vector;                   // whole aligned vectors of channels
+};
+
+template <int V>
+struct RowPlace {
+  int64_t strip, first, channel;  // first: channel of the tile
+  int row, column, channels;      // channels of the tile
+  bool active;
+  __device__ RowPlace(const RowCut& cut, int64_t block) {
+    strip = block / cut.tiles;
+    first = block % cut.tiles * cut.columns * V;
+    channels = static_cast<int>(smaller(cut.C - first, cut.columns * V));
+    row = threadIdx.x / cut.columns;
+    column = threadIdx.x % cut.columns;
+    channel = first + column * V;
+    active = row < cut.thread_rows && column * V < channels;
+  }
+};
+
+template <int V, int kVectors, typename F>
+__device__ __forceinline__ void for_rows(const RowCut& cut, const RowPlace<V>& place, const F& f) {
+  const int64_t end = smaller(cut.rows, (place.strip + 1) * cut.strip);
+  int64_t r = place.strip * cut.strip + place.row;
+  const auto batch = [&](auto count) {
+    constexpr int U = decltype(count)::value;
+    int64_t at[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) at[u] = (r + u * cut.thread_rows) * cut.C + place.channel;
+    f(at);
+    r += U * cut.thread_rows;
+  };
+  while (r + (kVectors - 1) * cut.thread_rows < end) batch(std::integral_constant<int, kVectors>{});
+  while (r < end) batch(std::integral_constant<int, 1>{});
+}
+
+template <typename P, int V>
+__global__ void __launch_bounds__(kThreads, 2) reduce_rows_kernel(P p, RowCut cut, double* partial) {
+  GPU_DYN_SHARED(double, scratch);
+  GPU_SHARED(typename P::Before, shared, kTileChannels);
+  const RowPlace<V> place(cut, blockIdx.x);
+  share(shared, place.channels, [&](int j) { return p.before(place.first + j); });
+  ThreadSums<P, V, V> mine;
+  if (place.active) {
+    typename P::Before constants[V];
+#pragma unroll
+    for (int k = 0; k < V; ++k) constants[k] = shared[place.column * V + k];
+    // Of eight lanes fewer vectors, if results are under way too, or much arithmetic: two blocks have to fit.
+    constexpr int kVectors = V < 8 ? kUnroll : kUnroll >> (int{P::kWritesWhileReducing} + int{P::kCostly});
+    for_rows<V, kVectors>(cut, place, [&](const auto& at) { mine.template add<false>(p, at, Lanes{}, constants); });
+    mine.flush();
+  }
+  column_sum(mine.wide, place.row, cut.thread_rows, place.column, cut.columns, scratch);
+  if (place.active && place.row == 0)
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      double* const out = partial + 2 * ((place.channel + k) * cut.strips + place.strip);
+      out[0] = mine.wide[k], out[1] = mine.wide[V + k];
+    }
+}
+
+template <typename P, int V>
+__global__ void __launch_bounds__(kThreads) map_rows_kernel(P p, RowCut cut) {
+  GPU_SHARED(typename P::After, shared, kTileChannels);
+  const RowPlace<V> place(cut, gridDim.x - 1 - blockIdx.x);  // backwards, as in planes
+  share(shared, place.channels, [&](int j) { return p.after(place.first + j, place.strip == 0); });
+  if (!place.active) return;
+  typename P::After constants[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k) constants[k] = shared[place.column * V + k];
+  for_rows<V, kUnroll>(cut, place, [&](const auto& at) { map_batch<false, V>(p, at, Lanes{}, constants); });
+}
+
+}  // namespace cnnkern::gpu

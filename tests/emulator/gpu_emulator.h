@@ -1,0 +1,132 @@
+// What csrc/cuda/gpu_compat.cuh asks of a compiler that is not nvcc: CUDA's names for device code, on the host. Kernels
+// run on the emulator of emulator.cpp, one fiber a CUDA thread. See docs/emulator.md.
+//
+// There are no atomics on floating-point numbers on purpose: a sum in no fixed order does not repeat.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+namespace emulator {
+
+struct Place {
+  const char* file;
+  int line;
+};
+
+// What a warp exchanges: every operation has a value from each lane, and one for each.
+enum class Exchange { sync, shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot };
+
+extern uint3 thread_index, block_index;
+extern dim3 block_size, grid_size;
+
+// Runs the kernel to its end; throws std::runtime_error for whatever it does that CUDA forbids.
+void launch(dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(const void*), const void* arguments);
+void block_barrier(Place);
+uint64_t warp_exchange(Exchange, unsigned mask, uint64_t value, int argument, int width, Place);
+void fence();
+void* shared_memory(const void* key, size_t bytes, size_t alignment, Place);
+void* dynamic_shared_memory(Place);
+
+template <typename T>
+T exchange(Exchange operation, unsigned mask, T value, int argument, int width, Place place) {
+  static_assert(sizeof(T) <= sizeof(uint64_t) && std::is_trivially_copyable_v<T>);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = warp_exchange(operation, mask, bits, argument, width, place);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace emulator
+
+#define threadIdx (::emulator::thread_index)
+#define blockIdx (::emulator::block_index)
+#define blockDim (::emulator::block_size)
+#define gridDim (::emulator::grid_size)
+
+// The place of the call is that of the operation: a barrier or an exchange takes place at one line of a kernel.
+#define GPU_EMULATOR_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+inline void __syncthreads(GPU_EMULATOR_PLACE) { emulator::block_barrier({file, line}); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, GPU_EMULATOR_PLACE) {
+  emulator::warp_exchange(emulator::Exchange::sync, mask, 0, 0, 32, {file, line});
+}
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane, int width = 32, GPU_EMULATOR_PLACE) {
+  return emulator::exchange(emulator::Exchange::shuffle, mask, value, lane, width, {file, line});
+}
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned distance, int width = 32, GPU_EMULATOR_PLACE) {
+  return emulator::exchange(emulator::Exchange::shuffle_up, mask, value, static_cast<int>(distance), width, {file, line});
+}
+template <typename T>
+T __shfl_down_sync(unsigned mask, T value, unsigned distance, int width = 32, GPU_EMULATOR_PLACE) {
+  return emulator::exchange(emulator::Exchange::shuffle_down, mask, value, static_cast<int>(distance), width, {file, line});
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, GPU_EMULATOR_PLACE) {
+  return emulator::exchange(emulator::Exchange::shuffle_xor, mask, value, bits, width, {file, line});
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, GPU_EMULATOR_PLACE) {
+  return static_cast<unsigned>(
+      emulator::warp_exchange(emulator::Exchange::ballot, mask, predicate != 0, 0, 32, {file, line}));
+}
+inline void __threadfence() { emulator::fence(); }
+
+template <typename T>
+  requires std::is_integral_v<T>
+T atomicAdd(T* address, T value) {
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+template <typename T>
+  requires std::is_integral_v<T>
+T atomicOr(T* address, T value) {
+  return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
+}
+
+// Each declaration is an allocation of its own on the heap, one a block, filled with NaN.
+#define GPU_SHARED(T, name, count)  \
+  static const char name##_key = 0; \
+  T* const name = static_cast<T*>(::emulator::shared_memory(&name##_key, sizeof(T) * (count), alignof(T), {__FILE__, __LINE__}))
+#define GPU_DYN_SHARED(T, name) T* const name = static_cast<T*>(::emulator::dynamic_shared_memory({__FILE__, __LINE__}))
+
+namespace cnnkern::gpu {
+
+using Stream = void*;
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream, const Arguments&... arguments) {
+  using Call = std::pair<void (*)(Parameters...), std::tuple<Parameters...>>;
+  const Call call(kernel, std::tuple<Parameters...>(arguments...));
+  emulator::launch(
+      grid, block, shared,
+      [](const void* data) {
+        const Call& call = *static_cast<const Call*>(data);
+        std::apply(call.first, call.second);
+      },
+      &call);
+}
+
+}  // namespace cnnkern::gpu

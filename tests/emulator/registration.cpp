@@ -1,0 +1,25 @@
+// Puts the emulated kernels on the CPU key of the operators, over the CPU's own, and takes them away again.
+#include "registration.h"
+
+#include <memory>
+#include <vector>
+
+namespace {
+
+std::vector<void (*)(torch::Library&)>& registrations() {
+  static std::vector<void (*)(torch::Library&)> all;
+  return all;
+}
+
+std::unique_ptr<torch::Library> library;
+
+}  // namespace
+
+emulator::Registration::Registration(void (*registers)(torch::Library&)) { registrations().push_back(registers); }
+
+extern "C" __attribute__((visibility("default"))) void emulator_install() {
+  library = std::make_unique<torch::Library>(torch::Library::IMPL, "cnnkern", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  for (const auto registers : registrations()) registers(*library);
+}
+
+extern "C" __attribute__((visibility("default"))) void emulator_uninstall() { library.reset(); }
