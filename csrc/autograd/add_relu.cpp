@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> add_relu_by_pytorch(const Tensor& x, const Tensor& re
 }
 
 std::tuple<Tensor, Tensor> add_relu_autograd(const Tensor& x, const Tensor& residual) {
-  if (left_to_pytorch(x, /*has_cuda_kernel=*/false) || has_tangent(x) || has_tangent(residual)) return add_relu_by_pytorch(x, residual);
+  if (under_functorch() || has_tangent(x) || has_tangent(residual)) return add_relu_by_pytorch(x, residual);
   if (at::GradMode::is_enabled() && (x.requires_grad() || residual.requires_grad())) {
     auto out = AddRelu::apply(x, residual);
     return {out[0], out[1]};
@@ -84,4 +84,3 @@ TORCH_LIBRARY_IMPL(cnnkern, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("add_relu", &cnnkern::add_relu_by_pytorch); }
-TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) { m.impl("add_relu", &cnnkern::add_relu_by_pytorch); }
