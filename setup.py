@@ -1,7 +1,8 @@
 """Builds the extension `cnnkern._C`; everything else about the package stands in pyproject.toml.
 
 CNNKERN_CUDA=0|1 leaves the CUDA kernels out or insists on them; by default they are built whenever a
-toolkit and a CUDA build of torch are there, GPU or not.
+toolkit and a CUDA build of torch are there, GPU or not. CNNKERN_EXTENSION=0 builds no extension at all, where there is
+no compiler: Triton's kernels then answer on a GPU, and PyTorch's own operators on the CPU.
 """
 
 import itertools
@@ -122,10 +123,13 @@ def extension():
     return ext
 
 
+packages = ["cnnkern", "cnnkern.models", "cnnkern.nn", "cnnkern.ops", "cnnkern.testing", "cnnkern.triton_kernels"]
 setup(
-    packages=["cnnkern", "cnnkern.models", "cnnkern.nn", "cnnkern.ops", "cnnkern.testing", "cnnkern.triton_kernels"],
+    packages=[*packages, "cnnkern.csrc"],
     # The bare name `triton_kernels` belongs to another distribution.
-    package_dir={"cnnkern.triton_kernels": "triton_kernels"},
-    ext_modules=[extension()],
+    package_dir={"cnnkern.triton_kernels": "triton_kernels", "cnnkern.csrc": "csrc"},
+    package_data={"cnnkern.csrc": ["ops.cpp"]},  # the schemas, for where there is no extension to define them
+    include_package_data=False,  # no other source
+    ext_modules=[] if os.environ.get("CNNKERN_EXTENSION") == "0" else [extension()],
     cmdclass={"build_ext": BuildExtension},
 )
