@@ -1,5 +1,5 @@
 # make: set-up only · make test · make bench · make lint. Each sets up .venv first, and then only what has changed.
-#   make test ARGS="-k bn_act"     ARGS go to pytest, or to the benchmarks
+#   make test ARGS="-k bn_act"     ARGS go to pytest (which runs in two processes), or to the benchmarks
 #   PYTHON=python3.12 make         chooses the interpreter (3.10 to 3.13) of .venv
 #   CNNKERN_CUDA=0 make            leaves the CUDA kernels out; 1 insists on them (see setup.py)
 
@@ -21,7 +21,7 @@ setup:
 	@$(BOOTSTRAP)
 
 test: setup
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: setup
 	.venv/bin/python -m benchmarks $(ARGS)

@@ -1,5 +1,11 @@
 """Every test runs with freshly allocated memory filled with NaN, so that an element nobody wrote shows."""
 
+import os
+
+# Two processes of tests share the cores: a thread that spins while it waits would take them from the other. OpenMP
+# reads this when torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -113,7 +114,7 @@ def test_short_steps_are_called_several_times_a_sample(clock):
 @pytest.mark.benchmark(timer=CLOCK)
 def test_replay_hands_the_samples_to_pytest_benchmark(benchmark):
     if benchmark.disabled:
-        pytest.skip("--benchmark-disable takes no samples")
+        pytest.skip("pytest-benchmark takes no samples when disabled or in parallel")
     CLOCK.replay(benchmark, [0.25, 0.5, 0.125])
     assert benchmark.stats.stats.data == [0.25, 0.5, 0.125]
     assert benchmark.stats.stats.median == 0.25
@@ -318,6 +319,8 @@ def test_overhead_is_timed_for_functions_and_modules():
 def test_the_driver_runs_workers_and_writes(monkeypatch, tmp_path, capsys):
     """The real thing, in processes of its own, on the smallest part that there is."""
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+        monkeypatch.delenv(name)  # it would tell the worker's pytest that it shares the machine and must not measure
     code = driver.main(["--quick", "--filter", "overhead batch_norm_relu", "--save", "tiny", "--threads", "1"])
     printed = capsys.readouterr()
     assert code == 0, printed.err

@@ -44,11 +44,13 @@ struct AddRelu : torch::autograd::Function<AddRelu> {
     auto [y, mask] = forward_op().call(x, residual);
     ctx->save_for_backward({mask});
     ctx->mark_non_differentiable({mask});
+    ctx->set_materialize_grads(false);  // that of the mask is never read
     ctx->saved_data["channels_last"] = !y.is_contiguous();
     return {y, mask};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    if (!grads[0].defined()) return variable_list(2);
     const bool channels_last = ctx->saved_data["channels_last"].toBool();
     const Tensor dx = backward_op().call(grads[0], ctx->get_saved_variables()[0], channels_last);
     return {ctx->needs_input_grad(0) ? dx : Tensor(), ctx->needs_input_grad(1) ? dx : Tensor()};

@@ -66,12 +66,14 @@ struct BnAct : torch::autograd::Function<BnAct> {
     auto [y, mean, rstd] = forward_op().call(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
     ctx->save_for_backward({x, tensor_or_undefined(weight), tensor_or_undefined(bias), mean, rstd});
     ctx->mark_non_differentiable({mean, rstd});
+    ctx->set_materialize_grads(false);  // those of mean and rstd are never read
     ctx->saved_data["training"] = training;
     ctx->saved_data["act"] = std::move(act);
     return {y, mean, rstd};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    if (!grads[0].defined()) return variable_list(9);
     const auto saved = ctx->get_saved_variables();
     const Tensor &weight = saved[1], &bias = saved[2];
     const auto needs = needs_grad(ctx, {saved[0], weight, bias});

@@ -83,12 +83,14 @@ struct BnAddAct : torch::autograd::Function<BnAddAct> {
         forward_op().call(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act);
     ctx->save_for_backward({x, tensor_or_undefined(weight), tensor_or_undefined(bias), mean, rstd, mask});
     ctx->mark_non_differentiable({mean, rstd, mask});
+    ctx->set_materialize_grads(false);  // those of the statistics and the mask are never read
     ctx->saved_data["training"] = training;
     ctx->saved_data["act"] = std::move(act);
     return {y, mean, rstd, mask};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    if (!grads[0].defined()) return variable_list(10);
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &dy = grads[0];
     const auto needs = needs_grad(ctx, {x, x, weight, bias});

@@ -23,10 +23,10 @@ namespace {
 template <typename T, typename F>
 void over_stretches(int64_t numel, const F& f) {
   constexpr int64_t kStretchLength = 1024;
-  const bool stream = beyond_cache<T>(numel);
+  const bool stream = beyond_cache(numel * sizeof(T));
   const auto stretches = [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(numel, end * kStretchLength);
-    stream ? f(std::true_type{}, begin * kStretchLength, last) : f(std::false_type{}, begin * kStretchLength, last);
+    f(stream, begin * kStretchLength, last);
     stream_fence();
   };
   const int64_t count = divup(numel, kStretchLength);
@@ -40,12 +40,12 @@ template <typename T>
 void forward(const T* x, const T* residual, T* y, BitWriter mask, int64_t numel) {
   using V = Vec<T>;
   constexpr int64_t L = V::size(), ahead = kAhead / static_cast<int64_t>(sizeof(T));
-  over_stretches<T>(numel, [&](auto stream, int64_t i, int64_t end) {
+  over_stretches<T>(numel, [&](bool stream, int64_t i, int64_t end) {
     const V bound(rounds_to_zero<T>());
     for (; i + L <= end; i += L) {
-      if constexpr (stream) __builtin_prefetch(x + i + ahead, 0, 2), __builtin_prefetch(residual + i + ahead, 0, 2);
+      if (stream) __builtin_prefetch(x + i + ahead, 0, 2), __builtin_prefetch(residual + i + ahead, 0, 2);
       const V v = vload(x + i) + vload(residual + i);
-      vput<stream>(y + i, Relu::value<T>(v));
+      vput(y + i, Relu::value<T>(v), stream);
       mask.set(i, bits_above(v, bound), L);
     }
     if (i < end) {
@@ -59,10 +59,10 @@ void forward(const T* x, const T* residual, T* y, BitWriter mask, int64_t numel)
 template <typename T>
 void backward(const T* dy, T* dx, BitReader mask, int64_t numel) {
   constexpr int64_t L = kLanes<T>, ahead = kAhead / static_cast<int64_t>(sizeof(T));
-  over_stretches<T>(numel, [&](auto stream, int64_t i, int64_t end) {
+  over_stretches<T>(numel, [&](bool stream, int64_t i, int64_t end) {
     for (; i + L <= end; i += L) {
-      if constexpr (stream) __builtin_prefetch(dy + i + ahead, 0, 2);
-      vput<stream>(dx + i, zero_unless(vload(dy + i), mask.from(i)));
+      if (stream) __builtin_prefetch(dy + i + ahead, 0, 2);
+      vput(dx + i, zero_unless(vload(dy + i), mask.from(i)), stream);
     }
     if (i < end) vstore(dx + i, zero_unless(vload(dy + i, end - i, Vec<T>(0)), mask.from(i)), end - i);
   });

@@ -48,29 +48,33 @@ struct RunningStatistics {
 };
 
 // Statistics and the affine map of them: all of batch norm's forward pass but what is stored.
-template <typename T, bool kTraining>
+// (The mode is a value, here and in the backward pass, and sums are taken of this type, not of what is derived from
+// it: each type of a sweep takes seconds to compile.)
+template <typename T>
 struct BatchNormForward {
   using Scalar = T;
+  using Reduction = BatchNormForward;
   using S = compute_t<T>;
   using V = Vec<T>;
   enum Row { kShift, kCenter, kScale, kOffset, kRows };
-  static constexpr bool kReduces = kTraining;
 
   const T* x;
   T* y;
   double *mean, *rstd;
+  bool training;
   ChannelView view;
   Parameters parameters;
   RunningStatistics running;
   double eps;
   ChannelTable<T, kRows> table{};
 
+  bool reduces() const { return training; }
   static constexpr bool maps() { return true; }
   T* output() const { return y; }
-  void prefetch(int64_t i) const {  __builtin_prefetch(x + i, 0, 2); }
+  void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2); }
 
   void prepare(int64_t c) {
-    if constexpr (kTraining) {
+    if (training) {
       // Sums are taken of x - shift, so that a large mean costs no digits: a few elements' mean is near enough.
       const int64_t n = view.count(), samples = std::clamp<int64_t>(n / 256, 1, 16);
       double sum = 0;
@@ -127,15 +131,16 @@ struct BatchNormForward {
   }
 };
 
-template <typename T, bool kTraining>
-BatchNormForward<T, kTraining> batch_norm_forward(const Tensor& x, const Layout& layout, const OptionalTensor& weight,
-                                                  const OptionalTensor& bias, const OptionalTensor& running_mean,
-                                                  const OptionalTensor& running_var, double momentum, double eps,
-                                                  Tensor& y, Tensor& mean, Tensor& rstd) {
+template <typename T>
+BatchNormForward<T> batch_norm_forward(const Tensor& x, const Layout& layout, const OptionalTensor& weight,
+                                       const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                       const OptionalTensor& running_var, bool training, double momentum, double eps,
+                                       Tensor& y, Tensor& mean, Tensor& rstd) {
   return {.x = x.const_data_ptr<T>(),
           .y = y.mutable_data_ptr<T>(),
           .mean = mean.mutable_data_ptr<double>(),
           .rstd = rstd.mutable_data_ptr<double>(),
+          .training = training,
           .view = layout.channel(),
           .parameters = {tensor_or_undefined(weight), tensor_or_undefined(bias)},
           .running = {tensor_or_undefined(running_mean), tensor_or_undefined(running_var), momentum},
@@ -169,16 +174,17 @@ struct ThroughNothing {
 };
 
 // Batch norm's backward pass, from g, the part of dy that `Gate` lets through. dresidual is g itself.
-template <typename T, typename Gate, bool kTraining>
+template <typename T, typename Gate>
 struct BatchNormBackward {
   using Scalar = T;
+  using Reduction = BatchNormBackward;
   using S = compute_t<T>;
   using V = Vec<T>;
   enum Row { kCenter, kScale = kCenteredScale, kOffset = kCenteredOffset, kMeanGradient, kSlope, kRows };
-  static constexpr bool kReduces = true;
 
   const T *dy, *x;
   T *dx, *dresidual;  // nullptr where not wanted
+  bool training;
   const double *mean, *rstd;
   ChannelView view;
   Parameters parameters;
@@ -187,7 +193,8 @@ struct BatchNormBackward {
   ChannelTable<T, kRows> table{};
 
   // In eval the gradients need no sums and are written in the first sweep.
-  bool maps() const { return kTraining && (dx != nullptr || dresidual != nullptr); }
+  static constexpr bool reduces() { return true; }
+  bool maps() const { return training && (dx != nullptr || dresidual != nullptr); }
   T* output() const { return dx != nullptr ? dx : dresidual; }
   void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2), __builtin_prefetch(dy + i, 0, 2); }
 
@@ -209,7 +216,7 @@ struct BatchNormBackward {
     const V g = gradient<kPartial>(at, i, n, centered);
     s1 = s1 + g;
     s2 = at::vec::fmadd(g, centered, s2);
-    if constexpr (!kTraining) {
+    if (!training) {
       if (dx != nullptr) kPartial ? vstore(dx + i, g * at(kScale), n) : vstore(dx + i, g * at(kScale));
       if (dresidual != nullptr) kPartial ? vstore(dresidual + i, g, n) : vstore(dresidual + i, g);
     }
@@ -226,15 +233,15 @@ struct BatchNormBackward {
     table(kMeanGradient, c) = s1 / n + slope * lost;
   }
 
-  template <bool kStream, typename At>
-  void map(const At& at, int64_t i) const {
+  template <typename At>
+  void map(const At& at, int64_t i, bool stream) const {
     V centered;
     const V g = gradient<false>(at, i, 0, centered);
-    if (dx != nullptr) vput<kStream>(dx + i, result(at, g, centered));
-    if (dresidual != nullptr) vput<kStream>(dresidual + i, g);
+    if (dx != nullptr) vput(dx + i, result(at, g, centered), stream);
+    if (dresidual != nullptr) vput(dresidual + i, g, stream);
   }
   template <typename At>
-  void map(const At& at, int64_t i, int64_t n) const {
+  void map_part(const At& at, int64_t i, int64_t n) const {
     V centered;
     const V g = gradient<true>(at, i, n, centered);
     if (dx != nullptr) vstore(dx + i, result(at, g, centered), n);
@@ -260,15 +267,10 @@ inline Tensor gradient_like(bool wanted, const OptionalTensor& t, const Tensor& 
   return wanted ? at::empty_like(*t) : at::empty({0}, x.options());
 }
 
-// Calls f with the element type and the mode as types.
+// Calls f with a value of the element type.
 template <typename F>
-void with_types(const Tensor& x, bool training, F&& f) {
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm", [&] {
-    if (training)
-      f(scalar_t{}, std::true_type{});
-    else
-      f(scalar_t{}, std::false_type{});
-  });
+void with_type(const Tensor& x, F&& f) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "batch_norm", [&] { f(scalar_t{}); });
 }
 
 }  // namespace CPU_CAPABILITY

@@ -16,17 +16,17 @@ namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-template <typename T, typename Act, bool kTraining>
-struct BnActForward : BatchNormForward<T, kTraining> {
+template <typename T, typename Act>
+struct BnActForward : BatchNormForward<T> {
   using V = Vec<T>;
   Act act;
 
-  template <bool kStream, typename At>
-  void map(const At& at, int64_t i) const {
-    vput<kStream>(this->y + i, act.template value<T>(this->normalized(at, vload(this->x + i))));
+  template <typename At>
+  void map(const At& at, int64_t i, bool stream) const {
+    vput(this->y + i, act.template value<T>(this->normalized(at, vload(this->x + i))), stream);
   }
   template <typename At>
-  void map(const At& at, int64_t i, int64_t n) const {
+  void map_part(const At& at, int64_t i, int64_t n) const {
     vstore(this->y + i, act.template value<T>(this->normalized(at, vload(this->x + i, n, V(0)))), n);
   }
 };
@@ -43,13 +43,12 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_cpu(const Tensor& x, const OptionalTen
   Tensor y = at::empty_like(x_);
   Tensor mean = at::empty({layout.C}, x.options().dtype(at::kDouble)), rstd = at::empty_like(mean);
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
-  with_types(x_, training, [&](auto scalar, auto is_training) {
+  with_type(x_, [&](auto scalar) {
     using T = decltype(scalar);
-    constexpr bool kTraining = decltype(is_training)::value;
     with_activation("cnnkern::bn_act", act, [&](auto activation) {
-      using Forward = BnActForward<T, decltype(activation), kTraining>;
-      run(Forward{batch_norm_forward<T, kTraining>(x_, layout, weight, bias, running_mean, running_var, momentum, eps, y,
-                                                   mean, rstd),
+      using Forward = BnActForward<T, decltype(activation)>;
+      run(Forward{batch_norm_forward<T>(x_, layout, weight, bias, running_mean, running_var, training, momentum, eps,
+                                        y, mean, rstd),
                   activation},
           layout);
     });
@@ -68,16 +67,16 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_cpu(const Tensor& dy, const T
   Tensor dx = gradient_like(output_mask[0], x_, x_);
   Tensor dweight = gradient_like(output_mask[1], weight, x_), dbias = gradient_like(output_mask[2], bias, x_);
   if (x.numel() == 0) return {dx, dweight.zero_(), dbias.zero_()};
-  with_types(x_, training, [&](auto scalar, auto is_training) {
+  with_type(x_, [&](auto scalar) {
     using T = decltype(scalar);
-    constexpr bool kTraining = decltype(is_training)::value;
     with_activation("cnnkern::bn_act_backward", act, [&](auto activation) {
       using Gate = ThroughActivation<T, decltype(activation)>;
-      run(BatchNormBackward<T, Gate, kTraining>{
+      run(BatchNormBackward<T, Gate>{
               .dy = dy_.const_data_ptr<T>(),
               .x = x_.const_data_ptr<T>(),
               .dx = output_mask[0] ? dx.mutable_data_ptr<T>() : nullptr,
               .dresidual = nullptr,
+              .training = training,
               .mean = mean.const_data_ptr<double>(),
               .rstd = rstd.const_data_ptr<double>(),
               .view = layout.channel(),

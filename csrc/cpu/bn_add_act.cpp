@@ -15,8 +15,8 @@ namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-template <typename T, typename Act, bool kTraining>
-struct BnAddActForward : BatchNormForward<T, kTraining> {
+template <typename T, typename Act>
+struct BnAddActForward : BatchNormForward<T> {
   using V = Vec<T>;
   static constexpr bool kMasks = std::is_same_v<Act, Relu>;
 
@@ -27,15 +27,15 @@ struct BnAddActForward : BatchNormForward<T, kTraining> {
   V pre(const At& at, V x, V r) const {
     return this->normalized(at, x) + r;
   }
-  template <bool kStream, typename At>
-  void map(const At& at, int64_t i) const {
-    if constexpr (kStream) __builtin_prefetch(residual + i + kAhead / sizeof(T), 0, 2);
+  template <typename At>
+  void map(const At& at, int64_t i, bool stream) const {
+    if (stream) __builtin_prefetch(residual + i + kAhead / sizeof(T), 0, 2);
     const V v = pre(at, vload(this->x + i), vload(residual + i));
-    vput<kStream>(this->y + i, Act::template value<T>(v));
+    vput(this->y + i, Act::template value<T>(v), stream);
     if constexpr (kMasks) mask.set(i, bits_above(v, V(rounds_to_zero<T>())), V::size());
   }
   template <typename At>
-  void map(const At& at, int64_t i, int64_t n) const {
+  void map_part(const At& at, int64_t i, int64_t n) const {
     const V v = pre(at, vload(this->x + i, n, V(0)), vload(residual + i, n, V(0)));
     vstore(this->y + i, Act::template value<T>(v), n);
     if constexpr (kMasks) mask.set(i, bits_above(v, V(rounds_to_zero<T>())), n);
@@ -58,13 +58,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_cpu(const Tensor& x, const
   Tensor mean = at::empty({layout.C}, x.options().dtype(at::kDouble)), rstd = at::empty_like(mean);
   Tensor mask = at::zeros({act == "relu" ? mask_bytes(x.numel()) : 0}, x.options().dtype(at::kByte));
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1), mask};
-  with_types(x_, training, [&](auto scalar, auto is_training) {
+  with_type(x_, [&](auto scalar) {
     using T = decltype(scalar);
-    constexpr bool kTraining = decltype(is_training)::value;
     with_relu_or_none("cnnkern::bn_add_act", act, [&](auto activation) {
-      using Forward = BnAddActForward<T, decltype(activation), kTraining>;
-      run(Forward{batch_norm_forward<T, kTraining>(x_, layout, weight, bias, running_mean, running_var, momentum, eps, y,
-                                                   mean, rstd),
+      using Forward = BnAddActForward<T, decltype(activation)>;
+      run(Forward{batch_norm_forward<T>(x_, layout, weight, bias, running_mean, running_var, training, momentum, eps,
+                                        y, mean, rstd),
                   residual_.const_data_ptr<T>(),
                   {mask.mutable_data_ptr<uint8_t>()}},
           layout);
@@ -88,15 +87,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward_cpu(const Tensor&
   Tensor dx = gradient_like(output_mask[0], x_, x_), dresidual = gradient_like(output_mask[1], x_, x_);
   Tensor dweight = gradient_like(output_mask[2], weight, x_), dbias = gradient_like(output_mask[3], bias, x_);
   if (x.numel() == 0) return {dx, dresidual, dweight.zero_(), dbias.zero_()};
-  with_types(x_, training, [&](auto scalar, auto is_training) {
+  with_type(x_, [&](auto scalar) {
     using T = decltype(scalar);
-    constexpr bool kTraining = decltype(is_training)::value;
     const auto through = [&](auto gate) {
-      run(BatchNormBackward<T, decltype(gate), kTraining>{
+      run(BatchNormBackward<T, decltype(gate)>{
               .dy = dy_.const_data_ptr<T>(),
               .x = x_.const_data_ptr<T>(),
               .dx = output_mask[0] ? dx.mutable_data_ptr<T>() : nullptr,
               .dresidual = output_mask[1] ? dresidual.mutable_data_ptr<T>() : nullptr,
+              .training = training,
               .mean = mean.const_data_ptr<double>(),
               .rstd = rstd.const_data_ptr<double>(),
               .view = layout.channel(),

@@ -58,19 +58,55 @@ struct Simd<16> {
 };
 #endif
 
-// Calls f with each run of `columns` pixels as a constant: f(integral_constant<int, J>, first).
-template <typename F>
-void over_runs(int64_t columns, const F& f) {
-  const auto cut = [&](auto run, int64_t first) {
+// Sums stay in registers only where everything between them and the loop is inlined.
+#define CNNKERN_INLINED __attribute__((always_inline))
+#define CNNKERN_INLINE inline CNNKERN_INLINED
+
+constexpr bool kManyRegisters = kPlane == 16;
+#if defined(CPU_CAPABILITY_DEFAULT)
+constexpr bool kKeepsTaps = false;  // registers of four floats are too few for the taps of a row, or pixels of a run
+#else
+constexpr bool kKeepsTaps = true;
+#endif
+
+// Calls f with each run of `columns` pixels as a constant, f(integral_constant<int, J>, first): the longest that fit of
+// those of at most kMost pixels. Planes are multiples of 7 wide more often than not.
+template <int kMost, typename F>
+CNNKERN_INLINE void over_runs(int64_t columns, const F& f) {
+  const auto cut = [&](auto run, int64_t first) CNNKERN_INLINED {
     constexpr int64_t J = decltype(run)::value;
-    for (; first + J <= columns; first += J) f(run, first);
+    if constexpr (J <= kMost)
+      for (; first + J <= columns; first += J) f(run, first);
     return first;
   };
-  int64_t first = cut(std::integral_constant<int, 14>{}, 0);  // planes are multiples of 7 wide more often than not
+  int64_t first = cut(std::integral_constant<int, 14>{}, 0);
   first = cut(std::integral_constant<int, 8>{}, first);
   first = cut(std::integral_constant<int, 7>{}, first);
   first = cut(std::integral_constant<int, 4>{}, first);
   cut(std::integral_constant<int, 1>{}, first);
+}
+
+// Calls f with 0, 1 ... N - 1, each a constant.
+template <int N, typename F>
+CNNKERN_INLINE void unrolled(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) CNNKERN_INLINED {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
+// Adds to J outputs what the taps of one kernel row give, `value(i)` being the plane's pixel i from the first output's
+// first tap on. Each pixel is read once and meets every tap, which registers hold: as many reads as multiplications
+// would keep the multipliers waiting.
+template <int J, int kStep, int kTaps, typename V, typename Value>
+CNNKERN_INLINE void add_row(V (&sum)[J], const V (&tap)[kTaps], const Value& value) {
+  unrolled<(J - 1) * kStep + kTaps>([&](auto pixel) CNNKERN_INLINED {
+    constexpr int i = decltype(pixel)::value;
+    const V v = value(i);
+    unrolled<kTaps>([&](auto k) CNNKERN_INLINED {
+      constexpr int t = decltype(k)::value, j = (i - t) / kStep;
+      if constexpr (i >= t && (i - t) % kStep == 0 && j < J) sum[j] = V::fma(v, tap[t], sum[j]);
+    });
+  });
 }
 
 // Where the runs of a plane of outputs read and write; strides in floats.
@@ -78,8 +114,8 @@ struct Sweep {
   const float* in;        // first tap of the first output
   int64_t in_row;         // from an output row to the next
   int64_t in_pitch;       // from a kernel row to the next
-  const float* weight;    // (kernel_rows, taps, L)
-  int64_t kernel_rows, taps;  // taps of a kernel row; narrow: times the channels of a group
+  const float* weight;    // (kernel_rows, taps, channels of a group, L)
+  int64_t kernel_rows, taps;  // taps of a kernel row
   const float* bias;      // L floats
   float* out;
   int64_t out_row, out_column;
@@ -95,22 +131,32 @@ struct Sweep {
   }
 };
 
-// kStep: vectors in the plane from one output pixel's first tap to the next one's.
-template <int kStep>
+// A pixel is kCopies vectors; kStep pixels of the plane lie between the first taps of two neighbouring outputs, and
+// kTaps in a kernel row, or any number of them with 0.
+template <int kCopies, int kStep, int kTaps>
 void narrow_sums(const Sweep& s) {
   using V = Simd<kPlane>;
-  over_runs(s.columns, [&](auto run, int64_t first) {
+  constexpr int64_t pixel = kCopies * kPlane;
+  over_runs<kTaps == 0 ? 7 : kManyRegisters ? 14 : 8>(s.columns, [&](auto run, int64_t first) CNNKERN_INLINED {
     constexpr int J = decltype(run)::value;
     for (int64_t row = 0; row < s.rows; ++row) {
       V sum[J];
       for (int j = 0; j < J; ++j) sum[j] = V::load(s.bias);
       const auto [begin, end] = s.kernel_rows_at(row);
-      const float* w = s.weight + begin * s.taps * kPlane;
       for (int64_t r = begin; r < end; ++r) {
-        const float* p = s.in + row * s.in_row + r * s.in_pitch + first * kStep * kPlane;
-        for (int64_t t = 0; t < s.taps; ++t, p += kPlane, w += kPlane) {
-          const V tap = V::load(w);
-          for (int j = 0; j < J; ++j) sum[j] = V::fma(V::load(p + j * kStep * kPlane), tap, sum[j]);
+        const float* p = s.in + row * s.in_row + r * s.in_pitch + first * kStep * pixel;
+        const float* w = s.weight + r * s.taps * pixel;
+        for (int c = 0; c < kCopies; ++c, p += kPlane, w += kPlane) {
+          if constexpr (kTaps > 0) {
+            V tap[kTaps];
+            for (int t = 0; t < kTaps; ++t) tap[t] = V::load(w + t * pixel);
+            add_row<J, kStep>(sum, tap, [&](int i) CNNKERN_INLINED { return V::load(p + i * pixel); });
+          } else {
+            for (int64_t t = 0; t < s.taps; ++t) {
+              const V tap = V::load(w + t * pixel);
+              for (int j = 0; j < J; ++j) sum[j] = V::fma(V::load(p + (j * kStep + t) * pixel), tap, sum[j]);
+            }
+          }
         }
       }
       float* out = s.out + row * s.out_row + first * s.out_column;
@@ -120,25 +166,29 @@ void narrow_sums(const Sweep& s) {
 }
 
 // As narrow_sums, where a tap is the `width` channels of a group from `in` on, in planes that are `plane` apart.
-template <int L, int kStep>
+template <int L, int kStep, int kTaps>
 void wide_sums(const Sweep& s, int64_t width, int64_t plane) {
   using V = Simd<L>;
-  over_runs(s.columns, [&](auto run, int64_t first) {
+  over_runs<kTaps == 0 ? 7 : kManyRegisters ? 14 : 8>(s.columns, [&](auto run, int64_t first) CNNKERN_INLINED {
     constexpr int J = decltype(run)::value;
     for (int64_t row = 0; row < s.rows; ++row) {
       V sum[J];
       for (int j = 0; j < J; ++j) sum[j] = V::load(s.bias);
       const auto [begin, end] = s.kernel_rows_at(row);
-      const float* w = s.weight + begin * s.taps * width * L;
       for (int64_t r = begin; r < end; ++r) {
         const float* p = s.in + row * s.in_row + r * s.in_pitch + first * kStep * kPlane;
-        for (int64_t t = 0; t < s.taps; ++t, p += kPlane) {
-          const float* q = p;
-          for (int64_t c = 0; c < width; c += kPlane, q += plane) {
-            const int64_t channels = std::min<int64_t>(kPlane, width - c);
-            for (int64_t i = 0; i < channels; ++i, w += L) {
-              const V tap = V::load(w);
-              for (int j = 0; j < J; ++j) sum[j] = V::fma(V::all(q[j * kStep * kPlane + i]), tap, sum[j]);
+        const float* w = s.weight + r * s.taps * width * L;
+        for (int64_t c = 0; c < width; c += kPlane, p += plane) {
+          for (int64_t i = 0; i < std::min<int64_t>(kPlane, width - c); ++i, w += L) {
+            if constexpr (kTaps > 0) {
+              V tap[kTaps];
+              for (int t = 0; t < kTaps; ++t) tap[t] = V::load(w + t * width * L);
+              add_row<J, kStep>(sum, tap, [&](int q) CNNKERN_INLINED { return V::all(p[q * kPlane + i]); });
+            } else {
+              for (int64_t t = 0; t < s.taps; ++t) {
+                const V tap = V::load(w + t * width * L);
+                for (int j = 0; j < J; ++j) sum[j] = V::fma(V::all(p[(j * kStep + t) * kPlane + i]), tap, sum[j]);
+              }
             }
           }
         }
@@ -146,6 +196,19 @@ void wide_sums(const Sweep& s, int64_t width, int64_t plane) {
       float* out = s.out + row * s.out_row + first * s.out_column;
       for (int j = 0; j < J; ++j) sum[j].store(out + j * s.out_column);
     }
+  });
+}
+
+// The same pixels, for the gradient of the weight: what meets tap k is added to sum[k].
+template <int J, int kStep, int kTaps, typename V, typename Value>
+CNNKERN_INLINE void add_products(V (&sum)[kTaps], const V (&gradient)[J], const Value& value) {
+  unrolled<(J - 1) * kStep + kTaps>([&](auto pixel) CNNKERN_INLINED {
+    constexpr int i = decltype(pixel)::value;
+    const V v = value(i);
+    unrolled<kTaps>([&](auto k) CNNKERN_INLINED {
+      constexpr int t = decltype(k)::value, j = (i - t) / kStep;
+      if constexpr (i >= t && (i - t) % kStep == 0 && j < J) sum[t] = V::fma(v, gradient[j], sum[t]);
+    });
   });
 }
 
@@ -171,44 +234,71 @@ struct Products {
   }
 };
 
-// Adds the sums over all pixels of dy * in to R rows of K vectors, `pitch` floats apart.
-template <int R, int K>
-void narrow_products(const Products& s, float* out, int64_t pitch) {
-  using V = Simd<kPlane>;
-  V sum[R][K];
-  for (int r = 0; r < R; ++r)
-    for (int k = 0; k < K; ++k) sum[r][k] = V::all(0);
-  for (int64_t row = 0; row < s.rows; ++row) {
-    const float *d = s.dy + row * s.dy_row, *p = s.in + row * s.in_row;
-    for (int64_t j = 0; j < s.columns; ++j, d += kPlane, p += s.in_pixel) {
-      const V gradient = V::load(d);
-      for (int r = 0; r < R; ++r)
-        for (int k = 0; k < K; ++k) sum[r][k] = V::fma(V::load(p + r * s.in_pitch + k * kPlane), gradient, sum[r][k]);
-    }
-  }
-  const V one = V::all(1);
-  for (int r = 0; r < R; ++r)
-    for (int k = 0; k < K; ++k) V::fma(one, V::load(out + r * pitch + k * kPlane), sum[r][k]).store(out + r * pitch + k * kPlane);
+// Adds v to the L floats at p.
+template <typename V>
+inline void add_to(float* p, const V& v) {
+  V::fma(V::all(1), V::load(p), v).store(p);
 }
 
-// The same for K taps of I channels each: `out` has I vectors of L floats a tap, taps `tap` floats apart.
-template <int L, int K, int I>
-void wide_products(const Products& s, float* out, int64_t tap) {
-  using V = Simd<L>;
-  V sum[K][I];
-  for (int k = 0; k < K; ++k)
-    for (int i = 0; i < I; ++i) sum[k][i] = V::all(0);
+// Adds the sums over all pixels of dy * in for R kernel rows of kTaps taps, of one of the kCopies channels of a group, to
+// `out` (R, kTaps, kCopies, kPlane).
+template <int R, int kCopies, int kStep, int kTaps>
+void narrow_products(const Products& s, float* out) {
+  using V = Simd<kPlane>;
+  constexpr int64_t pixel = kCopies * kPlane;
+  V sum[R][kTaps];
+  unrolled<R * kTaps>([&](auto i) CNNKERN_INLINED { sum[i / kTaps][i % kTaps] = V::all(0); });
+  constexpr int kRegisters = (kManyRegisters ? 32 : 16) - R * kTaps;  // left for a run of dy
+  for (int64_t row = 0; row < s.rows; ++row) {
+    over_runs<(kRegisters > 7 ? 7 : 4)>(s.columns, [&](auto run, int64_t first) CNNKERN_INLINED {
+      constexpr int J = decltype(run)::value;
+      const float *d = s.dy + row * s.dy_row + first * kPlane, *p = s.in + row * s.in_row + first * s.in_pixel;
+      V gradient[J];
+      unrolled<J>([&](auto j) CNNKERN_INLINED { gradient[j] = V::load(d + j * kPlane); });
+      unrolled<R>([&](auto kernel_row) CNNKERN_INLINED {
+        constexpr int r = decltype(kernel_row)::value;
+        add_products<J, kStep>(sum[r], gradient, [&](int i) CNNKERN_INLINED { return V::load(p + r * s.in_pitch + i * pixel); });
+      });
+    });
+  }
+  unrolled<R * kTaps>([&](auto i) CNNKERN_INLINED { add_to(out + i * pixel, sum[i / kTaps][i % kTaps]); });
+}
+
+// The same for K vectors of a kernel row of any number of taps and channels.
+template <int K>
+void some_products(const Products& s, float* out) {
+  using V = Simd<kPlane>;
+  V sum[K];
+  for (int k = 0; k < K; ++k) sum[k] = V::all(0);
   for (int64_t row = 0; row < s.rows; ++row) {
     const float *d = s.dy + row * s.dy_row, *p = s.in + row * s.in_row;
     for (int64_t j = 0; j < s.columns; ++j, d += kPlane, p += s.in_pixel) {
       const V gradient = V::load(d);
-      for (int k = 0; k < K; ++k)
-        for (int i = 0; i < I; ++i) sum[k][i] = V::fma(V::all(p[k * kPlane + i]), gradient, sum[k][i]);
+      for (int k = 0; k < K; ++k) sum[k] = V::fma(V::load(p + k * kPlane), gradient, sum[k]);
     }
   }
-  const V one = V::all(1);
-  for (int k = 0; k < K; ++k)
-    for (int i = 0; i < I; ++i) V::fma(one, V::load(out + k * tap + i * L), sum[k][i]).store(out + k * tap + i * L);
+  for (int k = 0; k < K; ++k) add_to(out + k * kPlane, sum[k]);
+}
+
+// The same for kTaps taps of I channels each of a wide group: `out` has I vectors of L floats a tap, taps `tap` floats apart.
+template <int L, int kStep, int kTaps, int I>
+void wide_products(const Products& s, float* out, int64_t tap) {
+  using V = Simd<L>;
+  V sum[I][kTaps];
+  unrolled<I * kTaps>([&](auto i) CNNKERN_INLINED { sum[i / kTaps][i % kTaps] = V::all(0); });
+  for (int64_t row = 0; row < s.rows; ++row) {
+    over_runs<(kTaps > 1 ? 7 : 1)>(s.columns, [&](auto run, int64_t first) CNNKERN_INLINED {
+      constexpr int J = decltype(run)::value;
+      const float *d = s.dy + row * s.dy_row + first * kPlane, *p = s.in + row * s.in_row + first * s.in_pixel;
+      V gradient[J];
+      unrolled<J>([&](auto j) CNNKERN_INLINED { gradient[j] = V::load(d + j * kPlane); });
+      unrolled<I>([&](auto channel) CNNKERN_INLINED {
+        constexpr int i = decltype(channel)::value;
+        add_products<J, kStep>(sum[i], gradient, [&](int q) CNNKERN_INLINED { return V::all(p[q * kPlane + i]); });
+      });
+    });
+  }
+  unrolled<I * kTaps>([&](auto i) CNNKERN_INLINED { add_to(out + i % kTaps * tap + i / kTaps * L, sum[i / kTaps][i % kTaps]); });
 }
 
 }  // namespace CPU_CAPABILITY

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/sweep.h"
 #include "cpu/vec.h"
 
 namespace cnnkern {
@@ -12,7 +13,9 @@ inline namespace CPU_CAPABILITY {
 
 constexpr int kPlane = static_cast<int>(kLanes<float>);  // channels of a plane
 
-constexpr int64_t kPixelsAhead = 24;  // that are fetched while one is copied, in channels_last
+constexpr int64_t kPixelsAhead = 24;    // that are fetched while one is copied, in channels_last
+constexpr int64_t kPlanePixelsAhead = 48;  // of each of kPlane channels, in contiguous images of short planes:
+constexpr int64_t kForeseenPlane = 1024;   // pixels of a plane from which on the hardware's own prefetching keeps up
 
 template <typename T>
 struct Image {  // (N, C, H, W), contiguous or channels_last
@@ -144,11 +147,16 @@ void pack(const Image<const T>& x, int64_t n, int64_t c, int64_t count, const Wi
   }
   // Rows follow one another in memory, so squares of kPlane pixels are turned without regard to where a row ends.
   const T* p = x.at(n, c, window.row + top);
-  const int64_t pixels = (bottom - top) * x.W, channel = x.H * x.W;
+  const int64_t pixels = (bottom - top) * x.W, channel = x.H * x.W, left = channel - (window.row + top) * x.W;
   int64_t column = -window.col;  // of the window, of the next pixel
   int64_t row = top;
   for (int64_t i = 0; i < pixels; i += kPlane) {
     const int64_t width = std::min<int64_t>(kPlane, pixels - i);
+    // Behind a block's planes lie those of the next block.
+    int64_t ahead = i + kPlanePixelsAhead;
+    if (ahead >= left) ahead += kPlane * channel - left;
+    if (channel < kForeseenPlane)
+      for (int j = 0; j < kPlane; ++j) __builtin_prefetch(p + j * channel + ahead, 0, 2);
     V v[kPlane];
     if (width == kPlane && count == kPlane) {
       for (int j = 0; j < kPlane; ++j) v[j] = vload(p + j * channel + i);
@@ -163,17 +171,27 @@ void pack(const Image<const T>& x, int64_t n, int64_t c, int64_t count, const Wi
   }
 }
 
-// A plane of (rows, W, kPlane) into channels [c, c + count) of rows [row, row + rows) of image n; with `stream` past the
-// caches where whole vectors are aligned.
+// Copies n elements past the caches, but for the parts of cache lines at either end.
 template <typename T>
-void unpack(const float* plane, const Image<T>& y, int64_t n, int64_t c, int64_t count, int64_t row, int64_t rows, bool stream) {
+void stream_copy(T* to, const T* from, int64_t n) {
+  const int64_t head = std::min(n, short_of_alignment(to));
+  std::memcpy(to, from, head * sizeof(T));
+  int64_t i = head;
+  for (; i + kPlane <= n; i += kPlane) vstream(to + i, vload(from + i));
+  std::memcpy(to + i, from + i, (n - i) * sizeof(T));
+}
+
+// A plane of (rows, W, kPlane) into channels [c, c + count) of rows [row, row + rows) of image n; with `stream` past the
+// caches. `spare` has room for as many floats as the plane.
+template <typename T>
+void unpack(const float* plane, const Image<T>& y, int64_t n, int64_t c, int64_t count, int64_t row, int64_t rows, bool stream,
+            float* spare) {
   const int64_t pixels = rows * y.W, channel = y.H * y.W;
   T* p = y.at(n, c, row);
-  constexpr int64_t bytes = kPlane * sizeof(T);
-  const int64_t step = y.channels_last ? y.C : channel;  // between vectors
-  stream = stream && count == kPlane && reinterpret_cast<uintptr_t>(p) % bytes == 0 && step % kPlane == 0;
+  const int64_t distance = y.channels_last ? y.C : channel;  // between vectors
+  const bool aligned = count == kPlane && short_of_alignment(p) == 0 && distance % kPlane == 0;
   if (y.channels_last) {
-    if (stream)
+    if (stream && aligned)
       for (int64_t i = 0; i < pixels; ++i) vstream(p + i * y.C, Vec<T>::loadu(plane + i * kPlane));
     else if (count == kPlane)
       for (int64_t i = 0; i < pixels; ++i) vstore(p + i * y.C, Vec<T>::loadu(plane + i * kPlane));
@@ -181,18 +199,25 @@ void unpack(const float* plane, const Image<T>& y, int64_t n, int64_t c, int64_t
       for (int64_t i = 0; i < pixels; ++i) vstore(p + i * y.C, Vec<T>::loadu(plane + i * kPlane), count);
     return;
   }
+  // Planes that begin within cache lines, which can only be streamed whole: first into `spare`, then in long runs.
+  const bool spared = stream && !aligned;
+  T* const to = spared ? reinterpret_cast<T*>(spare) : p;
+  const int64_t step = spared ? pixels : channel;
   for (int64_t i = 0; i < pixels; i += kPlane) {
     const int64_t width = std::min<int64_t>(kPlane, pixels - i);
     Vec<T> v[kPlane];
     for (int64_t j = 0; j < kPlane; ++j) v[j] = j < width ? Vec<T>::loadu(plane + (i + j) * kPlane) : Vec<T>(0);
     transpose(v);
-    if (width == kPlane && stream)
-      for (int64_t j = 0; j < count; ++j) vstream(p + j * channel + i, v[j]);
-    else if (width == kPlane)
-      for (int64_t j = 0; j < count; ++j) vstore(p + j * channel + i, v[j]);
+    if (width < kPlane)
+      for (int64_t j = 0; j < count; ++j) vstore(to + j * step + i, v[j], width);
+    else if (stream && aligned)
+      for (int64_t j = 0; j < kPlane; ++j) vstream(to + j * step + i, v[j]);
     else
-      for (int64_t j = 0; j < count; ++j) vstore(p + j * channel + i, v[j], width);
+      for (int64_t j = 0; j < count; ++j) vstore(to + j * step + i, v[j]);
   }
+  if (!spared) return;
+  if (pixels == channel) return stream_copy(p, to, count * pixels);
+  for (int64_t j = 0; j < count; ++j) stream_copy(p + j * channel, to + j * pixels, pixels);
 }
 
 }  // namespace CPU_CAPABILITY

@@ -4,7 +4,9 @@
 #pragma once
 
 #include <ATen/Version.h>
+#if defined(CPU_CAPABILITY_DEFAULT)  // its copies alone register anything, and this header takes seconds to read
 #include <torch/library.h>
+#endif
 
 namespace cnnkern {
 

@@ -30,77 +30,98 @@ void pack(int64_t copies, const Image<const T>& x, int64_t n, int64_t c, int64_t
   pack<4>(x, n, c, count, window, plane);
 }
 
-// One part's sums over its taps; `step` pixels of the plane lie between the first taps of two neighbouring outputs.
-void sums(const Geometry& g, const Sweep& s, int64_t step, int64_t plane) {
-  if (g.narrow()) {
-    switch (step * g.width) {
-      case 1: return narrow_sums<1>(s);
-      case 2: return narrow_sums<2>(s);
-      case 4: return narrow_sums<4>(s);
-      default: return narrow_sums<8>(s);
-    }
-  }
-  if (g.lanes() == kPlane) return step == 1 ? wide_sums<kPlane, 1>(s, g.width, plane) : wide_sums<kPlane, 2>(s, g.width, plane);
-  step == 1 ? wide_sums<8, 1>(s, g.width, plane) : wide_sums<8, 2>(s, g.width, plane);
+// Calls f with the number of taps of a kernel row as a constant if it is one of kTaps, else with 0: any number.
+template <int... kTaps, typename F>
+void with_taps(int64_t taps, const F& f) {
+  const bool found = ((kKeepsTaps && taps == kTaps && (f(std::integral_constant<int, kKeepsTaps ? kTaps : 0>{}), true)) || ...);
+  if (!found) f(std::integral_constant<int, 0>{});
 }
 
-constexpr bool kManyRegisters = kPlane == 16;
+// One part's sums over its taps; `step` pixels of the plane lie between the first taps of two neighbouring outputs.
+void sums(const Geometry& g, const Sweep& s, int64_t step, int64_t plane) {
+  const auto narrow = [&](auto taps) {
+    constexpr int K = decltype(taps)::value, strided = K >= 3 ? K : 0;
+    if (g.width == 1) return step == 1 ? narrow_sums<1, 1, K>(s) : narrow_sums<1, 2, strided>(s);
+    if (g.width == 2) return step == 1 ? narrow_sums<2, 1, 0>(s) : narrow_sums<2, 2, 0>(s);
+    constexpr int few = K <= 3 ? K : 0;
+    step == 1 ? narrow_sums<4, 1, few>(s) : narrow_sums<4, 2, K == 3 ? 3 : 0>(s);
+  };
+  const auto wide = [&](auto taps) {
+    constexpr int K = decltype(taps)::value, strided = K >= 3 ? K : 0;
+    if (g.lanes() == kPlane)
+      return step == 1 ? wide_sums<kPlane, 1, K>(s, g.width, plane) : wide_sums<kPlane, 2, strided>(s, g.width, plane);
+    if constexpr (kPlane != 8)
+      step == 1 ? wide_sums<8, 1, K>(s, g.width, plane) : wide_sums<8, 2, strided>(s, g.width, plane);
+  };
+  g.narrow() ? with_taps<1, 2, 3, 5, 7>(s.taps, narrow) : with_taps<1, 2, 3>(s.taps, wide);
+}
 
-// The gradient of a narrow part: rows of `taps` vectors, as many rows at a time as registers hold.
-void narrow_gradient(const Products& s, int64_t kernel_rows, int64_t taps, float* out) {
-  const int64_t pitch = taps * kPlane;
-  int64_t row = 0;
-  const auto rows = [&](auto r, auto k) {
-    constexpr int R = decltype(r)::value, K = decltype(k)::value;
-    for (; row + R <= kernel_rows; row += R) {
-      narrow_products<R, K>(s.of_kernel_rows(row, R), out + row * pitch, pitch);
+// The gradient of a narrow part, into (kernel rows, taps, channels of a group, kPlane).
+void narrow_gradient(const Geometry& g, const Products& s, float* out) {
+  const int64_t pitch = g.kw * g.width * kPlane;
+  const auto rows = [&](auto copies, auto step, auto taps, auto most) {  // as many kernel rows at once as registers hold
+    constexpr int kCopies = decltype(copies)::value, kStep = decltype(step)::value, K = decltype(taps)::value;
+    constexpr int R = decltype(most)::value;
+    for (int64_t c = 0; c < kCopies; ++c) {
+      const auto at = [&](int64_t row, int64_t count) {
+        Products part = s.of_kernel_rows(row, count);
+        part.in += c * kPlane;
+        return part;
+      };
+      int64_t row = 0;
+      for (; row + R <= g.kh; row += R) narrow_products<R, kCopies, kStep, K>(at(row, R), out + row * pitch + c * kPlane);
+      for (; row < g.kh; ++row) narrow_products<1, kCopies, kStep, K>(at(row, 1), out + row * pitch + c * kPlane);
     }
   };
   using std::integral_constant;
-  if (taps == 3) rows(integral_constant<int, 3>{}, integral_constant<int, 3>{});
-  if (taps == 5) rows(integral_constant<int, kManyRegisters ? 5 : 2>{}, integral_constant<int, 5>{});
-  if (taps == 6) rows(integral_constant<int, kManyRegisters ? 3 : 2>{}, integral_constant<int, 6>{});
-  if (taps == 7) rows(integral_constant<int, kManyRegisters ? 4 : 2>{}, integral_constant<int, 7>{});
-  if (taps == 7 && kManyRegisters) rows(integral_constant<int, 3>{}, integral_constant<int, 7>{});
-  if (taps == 12 && kManyRegisters) rows(integral_constant<int, 2>{}, integral_constant<int, 12>{});
-  if (taps == 12) rows(integral_constant<int, 1>{}, integral_constant<int, 12>{});
-  for (; row < kernel_rows; ++row) {
-    int64_t tap = 0;
-    const auto some = [&](auto k) {
-      constexpr int K = decltype(k)::value;
-      for (; tap + K <= taps; tap += K) {
+  const auto with_step = [&](auto copies, auto taps, auto most) {
+    g.stride == 1 ? rows(copies, integral_constant<int, 1>{}, taps, most) : rows(copies, integral_constant<int, 2>{}, taps, most);
+  };
+  constexpr integral_constant<int, 1> one;
+  if constexpr (kKeepsTaps) {
+    constexpr integral_constant<int, 3> three;
+    if (g.width == 1 && g.kw == 3) return with_step(one, three, three);
+    if (g.width == 1 && g.kw == 5) return with_step(one, integral_constant<int, 5>{}, integral_constant<int, kManyRegisters ? 5 : 1>{});
+    if (g.width == 1 && g.kw == 7) return with_step(one, integral_constant<int, 7>{}, integral_constant<int, kManyRegisters ? 2 : 1>{});
+    if (g.width == 4 && g.kw == 3) return with_step(integral_constant<int, 4>{}, three, three);
+  }
+  for (int64_t row = 0; row < g.kh; ++row) {
+    int64_t k = 0;
+    const auto some = [&](auto vectors) {
+      constexpr int K = decltype(vectors)::value;
+      for (; k + K <= g.kw * g.width; k += K) {
         Products part = s.of_kernel_rows(row, 1);
-        part.in += tap * kPlane;
-        narrow_products<1, K>(part, out + row * pitch + tap * kPlane, pitch);
+        part.in += k * kPlane;
+        some_products<K>(part, out + row * pitch + k * kPlane);
       }
     };
     some(integral_constant<int, 8>{});
     some(integral_constant<int, 4>{});
-    some(integral_constant<int, 1>{});
+    some(one);
   }
 }
 
 // The gradient of a wide part, whose group's channels begin at `s.in`.
 template <int L>
-void wide_gradient(const Products& s, const Geometry& g, int64_t plane, float* out) {
-  const auto taps = [&](auto k, int64_t ky, int64_t kx) {
-    constexpr int K = decltype(k)::value;
+void wide_gradient(const Geometry& g, const Products& s, int64_t plane, float* out) {
+  const auto taps = [&](auto step, auto k, int64_t ky, int64_t kx) {
+    constexpr int kStep = decltype(step)::value, K = decltype(k)::value;
+    constexpr int I = K > 1 && !kManyRegisters ? 2 : 4;  // channels whose sums fit into registers
     const Products row = s.of_kernel_rows(ky, 1);
     float* o = out + (ky * g.kw + kx) * g.width * L;
-    for (int64_t i = 0; i < g.width;) {
+    for (int64_t i = 0; i < g.width; i += I) {
       Products part = row;
       part.in += kx * kPlane + i / kPlane * plane + i % kPlane;
-      constexpr int kMost = K == 1 || kManyRegisters ? 8 : 4;  // channels whose sums fit into registers
-      if (i + kMost <= g.width)
-        wide_products<L, K, kMost>(part, o + i * L, g.width * L), i += kMost;
-      else
-        wide_products<L, K, 4>(part, o + i * L, g.width * L), i += 4;
+      wide_products<L, kStep, K, I>(part, o + i * L, g.width * L);
     }
   };
+  using std::integral_constant;
   for (int64_t ky = 0; ky < g.kh; ++ky) {
     int64_t kx = 0;
-    for (; kx + 3 <= g.kw; kx += 3) taps(std::integral_constant<int, 3>{}, ky, kx);
-    for (; kx < g.kw; ++kx) taps(std::integral_constant<int, 1>{}, ky, kx);
+    for (; kKeepsTaps && kx + 3 <= g.kw; kx += 3)
+      g.stride == 1 ? taps(integral_constant<int, 1>{}, integral_constant<int, 3>{}, ky, kx)
+                    : taps(integral_constant<int, 2>{}, integral_constant<int, 3>{}, ky, kx);
+    for (; kx < g.kw; ++kx) taps(integral_constant<int, 1>{}, integral_constant<int, 1>{}, ky, kx);
   }
 }
 
@@ -122,7 +143,7 @@ void forward(const Image<const T>& x, const T* weight, const T* bias, const Imag
   const Blocks blocks(g, narrow_planes<T>(x.channels_last));
   const int64_t count = blocks.count(), copies = g.copies(), pixel = copies * kPlane;
   const int64_t cols = (g.OW - 1) * g.stride + g.kw;
-  const bool stream = beyond_cache<T>(g.N * g.C * g.OH * g.OW);
+  const bool stream = beyond_cache(g.N * g.C * g.OH * g.OW * sizeof(T));
   const int64_t tiles = count_tiles(g.OH, blocks.planes * (g.stride * cols * pixel + g.OW * kPlane) * 4, g.N * count, g.kh);
   // Weights and, behind them, the bias of a block, one value a lane of its planes.
   const int64_t block_floats = blocks.weights() + blocks.planes * kPlane + kPlane;
@@ -140,7 +161,7 @@ void forward(const Image<const T>& x, const T* weight, const T* bias, const Imag
     const auto [begin, end] = tile_rows(g.OH, tiles, t);
     const Window window{begin * g.stride - g.ph, (end - begin - 1) * g.stride + g.kh, -g.pw, cols};
     const int64_t plane = window.rows * cols * pixel, out_plane = (end - begin) * g.OW * kPlane;
-    float* in = scratch(blocks.planes * (plane + out_plane));
+    float* in = scratch(blocks.planes * (plane + out_plane) + out_plane);
     float* out = in + blocks.planes * plane;
     for (int64_t p = 0; p < blocks.planes; ++p)
       pack(copies, x, n, blocks.first(b, p), blocks.valid(b, p), window, in + p * plane);
@@ -152,7 +173,7 @@ void forward(const Image<const T>& x, const T* weight, const T* bias, const Imag
             .in_pitch = cols * pixel,
             .weight = &packed[b * block_floats + part * blocks.part_weights()],
             .kernel_rows = g.kh,
-            .taps = g.kw * copies,
+            .taps = g.kw,
             .bias = &packed[b * block_floats + blocks.weights() + lane],
             .out = out + lane / kPlane * out_plane + lane % kPlane,
             .out_row = g.OW * kPlane,
@@ -165,7 +186,8 @@ void forward(const Image<const T>& x, const T* weight, const T* bias, const Imag
            g.stride, plane);
     }
     for (int64_t p = 0; p < blocks.planes; ++p)
-      unpack(out + p * out_plane, y, n, blocks.first(b, p), blocks.valid(b, p), begin, end - begin, stream);
+      unpack(out + p * out_plane, y, n, blocks.first(b, p), blocks.valid(b, p), begin, end - begin, stream,
+             out + blocks.planes * out_plane);
   };
   at::parallel_for(0, g.N * count * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t u = begin; u < end; ++u) {
@@ -189,7 +211,7 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
   const Blocks blocks(g, narrow_planes<T>(x.channels_last));
   const bool dx = grads.dx.data != nullptr, dweight = grads.dweight.defined(), dbias = grads.dbias.defined();
   const int64_t count = blocks.count(), copies = g.copies(), pixel = copies * kPlane, s = g.stride, L = g.lanes();
-  const bool stream = beyond_cache<T>(g.N * g.C * g.H * g.W);
+  const bool stream = beyond_cache(g.N * g.C * g.H * g.W * sizeof(T));
   // Columns of dy that a tile holds: those that dx needs, and all for dweight.
   const int64_t dy_col = std::min<int64_t>(g.pw / s - divup(g.kw, s) + 1, 0);
   const int64_t dy_cols = std::max((g.W - 1 + g.pw) / s + 1, g.OW) - dy_col, x_cols = (g.OW - 1) * s + g.kw;
@@ -217,7 +239,8 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
     const Window x_window{dy_begin * s - g.ph, (dy_end - dy_begin - 1) * s + g.kh, -g.pw, x_cols};
     const int64_t dy_plane = dy_window.rows * dy_cols * kPlane, dy_copies = copies > 1 ? dy_plane * copies : 0;
     const int64_t x_plane = x_window.rows * x_cols * pixel, dx_plane = (end - begin) * g.W * kPlane;
-    float* dy_at = scratch(blocks.planes * (dy_plane + dy_copies + (dweight ? x_plane : 0) + (dx ? dx_plane : 0)));
+    float* dy_at = scratch(blocks.planes * (dy_plane + dy_copies + (dweight ? x_plane : 0) + (dx ? dx_plane : 0)) +
+                          (dx ? dx_plane : 0));
     float* dy_copies_at = copies > 1 ? dy_at + blocks.planes * dy_plane : dy_at;
     float* x_at = dy_at + blocks.planes * (dy_plane + dy_copies);
     float* dx_at = x_at + (dweight ? blocks.planes * x_plane : 0);
@@ -244,7 +267,7 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
                   .in_pitch = dy_cols * pixel,
                   .weight = w,
                   .kernel_rows = rows.count,
-                  .taps = columns.count * copies,
+                  .taps = columns.count,
                   .bias = zeros,
                   .out = dx_at + lane / kPlane * dx_plane + lane % kPlane + ((row - begin) * g.W + column) * kPlane,
                   .out_row = s * g.W * kPlane,
@@ -272,11 +295,11 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
                                 .row_step = s};
         float* out = sums_of_weight + part * blocks.part_weights();
         if (g.narrow())
-          narrow_gradient(products, g.kh, g.kw * g.width, out);
+          narrow_gradient(g, products, out);
         else if (L == kPlane)
-          wide_gradient<kPlane>(products, g, x_plane, out);
+          wide_gradient<kPlane>(g, products, x_plane, out);
         else
-          wide_gradient<8>(products, g, x_plane, out);
+          wide_gradient<8>(g, products, x_plane, out);
       }
     }
     if (dbias)
@@ -290,7 +313,8 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
       }
     if (dx)
       for (int64_t p = 0; p < blocks.planes; ++p)
-        unpack(dx_at + p * dx_plane, grads.dx, n, blocks.first(b, p), blocks.valid(b, p), begin, end - begin, stream);
+        unpack(dx_at + p * dx_plane, grads.dx, n, blocks.first(b, p), blocks.valid(b, p), begin, end - begin, stream,
+               dx_at + blocks.planes * dx_plane);
   };
 
   at::parallel_for(0, count * chunks, 1, [&](int64_t first, int64_t last) {
@@ -350,18 +374,10 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
   return x.size(2) + 2 * padding[0] >= kh && x.size(3) + 2 * padding[1] >= kw;
 }
 
-// Where the library's forward pass is faster, on float32: small depthwise kernels on small planes in channels_last, which it reads in
-// place.
-bool library_forward(const Geometry& g, at::ScalarType type, bool channels_last) {
-  const int64_t pixels = g.OH * g.OW;
-  return type == at::kFloat && channels_last && g.width == 1 && ((g.taps() <= 9 && pixels <= 196) || (g.taps() <= 25 && pixels <= 49));
-}
-
-// Where the library's gradient of the weight is faster, on float32: on planes of up to 8x8, if groups are wide, or if it is all that
-// is asked for of a small depthwise kernel.
-bool library_dweight(const Geometry& g, at::ScalarType type, const std::array<bool, 3>& output_mask) {
-  const bool alone = !output_mask[0] && g.width == 1 && g.taps() <= 9;
-  return type == at::kFloat && output_mask[1] && g.OH * g.OW <= 64 && (g.width >= 16 || alone);
+// Where the library is faster, on float32: small depthwise kernels on planes of at most 7x7 in channels_last, which it
+// reads in place; the forward pass, and the gradient of the weight if that of the input is not asked for.
+bool left_to_library(const Geometry& g, at::ScalarType type, bool channels_last) {
+  return type == at::kFloat && channels_last && g.width == 1 && g.taps() <= 9 && g.OH * g.OW <= 49;
 }
 
 Geometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding) {
@@ -417,7 +433,7 @@ Tensor grouped_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalT
   if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
   const Geometry g = geometry(x, weight, stride, padding);
   const auto format = result_format(x, weight);
-  if (library_forward(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast)) return by_library();
+  if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast)) return by_library();
   const Tensor x_ = in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
   const Tensor y = at::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(format));
   with_dtype(x.scalar_type(), [&](auto type) {
@@ -447,20 +463,18 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
   TORCH_CHECK(dy.sizes() == at::IntArrayRef({g.N, g.C, g.OH, g.OW}) && dy.scalar_type() == x.scalar_type() && dy.device().is_cpu(),
               "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.C, g.OH, g.OW}),
               " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
-  const Tensor x_ = in_layout(x), dy_ = in_layout(dy), weight_ = weight.contiguous();
   const auto format = result_format(x, weight);
+  if (!output_mask[0] && left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast)) return by_library(output_mask);
+  const Tensor x_ = in_layout(x), dy_ = in_layout(dy), weight_ = weight.contiguous();
   const Tensor dx = output_mask[0] ? at::empty(x.sizes(), x.options().memory_format(format)) : none;
-  const bool by_others = library_dweight(g, x.scalar_type(), output_mask);
-  const Tensor dweight = by_others        ? std::get<1>(by_library({false, true, false}))
-                         : output_mask[1] ? at::empty(weight.sizes(), weight.options().memory_format(format))
-                                          : none;
+  const Tensor dweight = output_mask[1] ? at::empty(weight.sizes(), weight.options().memory_format(format)) : none;
   const Tensor dbias = output_mask[2] ? at::empty({g.C}, weight.options()) : none;
-  if (!output_mask[0] && (by_others || !output_mask[1]) && !output_mask[2]) return {dx, dweight, dbias};
+  if (!output_mask[0] && !output_mask[1] && !output_mask[2]) return {dx, dweight, dbias};
   with_dtype(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     backward<T>(image<T>(dy_), image<T>(x_), weight_.const_data_ptr<T>(),
                 {.dx = output_mask[0] ? output<T>(dx) : Image<T>{},
-                 .dweight = output_mask[1] && !by_others ? dweight : Tensor(),
+                 .dweight = output_mask[1] ? dweight : Tensor(),
                  .dbias = output_mask[2] ? dbias : Tensor()},
                 g);
   });

@@ -105,23 +105,24 @@ struct Forward {
       mean[row + r] = m.mean[r], rstd[row + r] = m.rstd[r];
       center[r] = V(m.center[r]), scale[r] = V(m.rstd[r]), offset[r] = V(m.offset[r]);
     }
-    stream ? normalize<kRows, true>(row, center, scale, offset) : normalize<kRows, false>(row, center, scale, offset);
+    normalize<kRows>(row, center, scale, offset);
   }
 
-  template <int kRows, bool kStream>
+  template <int kRows>
   void normalize(int64_t row, const V (&center)[kRows], const V (&scale)[kRows], const V (&offset)[kRows]) const {
     constexpr int64_t L = V::size();
     const T* const in = x + row * this->cols;
     T* const out = y + row * this->cols;
     const S *const weight = this->weight, *const bias = this->bias;  // a store might change members, but not these
     const int64_t cols = this->cols, ahead = rows_ahead<T>(cols);
+    const bool stream = this->stream;
     int64_t j = 0;
     for (; j + L <= cols; j += L) {
       const V w = V::loadu(weight + j), b = V::loadu(bias + j);
       for (int r = 0; r < kRows; ++r) {
         __builtin_prefetch(in + r * cols + j + ahead, 0, 2);
         const V xhat = at::vec::fmadd(vload(in + r * cols + j) - center[r], scale[r], offset[r]);
-        vput<kStream>(out + r * cols + j, at::vec::fmadd(xhat, w, b));
+        vput(out + r * cols + j, at::vec::fmadd(xhat, w, b), stream);
       }
     }
     if (const int64_t n = cols - j; n > 0) {
@@ -213,10 +214,11 @@ struct Backward {
     }
   }
 
-  template <int kRows, bool kStream>
+  template <int kRows>
   C10_NOINLINE void gradients(int64_t row, int64_t begin, int64_t end, const Terms* t, S* dweight, S* dbias) const {
     constexpr int64_t L = V::size();
     const int64_t cols = this->cols, ahead = rows_ahead<T>(cols);  // a store might change members, but not these
+    const bool stream = this->stream;
     const S* const weight = this->weight;
     T* const out = dx == nullptr ? nullptr : dx + row * cols;
     const bool sums = this->sums;
@@ -238,7 +240,7 @@ struct Backward {
         dw = at::vec::fmadd(gr, xhat, dw), db = db + gr;
         if (out != nullptr) {
           const V result = at::vec::fnmadd(xhat, slope[r], gr * w - level[r]) * scale[r];
-          kPartial ? vstore(out + r * cols + j, result, n) : vput<kStream>(out + r * cols + j, result);
+          kPartial ? vstore(out + r * cols + j, result, n) : vput(out + r * cols + j, result, stream);
         }
       }
       if (sums) {
@@ -249,12 +251,6 @@ struct Backward {
     int64_t j = begin;
     for (; j + L <= end; j += L) columns(j, L, std::false_type{});
     if (j < end) columns(j, end - j, std::true_type{});
-  }
-
-  template <int kRows>
-  void gradients(int64_t row, int64_t begin, int64_t end, const Terms* t, S* dweight, S* dbias) const {
-    stream ? gradients<kRows, true>(row, begin, end, t, dweight, dbias)
-           : gradients<kRows, false>(row, begin, end, t, dweight, dbias);
   }
 
   // f(number of rows as a type, first row) for groups of rows

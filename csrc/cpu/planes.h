@@ -44,20 +44,20 @@ inline void sum_run(const Policy& policy, const At& at, int64_t begin, int64_t n
 // Second sweep over elements [begin, end), which may cross planes and images. A vector that straddles two planes
 // takes each lane's constants from its own channel, so that stores stay whole and aligned wherever planes begin.
 // `end` is the end of a plane, or lies in the plane of `begin`.
-template <bool kStream, typename Policy>
-C10_NOINLINE void map_span(const Policy& policy, const Planes& s, int64_t begin, int64_t end, int64_t ahead) {
+template <typename Policy>
+void map_span(const Policy& policy, const Planes& s, int64_t begin, int64_t end, int64_t ahead, bool stream) {
   using T = typename Policy::Scalar;
   using K = Constants<Policy>;
   constexpr int64_t L = kLanes<T>;
   const T* const out = policy.output();
   int64_t i = begin, c = begin / s.HW % s.C, left = s.HW - begin % s.HW;  // left: elements of the plane from i on
   const auto part = [&](int64_t n) {
-    policy.map(K::broadcast(policy, c), i, n);
+    policy.map_part(K::broadcast(policy, c), i, n);
     i += n, left -= n;
     if (left == 0) left = s.HW, c = c + 1 == s.C ? 0 : c + 1;
   };
   if (const int64_t head = std::min({short_of_alignment(out + i), left, end - i}); head > 0) part(head);
-  if (s.HW < L || (kStream && short_of_alignment(out + i) != 0)) {
+  if (s.HW < L || (stream && short_of_alignment(out + i) != 0)) {
     while (i < end) part(std::min({L, left, end - i}));
     return;
   }
@@ -66,7 +66,7 @@ C10_NOINLINE void map_span(const Policy& policy, const Planes& s, int64_t begin,
     for (; i + L <= end; i += L) {
       if (ahead != 0) policy.prefetch(i + ahead);
       const int64_t next = c + 1 == s.C ? 0 : c + 1;
-      policy.template map<kStream>(K::joined(K::broadcast(policy, c), K::broadcast(policy, next), std::min(left, L)), i);
+      policy.map(K::joined(K::broadcast(policy, c), K::broadcast(policy, next), std::min(left, L)), i, stream);
       left -= L;
       const bool over = left <= 0;
       left += over ? s.HW : 0;
@@ -79,24 +79,19 @@ C10_NOINLINE void map_span(const Policy& policy, const Planes& s, int64_t begin,
       const int64_t first = i;
       for (; i + L <= stop; i += L) {
         if (ahead != 0) policy.prefetch(i + ahead);
-        policy.template map<kStream>(at, i);
+        policy.map(at, i, stream);
       }
       left -= i - first;
       if (i + L > end) break;
       c = c + 1 == s.C ? 0 : c + 1;
       if (left > 0) {
-        policy.template map<kStream>(K::joined(at, K::broadcast(policy, c), left), i);
+        policy.map(K::joined(at, K::broadcast(policy, c), left), i, stream);
         i += L, left -= L;
       }
       left += s.HW;
     }
   }
   while (i < end) part(std::min({L, left, end - i}));
-}
-
-template <typename Policy>
-void map_span(const Policy& policy, const Planes& s, int64_t begin, int64_t end, int64_t ahead, bool stream) {
-  stream ? map_span<true>(policy, s, begin, end, ahead) : map_span<false>(policy, s, begin, end, ahead);
 }
 
 // How a tensor of planes is cut: blocks of channels (a thread's contiguous run in one image), and for each block
@@ -123,14 +118,14 @@ struct PlaneCut {
   }
 };
 
-// The sums of one piece, image by image.
-template <typename Policy>
+// The sums of one piece, image by image. S: the arithmetic type.
+template <typename S>
 class PieceSums {
-  using V = Vec<typename Policy::Scalar>;
+  using V = at::vec::Vectorized<S>;
   static constexpr int64_t L = V::size();
 
  public:
-  PieceSums(const Policy& policy, const Planes& s, const PlaneCut& cut) : policy_(policy), s_(s), cut_(cut) {}
+  PieceSums(const Planes& s, const PlaneCut& cut) : s_(s), cut_(cut) {}
 
   void start(int64_t block) {
     c0_ = block * cut_.block;
@@ -142,15 +137,16 @@ class PieceSums {
     }
   }
 
-  C10_NOINLINE void add(int64_t n, int64_t part, int64_t ahead) {
+  template <typename Policy>
+  void add(const Policy& policy, int64_t n, int64_t part, int64_t ahead) {
     const int64_t p0 = part * cut_.part, pn = std::min(cut_.part, s_.HW - p0);
     for (int64_t c = 0; c < channels_; ++c) {
-      const auto at = Constants<Policy>::broadcast(policy_, c0_ + c);
+      const auto at = Constants<Policy>::broadcast(policy, c0_ + c);
       const int64_t begin = (n * s_.C + c0_ + c) * s_.HW + p0;
       // A long run is summed in stretches, so that no lane sees more than kFlush additions.
       for (int64_t j = 0; j < pn; j += kFlush * 4 * L) {
         if (j > 0) flush(c);
-        sum_run(policy_, at, begin + j, std::min(kFlush * 4 * L, pn - j), ahead, s1_[c], s2_[c]);
+        sum_run(policy, at, begin + j, std::min(kFlush * 4 * L, pn - j), ahead, s1_[c], s2_[c]);
       }
     }
     if ((pending_ += pn / (4 * L) + 4) >= kFlush) {
@@ -169,12 +165,11 @@ class PieceSums {
   }
 
  private:
-  void flush(int64_t c) {
+  C10_NOINLINE void flush(int64_t c) {
     add_lanes(wide1_[c], s1_[c]), add_lanes(wide2_[c], s2_[c]);
     s1_[c] = s2_[c] = V(0);
   }
 
-  const Policy& policy_;
   const Planes& s_;
   const PlaneCut& cut_;
   int64_t c0_ = 0, channels_ = 0, pending_ = 0;
@@ -182,12 +177,35 @@ class PieceSums {
   alignas(64) double wide1_[kMaxBlock][L], wide2_[kMaxBlock][L];
 };
 
-// Without sums there is one sweep, in the order of memory.
+template <typename S>
+struct PlaneSweeps : Sweeps {
+  Planes s;
+  virtual void add(PieceSums<S>& piece, int64_t n, int64_t part, int64_t ahead) const = 0;
+  virtual void map(int64_t begin, int64_t end, int64_t ahead, bool stream) const = 0;
+
+ protected:
+  ~PlaneSweeps() = default;
+};
+
 template <typename Policy>
-void map_planes(Policy& policy, const Planes& s, bool stream) {
-  for (int64_t c = 0; c < s.C; ++c) policy.prepare(c);
+struct PlaneSweepsOf final : SweepsOf<Policy, PlaneSweeps<compute_t<typename Policy::Scalar>>> {
+  using SweepsOf<Policy, PlaneSweeps<compute_t<typename Policy::Scalar>>>::SweepsOf;
+  void add(PieceSums<compute_t<typename Policy::Scalar>>& piece, int64_t n, int64_t part,
+           int64_t ahead) const override {
+    piece.template add<typename Policy::Reduction>(this->policy, n, part, ahead);
+  }
+  void map(int64_t begin, int64_t end, int64_t ahead, bool stream) const override {
+    map_span(this->policy, this->s, begin, end, ahead, stream);
+  }
+};
+
+// Without sums there is one sweep, in the order of memory.
+template <typename S>
+void map_planes(PlaneSweeps<S>& sweeps, int64_t ahead, bool stream) {
+  const Planes s = sweeps.s;
+  sweeps.prepare(0, s.C);
   const auto planes = [&](int64_t begin, int64_t end) {
-    map_span(policy, s, begin * s.HW, end * s.HW, kAhead / static_cast<int64_t>(sizeof(typename Policy::Scalar)), stream);
+    sweeps.map(begin * s.HW, end * s.HW, ahead, stream);
     stream_fence();
   };
   if (s.numel() < kSerial)
@@ -196,38 +214,33 @@ void map_planes(Policy& policy, const Planes& s, bool stream) {
     at::parallel_for(0, s.N * s.C, divup(kSerial / 2, s.HW), planes);
 }
 
-template <typename Policy>
-void run_planes(Policy& policy, const Planes& s) {
-  using T = typename Policy::Scalar;
+template <typename S>
+C10_NOINLINE void sweep_planes(PlaneSweeps<S>& sweeps) {
+  const Planes s = sweeps.s;
   const int64_t threads = s.numel() < kSerial ? 1 : at::get_num_threads();
-  const PlaneCut cut(s, sizeof(T), threads);
-  policy.table.resize(s.C, s.C);
-  const bool stream = beyond_cache<T>(s.numel());
-  if constexpr (!Policy::kReduces) return map_planes(policy, s, stream);
-  const auto prepare = [&](int64_t block) {
-    for (int64_t c = block * cut.block; c < std::min(s.C, (block + 1) * cut.block); ++c)
-      policy.prepare(c);
-  };
-  const auto finish = [&](int64_t block, const double* sums) {
-    for (int64_t c = block * cut.block; c < std::min(s.C, (block + 1) * cut.block); ++c, sums += 2)
-      policy.finish(c, sums[0], sums[1]);
-  };
+  const PlaneCut cut(s, sweeps.element_bytes, threads);
+  const bool stream = beyond_cache(s.numel() * sweeps.element_bytes);
+  const int64_t far = kAhead / sweeps.element_bytes;
+  if (!sweeps.reduces) return map_planes(sweeps, far, stream);
+  const auto end_of = [&](int64_t block) { return std::min(s.C, (block + 1) * cut.block); };
+  const auto prepare = [&](int64_t block) { sweeps.prepare(block * cut.block, end_of(block)); };
+  const auto finish = [&](int64_t block, const double* sums) { sweeps.finish(block * cut.block, end_of(block), sums); };
   // Second sweep over part of a block's planes in image n.
   const auto map = [&](int64_t block, int64_t n, int64_t part, int64_t ahead) {
-    const int64_t c0 = block * cut.block, channels = std::min(cut.block, s.C - c0), p0 = part * cut.part;
+    const int64_t c0 = block * cut.block, channels = end_of(block) - c0, p0 = part * cut.part;
     const int64_t begin = (n * s.C + c0) * s.HW + p0;
     // A plane in parts is a block of its own.
-    map_span(policy, s, begin, begin + (cut.parts > 1 ? std::min(cut.part, s.HW - p0) : channels * s.HW), ahead, stream);
+    sweeps.map(begin, begin + (cut.parts > 1 ? std::min(cut.part, s.HW - p0) : channels * s.HW), ahead, stream);
   };
   // A thread owns blocks of channels, and applies while its reads are in its cache, if that keeps threads busy.
   if (threads == 1 || 20 * cut.blocks >= 17 * threads * divup(cut.blocks, threads)) {
     const auto own_blocks = [&](int64_t begin, int64_t end) {
-      PieceSums<Policy> piece(policy, s, cut);
+      PieceSums<S> piece(s, cut);
       double sums[2 * kMaxBlock], part[2 * kMaxBlock];
       const auto reduce = [&](int64_t block, int64_t n, int64_t ahead) {
         for (int64_t p = 0; p < cut.parts; ++p) {
           if (n % cut.group == 0) piece.start(block);
-          piece.add(n, p, ahead);
+          sweeps.add(piece, n, p, ahead);
           if ((n + 1) % cut.group != 0 && n + 1 != s.N) continue;
           std::fill_n(part, 2 * cut.block, 0.0);
           piece.add_to(part);
@@ -246,9 +259,9 @@ void run_planes(Policy& policy, const Planes& s) {
         for (int64_t n = 0; n < s.N; ++n) {
           const int64_t written = s.N - 1 - n;
           const int64_t ahead = block + 1 < end ? ((n - written) * s.C + cut.block) * s.HW : 0;
-          if (policy.maps())
+          if (sweeps.maps)
             for (int64_t p = 0; p < cut.parts; ++p) map(block, written, p, ahead);
-          if (block + 1 < end) reduce(block + 1, n, policy.maps() ? 0 : s.C * s.HW);
+          if (block + 1 < end) reduce(block + 1, n, sweeps.maps ? 0 : s.C * s.HW);
         }
       }
       stream_fence();
@@ -264,10 +277,10 @@ void run_planes(Policy& policy, const Planes& s) {
   for (int64_t block = 0; block < cut.blocks; ++block) prepare(block);
   std::vector<double> partial(units * 2 * cut.block, 0.0);
   at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    PieceSums<Policy> piece(policy, s, cut);
+    PieceSums<S> piece(s, cut);
     for (int64_t u = begin; u < end; ++u) {
       piece.start(u % cut.blocks);
-      cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) { piece.add(n, p, kAhead / static_cast<int64_t>(sizeof(T))); });
+      cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) { sweeps.add(piece, n, p, far); });
       piece.add_to(&partial[u * 2 * cut.block]);
     }
     stream_fence();
@@ -278,13 +291,21 @@ void run_planes(Policy& policy, const Planes& s) {
       for (int64_t j = 0; j < 2 * cut.block; ++j) sums[j] += partial[(piece * cut.blocks + block) * 2 * cut.block + j];
     finish(block, sums);
   }
-  if (policy.maps()) {
+  if (sweeps.maps) {
     at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       for (int64_t u = end; u-- > begin;)
         cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) { map(u % cut.blocks, n, p, 0); });
       stream_fence();
     });
   }
+}
+
+template <typename Policy>
+void run_planes(Policy& policy, const Planes& s) {
+  policy.table.resize(s.C, s.C);
+  PlaneSweepsOf<Policy> sweeps(policy);
+  sweeps.s = s;
+  sweep_planes<compute_t<typename Policy::Scalar>>(sweeps);
 }
 
 }  // namespace CPU_CAPABILITY

@@ -14,7 +14,8 @@ namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 
 template <typename Policy>
-C10_NOINLINE void reduce_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, double* sums, compute_t<typename Policy::Scalar>* acc) {
+void reduce_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, double* sums,
+                 compute_t<typename Policy::Scalar>* acc) {
   // elements [begin, end) of the tensor, begin at a row's start; sums and acc: (2, width)
   using T = typename Policy::Scalar;
   using S = compute_t<T>;
@@ -55,31 +56,52 @@ C10_NOINLINE void reduce_rows(const Policy& policy, int64_t width, int64_t begin
 }
 
 template <typename Policy>
-C10_NOINLINE void map_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, bool stream) {
+void map_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, bool stream) {
   using T = typename Policy::Scalar;
   constexpr int64_t L = kLanes<T>;
-  const auto columns = [&](auto streamed, int64_t first, int64_t n) {
+  for (int64_t first = begin; first < end; first += width) {
+    const int64_t n = std::min(width, end - first);  // the last row may be short
     int64_t v = 0;
     for (; v + L <= n; v += L) {
       policy.prefetch(first + v + kAhead / static_cast<int64_t>(sizeof(T)));
-      policy.template map<decltype(streamed)::value>(Constants<Policy>::columns(policy, v), first + v);
+      policy.map(Constants<Policy>::columns(policy, v), first + v, stream);
     }
     if (const int64_t rest = n - v; rest > 0)
-      policy.map(Constants<Policy>::columns(policy, v, rest), first + v, rest);
-  };
-  for (int64_t i = begin; i < end; i += width) {
-    const int64_t n = std::min(width, end - i);  // the last row may be short
-    if (stream)
-      columns(std::true_type{}, i, n);
-    else
-      columns(std::false_type{}, i, n);
+      policy.map_part(Constants<Policy>::columns(policy, v, rest), first + v, rest);
   }
 }
 
+template <typename S>
+struct RowSweeps : Sweeps {
+  Rows s;
+  const void* output;
+  virtual void resize(int64_t width) = 0;
+  virtual void replicate() = 0;
+  virtual void reduce(int64_t width, int64_t begin, int64_t end, double* sums, S* acc) const = 0;
+  virtual void map(int64_t width, int64_t begin, int64_t end, bool stream) const = 0;
+
+ protected:
+  ~RowSweeps() = default;
+};
+
 template <typename Policy>
-void run_rows(Policy& policy, const Rows& s) {
-  using T = typename Policy::Scalar;
-  constexpr int64_t L = kLanes<T>;
+struct RowSweepsOf final : SweepsOf<Policy, RowSweeps<compute_t<typename Policy::Scalar>>> {
+  using S = compute_t<typename Policy::Scalar>;
+  using SweepsOf<Policy, RowSweeps<S>>::SweepsOf;
+  void resize(int64_t width) override { this->policy.table.resize(this->s.C, width); }
+  void replicate() override { this->policy.table.replicate(); }
+  void reduce(int64_t width, int64_t begin, int64_t end, double* sums, S* acc) const override {
+    reduce_rows<typename Policy::Reduction>(this->policy, width, begin, end, sums, acc);
+  }
+  void map(int64_t width, int64_t begin, int64_t end, bool stream) const override {
+    map_rows(this->policy, width, begin, end, stream);
+  }
+};
+
+template <typename S>
+C10_NOINLINE void sweep_rows(RowSweeps<S>& sweeps) {
+  constexpr int64_t L = at::vec::Vectorized<S>::size();
+  const Rows s = sweeps.s;
   // Short or odd rows are read several at once, as one row of whole vectors.
   int64_t join = 1;
   if (s.C < 256)
@@ -89,46 +111,54 @@ void run_rows(Policy& policy, const Rows& s) {
   const int64_t pieces = std::clamp<int64_t>(numel / kSerial, 1, 64);
   const int64_t piece = std::max<int64_t>(divup(divup(numel, width), pieces), 1) * width;
   const int64_t units = std::max<int64_t>(divup(numel, piece), 1);
-  policy.table.resize(s.C, width);
-  const bool stream = beyond_cache<T>(numel) && width % L == 0 && short_of_alignment(policy.output()) == 0;
+  const bool stream = beyond_cache(numel * sweeps.element_bytes) && width % L == 0 &&
+                      reinterpret_cast<uintptr_t>(sweeps.output) % (L * sweeps.element_bytes) == 0;
   const auto parallel = [&](int64_t n, const auto& f) {
     if (numel < kSerial || n == 1)
       f(int64_t{0}, n);
     else
       at::parallel_for(0, n, 1, f);
   };
+  sweeps.resize(width);
   parallel(divup(s.C, kChannels), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin * kChannels; c < std::min(s.C, end * kChannels); ++c) policy.prepare(c);
+    sweeps.prepare(begin * kChannels, std::min(s.C, end * kChannels));
   });
-  policy.table.replicate();
-  if constexpr (Policy::kReduces) {
+  sweeps.replicate();
+  if (sweeps.reduces) {
     c10::SmallVector<double, 512> sums(units * 2 * width, 0.0);
     parallel(units, [&](int64_t begin, int64_t end) {
-      std::vector<compute_t<T>> acc(2 * width);
+      std::vector<S> acc(2 * width);
       for (int64_t u = begin; u < end; ++u)
-        reduce_rows(policy, width, u * piece, std::min(numel, (u + 1) * piece), &sums[u * 2 * width], acc.data());
+        sweeps.reduce(width, u * piece, std::min(numel, (u + 1) * piece), &sums[u * 2 * width], acc.data());
       stream_fence();
     });
     parallel(divup(s.C, kChannels), [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t c0 = block * kChannels, channels = std::min(kChannels, s.C - c0);
-        double s1[kChannels] = {}, s2[kChannels] = {};
+        double total[2 * kChannels] = {};
         for (const double* row = sums.data() + c0; row < sums.data() + units * 2 * width; row += 2 * width)
           for (int64_t j = 0; j < width; j += s.C)
-            for (int64_t c = 0; c < channels; ++c) s1[c] += row[j + c], s2[c] += row[width + j + c];
-        for (int64_t c = 0; c < channels; ++c) policy.finish(c0 + c, s1[c], s2[c]);
+            for (int64_t c = 0; c < channels; ++c) total[2 * c] += row[j + c], total[2 * c + 1] += row[width + j + c];
+        sweeps.finish(c0, c0 + channels, total);
       }
     });
-    policy.table.replicate();
+    sweeps.replicate();
   }
-  if (!policy.maps()) return;
+  if (!sweeps.maps) return;
   parallel(units, [&](int64_t begin, int64_t end) {
     // In reverse order, so that what the first sweep read last is still in cache; forward within a stretch.
     const int64_t first = begin * piece, last = std::min(numel, end * piece), stretch = divup(kStretch, width) * width;
     for (int64_t i = divup(last - first, stretch); i-- > 0;)
-      map_rows(policy, width, first + i * stretch, std::min(last, first + (i + 1) * stretch), stream);
+      sweeps.map(width, first + i * stretch, std::min(last, first + (i + 1) * stretch), stream);
     stream_fence();
   });
+}
+
+template <typename Policy>
+void run_rows(Policy& policy, const Rows& s) {
+  RowSweepsOf<Policy> sweeps(policy);
+  sweeps.s = s, sweeps.output = policy.output();
+  sweep_rows<compute_t<typename Policy::Scalar>>(sweeps);
 }
 
 }  // namespace CPU_CAPABILITY

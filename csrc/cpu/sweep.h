@@ -2,12 +2,14 @@
 // brings a policy:
 //
 //   kRows                          per-channel constants it keeps (rows of a ChannelTable)
-//   kReduces, maps()               which of the two sweeps it makes
+//   Reduction                      the type whose sums the first sweep takes: the policy, or a base of it
+//   reduces(), maps()              which of the two sweeps it makes
 //   prefetch(i)                    asks for the first sweep's inputs at element i
 //   prepare(c)                     before the first sweep, channel c
 //   term<kPartial>(at, i, n, s1, s2)  first sweep: adds element i (a vector; its first n lanes if kPartial) to two sums
 //   finish(c, s1, s2)              the channel's sums -> constants of the second sweep
-//   map<kStream>(at, i)            second sweep: computes and stores element i (a vector); map(at, i, n) its first n lanes
+//   map(at, i, stream)             second sweep: computes and stores element i (a vector), past the caches if `stream`
+//   map_part(at, i, n)             the same for its first n lanes
 //   output()                       where the second sweep stores
 //
 // `at(row)` gives a per-channel constant as a vector: broadcast in planes, loaded in rows of channels. Sums are kept
@@ -63,10 +65,7 @@ inline int64_t last_level_cache_bytes() {
 
 // Whether a tensor is written past the caches: faster where nothing is in cache yet, as when an operator follows others
 // on other tensors, while a small result is found in cache by who reads it next.
-template <typename T>
-bool beyond_cache(int64_t numel) {
-  return 16 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes();
-}
+inline bool beyond_cache(int64_t bytes) { return 16 * bytes > last_level_cache_bytes(); }
 
 struct Planes {  // contiguous: (N, C, HW)
   int64_t N, C, HW;
@@ -150,6 +149,37 @@ struct Layout {
   Planes as_planes() const { return {N, C, HW}; }
   Rows as_rows() const { return {N * HW, C}; }
   ChannelView channel() const { return rows ? ChannelView(as_rows()) : ChannelView(as_planes()); }
+};
+
+// A policy as the drivers of the sweeps see it: without its type, so that a driver is compiled once for an arithmetic
+// type and not for every kernel. Each call is for a block of channels, or for a run of elements.
+struct Sweeps {
+  int64_t element_bytes;
+  bool reduces, maps;
+  virtual void prepare(int64_t begin, int64_t end) = 0;
+  virtual void finish(int64_t begin, int64_t end, const double* sums) = 0;  // sums: (end - begin, 2)
+
+ protected:
+  ~Sweeps() = default;
+};
+
+// What is the same in either layout. `Interface` is PlaneSweeps or RowSweeps, each a Sweeps.
+template <typename Policy, typename Interface>
+struct SweepsOf : Interface {
+  Policy& policy;
+  explicit SweepsOf(Policy& policy) : policy(policy) {
+    this->element_bytes = sizeof(typename Policy::Scalar);
+    this->reduces = policy.reduces(), this->maps = policy.maps();
+  }
+  void prepare(int64_t begin, int64_t end) override {
+    for (int64_t c = begin; c < end; ++c) policy.prepare(c);
+  }
+  void finish(int64_t begin, int64_t end, const double* sums) override {
+    for (int64_t c = begin; c < end; ++c, sums += 2) policy.finish(c, sums[0], sums[1]);
+  }
+
+ protected:
+  ~SweepsOf() = default;
 };
 
 }  // namespace CPU_CAPABILITY

@@ -129,9 +129,10 @@ inline void vstream(T* p, Vec<T> v) {
   vstore(p, v);
 }
 
-template <bool kStream, typename T>
-inline void vput(T* p, Vec<T> v) {
-  kStream ? vstream(p, v) : vstore(p, v);
+// `stream` is the same for a whole kernel: a branch that is always foreseen, and half the code to compile.
+template <typename T>
+inline void vput(T* p, Vec<T> v, bool stream) {
+  stream ? vstream(p, v) : vstore(p, v);
 }
 
 // One bit a lane: where !(x <= bound), NaN included.
