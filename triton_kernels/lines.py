@@ -79,11 +79,11 @@ def normalize_kernel(
     pixels, C = sizes_of(pixels, C, units, UNIT, ROWS)
     line, exist, begin, step = lines_of(tl.program_id(0), pixels, C, ROWS, P)
     c = tl.arange(0, B)
-    n = tl.cast(C, S)
+    inverse = 1.0 / tl.cast(C, S)
     at, inside = span(begin, exist, c, step, C)
     if WHOLE:
         v = tl.load(x + at, inside, other=0.0).to(S)
-        shift = tl.sum(v, axis=1) / n
+        shift = tl.sum(v, axis=1) * inverse
         d = tl.where(inside, v - shift[:, None], 0.0)
         s1 = tl.sum(d, axis=1)
         s2 = tl.sum(d * d, axis=1)
@@ -92,7 +92,7 @@ def normalize_kernel(
         for j in range(0, C, B):
             at, inside = span(begin, exist, c + j, step, C)
             total += tl.load(x + at, inside, other=0.0).to(S)
-        shift = tl.sum(total, axis=1) / n
+        shift = tl.sum(total, axis=1) * inverse
         d1 = tl.zeros((P, B), S)
         d2 = tl.zeros((P, B), S)
         for j in range(0, C, B):
@@ -102,11 +102,11 @@ def normalize_kernel(
             d2 = tl.fma(d, d, d2)
         s1 = tl.sum(d1, axis=1)
         s2 = tl.sum(d2, axis=1)
-    # The shift is the mean less what its sum and its quotient lost in rounding.
-    lost = s1 / n
-    var = (s2 - s1 * lost) / n
+    # The shift is the mean less what its sum and its product lost in rounding.
+    lost = s1 * inverse
+    var = (s2 - s1 * lost) * inverse
     var = tl.where(var <= 0.0, 0.0, var)
-    r = 1.0 / tl.sqrt((var + eps).to(S))
+    r = tl.rsqrt((var + eps).to(S))
     tl.store(mean + line, shift + lost, exist)
     tl.store(rstd + line, r, exist)
     offset = (-lost * r)[:, None]
