@@ -1,9 +1,9 @@
-# make: set-up only · make test · make bench · make lint. Each sets up .venv first, and then only what has changed.
+# make: set-up only · test · bench · lint · types · docs · wheel. Each sets up .venv first, and then only what has changed.
 #   make test ARGS="-k bn_act"     ARGS go to pytest (which runs in two processes), or to the benchmarks
 #   PYTHON=python3.12 make         chooses the interpreter (3.10 to 3.13) of .venv
 #   CNNKERN_CUDA=0 make            leaves the CUDA kernels out; 1 insists on them (see setup.py)
 
-.PHONY: setup test bench lint
+.PHONY: setup test bench lint types docs wheel
 .DEFAULT_GOAL := setup
 
 SUITABLE = -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
@@ -24,9 +24,20 @@ test: setup
 	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: setup
-	.venv/bin/python -m benchmarks $(ARGS)
+	.venv/bin/cnnkern bench $(ARGS)
 
 lint:
 	@$(BOOTSTRAP) --lint
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+
+types: setup
+	.venv/bin/mypy
+	.venv/bin/mypy tests/typed_use.py
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+# ARGS=--quick does not compile the source distribution
+wheel: setup
+	.venv/bin/python tools/wheel.py $(ARGS)

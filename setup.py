@@ -128,7 +128,6 @@ setup(
     packages=[*packages, "cnnkern.csrc"],
     # The bare name `triton_kernels` belongs to another distribution.
     package_dir={"cnnkern.triton_kernels": "triton_kernels", "cnnkern.csrc": "csrc"},
-    package_data={"cnnkern.csrc": ["ops.cpp"]},  # the schemas, for where there is no extension to define them
     include_package_data=False,  # no other source
     ext_modules=[] if os.environ.get("CNNKERN_EXTENSION") == "0" else [extension()],
     cmdclass={"build_ext": BuildExtension},

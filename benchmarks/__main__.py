@@ -1,4 +1,8 @@
-"""`python -m benchmarks`: runs the suites in worker processes, one a malloc setting, and writes what they measured."""
+"""`cnnkern bench`, also `python -m benchmarks`: runs the suites in worker processes, one a malloc setting.
+
+Prints tables and writes CSV, JSON, a chart and report.html. With --compare, fails where a row of ours has become slower
+than in an earlier run by more than the noise of both.
+"""
 
 import argparse
 import re
@@ -11,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, report, rows, worker
+from benchmarks import compare, machine, report, rows, terminal, worker
 from benchmarks.options import Options
 from benchmarks.plan import make_plan
 
@@ -37,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"needs letters, digits and . _ + -, got {text!r}")
         return text
 
-    parser = Parser(prog="python -m benchmarks", description=__doc__)
+    parser = Parser(prog="cnnkern bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few shapes and one model, about a minute")
     parser.add_argument(
         "--filter",
@@ -51,7 +55,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
     parser.add_argument("--networks", default="resnet50", choices=("resnet50", "all"), help="whose shapes")
     parser.add_argument("--seconds", type=float, metavar="N", help="for everything; what comes later is not timed")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="what is faster or slower than in that run")
     arguments = parser.parse_args(argv)
+    arguments.before = []
+    if arguments.compare:
+        try:
+            arguments.before, _ = report.load(arguments.compare)
+        except ValueError as error:
+            parser.error(f"--compare: {error}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device on this machine")
     return arguments
@@ -84,8 +95,18 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     created = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     if measured:
-        report.show(measured, created, report.console())
-        problems += write(measured, created, folder, arguments.save, options.quick)
+        terminal.show(measured, created, terminal.console())
+        changes = None
+        if arguments.before:
+            try:
+                changes = compare.compare(arguments.before, measured)
+            except ValueError as error:
+                problems.append(f"cannot compare with {arguments.compare}: {error}")
+        problems += write(measured, created, folder, arguments.save, options.quick, changes)
+        if changes:
+            terminal.show_changes(changes, terminal.console())
+            if changes.is_regression:
+                problems.append(f"slower than {arguments.compare}, by more than the noise")
     for problem in problems:
         one_line(problem)
     failed = any(r.status in ("wrong", "failed") for r in measured)
@@ -99,7 +120,7 @@ def run(options: Options, settings: list[str], scratch: Path, seconds: float) ->
     measured: list[rows.Row] = []
     problems: list[str] = []
     verified: tuple[str, ...] = ()
-    with worker.progress(report.console()) as bar:
+    with worker.progress(terminal.console()) as bar:
         try:
             bandwidths = worker.bandwidths(options.device, options.threads, bar)
         except worker.Failed as error:  # times and ratios do not need it
@@ -120,20 +141,28 @@ def run(options: Options, settings: list[str], scratch: Path, seconds: float) ->
     return measured, problems
 
 
-def write(measured: list[rows.Row], created: str, folder: Path, name: str | None, quick: bool) -> list[str]:
-    """CSV, JSON and the chart; a line for what could not be written."""
-    stem = name or rows.file_stem(measured, quick)
+def write(
+    measured: list[rows.Row],
+    created: str,
+    folder: Path,
+    name: str | None,
+    quick: bool,
+    changes: compare.Comparison | None = None,
+) -> list[str]:
+    """CSV, JSON and the chart into `folder`, the last run's page into results; a line for what could not be written."""
+    stem, page_file = name or rows.file_stem(measured, quick), rows.RESULTS / "report.html"
     try:
         rows.write(folder / f"{stem}.csv", rows.to_csv(measured))
         rows.write(folder / f"{stem}.json", rows.to_json(measured, created, quick))
         try:
-            from benchmarks import chart
+            from benchmarks import chart, page
         except ImportError as error:
-            return [f"no chart: {error}"]
+            return [f"no chart and no page: {error}"]
         rows.write(folder / f"{stem}.png", chart.draw(measured, created))
+        rows.write(page_file, page.render(measured, created, changes))
     except OSError as error:
         return [f"cannot write the results to {folder}: {error.strerror or error}"]
-    print(f"written: {folder / stem}.csv, .json and .png")
+    print(f"written: {folder / stem}.csv, .json and .png; {page_file}")
     return []
 
 

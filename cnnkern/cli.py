@@ -73,7 +73,8 @@ def bench(arguments: list[str]) -> int:
     checkout = Path(__file__).resolve().parents[1]
     if not all((checkout / path).exists() for path in ("benchmarks/__main__.py", "pyproject.toml")):
         return fail(
-            "the benchmark suite is part of the repository only: run `cnnkern bench` or `make bench` in a checkout"
+            "the benchmark suite is in the source, not in the installed package: run `make bench` in a checkout of the "
+            "repository or in the unpacked source distribution"
         )
     if problem := extension_problem():
         return fail(problem)

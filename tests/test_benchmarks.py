@@ -23,7 +23,6 @@ from benchmarks import __main__ as driver
 from benchmarks import (
     accuracy,
     bandwidth,
-    chart,
     judge,
     machine,
     models,
@@ -33,6 +32,7 @@ from benchmarks import (
     report,
     rows,
     sweeps,
+    tables,
     timing,
     worker,
 )
@@ -41,11 +41,10 @@ from benchmarks.groups import Contender, Group, Refused, Session, Unavailable, s
 from benchmarks.options import Options
 from cnnkern import testing
 from cnnkern.testing import Layer
+from tests.results import BANDWIDTHS, WHERE, assert_one_line, some_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOCK = timing.ReplayClock()
-WHERE = machine.describe("cpu", 1) | {"machine": "some-machine", "commit": "abc1234-dirty"}
-BANDWIDTHS = [Bandwidth(mix, 2**20, 10.0) for mix in bandwidth.MIXES]
 
 
 def test_ratio_is_taken_round_by_round():
@@ -221,11 +220,12 @@ def measure(plan, options=None, malloc="tuned"):
     return rows.from_records(records, refused, BANDWIDTHS, malloc, WHERE), events
 
 
-def test_quick_run_on_a_tiny_case_from_plan_to_files(tiny_case, tmp_path):
+def test_quick_run_on_a_tiny_case_from_plan_to_files(tiny_case, tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
     options = Options(quick=True, filter="toy", seconds=60.0)
     plan = select(operators.groups(options, compiled=True), options.filter, "tuned")
     measured, events = measure(plan, options)
-    assert {r.status for r in measured} == {"ok"}, report.refused_lines(measured)
+    assert {r.status for r in measured} == {"ok"}, tables.refused_lines(measured)
     assert len(measured) == 2 * 2 * 2 * 2  # shapes, modes, layouts, contenders
     assert [e["start"] for e in events if "start" in e] == [g.label for g in plan]
     for row in measured:
@@ -239,7 +239,7 @@ def test_quick_run_on_a_tiny_case_from_plan_to_files(tiny_case, tmp_path):
     assert driver.write(measured, "today", tmp_path, None, quick=True) == []
     stem = f"some-machine_1threads_torch-{torch.__version__}_float32_channels_last+contiguous_tuned-malloc"
     stem += "_abc1234-dirty_quick"
-    assert {p.name for p in tmp_path.iterdir()} == {f"{stem}.csv", f"{stem}.json", f"{stem}.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {f"{stem}.csv", f"{stem}.json", f"{stem}.png", "report.html"}
     assert rows.from_json((tmp_path / f"{stem}.json").read_text())[0] == measured
     table = list(csv.DictReader(io.StringIO((tmp_path / f"{stem}.csv").read_text())))
     assert list(table[0]) == [f.name for f in fields(rows.Row)]
@@ -257,7 +257,7 @@ def test_a_wrong_contender_is_reported_and_not_timed(monkeypatch, tiny_case):
     assert all("output: error" in r.note for r in ours)
     assert {r.status for r in measured if r.contender == "eager"} == {"ok"}
     assert not any("ours" in e["verified"] for e in events if "verified" in e)
-    (line,) = {re.sub(r"error .*", "", line) for line in report.refused_lines(measured)}
+    (line,) = {re.sub(r"error .*", "", line) for line in tables.refused_lines(measured)}
     assert line.startswith("ours wrong: output: ")
 
 
@@ -302,7 +302,7 @@ def test_what_fails_is_a_row_with_one_line(error, status, note, capsys):
 def test_groups_without_time_left_are_listed(tiny_case):
     measured, _ = measure(operators.groups(Options(), compiled=False), Options(seconds=0.0))
     assert {r.status for r in measured} == {"out of time"}
-    assert len(report.refused_lines(measured)) == 2  # eager and ours, with the number of measurements
+    assert len(tables.refused_lines(measured)) == 2  # eager and ours, with the number of measurements
 
 
 def test_overhead_is_timed_for_functions_and_modules():
@@ -313,7 +313,7 @@ def test_overhead_is_timed_for_functions_and_modules():
         for mode in ("training", "inference")
         for contender in ("eager", "ours")
     }
-    assert len(report.overhead_lines(measured)) == 4
+    assert len(tables.overhead_lines(measured)) == 4
 
 
 def test_the_driver_runs_workers_and_writes(monkeypatch, tmp_path, capsys):
@@ -325,6 +325,7 @@ def test_the_driver_runs_workers_and_writes(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr()
     assert code == 0, printed.err
     published = tmp_path / "published"
+    assert (tmp_path / "report.html").read_text().count("batch_norm_relu") > 4
     assert {p.name for p in published.iterdir()} == {"tiny.csv", "tiny.json", "tiny.png"}
     found, _ = rows.from_json((published / "tiny.json").read_text())
     assert {(r.suite, r.malloc, r.threads, r.status) for r in found} == {
@@ -363,8 +364,8 @@ def test_models_are_compared_with_eager_before_they_are_timed(monkeypatch):
     measured, _ = measure(models.groups(options), options)
     assert {(r.mode, r.contender, r.status) for r in measured} == set(
         itertools.product(("training", "inference"), ("eager", "ours"), ("ok",))
-    ), report.refused_lines(measured)
-    assert len(report.model_lines(measured)) == 2
+    ), tables.refused_lines(measured)
+    assert len(tables.model_lines(measured)) == 2
 
     monkeypatch.setattr(models.cnnkern, "convert", lambda model: torch.nn.Sequential(model, torch.nn.Softplus()))
     measured, _ = measure(models.groups(options), options)
@@ -377,109 +378,9 @@ def test_without_scikit_learn_models_are_not_available(monkeypatch):
     monkeypatch.setattr(models, "build", lambda name: ConvReLU())
     measured, _ = measure(models.groups(Options(quick=True)))
     assert {r.status for r in measured} == {"not available"}
-    lines = report.refused_lines(measured)
+    lines = tables.refused_lines(measured)
     assert len(lines) == 2
     assert all("scikit-learn" in line and "\n" not in line for line in lines)
-
-
-def row(**values):
-    seconds = values.pop("seconds", 2e-3)
-    what = {
-        "suite": "operators",
-        "operator": "bn_act",
-        "network": "net",
-        "shape": "2x2",
-        "mode": "training",
-        "api": "functional",
-        "dtype": "float32",
-        "bytes_read": 3 * 2**20,
-        "bytes_written": 2**20,
-        "contender": "ours",
-        "layout": "contiguous",
-    } | values
-    records = [
-        {"extra_info": what | {"contender": "eager"}, "stats": {"data": [2e-3] * 5}},
-        {"extra_info": what, "stats": {"data": [seconds] * 5}},
-    ]
-    return rows.from_records(records, [], BANDWIDTHS, "tuned", WHERE)
-
-
-def some_rows():
-    found = row(seconds=1e-3) + row(shape="4x4", seconds=4e-3) + row(layout="channels_last", seconds=5e-4)
-    found += row(suite="models", operator="resnet18", network="resnet18", api="module", bytes_read=0, bytes_written=0)
-    refused = {"status": "not available", "note": "no compiler"}
-    extra = {
-        n: getattr(found[0], n) for n in ("suite", "operator", "network", "shape", "mode", "api", "dtype", "layout")
-    }
-    extra |= {"bytes_read": 0, "bytes_written": 0, "contender": "torch.compile"} | refused
-    return (
-        found
-        + rows.from_records([], [extra, extra], BANDWIDTHS, "tuned", WHERE)
-        + rows.bandwidth_rows(BANDWIDTHS, WHERE)
-    )
-
-
-def test_means_are_geometric_per_network_and_layout():
-    found = {(m.contender, m.layout): m for m in report.means(some_rows())}
-    assert found["ours", "contiguous"].ratio == pytest.approx(1.0)  # 2x and 0.5x
-    assert found["ours", "contiguous"].shapes == 2
-    assert found["ours", "channels_last"].ratio == pytest.approx(4.0)
-    assert found["eager", "contiguous"].ratio == 1.0
-
-
-def test_rows_that_are_lost_are_marked_and_listed():
-    (line,) = report.lost_lines(some_rows())
-    assert line == "bn_act net 4x4 training functional contiguous tuned malloc: 4.0 ms, 0.50x of eager's speed"
-    assert sum(cells[-1].endswith("lost") for cells in report.detail_lines(some_rows())) == 1
-
-
-def test_markdown_is_made_of_the_saved_rows(tmp_path, capsys):
-    file = tmp_path / "result.json"
-    file.write_text(rows.to_json(some_rows(), "2000-01-01 00:00 UTC", quick=False))
-    assert report.main([str(file), "--markdown"]) == 0
-    text = capsys.readouterr().out
-    assert "| bn_act | net | 2 | training | contiguous | tuned | ours | " in text
-    assert "| bn_act | net | 1 | training | channels_last | tuned | ours | 84% | 4.00x |" in text
-    assert "| resnet18 | 2x2 | training | contiguous | tuned | 2.0 ms | 2.0 ms | 1.00x |" in text
-    assert "- bn_act net 4x4 training functional contiguous tuned malloc: 4.0 ms, 0.50x" in text
-    assert "- torch.compile not available: no compiler (bn_act net 2x2" in text
-    assert "and 1 more" in text
-    for words in ("some-machine", "threads: 1", torch.__version__, "abc1234-dirty", "2000-01-01", "read 10.0"):
-        assert words in text
-    for table in re.findall(r"(?:^\|.*\|\n?)+", text, re.MULTILINE):
-        assert len({line.count("|") for line in table.strip().splitlines()}) == 1, table
-
-
-def test_the_table_names_every_measured_row():
-    out = io.StringIO()
-    report.show(some_rows(), "today", Console(file=out, width=200))
-    text = out.getvalue()
-    assert text.count("tuned") >= len(report.detail_lines(some_rows()))
-    for words in ("Operators, every measurement", "Slower than eager:", "Not timed:", "some-machine", "0.50x lost"):
-        assert words in text
-
-
-def test_chart_has_a_bar_for_every_mean_and_model():
-    found = chart.bars(some_rows())
-    assert ("resnet18 2x2, training, contiguous", "ours, tuned malloc", 1.0, "1.00") in found
-    assert ("bn_act net, training, contiguous", "ours, tuned malloc", pytest.approx(1.0), "1.00, 2 shapes") in found
-    assert len(found) == 3
-    assert chart.draw(some_rows(), "today").startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 99, "rows": []}', '{"schema": 1, "rows": [{}]}', None])
-def test_report_says_in_one_line_that_a_file_is_no_result(content, tmp_path, capsys):
-    file = tmp_path / "result.json"
-    if content is not None:
-        file.write_text(content)
-    assert report.main([str(file)]) == 1
-    assert_one_line(capsys.readouterr().err, "cannot read")
-
-
-def assert_one_line(text, words):
-    assert text.count("\n") == 1, text
-    assert text.startswith("benchmarks: ")
-    assert words in text
 
 
 @pytest.mark.parametrize(
@@ -519,7 +420,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_broken_file(monkeypatch, tmp_path
     assert driver.main(["--quick"]) == 1
     printed = capsys.readouterr()
     assert_one_line(printed.err, "No space left on device")
-    assert "Operators" in printed.out  # what was measured is shown all the same
+    assert "Times as fast as eager" in printed.out  # what was measured is shown all the same
     assert list(tmp_path.iterdir()) == []
 
 

@@ -150,7 +150,7 @@ def test_bench_outside_a_checkout_says_where_the_suite_is(checkout):
     done = run("-m", "cnnkern", "bench", "--quick", folder=checkout)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "in a checkout" in line
+    assert "run `make bench` in a checkout" in line
 
 
 def test_unknown_arguments_are_refused(capsys):

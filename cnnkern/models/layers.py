@@ -5,13 +5,17 @@ the same constructor, parameters and state-dict keys; only the kernels beneath d
 (a dense convolution, a pooling) is `torch.nn`'s in both.
 """
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 import cnnkern.nn
 from cnnkern.models import unfused
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def layer_set(fused: bool) -> ModuleType:
@@ -21,10 +25,11 @@ def layer_set(fused: bool) -> ModuleType:
 
 def grouped_conv2d(layers: ModuleType, *args, groups: int, **kwargs) -> nn.Conv2d:
     """A convolution of the set where there are groups; a dense one is PyTorch's own."""
-    return (layers.GroupedConv2d if groups > 1 else nn.Conv2d)(*args, groups=groups, **kwargs)
+    convolution: Callable[..., nn.Conv2d] = layers.GroupedConv2d if groups > 1 else nn.Conv2d
+    return convolution(*args, groups=groups, **kwargs)
 
 
-def init_for_relu(model: nn.Module) -> nn.Module:
+def init_for_relu(model: M) -> M:
     """The model with the initial weights under which ReLU keeps the signal's size from layer to layer, biases zero.
 
     A deep network without batch norm does not learn without. Source: He et al., Delving Deep into Rectifiers, 2015
@@ -33,7 +38,8 @@ def init_for_relu(model: nn.Module) -> nn.Module:
     for m in model.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
-            nn.init.zeros_(m.bias)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
     return model
 
 

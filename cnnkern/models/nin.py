@@ -41,6 +41,9 @@ def nin(num_classes: int = 10, in_channels: int = 1, fused: bool = True, dropout
     )
     init_for_relu(model)
     # Behind its ReLU a class that starts below zero has no gradient to come back by: all start above.
-    nn.init.normal_(classes[-2].weight, std=0.01)
-    nn.init.ones_(classes[-2].bias)
+    for name, parameter in classes[-2].named_parameters():
+        if name == "weight":
+            nn.init.normal_(parameter, std=0.01)
+        else:
+            nn.init.ones_(parameter)
     return model

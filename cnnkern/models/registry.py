@@ -2,20 +2,32 @@
 
 import difflib
 from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, cast
 
 from torch import nn
 
-Builder = Callable[..., nn.Module]
+
+class Builder(Protocol):
+    """What builds a model; ``input_size`` is the (channels, height, width) that the model is usually given."""
+
+    __name__: str
+    input_size: tuple[int, ...]
+
+    def __call__(self, *, fused: bool = True, **kwargs: Any) -> nn.Module: ...
+
+
 BUILDERS: dict[str, Builder] = {}
+F = TypeVar("F", bound=Callable[..., nn.Module])
 
 
-def register(*input_size: int) -> Callable[[Builder], Builder]:
+def register(*input_size: int) -> Callable[[F], F]:
     """Enters a builder under its own name, with the (channels, height, width) that the model is usually given."""
 
-    def enter(builder: Builder) -> Builder:
+    def enter(function: F) -> F:
+        builder = cast(Builder, function)
         builder.input_size = input_size
         BUILDERS[builder.__name__] = builder
-        return builder
+        return function
 
     return enter
 

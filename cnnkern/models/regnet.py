@@ -62,7 +62,7 @@ class ResNeXtBlock(nn.Module):
                 layers.BatchNormReLU2d(width),
             ),
         )
-        if se_ratio:
+        if se_ratio and channels is not None:
             parts["se"] = SqueezeExcitation(width, round(se_ratio * channels))
         parts["c"] = Chain(conv2d(width, out_channels, 1, bias=bias), layers.BatchNormAddReLU2d(out_channels))
         self.f = Chain(parts)

@@ -20,9 +20,11 @@ def conv2d(in_channels: int | None, out_channels: int, kernel_size: int, **kwarg
 
 def out_channels_of(block: str, channels: int | None, out_channels: int | None) -> int:
     """``out_channels``, by default the input's; ValueError where neither is known."""
-    if channels is None and out_channels is None:
+    if out_channels is not None:
+        return out_channels
+    if channels is None:
         raise ValueError(f"{block}: with lazy input channels (channels=None) give out_channels")
-    return channels if out_channels is None else out_channels
+    return channels
 
 
 class ResidualBlock(nn.Module):

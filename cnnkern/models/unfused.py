@@ -61,7 +61,7 @@ class BatchNormAddAct2d(nn.BatchNorm2d):
         super().__init__(num_features, *args, **kwargs)
         self.act = act
 
-    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
         return _ACTIVATIONS[self.act](super().forward(input).add_(residual))
 
 

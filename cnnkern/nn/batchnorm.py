@@ -20,11 +20,11 @@ class _FusedBatchNorm(_BatchNorm):
 
     def _normalize(self, input: Tensor, operator: Callable[..., Tensor], *residual: Tensor) -> Tensor:
         self._check_input_dim(input)
-        tracks = self.training and self.track_running_stats and self.num_batches_tracked is not None
+        counter = self.num_batches_tracked if self.training and self.track_running_stats else None
         if self.momentum is not None:
             momentum = self.momentum
         else:  # cumulative average over the batches, this one included
-            momentum = 1.0 / (float(self.num_batches_tracked) + 1.0) if tracks else 0.0
+            momentum = 1.0 / (float(counter) + 1.0) if counter is not None else 0.0
         uses_running = not self.training or self.track_running_stats
         output = operator(
             input,
@@ -38,15 +38,15 @@ class _FusedBatchNorm(_BatchNorm):
             self.eps,
             self.act,
         )
-        if tracks:  # counted after the operator, which raises before it changes anything
-            self.num_batches_tracked.add_(1)
+        if counter is not None:  # counted after the operator, which raises before it changes anything
+            counter.add_(1)
         return output
 
 
 class _FusedBatchNormAdd(_FusedBatchNorm):
     """The forward pass takes a residual of the input's shape as well: ``m(x, residual)``."""
 
-    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
         return self._normalize(input, batch_norm_add_act, residual)
 
 

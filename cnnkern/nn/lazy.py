@@ -30,11 +30,11 @@ class LazyBatchNormAddReLU2d(_LazyNormBase, BatchNormAddReLU2d):
 
     cls_to_become = BatchNormAddReLU2d
 
-    def initialize_parameters(self, input: Tensor, residual: Tensor) -> None:
+    def initialize_parameters(self, input: Tensor, residual: Tensor) -> None:  # type: ignore[override]
         super().initialize_parameters(input)
 
 
-class LazyGroupedConv2d(nn.LazyConv2d, GroupedConv2d):
+class LazyGroupedConv2d(nn.LazyConv2d, GroupedConv2d):  # type: ignore[misc]  # as nn.LazyConv2d itself
     """:class:`GroupedConv2d` whose ``in_channels`` is the first input's C. Input (N, C, H, W) or (C, H, W)."""
 
     cls_to_become = GroupedConv2d

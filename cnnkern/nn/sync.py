@@ -4,7 +4,9 @@ Each way one collective: forward gathers every process's count, mean and varianc
 the order of ranks; backward sums two vectors of C. Unlike torch's own, it runs on the CPU (gloo) as well.
 """
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,10 @@ def _local_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     return count, mean, rstd.pow(-2) - _TINY
 
 
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(operator.add, terms)
+
+
 def _global_moments(x: Tensor, group: dist.ProcessGroup) -> tuple[int, Tensor, Tensor]:
     count, mean, var = _local_moments(x)
     mine = torch.cat([mean.new_tensor([count]), mean, var])
@@ -39,11 +45,11 @@ def _global_moments(x: Tensor, group: dist.ProcessGroup) -> tuple[int, Tensor, T
     total = sum(counts)
     if total <= 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got {total} over all processes")
-    mean = sum(n * e[1 : 1 + channels] for n, e in zip(counts, everyone, strict=True)) / total
+    mean = _sum(n * e[1 : 1 + channels] for n, e in zip(counts, everyone, strict=True)) / total
     squares = [
         n * (e[1 + channels :] + (e[1 : 1 + channels] - mean).square()) for n, e in zip(counts, everyone, strict=True)
     ]
-    return total, mean, sum(squares) / total
+    return total, mean, _sum(squares) / total
 
 
 class _Synchronised(torch.autograd.Function):
@@ -159,7 +165,7 @@ class SyncBatchNormAddReLU(SyncBatchNorm):
 
     act = "relu"
 
-    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
         return self._normalize(input, self._over_processes(batch_norm_add_act), residual)
 
 
@@ -173,7 +179,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup 
         if isinstance(child, _FusedBatchNorm) and not isinstance(child, SyncBatchNorm):
             act = child.act
             if isinstance(child, _FusedBatchNormAdd):
-                child.__class__ = SyncBatchNormAddReLU
+                child.__class__ = SyncBatchNormAddReLU  # type: ignore[assignment]
             else:
                 child.__class__ = SyncBatchNormReLU if act == "relu" else SyncBatchNorm
             child.act = act  # of the module, whatever its new class has

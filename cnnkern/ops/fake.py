@@ -27,7 +27,7 @@ def mask_of(x: Tensor) -> Tensor:
 
 def like(wanted: bool, t: Tensor | None, x: Tensor) -> Tensor:
     """A gradient of t where it is wanted, else an empty tensor."""
-    return torch.empty_like(t) if wanted else x.new_empty(0)
+    return torch.empty_like(t) if wanted else x.new_empty(0)  # type: ignore[arg-type]  # not wanted of None
 
 
 def check_channel_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
@@ -36,11 +36,13 @@ def check_channel_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
             continue
         torch._check(
             vector.device == x.device,
-            lambda name=name, v=vector: f"{op}: expected {name} on {x.device} like the input; got {v.device}",
+            lambda name=name, v=vector: (  # type: ignore[misc]
+                f"{op}: expected {name} on {x.device} like the input; got {v.device}"
+            ),
         )
         torch._check(
             vector.dim() == 1 and vector.shape[0] == x.shape[1],
-            lambda name=name: f"{op}: {name} should contain one element a channel",
+            lambda name=name: f"{op}: {name} should contain one element a channel",  # type: ignore[misc]
         )
 
 
@@ -63,5 +65,5 @@ def layer_norm_parameters(
 ) -> tuple[Tensor, Tensor]:
     """dweight and dbias of a layer norm, dense whatever the parameters' strides."""
     wanted = ((output_mask[1], weight), (output_mask[2], bias))
-    dense = [v.new_empty(v.shape) if want else x.new_empty(0) for want, v in wanted]
+    dense = [v.new_empty(v.shape) if want and v is not None else x.new_empty(0) for want, v in wanted]
     return dense[0], dense[1]

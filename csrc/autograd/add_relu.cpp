@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "autograd/composite.h"
+#include "autograd/node.h"
 
 namespace cnnkern {
 namespace {
@@ -38,22 +39,14 @@ struct AddReluBackward : torch::autograd::Function<AddReluBackward> {
   }
 };
 
-struct AddRelu : torch::autograd::Function<AddRelu> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& residual) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, mask] = forward_op().call(x, residual);
-    ctx->save_for_backward({mask});
-    ctx->mark_non_differentiable({mask});
-    ctx->set_materialize_grads(false);  // that of the mask is never read
-    ctx->saved_data["channels_last"] = !y.is_contiguous();
-    return {y, mask};
-  }
+struct AddRelu {
+  static constexpr const char* kName = "AddRelu";
+  static constexpr size_t kInputs = 2;  // x, residual
+  bool channels_last;
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    if (!grads[0].defined()) return variable_list(2);
-    const bool channels_last = ctx->saved_data["channels_last"].toBool();
-    const Tensor dx = backward_op().call(grads[0], ctx->get_saved_variables()[0], channels_last);
-    return {ctx->needs_input_grad(0) ? dx : Tensor(), ctx->needs_input_grad(1) ? dx : Tensor()};
+  variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 2>& needs) const {
+    const Tensor dx = backward_op().call(dy, saved[0], channels_last);
+    return {needs[0] ? dx : Tensor(), needs[1] ? dx : Tensor()};
   }
 };
 
@@ -63,12 +56,14 @@ std::tuple<Tensor, Tensor> add_relu_by_pytorch(const Tensor& x, const Tensor& re
 
 std::tuple<Tensor, Tensor> add_relu_autograd(const Tensor& x, const Tensor& residual) {
   if (under_functorch() || has_tangent(x) || has_tangent(residual)) return add_relu_by_pytorch(x, residual);
-  if (at::GradMode::is_enabled() && (x.requires_grad() || residual.requires_grad())) {
-    auto out = AddRelu::apply(x, residual);
-    return {out[0], out[1]};
-  }
+  const auto forward = [&] { return forward_op().call(x, residual); };
+  if (at::GradMode::is_enabled() && (x.requires_grad() || residual.requires_grad()))
+    return recorded({x, residual}, forward, [](const auto& results) {
+      const auto& [y, mask] = results;
+      return std::pair(AddRelu{!y.is_contiguous()}, variable_list{mask});
+    });
   at::AutoDispatchBelowADInplaceOrView below;
-  return forward_op().call(x, residual);
+  return forward();
 }
 
 Tensor add_relu_backward_autograd(const Tensor& dy, const Tensor& mask, bool channels_last) {

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "autograd/composite.h"
+#include "autograd/node.h"
 #include "check.h"
 
 namespace cnnkern {
@@ -57,35 +58,16 @@ struct BnActBackward : torch::autograd::Function<BnActBackward> {
   }
 };
 
-struct BnAct : torch::autograd::Function<BnAct> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight,
-                               const OptionalTensor& bias, const OptionalTensor& running_mean,
-                               const OptionalTensor& running_var, bool training, double momentum, double eps,
-                               std::string act) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, mean, rstd] = forward_op().call(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
-    ctx->save_for_backward({x, tensor_or_undefined(weight), tensor_or_undefined(bias), mean, rstd});
-    ctx->mark_non_differentiable({mean, rstd});
-    ctx->set_materialize_grads(false);  // those of mean and rstd are never read
-    ctx->saved_data["training"] = training;
-    ctx->saved_data["act"] = std::move(act);
-    return {y, mean, rstd};
-  }
+struct BnAct {
+  static constexpr const char* kName = "BnAct";
+  static constexpr size_t kInputs = 3;  // x, weight, bias
+  bool training;
+  std::string act;
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    if (!grads[0].defined()) return variable_list(9);
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &weight = saved[1], &bias = saved[2];
-    const auto needs = needs_grad(ctx, {saved[0], weight, bias});
-    const std::array<bool, 3> mask = {needs[0], needs[1], needs[2]};
-    auto [dx, dweight, dbias] =
-        backward_op().call(grads[0], saved[0], optional_of(weight), optional_of(bias), saved[3], saved[4],
-                           ctx->saved_data["training"].toBool(), ctx->saved_data["act"].toStringView(), mask);
-    variable_list out(9);
-    if (mask[0]) out[0] = dx;
-    if (mask[1]) out[1] = dweight;
-    if (mask[2]) out[2] = dbias;
-    return out;
+  variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 3>& needs) const {
+    auto [dx, dweight, dbias] = backward_op().call(dy, saved[0], optional_of(saved[1]), optional_of(saved[2]), saved[3],
+                                                   saved[4], training, act, needs);
+    return {needs[0] ? dx : Tensor(), needs[1] ? dweight : Tensor(), needs[2] ? dbias : Tensor()};
   }
 };
 
@@ -96,13 +78,17 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_autograd(const Tensor& x, const Option
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
   if (left_to_pytorch(x, act == "relu" || act == "none") || has_tangent(x) || has_tangent(w) || has_tangent(b))
     return batch_norm_by_pytorch(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
-  const auto result = [&]() -> std::tuple<Tensor, Tensor, Tensor> {
-    if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b))) {
-      auto out = BnAct::apply(x, weight, bias, running_mean, running_var, training, momentum, eps, std::string(act));
-      return {out[0], out[1], out[2]};
-    }
-    at::AutoDispatchBelowADInplaceOrView below;
+  const auto forward = [&] {
     return forward_op().call(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
+  };
+  const auto result = [&]() -> std::tuple<Tensor, Tensor, Tensor> {
+    if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b)))
+      return recorded({x, w, b}, forward, [&](const auto& results) {
+        return std::pair(BnAct{training, std::string(act)},
+                         variable_list{x, w, b, std::get<1>(results), std::get<2>(results)});
+      });
+    at::AutoDispatchBelowADInplaceOrView below;
+    return forward();
   }();
   if (training) {
     bump_version(running_mean);

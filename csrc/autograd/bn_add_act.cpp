@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "autograd/composite.h"
+#include "autograd/node.h"
 #include "memory_layout.h"
 
 namespace cnnkern {
@@ -73,39 +74,20 @@ struct BnAddActBackward : torch::autograd::Function<BnAddActBackward> {
   }
 };
 
-struct BnAddAct : torch::autograd::Function<BnAddAct> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
-                               const OptionalTensor& bias, const OptionalTensor& running_mean,
-                               const OptionalTensor& running_var, bool training, double momentum, double eps,
-                               std::string act) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, mean, rstd, mask] =
-        forward_op().call(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act);
-    ctx->save_for_backward({x, tensor_or_undefined(weight), tensor_or_undefined(bias), mean, rstd, mask});
-    ctx->mark_non_differentiable({mean, rstd, mask});
-    ctx->set_materialize_grads(false);  // those of the statistics and the mask are never read
-    ctx->saved_data["training"] = training;
-    ctx->saved_data["act"] = std::move(act);
-    return {y, mean, rstd, mask};
-  }
+struct BnAddAct {
+  static constexpr const char* kName = "BnAddAct";
+  static constexpr size_t kInputs = 4;  // x, residual, weight, bias
+  bool training;
+  std::string act;
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    if (!grads[0].defined()) return variable_list(10);
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &dy = grads[0];
-    const auto needs = needs_grad(ctx, {x, x, weight, bias});
-    const auto act = ctx->saved_data["act"].toStringView();
+  variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 4>& needs) const {
     // Without an activation the residual's gradient is dy itself.
     const std::array<bool, 4> mask = {needs[0], needs[1] && act != "none", needs[2], needs[3]};
-    variable_list out(10);
+    variable_list out(4);
     if (mask[0] || mask[1] || mask[2] || mask[3]) {
-      auto [dx, dresidual, dweight, dbias] =
-          backward_op().call(dy, x, optional_of(weight), optional_of(bias), saved[3], saved[4], saved[5],
-                             ctx->saved_data["training"].toBool(), act, mask);
-      if (mask[0]) out[0] = dx;
-      if (mask[1]) out[1] = dresidual;
-      if (mask[2]) out[2] = dweight;
-      if (mask[3]) out[3] = dbias;
+      auto [dx, dresidual, dweight, dbias] = backward_op().call(dy, saved[0], optional_of(saved[1]), optional_of(saved[2]),
+                                                                saved[3], saved[4], saved[5], training, act, mask);
+      out = {mask[0] ? dx : Tensor(), mask[1] ? dresidual : Tensor(), mask[2] ? dweight : Tensor(), mask[3] ? dbias : Tensor()};
     }
     if (needs[1] && !mask[1]) out[1] = dy;
     return out;
@@ -129,15 +111,17 @@ Four bn_add_act_autograd(const Tensor& x, const Tensor& residual, const Optional
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
   if (under_functorch() || has_tangent(x) || has_tangent(residual) || has_tangent(w) || has_tangent(b))
     return bn_add_act_by_pytorch(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act);
-  const auto result = [&]() -> Four {
-    if (at::GradMode::is_enabled() &&
-        (requires_grad(x) || requires_grad(residual) || requires_grad(w) || requires_grad(b))) {
-      auto out = BnAddAct::apply(x, residual, weight, bias, running_mean, running_var, training, momentum, eps,
-                                 std::string(act));
-      return {out[0], out[1], out[2], out[3]};
-    }
-    at::AutoDispatchBelowADInplaceOrView below;
+  const auto forward = [&] {
     return forward_op().call(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act);
+  };
+  const auto result = [&]() -> Four {
+    if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(residual) || requires_grad(w) || requires_grad(b)))
+      return recorded({x, residual, w, b}, forward, [&](const Four& results) {
+        return std::pair(BnAddAct{training, std::string(act)},
+                         variable_list{x, w, b, std::get<1>(results), std::get<2>(results), std::get<3>(results)});
+      });
+    at::AutoDispatchBelowADInplaceOrView below;
+    return forward();
   }();
   if (training) {
     bump_version(running_mean);

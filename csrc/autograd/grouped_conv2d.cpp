@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include "autograd/composite.h"
+#include "autograd/node.h"
 
 namespace cnnkern {
 namespace {
@@ -68,23 +69,14 @@ struct GroupedConv2dBackward : torch::autograd::Function<GroupedConv2dBackward> 
   }
 };
 
-struct GroupedConv2d : torch::autograd::Function<GroupedConv2d> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Settings& s) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    ctx->save_for_backward({x, weight});
-    s.save(ctx);
-    ctx->saved_data["has_bias"] = tensor_or_undefined(bias).defined();
-    return forward_op().call(x, weight, bias, s.stride, s.padding, s.dilation, s.groups);
-  }
+struct GroupedConv2d {
+  static constexpr const char* kName = "GroupedConv2d";
+  static constexpr size_t kInputs = 3;  // x, weight, bias
+  Settings s;
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const Settings s = Settings::of(ctx);
-    const bool has_bias = ctx->saved_data["has_bias"].toBool();
-    const Mask mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), has_bias && ctx->needs_input_grad(2)};
-    auto [dx, dweight, dbias] =
-        backward_op().call(grads[0], saved[0], saved[1], s.stride, s.padding, s.dilation, s.groups, mask);
-    return {mask[0] ? dx : Tensor(), mask[1] ? dweight : Tensor(), mask[2] ? dbias : Tensor(), Tensor()};
+  variable_list backward(const Tensor& dy, const variable_list& saved, const Mask& needs) const {
+    auto [dx, dweight, dbias] = backward_op().call(dy, saved[0], saved[1], s.stride, s.padding, s.dilation, s.groups, needs);
+    return {needs[0] ? dx : Tensor(), needs[1] ? dweight : Tensor(), needs[2] ? dbias : Tensor()};
   }
 };
 
@@ -98,10 +90,13 @@ Tensor grouped_conv2d_autograd(const Tensor& x, const Tensor& weight, const Opti
   const Tensor& b = tensor_or_undefined(bias);
   if (under_functorch() || has_tangent(x) || has_tangent(weight) || has_tangent(b))
     return conv2d_by_pytorch(x, weight, bias, stride, padding, dilation, groups);
+  const auto forward = [&] { return forward_op().call(x, weight, bias, stride, padding, dilation, groups); };
   if (at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad() || requires_grad(b)))
-    return GroupedConv2d::apply(x, weight, bias, Settings{stride.vec(), padding.vec(), dilation.vec(), groups});
+    return recorded({x, weight, b}, forward, [&](const Tensor&) {
+      return std::pair(GroupedConv2d{{stride.vec(), padding.vec(), dilation.vec(), groups}}, variable_list{x, weight});
+    });
   at::AutoDispatchBelowADInplaceOrView below;
-  return forward_op().call(x, weight, bias, stride, padding, dilation, groups);
+  return forward();
 }
 
 Gradients grouped_conv2d_backward_autograd(const Tensor& dy, const Tensor& x, const Tensor& weight, IntArrayRef stride,

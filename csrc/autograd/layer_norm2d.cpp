@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "autograd/layer_norm.h"
+#include "autograd/node.h"
 
 namespace cnnkern {
 namespace {
@@ -53,29 +54,14 @@ struct LayerNorm2dBackward : torch::autograd::Function<LayerNorm2dBackward> {
   }
 };
 
-struct LayerNorm2d : torch::autograd::Function<LayerNorm2d> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& weight,
-                               const OptionalTensor& bias, double eps) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, mean, rstd] = forward_op().call(x, weight, bias, eps);
-    ctx->save_for_backward({x, tensor_or_undefined(weight), tensor_or_undefined(bias), mean, rstd});
-    ctx->mark_non_differentiable({mean, rstd});
-    ctx->set_materialize_grads(false);  // those of mean and rstd are never read
-    return {y, mean, rstd};
-  }
+struct LayerNorm2d {
+  static constexpr const char* kName = "LayerNorm2d";
+  static constexpr size_t kInputs = 3;  // x, weight, bias
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    if (!grads[0].defined()) return variable_list(4);
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &weight = saved[1], &bias = saved[2];
-    const auto needs = needs_grad(ctx, {saved[0], weight, bias});
-    auto [dx, dweight, dbias] = backward_op().call(grads[0], saved[0], optional_of(weight), optional_of(bias), saved[3],
-                                                   saved[4], {needs[0], needs[1], needs[2]});
-    variable_list out(4);
-    if (needs[0]) out[0] = dx;
-    if (needs[1]) out[1] = dweight;
-    if (needs[2]) out[2] = dbias;
-    return out;
+  variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 3>& needs) const {
+    auto [dx, dweight, dbias] =
+        backward_op().call(dy, saved[0], optional_of(saved[1]), optional_of(saved[2]), saved[3], saved[4], needs);
+    return {needs[0] ? dx : Tensor(), needs[1] ? dweight : Tensor(), needs[2] ? dbias : Tensor()};
   }
 };
 
@@ -90,12 +76,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_autograd(const Tensor& x, const 
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
   if (under_functorch() || has_tangent(x) || has_tangent(w) || has_tangent(b))
     return layer_norm2d_by_pytorch(x, weight, bias, eps);
-  if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b))) {
-    auto out = LayerNorm2d::apply(x, weight, bias, eps);
-    return {out[0], out[1], out[2]};
-  }
+  const auto forward = [&] { return forward_op().call(x, weight, bias, eps); };
+  if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b)))
+    return recorded({x, w, b}, forward, [&](const auto& results) {
+      return std::pair(LayerNorm2d{}, variable_list{x, w, b, std::get<1>(results), std::get<2>(results)});
+    });
   at::AutoDispatchBelowADInplaceOrView below;
-  return forward_op().call(x, weight, bias, eps);
+  return forward();
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm2d_backward_autograd(const Tensor& dy, const Tensor& x,

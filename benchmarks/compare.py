@@ -1,0 +1,126 @@
+"""What became faster or slower between two results, judged by the spread of the rows' own rounds."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from benchmarks.rows import Row
+from benchmarks.tables import name, times
+from benchmarks.timing import geometric_mean
+
+# Two runs of the same code differ by about this much where rounds hardly spread.
+LEAST_NOISE = 0.05
+# Columns that two rows of the same measurement agree in.
+SAME = (
+    *("suite", "operator", "network", "shape", "mode", "api", "layout", "malloc", "contender"),
+    *("dtype", "device", "threads"),
+)
+CONDITIONS = ("machine", "cpu_capability", "torch")  # a difference in these is reported
+
+
+@dataclass(frozen=True)
+class Change:
+    """Our ratio to eager in two runs. The ratio, not the time: both contenders share the run's conditions."""
+
+    old: Row
+    new: Row
+    noise: float  # relative; infinite where a run has too few rounds to tell
+
+    @property
+    def factor(self) -> float:
+        """Above 1: faster than before, compared with eager in the same run."""
+        assert self.old.ratio is not None
+        assert self.new.ratio is not None
+        return self.new.ratio / self.old.ratio
+
+    @property
+    def slower(self) -> bool:
+        return self.factor < 1 / (1 + self.noise)
+
+    @property
+    def faster(self) -> bool:
+        return self.factor > 1 + self.noise
+
+    def line(self) -> list[str]:
+        change, noise = f"{self.factor - 1:+.0%}", "unknown" if math.isinf(self.noise) else f"{self.noise:.0%}"
+        return [name(self.new), times(self.old.ratio), times(self.new.ratio), change, noise]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    changes: tuple[Change, ...]
+    broken: tuple[str, ...]  # a line for each of our rows that had a time and has none any more, for a fault
+    notes: tuple[str, ...]  # what the two runs do not share
+
+    @property
+    def slower(self) -> list[Change]:
+        return sorted((c for c in self.changes if c.slower), key=lambda c: c.factor)
+
+    @property
+    def faster(self) -> list[Change]:
+        return sorted((c for c in self.changes if c.faster), key=lambda c: -c.factor)
+
+    @property
+    def is_regression(self) -> bool:
+        return bool(self.slower or self.broken)
+
+    def moved(self) -> Iterator[tuple[str, str, int, float]]:
+        """(operator, mode, rows, geometric mean of the factors): a small shift of many rows shows here."""
+        grouped: dict[tuple[str, str], list[float]] = {}
+        for c in self.changes:
+            grouped.setdefault((c.new.operator, c.new.mode), []).append(c.factor)
+        for (operator, mode), factors in grouped.items():
+            yield operator, mode, len(factors), geometric_mean(factors)
+
+    def verdict(self) -> str:
+        same = len(self.changes) - len(self.slower) - len(self.faster)
+        return (
+            f"rows compared by their ratio to eager: {len(self.slower)} slower, {len(self.faster)} faster, "
+            f"{same} within the noise of their rounds (at least {LEAST_NOISE:.0%})"
+        )
+
+
+def compare(old: list[Row], new: list[Row]) -> Comparison:
+    """Our rows in `new` beside the same measurements in `old`. Raises ValueError where no measurement is in both."""
+    before, now = _by_key(old), _by_key(new)
+    shared = [key for key, row in now.items() if row.contender == "ours" and key in before]
+    timed = [key for key in shared if before[key].ratio is not None and now[key].ratio is not None]
+    broken = [
+        f"{name(now[key])}: {now[key].status}, had {times(before[key].ratio)}: {now[key].note}"
+        for key in shared
+        if before[key].ratio is not None and now[key].status in ("wrong", "failed")
+    ]
+    if not timed and not broken:
+        raise ValueError("no measurement of ours is in both")
+    changes = [Change(before[key], now[key], _noise(key, before, now)) for key in timed]
+    return Comparison(tuple(changes), tuple(broken), tuple(_notes(old, new, len(timed))))
+
+
+Key = tuple[object, ...]
+
+
+def _by_key(rows: Iterable[Row]) -> dict[Key, Row]:
+    return {tuple(getattr(r, n) for n in SAME): r for r in rows if r.suite != "bandwidth"}
+
+
+def _noise(key: Key, *runs: dict[Key, Row]) -> float:
+    """The interquartile ranges of ours and of eager in both runs, relative to their medians, as independent errors."""
+    contender = SAME.index("contender")
+    eager = (*key[:contender], "eager", *key[contender + 1 :])
+    squares = 0.0
+    for row in (run.get(k) for run in runs for k in (key, eager)):
+        if row is None or row.iqr_ms is None or not row.median_ms:
+            return math.inf
+        squares += (row.iqr_ms / row.median_ms) ** 2
+    return max(LEAST_NOISE, math.sqrt(squares))
+
+
+def _notes(old: list[Row], new: list[Row], shared: int) -> Iterator[str]:
+    for column in CONDITIONS:
+        values = [", ".join(sorted({str(getattr(r, column)) for r in rows})) for rows in (old, new)]
+        if values[0] != values[1]:
+            yield f"not the same {column.replace('_', ' ')}: {values[0]} before, {values[1]} now"
+    for rows, where in ((old, "before"), (new, "now")):
+        alone = sum(r.contender == "ours" and r.ratio is not None for r in rows) - shared
+        if alone:
+            yield f"rows timed {where} only: {alone}"

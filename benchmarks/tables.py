@@ -1,0 +1,250 @@
+"""A result as lines of text: geometric means, ratios, what is slower than eager, where it was measured."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from benchmarks.rows import Row
+from benchmarks.timing import geometric_mean
+
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The geometric mean of one contender's ratios to eager, over the shapes of a network."""
+
+    operator: str
+    network: str
+    mode: str
+    layout: str
+    malloc: str
+    contender: str
+    shapes: int
+    ratio: float
+    bandwidth_share: float | None
+
+
+def means(rows: Iterable[Row]) -> list[Mean]:
+    grouped: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.suite == "operators" and row.status == "ok":
+            key = (row.operator, row.network, row.mode, row.layout, row.malloc, row.contender)
+            grouped.setdefault(key, []).append(row)
+    found = []
+    for key, members in grouped.items():
+        shares = [r.bandwidth_share for r in members if r.bandwidth_share is not None]
+        ratio = geometric_mean([r.ratio for r in members])
+        found.append(Mean(*key, len(members), ratio, geometric_mean(shares) if shares else None))
+    return found
+
+
+def duration(ms: float | None) -> str:
+    if ms is None:
+        return MISSING
+    return f"{ms * 1e3:.2f} us" if ms < 0.1 else f"{ms:.2f} ms" if ms < 1 else f"{ms:.1f} ms"
+
+
+def times(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}x"
+
+
+def percent(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.0%}"
+
+
+def name(row: Row) -> str:
+    api = row.api if row.suite == "overhead" else "none"  # elsewhere the suite says which it is
+    parts = [row.operator, row.network, row.shape, row.mode, api, row.layout, f"{row.malloc} malloc"]
+    return " ".join(dict.fromkeys(p for p in parts if p != "none"))
+
+
+def detail_lines(rows: Iterable[Row]) -> list[list[str]]:
+    """One line for each measured row, eager included."""
+    lines = []
+    for r in rows:
+        if r.suite != "bandwidth" and r.status == "ok":
+            what = [r.operator, r.network, r.shape, r.mode, r.api, r.layout, r.malloc, r.contender]
+            gb_s = MISSING if r.gb_s is None else f"{r.gb_s:.1f}"
+            lines.append(
+                what + [duration(r.median_ms), gb_s, percent(r.bandwidth_share), times(r.ratio) + " lost" * r.lost]
+            )
+    return lines
+
+
+DETAILS = [
+    "operator",
+    "network",
+    "shape",
+    "mode",
+    "api",
+    "layout",
+    "malloc",
+    "contender",
+    "median",
+    "GB/s",
+    "of bandwidth",
+    "to eager",
+]
+MEANS = ["operator", "network", "shapes", "mode", "layout", "malloc", "contender", "of bandwidth", "to eager"]
+MODELS = ["model", "input", "mode", "layout", "malloc", "eager", "ours", "to eager"]
+OVERHEAD = ["call", "mode", "eager", "ours", "to eager"]
+
+
+def settings(rows: Iterable[Row]) -> list[str]:
+    """The malloc settings of what was timed, in the order of the run."""
+    return list(dict.fromkeys(r.malloc for r in rows if r.suite != "bandwidth"))
+
+
+def summary(rows: Iterable[Row], malloc: str) -> tuple[list[str], list[list[str]]]:
+    """(header, lines) of the means under one malloc setting: a line for each operator, network and contender.
+
+    A cell has the ratio to eager and the share of the memory bandwidth, of one mode and layout. The number behind a
+    network is that of the shapes.
+    """
+    found = [m for m in means(rows) if m.malloc == malloc and m.contender != "eager"]
+    columns = list(dict.fromkeys((m.mode, m.layout) for m in found))
+    lines: dict[tuple[str, str, str, int], dict[tuple[str, str], str]] = {}
+    for m in sorted(found, key=lambda m: m.contender != "ours"):
+        share = "" if m.bandwidth_share is None else f" {m.bandwidth_share:.0%}"
+        line = lines.setdefault((m.operator, m.network, m.contender, m.shapes), {})
+        line[m.mode, m.layout] = times(m.ratio) + share
+    order = list(dict.fromkeys((m.operator, m.network) for m in found))
+    table = [
+        [
+            operator.replace("(train ", "("),
+            f"{network} ({shapes})",
+            contender,
+            *(cells.get(c, MISSING) for c in columns),
+        ]
+        for (operator, network, contender, shapes), cells in sorted(
+            lines.items(), key=lambda item: order.index(item[0][:2])
+        )
+    ]
+    header = ["operator", "network (shapes)", "contender"]
+    return header + [f"{mode} {layout}".replace("_", " ") for mode, layout in columns], table
+
+
+def ours(rows: Iterable[Row]) -> list[Row]:
+    """Our rows that are compared with eager, best first."""
+    found = [r for r in rows if r.contender == "ours" and r.ratio is not None]
+    return sorted(found, key=lambda r: -(r.ratio or 0.0))
+
+
+def verdict(rows: list[Row]) -> str:
+    found = ours(rows)
+    if not found:
+        return "nothing of ours was timed"
+    parts = []
+    for suite in dict.fromkeys(r.suite for r in rows):
+        ratios = [r.ratio for r in found if r.suite == suite and r.ratio is not None]
+        if ratios:
+            parts.append(f"{suite} {times(geometric_mean(ratios))}")
+    return (
+        f"geometric means over all rows, to eager: {', '.join(parts)}; "
+        f"faster than eager in {sum(not r.lost for r in found)} of {len(found)} rows"
+    )
+
+
+def mean_lines(rows: Iterable[Row]) -> list[list[str]]:
+    return [
+        [m.operator, m.network, str(m.shapes), m.mode, m.layout, m.malloc, m.contender]
+        + [percent(m.bandwidth_share), times(m.ratio)]
+        for m in means(rows)
+        if m.contender != "eager"
+    ]
+
+
+def against_eager(rows: Iterable[Row], suite: str) -> list[tuple[Row, Row]]:
+    """(eager's row, ours) of everything in the suite that has both."""
+    rows = [r for r in rows if r.suite == suite and r.status == "ok"]
+
+    def key(r: Row) -> tuple[str, ...]:
+        return r.operator, r.network, r.shape, r.mode, r.api, r.layout, r.malloc
+
+    eager = {key(r): r for r in rows if r.contender == "eager"}
+    return [(eager[key(r)], r) for r in rows if r.contender == "ours" and key(r) in eager]
+
+
+def model_lines(rows: Iterable[Row]) -> list[list[str]]:
+    return [
+        [r.operator, r.shape, r.mode, r.layout, r.malloc, duration(e.median_ms), duration(r.median_ms), times(r.ratio)]
+        for e, r in against_eager(rows, "models")
+    ]
+
+
+def overhead_lines(rows: Iterable[Row]) -> list[list[str]]:
+    return [
+        [f"{r.operator} {r.shape}, {r.api}", r.mode, duration(e.median_ms), duration(r.median_ms), times(r.ratio)]
+        for e, r in against_eager(rows, "overhead")
+    ]
+
+
+def lost_lines(rows: Iterable[Row]) -> list[str]:
+    return [f"{name(r)}: {duration(r.median_ms)}, {times(r.ratio)}" for r in rows if r.lost]
+
+
+def refused_lines(rows: Iterable[Row]) -> list[str]:
+    """One line a reason, with the number of measurements that it cost."""
+    counts: dict[tuple[str, str, str], list[Row]] = {}
+    for r in rows:
+        if r.status != "ok":
+            counts.setdefault((r.contender, r.status, r.note), []).append(r)
+    return [
+        f"{contender} {status}: {note} ({name(members[0])}{f' and {len(members) - 1} more' if members[1:] else ''})"
+        for (contender, status, note), members in counts.items()
+    ]
+
+
+def origin(rows: list[Row], created: str) -> str:
+    r = rows[0]
+    return (
+        f"{r.machine} ({r.cpu_capability}), {r.device}, threads: {r.threads}, torch {r.torch}, "
+        f"cnnkern {r.cnnkern}, commit {r.commit}, {created}"
+    )
+
+
+def bandwidth_line(rows: Iterable[Row]) -> str:
+    measured = [r for r in rows if r.suite == "bandwidth"]
+    if not measured:
+        return "memory bandwidth not measured"
+    largest = max(int(r.shape) for r in measured)
+    speeds = ", ".join(f"{r.operator} {r.gb_s:.1f}" for r in measured if int(r.shape) == largest)
+    return f"memory bandwidth over {largest // 2**20} MiB, GB/s: {speeds}"
+
+
+def sections(rows: list[Row], details: bool) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, header, lines) of the tables that have lines."""
+    tables = [
+        ("Operators, every measurement", DETAILS, detail_lines(r for r in rows if r.suite == "operators")),
+        ("Operators, geometric means over a network's shapes", MEANS, mean_lines(rows)),
+        ("Models", MODELS, model_lines(rows)),
+        ("A call on a kilobyte", OVERHEAD, overhead_lines(rows)),
+    ]
+    return [t for t in tables[0 if details else 1 :] if t[2]]
+
+
+NUMBERS = {"median", "GB/s", "of bandwidth", "to eager", "shapes", "eager", "ours"}
+
+
+def is_number(column: str) -> bool:
+    return column in NUMBERS or column.startswith(("training ", "inference "))
+
+
+def markdown_table(header: list[str], lines: list[list[str]]) -> str:
+    rule = ["---:" if is_number(column) else "---" for column in header]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *lines])
+
+
+def markdown(rows: list[Row], created: str) -> str:
+    """Geometric means, models, a call's overhead, and the rows that we lose."""
+    parts = [
+        f"**{title}**\n\n{markdown_table(header, lines)}" for title, header, lines in sections(rows, details=False)
+    ]
+    for title, lines in (("Slower than eager", lost_lines(rows)), ("Not timed", refused_lines(rows))):
+        if lines:
+            parts.append(f"**{title}**\n\n" + "\n".join(f"- {line}" for line in lines))
+    parts.append(
+        "`to eager` is eager's time over the contender's in the same layout, rounds interleaved, medians: above 1 is "
+        f"faster.\nMeasured on {origin(rows, created)}; {bandwidth_line(rows)}."
+    )
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,300 @@
+"""Reports of a run: tables, the page, and what has changed between two runs."""
+
+import io
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import __main__ as driver
+from benchmarks import chart, compare, page, published, report, rows, tables, terminal
+from tests.results import assert_one_line, row, some_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_means_are_geometric_per_network_and_layout():
+    found = {(m.contender, m.layout): m for m in tables.means(some_rows())}
+    assert found["ours", "contiguous"].ratio == pytest.approx(1.0)  # 2x and 0.5x
+    assert found["ours", "contiguous"].shapes == 2
+    assert found["ours", "channels_last"].ratio == pytest.approx(4.0)
+    assert found["eager", "contiguous"].ratio == 1.0
+
+
+def test_rows_that_are_lost_are_marked_and_listed():
+    (line,) = tables.lost_lines(some_rows())
+    assert line == "bn_act net 4x4 training contiguous tuned malloc: 4.0 ms, 0.50x"
+    assert sum(cells[-1].endswith("lost") for cells in tables.detail_lines(some_rows())) == 1
+
+
+def test_markdown_is_made_of_the_saved_rows(tmp_path, capsys):
+    file = tmp_path / "result.json"
+    file.write_text(rows.to_json(some_rows(), "2000-01-01 00:00 UTC", quick=False))
+    assert report.main([str(file), "--markdown"]) == 0
+    text = capsys.readouterr().out
+    assert "| bn_act | net | 2 | training | contiguous | tuned | ours | " in text
+    assert "| bn_act | net | 1 | training | channels_last | tuned | ours | 84% | 4.00x |" in text
+    assert "| resnet18 | 2x2 | training | contiguous | tuned | 2.0 ms | 2.0 ms | 1.00x |" in text
+    assert "- bn_act net 4x4 training contiguous tuned malloc: 4.0 ms, 0.50x" in text
+    assert "- torch.compile not available: no compiler (bn_act net 2x2" in text
+    assert "and 1 more" in text
+    for words in ("some-machine", "threads: 1", torch.__version__, "abc1234-dirty", "2000-01-01", "read 10.0"):
+        assert words in text
+    for table in re.findall(r"(?:^\|.*\|\n?)+", text, re.MULTILINE):
+        assert len({line.count("|") for line in table.strip().splitlines()}) == 1, table
+
+
+def test_details_name_every_measured_row():
+    out = io.StringIO()
+    terminal.show(some_rows(), "today", Console(file=out, width=terminal.WIDTH), details=True)
+    text = out.getvalue()
+    assert text.count("tuned") >= len(tables.detail_lines(some_rows()))
+    for words in ("Every measurement", "Slower than eager:", "Not timed:", "some-machine", "0.50x lost"):
+        assert words in text
+
+
+PUBLISHED = sorted((ROOT / "benchmarks" / "results" / "published").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda path: path.stem)
+def test_published_tables_fit_into_100_columns(file, capsys):
+    assert report.main([str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= terminal.WIDTH
+    for words in ("geometric means", "Best rows", "Worst rows", "faster than eager in", "memory bandwidth"):
+        assert words in " ".join(printed.split()), words
+
+
+def test_summary_has_a_line_for_each_contender_and_a_column_for_each_mode_and_layout():
+    header, lines = tables.summary(some_rows(), "tuned")
+    assert header == ["operator", "network (shapes)", "contender", "training contiguous", "training channels last"]
+    assert lines == [
+        ["bn_act", "net (2)", "ours", "1.00x 21%", tables.MISSING],
+        ["bn_act", "net (1)", "ours", tables.MISSING, "4.00x 84%"],
+    ]
+    assert tables.summary(some_rows(), "default")[1] == []
+
+
+def test_chart_has_a_bar_for_every_mean_and_model():
+    found = chart.bars(some_rows())
+    assert ("resnet18 2x2, training, contiguous", "ours, tuned malloc", 1.0, "1.00") in found
+    assert ("bn_act net, training, contiguous", "ours, tuned malloc", pytest.approx(1.0), "1.00, 2 shapes") in found
+    assert len(found) == 3
+    assert chart.draw(some_rows(), "today").startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 99, "rows": []}', '{"schema": 1, "rows": [{}]}', None])
+def test_report_says_in_one_line_that_a_file_is_no_result(content, tmp_path, capsys):
+    file = tmp_path / "result.json"
+    if content is not None:
+        file.write_text(content)
+    assert report.main([str(file)]) == 1
+    assert_one_line(capsys.readouterr().err, "cannot read")
+
+
+class Page(HTMLParser):
+    """What a page holds, and whether every element that has to be closed is."""
+
+    VOID = frozenset(("meta", "line", "path", "input", "br"))
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.links = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.links += [v for n, v in attributes if n in ("href", "src", "srcset", "action", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        assert tag in self.VOID
+        self.handle_starttag(tag, attributes)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def count(self, tag, **attributes):
+        return sum(t == tag and attributes.items() <= a.items() for t, a in self.tags)
+
+
+def test_the_page_is_whole_and_needs_no_network():
+    text = page.render(some_rows(), "today")
+    found = Page(text)
+    assert all(link.startswith("#") for link in found.links)
+    assert {link[1:] for link in found.links} <= {a["id"] for _, a in found.tags if "id" in a}
+    for remote in ("http://", "https://", "@import", "url("):
+        assert remote not in text
+    assert "prefers-color-scheme: dark" in text
+    assert found.count("div", **{"class": "bar"}) == len(chart.bars(some_rows()))
+    assert found.count("circle", **{"class": "ours"}) == 3
+    assert found.count("circle", **{"class": "other"}) == 3
+    assert found.count("path", **{"class": "band"}) == 1
+    for words in ("some-machine", "torch.compile not available: no compiler", "MALLOC_TOP_PAD_", "streaming copy"):
+        assert words in text
+
+
+def test_bars_of_a_page_end_where_the_ratio_says():
+    (tuned,) = page._operator_bars(some_rows())
+    (bars,) = tuned.groups.values()
+    assert [(b.label, b.ratio) for b in bars] == [
+        ("contiguous, ours", pytest.approx(1.0)),
+        ("channels_last, ours", pytest.approx(4.0)),
+    ]
+    assert tuned.width(bars[1]) == pytest.approx(4 * tuned.one)
+    assert tuned.width(bars[1]) < 100
+
+
+def test_the_page_of_part_of_a_run_leaves_out_what_was_not_timed():
+    for suite, absent in (("operators", "models"), ("models", "roofline"), ("bandwidth", "ratios")):
+        found = Page(page.render([r for r in some_rows() if r.suite == suite], "today"))
+        assert found.count("section", id=absent) == 0, suite
+        assert found.count("section", id="environment") == 1
+
+
+def test_the_page_escapes_what_it_is_told():
+    text = page.render([replace(r, machine="<b>x</b>") for r in some_rows()], "a & b")
+    assert "<b>x</b>" not in text
+    assert "&lt;b&gt;x&lt;/b&gt;" in text
+    assert "a &amp; b" in text
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Writes rows to a file of this name and returns its path."""
+
+    def write(name, found):
+        (tmp_path / name).write_text(rows.to_json(found, "2000-01-01 00:00 UTC", quick=False))
+        return str(tmp_path / name)
+
+    return write
+
+
+def test_report_writes_the_page_and_compares(saved, tmp_path, capsys):
+    old, new = saved("old.json", row(seconds=1e-3)), saved("new.json", row(seconds=4e-3))
+    out = tmp_path / "page.html"
+    assert report.main([new, "--html", str(out), "--compare", old]) == 1
+    assert "Changes since the earlier run" in out.read_text()
+    assert "1 slower" in capsys.readouterr().out
+    assert report.main([new, "--html", str(tmp_path / "no" / "page.html")]) == 1
+    assert_one_line(capsys.readouterr().err, "cannot write")
+
+
+def test_a_change_counts_beyond_the_spread_of_the_rounds():
+    before = row(seconds=1e-3)
+    assert not compare.compare(before, before).is_regression
+    for seconds, spread, slower, faster in (
+        (1.04e-3, 0.0, 0, 0),
+        (1.10e-3, 0.0, 1, 0),
+        (0.90e-3, 0.0, 0, 1),
+        (1.10e-3, 0.4, 0, 0),
+        (2.00e-3, 0.4, 1, 0),
+    ):
+        found = compare.compare(before, row(seconds=seconds, spread=spread))
+        assert (len(found.slower), len(found.faster)) == (slower, faster), (seconds, spread)
+        assert found.is_regression == bool(slower)
+        ((operator, mode, count, factor),) = found.moved()
+        assert (operator, mode, count) == ("bn_act", "training", 1)
+        assert factor == pytest.approx(1e-3 / seconds)
+
+
+def test_a_change_is_taken_against_eager_of_the_same_run():
+    """A machine that is twice as slow in the second run makes both contenders slower."""
+    before = row(seconds=1e-3)
+    after = [replace(r, median_ms=2 * r.median_ms, iqr_ms=2 * r.iqr_ms) for r in before]
+    assert not compare.compare(before, after).slower
+
+
+def test_rows_with_too_few_rounds_are_not_judged():
+    before, after = row(seconds=1e-3), [replace(r, iqr_ms=None) for r in row(seconds=9e-3)]
+    (change,) = compare.compare(before, after).changes
+    assert not change.slower
+    assert change.line()[-1] == "unknown"
+
+
+def test_a_row_that_became_wrong_is_a_regression():
+    before = row(seconds=1e-3)
+    after = [replace(r, status="wrong", note="output", ratio=None) if r.contender == "ours" else r for r in before]
+    found = compare.compare(before, after)
+    assert found.is_regression
+    (line,) = found.broken
+    assert line == "bn_act net 2x2 training contiguous tuned malloc: wrong, had 2.00x: output"
+
+
+def test_comparison_names_what_the_runs_do_not_share():
+    before = row(seconds=1e-3) + row(shape="4x4")
+    after = [replace(r, machine="other", torch="9.9") for r in row(seconds=1e-3)]
+    notes = "\n".join(compare.compare(before, after).notes)
+    assert "not the same machine: some-machine before, other now" in notes
+    assert "not the same torch" in notes
+    assert "rows timed before only: 1" in notes
+    with pytest.raises(ValueError, match="no measurement of ours is in both"):
+        compare.compare(before, [replace(r, threads=7) for r in before])
+
+
+@pytest.mark.parametrize(("seconds", "code", "words"), [(1e-3, 0, "0 slower"), (3e-3, 1, "1 slower")])
+def test_bench_compares_with_an_earlier_run(seconds, code, words, saved, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(driver, "run", lambda options, settings, scratch, limit: (row(seconds=seconds), []))
+    assert driver.main(["--quick", "--compare", saved("old.json", row(seconds=1e-3))]) == code
+    printed = capsys.readouterr()
+    assert words in printed.out
+    assert ("Slower than before" in printed.out) == bool(code)
+    assert "Changes since" in (tmp_path / "results" / "report.html").read_text()
+    if code:
+        assert_one_line(printed.err, "by more than the noise")
+
+
+def test_bench_reads_the_earlier_run_before_it_measures(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(driver, "run", None)
+    with pytest.raises(SystemExit, match="2"):
+        driver.main(["--compare", str(tmp_path / "none.json")])
+    assert_one_line(capsys.readouterr().err, "--compare: cannot read")
+
+
+@pytest.mark.parametrize("path", list(published.documents()), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_tables_in_documents_are_those_of_the_published_files(path):
+    text = path.read_text()
+    assert published.generated(text) == text, "`python -m benchmarks.published` writes them"
+
+
+def test_the_front_page_shows_published_results():
+    text = (ROOT / "README.md").read_text()
+    assert len(published.BLOCK.findall(text)) == 2
+    for parts in ("summary models", "lost"):
+        assert re.search(rf"<!-- results: \S+ {parts}", text), parts
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("<!-- results: cpu-resnet50 nonsense -->\n<!-- end of results -->", "no part 'nonsense'"),
+        ("<!-- results: none summary -->\n<!-- end of results -->", "cannot read"),
+        ("<!-- results: cpu-resnet50 summary -->\n", "has no end"),
+    ],
+)
+def test_a_block_that_cannot_be_generated_is_refused(text, words):
+    with pytest.raises(ValueError, match=words):
+        published.generated(text)
+
+
+def test_published_rewrites_documents_and_checks_them(monkeypatch, tmp_path, capsys):
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(published, "ROOT", tmp_path)
+    document, plain = tmp_path / "docs" / "page.md", tmp_path / "README.md"
+    plain.write_text("No results here.\n")
+    document.write_text("Before.\n<!-- results: cpu-resnet50 origin -->\nold\n<!-- end of results -->\nAfter.\n")
+    assert published.main(["--check"]) == 1
+    assert "old" in document.read_text()
+    assert published.main([]) == 0
+    assert "old" not in document.read_text()
+    assert re.search(r"^Measured on .*\.$", document.read_text(), re.MULTILINE)
+    assert published.main(["--check"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["docs/page.md: differs", "docs/page.md: written"]

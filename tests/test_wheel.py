@@ -1,0 +1,79 @@
+"""What `make wheel` refuses, on archives made here. Building and installing is `make wheel` itself, which CI runs."""
+
+import importlib.util
+import subprocess
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEC = importlib.util.spec_from_file_location("wheel_tool", ROOT / "tools" / "wheel.py")
+tool = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(tool)
+
+PACKAGE = (
+    *("cnnkern/_C.cpython-311-x86_64-linux-gnu.so", "cnnkern/py.typed", "cnnkern/triton_kernels/bn_act.py"),
+    *("cnnkern-0.1.0.dist-info/METADATA", "cnnkern-0.1.0.dist-info/licenses/LICENSE"),
+)
+
+
+def wheel(folder, names):
+    path = folder / "cnnkern-0.1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "")
+    return path
+
+
+def test_a_whole_wheel_passes(tmp_path):
+    tool.check_wheel(wheel(tmp_path, PACKAGE))
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2, 4])
+def test_a_wheel_without_a_part_is_refused(missing, tmp_path):
+    with pytest.raises(tool.Failed, match="has no"):
+        tool.check_wheel(wheel(tmp_path, PACKAGE[:missing] + PACKAGE[missing + 1 :]))
+
+
+@pytest.mark.parametrize("stray", ["tests/test_add.py", "benchmarks/__main__.py", "cnnkern.py"])
+def test_a_wheel_with_more_than_the_package_is_refused(stray, tmp_path):
+    with pytest.raises(tool.Failed, match="outside the package"):
+        tool.check_wheel(wheel(tmp_path, (*PACKAGE, stray)))
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    root = tmp_path / "checkout"
+    (root / "csrc").mkdir(parents=True)
+    for name in ("setup.py", "csrc/ops.cpp", ".gitignore"):
+        (root / name).write_text(name)
+    subprocess.run(["git", "init", "-q", root], check=True)
+    monkeypatch.setattr(tool, "ROOT", root)
+    return root
+
+
+def sdist(root, names):
+    path = root.parent / "cnnkern-0.1.0.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name in names:
+            archive.add(root / name, f"cnnkern-0.1.0/{name}")
+    return path
+
+
+def test_a_source_distribution_has_every_file_as_it_is(checkout, tmp_path):
+    tree = tool.check_sdist(sdist(checkout, ["setup.py", "csrc/ops.cpp"]), tmp_path / "a")
+    assert (tree / "setup.py").read_text() == "setup.py"
+    with pytest.raises(tool.Failed, match=r"lacks or changes 1 files: csrc/ops\.cpp"):
+        tool.check_sdist(sdist(checkout, ["setup.py"]), tmp_path / "b")
+    made = sdist(checkout, ["setup.py", "csrc/ops.cpp"])
+    (checkout / "setup.py").write_text("changed since")
+    with pytest.raises(tool.Failed, match=r"lacks or changes 1 files: setup\.py"):
+        tool.check_sdist(made, tmp_path / "c")
+
+
+def test_a_command_that_fails_says_what_it_said(tmp_path):
+    with pytest.raises(tool.Failed, match=r"ended with status 3, not 0:\nit broke"):
+        tool.run("sh", "-c", "echo it broke; exit 3", cwd=tmp_path)
+    assert tool.run("sh", "-c", "exit 3", cwd=tmp_path, code=3).returncode == 3

@@ -1,0 +1,194 @@
+"""`make wheel`: builds wheel and source distribution into dist/, installs each outside the repository and tries it.
+
+    .venv/bin/python tools/wheel.py            the source distribution is compiled from scratch, which takes minutes
+    .venv/bin/python tools/wheel.py --quick    it is unpacked and compared with the checkout instead
+    .venv/bin/python tools/wheel.py --tests    some of the operators' tests run on the installed wheel as well
+
+Each environment is a fresh one that borrows the packages of .venv (torch, numpy, rich) by a .pth file, so that nothing
+is downloaded; the editable cnnkern of .venv is not visible there. CNNKERN_CUDA=0|1 are setup.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DIST = ROOT / "dist"
+NOT_SHIPPED = (".ci/", ".gitignore")
+TESTS = "arrive_in_any_layout or memory_format or empty_batch or opcheck"
+
+# What the installed package says of itself.
+SMOKE = """
+import json, sys
+from importlib import metadata
+from pathlib import Path
+import torch
+from torch import nn
+import cnnkern
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten())
+fused = cnnkern.convert(model, verify=torch.randn(2, 3, 9, 9))
+fused(torch.randn(2, 3, 9, 9)).square().sum().backward()
+assert all(p.grad is not None for p in model.parameters())
+assert len(cnnkern.conversion_report(fused).counts) == 2, cnnkern.conversion_report(fused)
+print(json.dumps({
+    "place": str(Path(cnnkern.__file__).parent),
+    "version": cnnkern.__version__,
+    "metadata": metadata.version("cnnkern"),
+    "typed": Path(cnnkern.__file__).with_name("py.typed").exists(),
+    **{n: cnnkern._C.build_info()[n] for n in ("cpu_capabilities", "cuda")},
+}))
+"""
+
+
+class Failed(Exception):
+    """What is wrong, in a line or with the output that says so."""
+
+
+def run(
+    *command: str | Path, cwd: Path | None = None, code: int = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """The finished process. Raises Failed where it ends with another status than `code`."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "ATEN_CPU_CAPABILITY")}
+    kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"  # the build finds ninja there
+    arguments = [str(part) for part in command]
+    done = subprocess.run(arguments, cwd=cwd or ROOT, env=kept | environment, capture_output=True, text=True)
+    if done.returncode != code:
+        said = (done.stdout + done.stderr)[-6000:]
+        raise Failed(f"{' '.join(arguments)[:200]} ended with status {done.returncode}, not {code}:\n{said}")
+    return done
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def build(source: Path, kind: str, out: Path) -> Path:
+    """Builds a "wheel" or an "sdist" of this tree."""
+    for stale in (source / "build").glob("lib*"):  # setuptools would pack what a deleted file has left there
+        shutil.rmtree(stale)
+    before = set(out.glob("*"))
+    run(sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out, source)
+    (made,) = set(out.glob("*")) - before
+    return made
+
+
+def check_wheel(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    for wanted in (r"cnnkern/_C\..*\.so", r"cnnkern/py\.typed", r"cnnkern/triton_kernels/bn_act\.py", r".*/LICENSE"):
+        if not any(re.fullmatch(wanted, name) for name in names):
+            raise Failed(f"{wheel.name} has no {wanted}")
+    if strays := [n for n in names if not re.match(r"cnnkern(-[^/]*\.dist-info)?/", n)]:
+        raise Failed(f"{wheel.name} has files outside the package: {', '.join(strays[:5])}")
+
+
+def check_sdist(sdist: Path, unpacked: Path) -> Path:
+    """Unpacks it; every tracked file has to be in it as it is in the checkout. Returns the tree."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(unpacked, filter="data")
+    (tree,) = unpacked.iterdir()
+    tracked = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout.split("\0")
+    wanted = [n for n in tracked if n and not n.startswith(NOT_SHIPPED) and (ROOT / n).is_file()]
+    other = [n for n in wanted if not (tree / n).is_file() or (tree / n).read_bytes() != (ROOT / n).read_bytes()]
+    if other:
+        raise Failed(f"{sdist.name} lacks or changes {len(other)} files: {', '.join(other[:5])}")
+    return tree
+
+
+def environment(folder: Path, wheel: Path) -> Path:
+    """The interpreter of a fresh environment in `folder` with this wheel, and with .venv's packages behind its own."""
+    run(sys.executable, "-m", "venv", "--without-pip", folder)
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    run(*pip, "install", "--no-deps", "--no-index", wheel)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "packages-of-the-project.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+def try_it(python: Path, version: str) -> dict[str, str]:
+    """Smoke test, doctor under each instruction set, and the command line; what the package says of itself."""
+    folder = python.parents[1]
+    found = json.loads(run(python, "-I", "-c", SMOKE, cwd=folder).stdout.splitlines()[-1])
+    if not Path(found["place"]).is_relative_to(folder):
+        raise Failed(f"{found['place']} was imported, not the installed package")
+    if {found["version"], found["metadata"]} != {version} or not found["typed"]:
+        raise Failed(f"the installed package says {found}, the checkout {version}")
+    if os.environ.get("CNNKERN_CUDA") == "0" and found["cuda"]:
+        raise Failed("a build with CNNKERN_CUDA=0 has CUDA kernels")
+    command = folder / "bin" / "cnnkern"
+    for capability in found["cpu_capabilities"].split():
+        # torch falls back to what the CPU has.
+        said = run(command, "doctor", cwd=folder, ATEN_CPU_CAPABILITY=capability.lower()).stdout
+        say(
+            f"  cnnkern doctor, {re.search(r'instruction set +([^;]*)', said)[1]}: every operator gives correct results"
+        )
+    error = run(command, "bench", cwd=folder, code=1).stderr
+    if error.count("\n") != 1 or "source distribution" not in error:
+        raise Failed(f"`cnnkern bench` of an installed package said: {error}")
+    return found
+
+
+def run_tests(python: Path) -> None:
+    """Some of the operators' tests on the installed package."""
+    folder = python.parents[1]
+    script = folder / "run_tests.py"
+    script.write_text(
+        "import sys, cnnkern, pytest\n"
+        "assert cnnkern.__file__.startswith(sys.prefix), cnnkern.__file__\n"
+        "sys.exit(pytest.main(sys.argv[1:]))\n"
+    )
+    options = ["--import-mode=importlib", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "-ra", "-q"]
+    options += ["--rootdir", folder, "-o", "pythonpath=", "-k", TESTS, ROOT / "tests" / "test_battery.py"]
+    say(run(python, script, *options, cwd=folder).stdout)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="do not compile the source distribution")
+    parser.add_argument("--tests", action="store_true", help="run some of the operators' tests on the installed wheel")
+    options = parser.parse_args(argv)
+    version = re.search(r'^__version__ = "(.*)"', (ROOT / "cnnkern" / "__init__.py").read_text(), re.MULTILINE)[1]
+    DIST.mkdir(exist_ok=True)
+    for old in DIST.glob("cnnkern-*"):
+        old.unlink()
+    with tempfile.TemporaryDirectory(prefix="cnnkern-wheel-") as scratch:
+        try:
+            say("Building the wheel")
+            wheel = build(ROOT, "wheel", DIST)
+            check_wheel(wheel)
+            python = environment(Path(scratch) / "wheel", wheel)
+            found = try_it(python, version)
+            if options.tests:
+                run_tests(python)
+            say(f"dist/{wheel.name}: CPU {found['cpu_capabilities']}, CUDA {found['cuda'] or 'none'}")
+            say("Building the source distribution")
+            sdist = build(ROOT, "sdist", DIST)
+            tree = check_sdist(sdist, Path(scratch) / "unpacked")
+            if not options.quick:
+                say("Building from the source distribution (minutes)")
+                (Path(scratch) / "dist").mkdir()
+                built = build(tree, "wheel", Path(scratch) / "dist")
+                try_it(environment(Path(scratch) / "sdist", built), version)
+            say(
+                f"dist/{sdist.name}: as the checkout" + (", not compiled" if options.quick else ", installed and tried")
+            )
+        except Failed as error:
+            print(f"cnnkern: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
