@@ -1,7 +1,8 @@
 """Builds the extension `cnnkern._C`; everything else about the package stands in pyproject.toml.
 
 CNNKERN_CUDA=0|1 leaves the CUDA kernels out or insists on them; by default they are built whenever a
-toolkit and a CUDA build of torch are there, GPU or not.
+toolkit and a CUDA build of torch are there, GPU or not. CNNKERN_EXTENSION=0 builds no extension at all, where there is
+no compiler: Triton's kernels then answer on a GPU, and PyTorch's own operators on the CPU.
 """
 
 import itertools
@@ -47,6 +48,12 @@ def wants_cuda() -> bool:
             f"torch {torch.__version__}. `pip install -r requirements.txt` installs both."
         )
     return possible and asked != "0"
+
+
+def cuda_architectures() -> str:
+    """Those of the GPUs that are here. Without one sm_80, and PTX that later GPUs compile when they first load it."""
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(found)) or "8.0+PTX"
 
 
 CUDA = wants_cuda()
@@ -98,7 +105,7 @@ def extension():
     files = sources("*.cpp") + sources("autograd/*.cpp")
     if CUDA:
         # The wheels bring the headers of a GPU-less machine: no versionless libcudart.so, cccl in a folder of its own.
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures())
         home = Path(cpp_extension.CUDA_HOME)
         macros.append(("CNNKERN_CUDA", f'"{torch.version.cuda}"'))
         macros.append(("CNNKERN_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'))
@@ -122,10 +129,12 @@ def extension():
     return ext
 
 
+packages = ["cnnkern", "cnnkern.models", "cnnkern.nn", "cnnkern.ops", "cnnkern.testing", "cnnkern.triton_kernels"]
 setup(
-    packages=["cnnkern", "cnnkern.models", "cnnkern.nn", "cnnkern.ops", "cnnkern.testing", "cnnkern.triton_kernels"],
+    packages=[*packages, "cnnkern.csrc"],
     # The bare name `triton_kernels` belongs to another distribution.
-    package_dir={"cnnkern.triton_kernels": "triton_kernels"},
-    ext_modules=[extension()],
+    package_dir={"cnnkern.triton_kernels": "triton_kernels", "cnnkern.csrc": "csrc"},
+    include_package_data=False,  # no other source
+    ext_modules=[] if os.environ.get("CNNKERN_EXTENSION") == "0" else [extension()],
     cmdclass={"build_ext": BuildExtension},
 )

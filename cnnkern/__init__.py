@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ConversionError",
     "ConversionReport",
+    "backends",
     "conversion_report",
     "convert",
     "functional",
@@ -18,10 +19,21 @@ __all__ = [
     "tune_malloc",
 ]
 
-try:
+
+def _define_operators() -> None:
+    """torch.ops.cnnkern.*: by the compiled extension, or where it was not built by cnnkern.uncompiled."""
     import torch  # noqa: F401  (loads the libraries that the extension links against)
 
-    importlib.import_module("cnnkern._C")  # registers torch.ops.cnnkern.*
+    try:
+        importlib.import_module("cnnkern._C")
+    except ModuleNotFoundError as error:
+        if error.name != "cnnkern._C":
+            raise
+        importlib.import_module("cnnkern.uncompiled")
+
+
+try:
+    _define_operators()
 except ImportError as error:
     # The command line has to start where this fails: it says itself what is wrong.
     if Path(sys.argv[0]).name != "cnnkern" and ("-m", "cnnkern") not in itertools.pairwise(sys.orig_argv):
@@ -31,6 +43,6 @@ except ImportError as error:
             "torch."
         ) from error
 else:
-    from cnnkern import functional, models, nn
+    from cnnkern import backends, functional, models, nn
     from cnnkern.convert import ConversionError, ConversionReport, conversion_report, convert, revert
     from cnnkern.memory import tune_malloc

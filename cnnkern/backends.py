@@ -6,78 +6,53 @@ CUDA dispatch key. Nothing else in the package asks which one it is, and a GPU i
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from cnnkern import _C, reference
-from cnnkern.triton_kernels import check
+from cnnkern import eager
 
 BACKENDS = ("cuda", "triton", "eager")
 _LABELS = {"triton": "Triton", "eager": "eager PyTorch"}
-# Modules of cnnkern.triton_kernels and the operators whose launchers they hold.
-_TRITON_KERNELS = {"bn_act": ("bn_act", "bn_act_backward")}
+# Modules of cnnkern.triton_kernels, each with the launchers of an operator and its gradient operator.
+_TRITON_KERNELS = ("bn_act", "bn_add_act", "add_relu", "grouped_conv2d", "layer_norm", "layer_norm2d")
 _WITHOUT_CUDA = (
     "the extension was built without CUDA; `CNNKERN_CUDA=1 pip install --no-build-isolation .` builds it with, given "
     "nvcc and a CUDA build of torch (requirements.txt has both)"
 )
+_NOT_BUILT = "the extension was not built; `make`, or `pip install --no-build-isolation .`, builds it"
 
-Launchers = dict[str, Callable[..., tuple[Tensor, ...]]]
+Launcher = Callable[..., Tensor | tuple[Tensor, ...]]
 
-
-def _eager_bn_act(x, weight, bias, running_mean, running_var, training, momentum, eps, act):
-    check.batch_norm("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, eps)
-    check.activation("cnnkern::bn_act", act)
-    if x.numel() == 0:
-        mean = x.new_zeros(x.shape[1], dtype=torch.float64)
-        return torch.empty_like(x), mean, torch.ones_like(mean)
-    y, mean, rstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
-    if not training:
-        mean, rstd = running_mean, (running_var.double() + eps).rsqrt()
-    return reference.ACTIVATIONS[act](y), mean.double(), rstd.double()
+_extension = sys.modules.get("cnnkern._C")  # None where the package works without
 
 
-_aten = torch.ops.aten
-_ACTIVATION_GRADIENTS = {
-    "relu": lambda dy, pre: _aten.threshold_backward(dy, pre, 0),
-    "relu6": lambda dy, pre: _aten.hardtanh_backward(dy, pre, 0, 6),
-    "leaky_relu": lambda dy, pre: _aten.leaky_relu_backward(dy, pre, 0.01, False),
-    "sigmoid": lambda dy, pre: _aten.sigmoid_backward(dy, torch.sigmoid(pre)),
-    "silu": _aten.silu_backward,
-    "hardswish": _aten.hardswish_backward,
-}
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
-def _eager_bn_act_backward(dy, x, weight, bias, mean, rstd, training, act, output_mask: Sequence[bool]):
-    check.batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, mean, rstd, output_mask)
-    check.activation("cnnkern::bn_act_backward", act)
-    parameters = (x, weight, bias)
-    if x.numel() == 0:
-        return tuple(
-            t.new_zeros(t.shape) if m else x.new_empty(0) for t, m in zip(parameters, output_mask, strict=True)
-        )
-    wide = torch.promote_types(x.dtype, torch.float32)
-    w, b = (None if v is None else v.to(wide) for v in (weight, bias))
-    mean, rstd, var = mean.to(wide), rstd.to(wide), rstd.pow(-2).to(wide)
-    if act != "none":  # the operator saves no mask, so what the activation saw is computed again
-        dy = _ACTIVATION_GRADIENTS[act](dy, torch.native_batch_norm(x, w, b, mean, var, False, 0.0, 0.0)[0])
-    # In eval the statistics are the running ones, and eps is part of this variance.
-    grads = torch.ops.aten.native_batch_norm_backward(dy, x, w, mean, var, mean, rstd, training, 0.0, list(output_mask))
-    return tuple(g.to(t.dtype) if m else x.new_empty(0) for g, t, m in zip(grads, parameters, output_mask, strict=True))
-
-
-def _launchers(name: str) -> Launchers:
+def _launchers(name: str) -> dict[str, Launcher]:
     if name == "eager":
-        return {"bn_act": _eager_bn_act, "bn_act_backward": _eager_bn_act_backward}
-    if importlib.util.find_spec("triton") is None:
+        return eager.LAUNCHERS
+    if not _has_triton():
         raise RuntimeError("cnnkern: backend 'triton' needs the package triton, which is not installed")
     launchers = {}
-    for module_name, operators in _TRITON_KERNELS.items():
-        module = importlib.import_module(f"cnnkern.triton_kernels.{module_name}")
-        launchers |= {operator: getattr(module, operator) for operator in operators}
+    for kernel in _TRITON_KERNELS:
+        module = importlib.import_module(f"cnnkern.triton_kernels.{kernel}")
+        launchers |= {operator: getattr(module, operator) for operator in (kernel, f"{kernel}_backward")}
     return launchers
+
+
+def _imported_when_called(module_name: str, operator: str) -> Launcher:
+    """A launcher of Triton's, which takes a second to import."""
+
+    def launch(*arguments):
+        return getattr(importlib.import_module(f"cnnkern.triton_kernels.{module_name}"), operator)(*arguments)
+
+    return launch
 
 
 def _operators() -> list[str]:
@@ -89,44 +64,53 @@ def _has_kernel(operator: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{operator}", key)
 
 
-_BUILT_WITH_CUDA = bool(_C.build_info()["cuda"])
-# As importing the extension left the CUDA key, before a backend of this module covers anything.
-# A build without CUDA has only what hands CUDA tensors to PyTorch's operators.
-_CUDA_OPERATORS = frozenset(name for name in _operators() if _C.build_info()["cuda"] and _has_kernel(name, "CUDA"))
+# As importing the extension left the CUDA key, before this module covers anything.
+_CUDA_OPERATORS = frozenset(name for name in _operators() if _has_kernel(name, "CUDA"))
+_BUILT_WITH_CUDA = _extension is not None and bool(_extension.build_info()["cuda"])
 
 
-@dataclass
-class _Registration:
-    """What a Python backend has put on the CUDA key, for as long as the library lives."""
-
-    name: str
-    operators: frozenset[str]
-    library: torch.library.Library
+def _register(launchers: dict[str, Launcher]) -> torch.library.Library:
+    library = torch.library.Library("cnnkern", "IMPL")
+    for operator, launcher in launchers.items():
+        library.impl(operator, launcher, "CUDA", allow_override=True)
+    return library
 
 
-_active: _Registration | None = None  # None: the extension's own kernels, where it has any
+def _default_launchers() -> tuple[str, dict[str, Launcher]]:
+    """What answers for the operators that the extension has no CUDA kernel of."""
+    missing = [name for name in _operators() if name not in _CUDA_OPERATORS]
+    if not _has_triton():
+        return "eager", {name: eager.LAUNCHERS[name] for name in missing}
+    return "triton", {name: _imported_when_called(name.removesuffix("_backward"), name) for name in missing}
+
+
+# For as long as they live, libraries keep what they registered. The default ones are below any other.
+_default_name, _defaults = _default_launchers()
+_default_library = _register(_defaults)
+_lock = threading.RLock()
+_active: tuple[str, torch.library.Library] | None = None  # None: the extension's own kernels, and the defaults
 
 
 def _switch(name: str | None) -> None:
+    """Registers over what is there, and only then takes that away: a call from another thread always finds a kernel."""
     global _active
     launchers = _launchers(name) if name in _LABELS else None  # may raise, while nothing has changed
-    if _active is not None:
-        _active.library._destroy()
-        _active = None
-    if launchers is not None:
-        library = torch.library.Library("cnnkern", "IMPL")
-        for operator, launcher in launchers.items():
-            library.impl(operator, launcher, "CUDA", allow_override=True)
-        _active = _Registration(name, frozenset(launchers), library)
+    with _lock:
+        previous, _active = _active, None if launchers is None else (name, _register(launchers))
+        if previous is not None:
+            previous[1]._destroy()
 
 
 class backend:
     """Lets `name` answer for CUDA tensors, in the whole process: ``"cuda"``, ``"triton"`` or ``"eager"``.
 
-    ``backend("triton")`` switches; ``with backend("triton"):`` switches back at the end of the block. ``"cuda"``, the
-    default, are the extension's kernels; ``"eager"`` is PyTorch's own operators behind ours, which is what kernels
-    are compared with (its gradient computes the output again, for the mask of the ReLU). An operator that a backend
-    does not have stays with the extension: :func:`status` says who answers.
+    ``backend("triton")`` switches; ``with backend("triton"):`` switches back at the end of the block, to what answered
+    before. ``"cuda"`` are the extension's kernels; ``"eager"`` is PyTorch's own operators behind ours, which is what
+    kernels are compared with (its gradient computes the output again, for the mask of the ReLU).
+
+    By default the extension's kernels answer for the operators that it has any of, Triton for the others, and, where
+    Triton is not installed either, eager PyTorch: :func:`status` says who answers. All threads see a switch, and a call
+    during one is computed by either backend.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not there; nothing has changed then.
     """
@@ -137,8 +121,9 @@ class backend:
         if name == "cuda" and not _BUILT_WITH_CUDA:
             raise RuntimeError(f"cnnkern: backend 'cuda' is not available: {_WITHOUT_CUDA}")
         self.name = name
-        self._previous = None if _active is None else _active.name
-        _switch(name)
+        with _lock:
+            self._previous = None if _active is None else _active[0]
+            _switch(name)
 
     def __enter__(self) -> "backend":
         return self
@@ -150,37 +135,29 @@ class backend:
         return f"backend({self.name!r})"
 
 
-# These have CPU kernels only; on a GPU csrc/autograd hands them to PyTorch's operators.
-_FORWARD_LEFT_TO_PYTORCH = ("grouped_conv2d", "layer_norm", "layer_norm2d")
-_LEFT_TO_PYTORCH = {*_FORWARD_LEFT_TO_PYTORCH, *(f"{name}_backward" for name in _FORWARD_LEFT_TO_PYTORCH)}
-# Where the extension was built without CUDA, csrc/autograd hands these to PyTorch's operators.
-_ELSE_BY_PYTORCH = {"bn_add_act", "bn_add_act_backward", "add_relu", "add_relu_backward"}
-
-
 def _cuda_kernel(operator: str) -> str:
-    if operator in _LEFT_TO_PYTORCH:
-        return "PyTorch's own operators: no CUDA kernel of ours yet"
-    if not _BUILT_WITH_CUDA and operator in _ELSE_BY_PYTORCH:
-        return f"PyTorch's own operators: {_WITHOUT_CUDA}"
-    if _active is not None and operator in _active.operators:
-        return _LABELS[_active.name]
+    if _active is not None:
+        return _LABELS[_active[0]]
     if operator in _CUDA_OPERATORS:
         return "CUDA C++"
-    if _BUILT_WITH_CUDA:
-        return "none: the extension has no CUDA kernel for this operator"
-    return f"none: {_WITHOUT_CUDA}; cnnkern.backends.backend('triton') needs neither"
+    if _extension is None:
+        return f"{_LABELS[_default_name]}: {_NOT_BUILT}"
+    reason = "the extension has no CUDA kernel of this operator" if _BUILT_WITH_CUDA else _WITHOUT_CUDA
+    return f"{_LABELS[_default_name]}: {reason}"
+
+
+def _cpu_kernel(operator: str) -> str:
+    if _extension is None:
+        return f"eager PyTorch: {_NOT_BUILT}"
+    if _has_kernel(operator, "CPU"):
+        return f"C++ {_extension.cpu_capability()}"
+    return "none: the extension has no CPU kernel for this operator"
 
 
 def status() -> dict[str, dict[str, str]]:
     """Which kernel answers for which device, as ``{operator: {"cpu": kernel, "cuda": kernel}}``.
 
-    A kernel is ``"C++ AVX512"`` (or AVX2, DEFAULT), ``"CUDA C++"``, ``"Triton"``, ``"eager PyTorch"``,
-    ``"PyTorch's own operators: "`` with the reason, or
-    ``"none: "`` with the reason and how to get one.
+    A kernel is ``"C++ AVX512"`` (or AVX2, DEFAULT), ``"CUDA C++"``, ``"Triton"``, ``"eager PyTorch"``, the latter two
+    with ``": "`` and the reason where they answer because nothing else does, or ``"none: "`` with the reason.
     """
-    on_cpu = f"C++ {_C.cpu_capability()}"
-    missing = "none: the extension has no CPU kernel for this operator"
-    return {
-        operator: {"cpu": on_cpu if _has_kernel(operator, "CPU") else missing, "cuda": _cuda_kernel(operator)}
-        for operator in _operators()
-    }
+    return {operator: {"cpu": _cpu_kernel(operator), "cuda": _cuda_kernel(operator)} for operator in _operators()}

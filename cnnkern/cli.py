@@ -289,8 +289,8 @@ def missing() -> list[str]:
     reasons: dict[tuple[str, str], list[str]] = {}
     for operator, devices in backends.status().items():
         for device, kernel in devices.items():
-            none, _, reason = kernel.partition(": ")
-            if none == "none":
+            _, _, reason = kernel.partition(": ")
+            if reason:  # nobody answers, or somebody in another's place
                 reasons.setdefault((device, reason), []).append(operator)
     lines += [f"{device} kernels of {', '.join(names)}: {reason}" for (device, reason), names in reasons.items()]
     if not torch.cuda.is_available():

@@ -1,14 +1,17 @@
 """Switching who answers for CUDA tensors, which needs no GPU; what answers is tried on the dispatch key of the CPU."""
 
 import importlib.util
+import itertools
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
+from torch import Tensor
 
 import cnnkern
-from cnnkern import backends, functional, testing
+from cnnkern import backends, eager, functional, testing
 
 CASE = testing.CASES["bn_act"]
 DTYPES = {
@@ -17,14 +20,15 @@ DTYPES = {
     "bfloat16": (torch.bfloat16, torch.bfloat16),
     "bfloat16, float32": (torch.bfloat16, torch.float32),
 }
+LAYOUTS = ("contiguous", "channels_last", "sliced")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton has no build for this platform")
 BUILT_WITH_CUDA = bool(cnnkern._C.build_info()["cuda"])
-BY_DEFAULT = "CUDA C++" if BUILT_WITH_CUDA else "none: the extension was built without CUDA"
 
 
 def cuda_status() -> set[str]:
-    return {kernels["cuda"] for kernels in backends.status().values()}
+    """Who answers, without the reason."""
+    return {kernels["cuda"].partition(":")[0] for kernels in backends.status().values()}
 
 
 @pytest.fixture(autouse=True)
@@ -37,28 +41,63 @@ def restored():
 def eager_on_cpu():
     """The eager backend in the place of the C++ kernels, where there are tensors to call it with."""
     library = torch.library.Library("cnnkern", "IMPL")
-    for name, launcher in backends._launchers("eager").items():
+    for name, launcher in eager.LAUNCHERS.items():
         library.impl(name, launcher, "CPU", allow_override=True)
     yield
     library._destroy()
 
 
-def make(shape, dtype=torch.float32, parameters=None, layout="contiguous", **variant):
+def make(shape, dtype=torch.float32, parameters=None, layout="contiguous", case=CASE, **variant):
     generator = torch.Generator().manual_seed(0)
-    inputs = CASE.inputs(shape, dtype, generator=generator, parameter_dtype=parameters, **variant)
-    return inputs | {"input": testing.with_layout(inputs["input"], layout)}, testing.randn(shape, generator, dtype)
+    if parameters not in (None, dtype):
+        variant["parameter_dtype"] = parameters
+    inputs = case.inputs(shape, dtype, generator=generator, **variant)
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape == inputs["input"].shape:
+            inputs[name] = testing.with_layout(value, layout)
+    y = case.reference(**{n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()})
+    return inputs, testing.randn(y.shape, generator, dtype)
 
 
 def test_status_names_every_operator_and_its_kernels():
     status = backends.status()
-    assert {"bn_act", "bn_act_backward"} <= status.keys()
+    assert status.keys() == {name + suffix for name in testing.CASES for suffix in ("", "_backward")}
+    by_default = "Triton" if HAS_TRITON else "eager PyTorch"
     for operator, kernels in status.items():
         assert kernels["cpu"] == f"C++ {torch.backends.cpu.get_cpu_capability()}"
-        served = "cuda" in testing.CASES[operator.removesuffix("_backward")].devices
-        served = served and (BUILT_WITH_CUDA or operator not in backends._ELSE_BY_PYTORCH)
-        assert kernels["cuda"].startswith(BY_DEFAULT if served else "PyTorch's own operators")
-    if not BUILT_WITH_CUDA:
-        assert "CNNKERN_CUDA=1" in status["bn_act"]["cuda"]
+        if operator in backends._CUDA_OPERATORS:
+            assert kernels["cuda"] == "CUDA C++"
+        elif BUILT_WITH_CUDA:
+            assert kernels["cuda"] == f"{by_default}: the extension has no CUDA kernel of this operator"
+        else:
+            assert kernels["cuda"].startswith(f"{by_default}: the extension was built without CUDA")
+            assert "CNNKERN_CUDA=1" in kernels["cuda"]
+
+
+def test_every_operator_has_an_answer_for_cuda_tensors():
+    for operator in backends.status():
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{operator}", "CUDA")
+    assert set(backends._TRITON_KERNELS) == set(testing.CASES)
+    assert eager.LAUNCHERS.keys() == backends.status().keys()
+
+
+def test_without_triton_eager_answers_for_what_the_extension_has_not(monkeypatch):
+    monkeypatch.setattr(backends, "_has_triton", lambda: False)
+    name, launchers = backends._default_launchers()
+    assert name == "eager"
+    assert launchers == {n: f for n, f in eager.LAUNCHERS.items() if n not in backends._CUDA_OPERATORS}
+
+
+@needs_triton
+def test_default_launchers_are_those_of_the_kernels():
+    code = (
+        "from cnnkern import backends as b; import importlib\n"
+        "modules = [importlib.import_module(f'cnnkern.triton_kernels.{n}') for n in b._TRITON_KERNELS]\n"
+        "for m in modules:\n"
+        "    for n in vars(m): setattr(m, n, lambda *a, n=n: (n, a)) if n in b._defaults else None\n"
+        "for n, launch in b._defaults.items(): assert launch(1, 2) == (n, (1, 2)), n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +113,7 @@ def test_switching_there_and_back(name, label):
     with backends.backend(name) as chosen:
         assert chosen.name == name
         inside = backends.status()
-        for operator in ("bn_act", "bn_act_backward"):
+        for operator in before:
             assert inside[operator] == {"cpu": before[operator]["cpu"], "cuda": label}
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{operator}", "CUDA")
     assert backends.status() == before
@@ -92,6 +131,60 @@ def test_a_call_switches_for_good_and_blocks_nest():
         assert "eager PyTorch" in cuda_status()
         backends.backend("eager")
     assert "Triton" in cuda_status()
+
+
+def test_threads_that_call_while_others_switch():
+    """On the CPU's dispatch key: a call finds a kernel at any time, and either gives the same result."""
+    arguments = (torch.tensor([1.0, -2.0]), torch.tensor([1.0, 1.0]))
+    wrong, stop = [], threading.Event()
+
+    def register(launcher):
+        library = torch.library.Library("cnnkern", "IMPL")
+        library.impl("add_relu", launcher, "CPU", allow_override=True)
+        return library
+
+    def call():
+        while not stop.is_set():
+            try:
+                if torch.ops.cnnkern.add_relu(*arguments)[0].tolist() != [2.0, 0.0]:
+                    wrong.append("another result")
+            except Exception as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    previous = register(eager.add_relu)
+    for _ in range(50):  # as backends._switch does it
+        following = register(eager.add_relu)
+        previous._destroy()
+        previous = following
+    previous._destroy()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@needs_triton
+def test_threads_that_switch():
+    before, wrong = backends.status(), []
+
+    def switch(name):
+        for _ in range(20):
+            with backends.backend(name):
+                if not cuda_status() <= {"Triton", "eager PyTorch", "CUDA C++"}:
+                    wrong.append(cuda_status())
+
+    threads = [threading.Thread(target=switch, args=(name,)) for name in ("triton", "eager")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    backends._switch(None)
+    assert backends.status() == before
+    assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{n}", "CUDA") for n in before)
 
 
 def test_a_block_that_raises_switches_back():
@@ -149,11 +242,50 @@ def test_launchers_are_importable_from_the_package():
 
 @pytest.mark.usefixtures("eager_on_cpu")
 @pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("variant", CASE.variants)
-def test_eager_backend_is_eager(variant, dtypes):
-    for layout in ("contiguous", "channels_last"):
-        inputs, dy = make((3, 6, 5, 7), *DTYPES[dtypes], layout, **CASE.variants[variant])
-        testing.check(CASE, inputs, dy, function=functional.batch_norm_act)
+@pytest.mark.parametrize(
+    ("case", "variant"),
+    [(c, v) for c in testing.CASES.values() for v in c.variants],
+    ids=lambda v: getattr(v, "name", v),
+)
+def test_eager_backend_is_eager(case, variant, dtypes):
+    dtype, parameters = DTYPES[dtypes]
+    if dtype != parameters and not case.float32_parameters:
+        return
+    for layout in LAYOUTS:
+        inputs, dy = make((3, 6, 5, 7), dtype, parameters, layout, case, **case.variants[variant])
+        testing.check(case, inputs, dy)
+
+
+@pytest.mark.usefixtures("eager_on_cpu")
+@pytest.mark.parametrize("case", testing.CASES.values(), ids=testing.CASES.keys())
+def test_eager_backend_gives_what_the_schema_says(case):
+    checks = ("test_schema", "test_faketensor")
+    for layout in LAYOUTS:
+        inputs, dy = make((3, 6, 5, 7), layout=layout, case=case)
+        torch.library.opcheck(*case.forward_call(inputs), test_utils=checks)
+        operator, arguments = case.backward_call(inputs, dy)
+        torch.library.opcheck(operator, arguments, test_utils=checks)
+        if isinstance(arguments[-1], list):
+            none = operator(*arguments[:-1], [False] * len(arguments[-1]))
+            assert [g.shape for g in none] == [(0,)] * len(none)
+    for shape in case.empty_shapes:
+        inputs, dy = make(shape, case=case)
+        ours, theirs = (testing.run(function, case, inputs, dy) for function in (case.function, case.reference))
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.usefixtures("eager_on_cpu")
+@pytest.mark.parametrize("name", ["add_relu", "bn_add_act"])
+def test_eager_masks_are_those_of_the_kernels(name):
+    case = testing.CASES[name]
+    for shape, layout in itertools.product(((3, 5, 3, 7), (1, 3), (1, 2, 1, 1)), LAYOUTS[:2]):
+        inputs, _ = make(shape, layout=layout, case=case, **({"training": False} if name == "bn_add_act" else {}))
+        operator, arguments = case.forward_call(inputs)
+        y, mask = operator(*arguments)[:: 3 if name == "bn_add_act" else 1]
+        flat = y.reshape(-1) if y.is_contiguous() else y.movedim(1, -1).reshape(-1)
+        bits = [int(v > 0) for v in flat] + [0] * 32
+        wanted = [sum(bits[8 * i + k] << k for k in range(8)) for i in range(max(-(-y.numel() // 8), 4))]
+        assert mask.tolist() == wanted
 
 
 @pytest.mark.usefixtures("eager_on_cpu")

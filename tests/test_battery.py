@@ -233,11 +233,9 @@ def test_every_place_of_an_operator_is_filled(case):
     names = re.findall(r'm\.def\("(\w+)\(', (ROOT / "csrc" / "ops.cpp").read_text())
     forward = [n for n in names if not n.endswith("_backward")]
     assert sorted(forward) == sorted(CASES), "csrc/ops.cpp and testing.CASES name different operators"
-    places = ["csrc/cpu/{}.cpp", "csrc/autograd/{}.cpp", "cnnkern/ops/{}.py"]
+    places = ["csrc/cpu/{}.cpp", "csrc/autograd/{}.cpp", "cnnkern/ops/{}.py", "triton_kernels/{}.py"]
     if "cuda" in case.devices:
         places += ["csrc/cuda/{}.cu", "csrc/cuda/{}.cuh"]
-    if case.name in backends._TRITON_KERNELS:
-        places.append("triton_kernels/{}.py")
     for place in places:
         assert (ROOT / place.format(case.name)).exists(), f"{place.format(case.name)} is missing"
     assert f"{case.name}_backward" in names

@@ -1,16 +1,14 @@
 # What every batch-norm operator shares in Triton: the tiles of a program, the statistics of x (moments of chunks, then
-# their combination), the affine map that follows from them, and activations.
+# their combination) and the affine map that follows from them.
 # The statistics read x once. Accumulators: fp32 (fp64 for fp64) for at most 16 additions a lane, then fp64.
 """Statistics and device functions of the batch-norm operators."""
 
 import torch
 import triton
 import triton.language as tl
-from cnnkern.triton_kernels.layout import Cut
+from cnnkern.triton_kernels.layout import COMBINE, Cut, dense
+from cnnkern.triton_kernels.reduce import store_rounded
 from torch import Tensor
-
-# Of the kernels that combine chunks: four fp64 channels fill a 32-byte sector.
-COMBINE = {"K": 256, "CB": 4}
 
 
 @triton.jit
@@ -25,11 +23,25 @@ def program(pid, C, ROWS: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def tile(step, first, outer, C, units, UNIT: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
-    """Tile `step` of the channels from `first`: its start, its offsets and mask (R, B), its elements a channel."""
+def tile(
+    step,
+    first,
+    outer,
+    C,
+    units,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+    EVERY: tl.constexpr = 1,
+):
+    """Tile `step` of the channels from `first`: its start, its offsets and mask (R, B), its elements a channel.
+
+    With EVERY, offsets and mask (R, B / EVERY) are of every so many elements of a line.
+    """
     width = units * UNIT
     i = tl.arange(0, R)[:, None]
-    j = tl.arange(0, B)[None, :]
+    j = tl.arange(0, B // EVERY)[None, :] * EVERY
     if ROWS:
         line = tl.cast(step, tl.int64) * R
         column = first
@@ -73,15 +85,6 @@ def load_wide(p, at, mask, default: tl.constexpr):
 
 
 @triton.jit
-def store_narrow(p, at, v, mask):
-    """Stores fp64, rounded to fp32 on its way to 16 bits as in the C++ kernels."""
-    if p.dtype.element_ty == tl.float64:
-        tl.store(p + at, v, mask)
-    else:
-        tl.store(p + at, v.to(tl.float32).to(p.dtype.element_ty), mask)
-
-
-@triton.jit
 def lost_of(m, center):
     """What rounding the mean to the arithmetic type loses."""
     return tl.where(tl.abs(m) < float("inf"), m - center.to(tl.float64), 0.0)
@@ -99,63 +102,6 @@ def affine(mean, rstd, weight, bias, c, mask, S: tl.constexpr):
     center = m.to(S)
     offset = tl.fma(-lost_of(m, center), scale, load_wide(bias, c, mask, 0.0))
     return center, scale.to(S), offset.to(S)
-
-
-@triton.jit
-def clamp6(v):
-    return tl.where(v <= 0.0, 0.0, tl.where(v >= 6.0, 6.0, v))  # not minimum and maximum: NaN passes
-
-
-@triton.jit
-def sigmoid(v):
-    return 1.0 / (1.0 + tl.exp(-v))
-
-
-@triton.jit
-def act_value(pre, ACT: tl.constexpr):
-    if ACT == "relu":
-        return tl.where(pre <= 0.0, 0.0, pre)
-    elif ACT == "relu6":
-        return clamp6(pre)
-    elif ACT == "leaky_relu":
-        return tl.where(pre <= 0.0, pre * 0.01, pre)
-    elif ACT == "sigmoid":
-        return sigmoid(pre)
-    elif ACT == "silu":
-        return pre / (1.0 + tl.exp(-pre))
-    elif ACT == "hardswish":
-        return pre * clamp6(pre + 3.0) * (1.0 / 6.0)
-    else:
-        return pre
-
-
-@triton.jit
-def act_grad(dy, pre, ACT: tl.constexpr, dtype: tl.constexpr):
-    if ACT == "relu" or ACT == "relu6":
-        # A positive value may round to 0, and then has the gradient of that output; see csrc/activations.h.
-        if dtype == tl.float16:
-            bound = tl.full([], 2.0**-25, tl.float32)
-        elif dtype == tl.bfloat16:
-            bound = tl.full([], 2.0**-134, tl.float32)
-        else:
-            bound = tl.full([], 0.0, dtype)
-        if ACT == "relu6":
-            return tl.where((pre > bound) & (pre < 6.0), dy, 0.0)
-        else:
-            return tl.where(pre <= bound, 0.0, dy)
-    elif ACT == "leaky_relu":
-        return tl.where(pre > 0.0, dy, dy * 0.01)
-    elif ACT == "sigmoid":
-        s = sigmoid(pre)
-        return dy * (1.0 - s) * s
-    elif ACT == "silu":
-        s = sigmoid(pre)
-        return dy * s * (1.0 + pre * (1.0 - s))
-    elif ACT == "hardswish":
-        inner = dy * (pre * (1.0 / 3.0) + 0.5)
-        return tl.where(pre <= -3.0, 0.0, tl.where(pre >= 3.0, dy, inner))
-    else:
-        return dy
 
 
 @triton.jit(do_not_specialize=["outer", "C", "units", "steps", "chunk"])
@@ -280,9 +226,9 @@ def moments_finalise_kernel(
     if running_mean is not None:
         c = c.to(tl.int64)
         old = load_wide(running_mean, c * mean_stride, mask, 0.0)
-        store_narrow(running_mean, c * mean_stride, momentum * m + (1.0 - momentum) * old, mask)
+        store_rounded(running_mean, c * mean_stride, momentum * m + (1.0 - momentum) * old, mask)
         old = load_wide(running_var, c * var_stride, mask, 0.0)
-        store_narrow(running_var, c * var_stride, momentum * (m2 / (count - 1.0)) + (1.0 - momentum) * old, mask)
+        store_rounded(running_var, c * var_stride, momentum * (m2 / (count - 1.0)) + (1.0 - momentum) * old, mask)
 
 
 @triton.jit(do_not_specialize=["C"])
@@ -290,10 +236,6 @@ def running_statistics_kernel(running_mean, running_var, mean, rstd, eps: tl.flo
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(mean + c, load_wide(running_mean, c, c < C, 0.0), c < C)
     tl.store(rstd + c, 1.0 / tl.sqrt(load_wide(running_var, c, c < C, 0.0) + eps), c < C)
-
-
-def dense(v: Tensor | None) -> Tensor | None:
-    return None if v is None else v.contiguous()
 
 
 def statistics(

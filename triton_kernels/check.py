@@ -16,9 +16,13 @@ def _type_name(t: Tensor) -> str:  # as C++ prints it: Float, BFloat16
     return t.type().rpartition(".")[2].removesuffix("Tensor")
 
 
-def image(op: str, x: Tensor) -> None:
+def floating(op: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise NotImplementedError(f"{op}: input must be float32, float64, bfloat16 or float16; got {_type_name(x)}")
+
+
+def image(op: str, x: Tensor) -> None:
+    floating(op, x)
     if not 2 <= x.dim() <= 5:
         raise RuntimeError(f"{op}: expected an input of 2 to 5 dimensions (N, C, ...); got {list(x.shape)}")
 
@@ -32,6 +36,11 @@ def channel_vector(op: str, name: str, v: Tensor | None, x: Tensor) -> None:
             f"{op}: {name} should contain {x.shape[1]} elements (one a channel), not {v.numel()}; "
             f"got shape {list(v.shape)}"
         )
+    parameter_type(op, name, v, x)
+
+
+def parameter_type(op: str, name: str, v: Tensor, x: Tensor) -> None:
+    """On the input's device, in the input's dtype or, beside 16-bit input, float32."""
     if v.device != x.device:
         raise RuntimeError(f"{op}: expected {name} on {x.device} like the input; got {v.device}")
     if v.dtype != x.dtype and not (v.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
@@ -53,6 +62,25 @@ def same_shape(op: str, name: str, t: Tensor, x: Tensor) -> None:
 def activation(op: str, act: str) -> None:
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: act must be one of {', '.join(ACTIVATIONS)}; got '{act}'")
+
+
+def relu_or_none(op: str, act: str) -> None:
+    if act not in ("none", "relu"):
+        raise ValueError(f"{op}: act must be one of none, relu; got '{act}'")
+
+
+def mask(op: str, mask: Tensor, size: int, x: Tensor) -> None:
+    fits = mask.dtype == torch.uint8 and mask.shape == (size,) and mask.is_contiguous() and mask.device == x.device
+    if not fits:
+        raise RuntimeError(
+            f"{op}: mask must be the one that the forward operator returned: uint8, {size} bytes, on {x.device}; "
+            f"got {_type_name(mask)} {list(mask.shape)} on {mask.device}"
+        )
+
+
+def channels_last(op: str, dy: Tensor, channels_last: bool) -> None:
+    if channels_last and not 3 <= dy.dim() <= 5:
+        raise RuntimeError(f"{op}: channels_last needs a dy of 3 to 5 dimensions; got {list(dy.shape)}")
 
 
 def batch_norm(
@@ -102,6 +130,66 @@ def batch_norm_backward(
                 f"{op}: mean and rstd must be the vectors that the forward operator returned: float64, {x.shape[1]} "
                 f"elements, on {x.device}; got {_type_name(t)} {list(t.shape)} on {t.device}"
             )
+    wanted_parameters(op, output_mask, weight, bias)
+
+
+def layer_norm(op: str, x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> None:
+    floating(op, x)
+    shape = list(normalized_shape)
+    if not shape:
+        raise RuntimeError(
+            f"{op}: expected normalized_shape to be at least 1-dimensional; got normalized_shape = {shape}"
+        )
+    if x.dim() < len(shape) or list(x.shape[x.dim() - len(shape) :]) != shape:
+        raise RuntimeError(
+            f"{op}: given normalized_shape={shape}, expected an input whose last dimensions are these; "
+            f"got input of size {list(x.shape)}"
+        )
+    for name, v in (("weight", weight), ("bias", bias)):
+        if v is None:
+            continue
+        if list(v.shape) != shape:
+            raise RuntimeError(
+                f"{op}: expected {name} to be of the same shape as normalized_shape = {shape}; "
+                f"got {name} of shape {list(v.shape)}"
+            )
+        parameter_type(op, name, v, x)
+
+
+def layer_norm2d(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    floating(op, x)
+    if x.dim() != 4:
+        raise RuntimeError(f"{op}: expected an input of 4 dimensions (N, C, H, W); got {list(x.shape)}")
+    channel_vector(op, "weight", weight, x)
+    channel_vector(op, "bias", bias, x)
+
+
+def layer_norm_saved(
+    op: str,
+    dy: Tensor,
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    output_mask: Sequence[bool],
+) -> None:
+    """What the gradient of a layer norm needs besides: statistics of the shape `shape`."""
+    same_shape(op, "dy", dy, x)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for t in (mean, rstd):
+        fits = list(t.shape) == list(shape) and t.dtype == dtype and t.is_contiguous() and t.device == x.device
+        if not fits:
+            wanted = "Double" if dtype == torch.float64 else "Float"
+            raise RuntimeError(
+                f"{op}: mean and rstd must be those that the forward operator returned: {wanted}, of shape "
+                f"{list(shape)}, on {x.device}; got {_type_name(t)} {list(t.shape)} on {t.device}"
+            )
+    wanted_parameters(op, output_mask, weight, bias)
+
+
+def wanted_parameters(op: str, output_mask: Sequence[bool], weight: Tensor | None, bias: Tensor | None) -> None:
     for wanted, name, v in ((output_mask[1], "weight", weight), (output_mask[2], "bias", bias)):
         if wanted and v is None:
             raise RuntimeError(f"{op}: output_mask asks for d{name}, but {name} is None")

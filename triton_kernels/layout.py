@@ -9,13 +9,16 @@ from torch import Tensor
 TILE = 2048  # elements in flight in a program: 16 a thread of four warps, two to four 128-bit loads
 RUN = 512  # contiguous elements of a plane in a tile, while there are images to fill the rest
 CHANNELS = 64  # channels of a tile in rows: at least one whole cache line a row
+PIXELS = 32  # of planes, side by side in a tile that holds all channels: a cache line of fp32
 PROGRAMS = 1024  # enough to fill a large GPU; only beyond it does a program take several tiles
+# Of the kernels that combine chunks: four fp64 channels fill a 32-byte sector.
+COMBINE = {"K": 256, "CB": 4}
 MAX_CHUNK = 16  # tiles a program: the additions that an fp32 lane makes before it moves on to fp64
 
 
 def is_rows(x: Tensor) -> bool:
     """Channels innermost and dense, as channels_last has it; (N, L, C) transposed to (N, C, L) counts too."""
-    return x.dim() > 2 and x.movedim(1, -1).is_contiguous()
+    return 3 <= x.dim() <= 5 and x.movedim(1, -1).is_contiguous()
 
 
 def in_layout(x: Tensor) -> Tensor:
@@ -31,12 +34,26 @@ def in_layout_of(t: Tensor, x: Tensor) -> Tensor:
     return t if same else torch.empty_like(x).copy_(t)
 
 
+def in_rows(t: Tensor) -> Tensor:
+    """t, or a copy of it, with channels innermost."""
+    return t if is_rows(t) else t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def dense(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()
+
+
+def mask_bytes(numel: int) -> int:
+    """Of a mask of one bit an element; at least the four that the C++ kernels read at once."""
+    return max((numel + 7) // 8, 4)
+
+
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _ceil_power(n: int) -> int:
+def ceil_power(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -86,8 +103,8 @@ class Cut(NamedTuple):
         HW = x.numel() // (N * C)
         rows = HW == 1 or not x.is_contiguous()
         outer, width = (N * HW, C) if rows else (N, HW)
-        B = min(_ceil_power(width), CHANNELS if rows else max(RUN, TILE // _ceil_power(N)), TILE)
-        R = min(_ceil_power(outer), TILE // B)
+        B = min(ceil_power(width), CHANNELS if rows else max(RUN, TILE // ceil_power(N)), TILE)
+        R = min(ceil_power(outer), TILE // B)
         steps = -(-outer // R) * (1 if rows else -(-width // B))
         programs = steps * (-(-C // B) if rows else C)
         chunk = min(max(programs // PROGRAMS, 1), MAX_CHUNK)

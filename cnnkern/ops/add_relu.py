@@ -1,4 +1,4 @@
-"""Residual addition and ReLU in one operator. Kernels: csrc/cpu, csrc/cuda; autograd: csrc/autograd."""
+"""Residual addition and ReLU in one operator. Kernels: csrc/cpu, csrc/cuda, triton_kernels; autograd: csrc/autograd."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Grouped and depthwise convolution. Kernels: csrc/cpu; autograd: csrc/autograd."""
+"""Grouped and depthwise convolution. Kernels: csrc/cpu, triton_kernels; autograd: csrc/autograd."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Layer norm over the last dimensions. Kernels: csrc/cpu; autograd: csrc/autograd."""
+"""Layer norm over the last dimensions. Kernels: csrc/cpu, triton_kernels; autograd: csrc/autograd."""
 
 from collections.abc import Sequence
 
@@ -25,7 +25,6 @@ def layer_norm(
     ``normalized_shape`` or None, each on its own.
     Dtypes: float32, float64, bfloat16 or float16; parameters in the input's dtype, or float32 beside the 16-bit ones.
     The result is contiguous. The gradient saves the input and two numbers a row: float32, or float64 beside float64.
-    On a GPU PyTorch's own operator answers.
 
     Raises RuntimeError for shapes, dtypes or devices that do not fit.
 

@@ -1,4 +1,4 @@
-"""Layer norm over the channels of images. Kernels: csrc/cpu; autograd: csrc/autograd."""
+"""Layer norm over the channels of images. Kernels: csrc/cpu, triton_kernels; autograd: csrc/autograd."""
 
 import torch
 from torch import Tensor
@@ -17,7 +17,6 @@ def layer_norm2d(input: Tensor, weight: Tensor | None = None, bias: Tensor | Non
     Shapes: ``input`` and the result (N, C, H, W); ``weight`` and ``bias`` (C,) or None, each on its own.
     Dtypes: float32, float64, bfloat16 or float16; parameters in the input's dtype, or float32 beside the 16-bit ones.
     The gradient saves the input and two numbers a pixel: float32, or float64 beside float64.
-    On a GPU PyTorch's own operators answer.
 
     Raises RuntimeError for shapes, dtypes or devices that do not fit.
 

@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> add_relu_by_pytorch(const Tensor& x, const Tensor& re
 }
 
 std::tuple<Tensor, Tensor> add_relu_autograd(const Tensor& x, const Tensor& residual) {
-  if (left_to_pytorch(x, kBuiltWithCuda) || has_tangent(x) || has_tangent(residual)) return add_relu_by_pytorch(x, residual);
+  if (under_functorch() || has_tangent(x) || has_tangent(residual)) return add_relu_by_pytorch(x, residual);
   const auto forward = [&] { return forward_op().call(x, residual); };
   if (at::GradMode::is_enabled() && (x.requires_grad() || residual.requires_grad()))
     return recorded({x, residual}, forward, [](const auto& results) {
@@ -81,6 +81,3 @@ TORCH_LIBRARY_IMPL(cnnkern, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("add_relu", &cnnkern::add_relu_by_pytorch); }
-#ifndef CNNKERN_CUDA
-TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) { m.impl("add_relu", &cnnkern::add_relu_by_pytorch); }
-#endif

@@ -109,7 +109,7 @@ Four bn_add_act_autograd(const Tensor& x, const Tensor& residual, const Optional
                          const OptionalTensor& running_var, bool training, double momentum, double eps,
                          c10::string_view act) {
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
-  if (left_to_pytorch(x, kBuiltWithCuda) || has_tangent(x) || has_tangent(residual) || has_tangent(w) || has_tangent(b))
+  if (under_functorch() || has_tangent(x) || has_tangent(residual) || has_tangent(w) || has_tangent(b))
     return bn_add_act_by_pytorch(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act);
   const auto forward = [&] {
     return forward_op().call(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act);
@@ -152,6 +152,3 @@ TORCH_LIBRARY_IMPL(cnnkern, Autograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("bn_add_act", &cnnkern::bn_add_act_by_pytorch); }
-#ifndef CNNKERN_CUDA
-TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) { m.impl("bn_add_act", &cnnkern::bn_add_act_by_pytorch); }
-#endif

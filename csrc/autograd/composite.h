@@ -39,17 +39,6 @@ inline bool under_functorch() {
   return false;
 }
 
-#ifdef CNNKERN_CUDA
-constexpr bool kBuiltWithCuda = true;
-#else
-constexpr bool kBuiltWithCuda = false;
-#endif
-
-// Whether the operator is left to PyTorch: in transforms, and on a GPU what has no kernel of its own there.
-inline bool left_to_pytorch(const Tensor& x, bool has_cuda_kernel) {
-  return under_functorch() || (x.is_cuda() && !has_cuda_kernel);
-}
-
 inline bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
 
 inline void bump_version(const OptionalTensor& t) {

@@ -1,9 +1,8 @@
 // The derivative of grouped_conv2d: the gradient operator's kernel; second derivatives by PyTorch's own formula. In forward
-// mode and under torch.func transforms PyTorch's own convolution answers, and on CUDA tensors too.
+// mode and under torch.func transforms PyTorch's own convolution answers.
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/_convolution_double_backward.h>
 #include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
 #include <torch/library.h>
 
 #include "autograd/composite.h"
@@ -86,16 +85,10 @@ Tensor conv2d_by_pytorch(const Tensor& x, const Tensor& weight, const OptionalTe
   return at::convolution(x, weight, bias, stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, groups);
 }
 
-Gradients conv2d_backward_by_pytorch(const Tensor& dy, const Tensor& x, const Tensor& weight, IntArrayRef stride,
-                                     IntArrayRef padding, IntArrayRef dilation, int64_t groups, Mask mask) {
-  return at::convolution_backward(dy, x, weight, /*bias_sizes=*/IntArrayRef{weight.size(0)}, stride, padding, dilation,
-                                  /*transposed=*/false, /*output_padding=*/{0, 0}, groups, mask);
-}
-
 Tensor grouped_conv2d_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                                IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   const Tensor& b = tensor_or_undefined(bias);
-  if (left_to_pytorch(x, /*has_cuda_kernel=*/false) || has_tangent(x) || has_tangent(weight) || has_tangent(b))
+  if (under_functorch() || has_tangent(x) || has_tangent(weight) || has_tangent(b))
     return conv2d_by_pytorch(x, weight, bias, stride, padding, dilation, groups);
   const auto forward = [&] { return forward_op().call(x, weight, bias, stride, padding, dilation, groups); };
   if (at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad() || requires_grad(b)))
@@ -141,7 +134,3 @@ TORCH_LIBRARY_IMPL(cnnkern, AutocastCUDA, m) {
   m.impl("grouped_conv2d", &cnnkern::grouped_conv2d_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
 }
 TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("grouped_conv2d", &cnnkern::conv2d_by_pytorch); }
-TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) {
-  m.impl("grouped_conv2d", &cnnkern::conv2d_by_pytorch);
-  m.impl("grouped_conv2d_backward", &cnnkern::conv2d_backward_by_pytorch);
-}

@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_autograd(const Tensor& x, c10::Sym
                                                        const OptionalTensor& weight, const OptionalTensor& bias,
                                                        double eps) {
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
-  if (left_to_pytorch(x, /*has_cuda_kernel=*/false) || has_tangent(x) || has_tangent(w) || has_tangent(b))
+  if (under_functorch() || has_tangent(x) || has_tangent(w) || has_tangent(b))
     return layer_norm_by_pytorch(x, normalized_shape, weight, bias, eps);
   const auto forward = [&] { return forward_op().call(x, normalized_shape, weight, bias, eps); };
   if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b)))
@@ -106,13 +106,21 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(const Tensor& dy
   return backward_op().call(dy, x, normalized_shape, weight, bias, mean, rstd, output_mask);
 }
 
+// On a GPU autocast runs layer norms in float32, as PyTorch's own.
+std::tuple<Tensor, Tensor, Tensor> layer_norm_autocast(const Tensor& x, c10::SymIntArrayRef normalized_shape,
+                                                       const OptionalTensor& weight, const OptionalTensor& bias,
+                                                       double eps) {
+  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCUDA);
+  return forward_op().call(in_float32(x), normalized_shape, in_float32(weight), in_float32(bias), eps);
+}
+
 }  // namespace
 }  // namespace cnnkern
 
+TORCH_LIBRARY_IMPL(cnnkern, AutocastCUDA, m) { m.impl("layer_norm", &cnnkern::layer_norm_autocast); }
 TORCH_LIBRARY_IMPL(cnnkern, Autograd, m) {
   m.impl("layer_norm", &cnnkern::layer_norm_autograd);
   m.impl("layer_norm_backward", &cnnkern::layer_norm_backward_autograd);
 }
 
 TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("layer_norm", &cnnkern::layer_norm_by_pytorch); }
-TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) { m.impl("layer_norm", &cnnkern::layer_norm_by_pytorch); }

@@ -1,6 +1,8 @@
 // What the derivatives of both layer norms share.
 #pragma once
 
+#include <ATen/autocast_mode.h>
+
 #include "autograd/composite.h"
 
 namespace cnnkern {
@@ -16,6 +18,12 @@ inline Tensor layer_norm_composite(const Tensor& x, const Tensor& weight, const 
   if (weight.defined()) y = y * weight.to(type);
   if (bias.defined()) y = y + bias.to(type);
   return y.to(x.scalar_type());
+}
+
+// A tensor, or an optional one, as autocast on a GPU casts it for what it runs in float32.
+template <typename T>
+T in_float32(const T& t) {
+  return at::autocast::cached_cast(at::kFloat, t, c10::DeviceType::CUDA);
 }
 
 // What PyTorch computes in the operator's place has no statistics to save.

@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_by_pytorch(const Tensor& x, cons
 std::tuple<Tensor, Tensor, Tensor> layer_norm2d_autograd(const Tensor& x, const OptionalTensor& weight,
                                                          const OptionalTensor& bias, double eps) {
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
-  if (left_to_pytorch(x, /*has_cuda_kernel=*/false) || has_tangent(x) || has_tangent(w) || has_tangent(b))
+  if (under_functorch() || has_tangent(x) || has_tangent(w) || has_tangent(b))
     return layer_norm2d_by_pytorch(x, weight, bias, eps);
   const auto forward = [&] { return forward_op().call(x, weight, bias, eps); };
   if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b)))
@@ -98,13 +98,20 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_backward_autograd(const Tensor& 
   return backward_op().call(dy, x, weight, bias, mean, rstd, output_mask);
 }
 
+// On a GPU autocast runs layer norms in float32, as PyTorch's own.
+std::tuple<Tensor, Tensor, Tensor> layer_norm2d_autocast(const Tensor& x, const OptionalTensor& weight,
+                                                         const OptionalTensor& bias, double eps) {
+  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCUDA);
+  return forward_op().call(in_float32(x), in_float32(weight), in_float32(bias), eps);
+}
+
 }  // namespace
 }  // namespace cnnkern
 
+TORCH_LIBRARY_IMPL(cnnkern, AutocastCUDA, m) { m.impl("layer_norm2d", &cnnkern::layer_norm2d_autocast); }
 TORCH_LIBRARY_IMPL(cnnkern, Autograd, m) {
   m.impl("layer_norm2d", &cnnkern::layer_norm2d_autograd);
   m.impl("layer_norm2d_backward", &cnnkern::layer_norm2d_backward_autograd);
 }
 
 TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("layer_norm2d", &cnnkern::layer_norm2d_by_pytorch); }
-TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) { m.impl("layer_norm2d", &cnnkern::layer_norm2d_by_pytorch); }

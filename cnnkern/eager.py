@@ -1,0 +1,207 @@
+"""PyTorch's own operators behind the schemas of ours: the backend ``"eager"``, and the answer where there is no other.
+
+Each function has the signature of its operator in csrc/ops.cpp, and its errors. Gradients recompute what no operator
+of ours saves.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from cnnkern import reference
+from cnnkern.ops import fake
+from cnnkern.triton_kernels import check
+from cnnkern.triton_kernels.layout import in_layout, in_layout_of, in_rows, is_rows, mask_bytes
+
+_aten = torch.ops.aten
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _to(dtype: torch.dtype, v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.to(dtype)
+
+
+def _asked(
+    grads: Sequence[Tensor | None], output_mask: Sequence[bool], like: Sequence[Tensor | None], x: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients that were asked for, each in the dtype of what it is the gradient of; the others empty."""
+    triples = zip(grads, output_mask, like, strict=True)
+    return tuple(g.to(t.dtype) if wanted else x.new_empty(0) for g, wanted, t in triples)
+
+
+def _zeros(output_mask: Sequence[bool], like: Sequence[Tensor | None], x: Tensor) -> tuple[Tensor, ...]:
+    pairs = zip(like, output_mask, strict=True)
+    return tuple(t.new_zeros(t.shape) if wanted else x.new_empty(0) for t, wanted in pairs)
+
+
+def _shifts(t: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=t.device)
+
+
+def _packed(y: Tensor) -> Tensor:
+    """[y > 0], NaN included, one bit an element in the order of y's memory."""
+    flat = (y if y.is_contiguous() else y.movedim(1, -1)).reshape(-1)
+    bits = torch.zeros(8 * mask_bytes(y.numel()), dtype=torch.uint8, device=y.device)
+    bits[: y.numel()] = ~(flat <= 0)
+    return (bits.view(-1, 8) << _shifts(y)).sum(1, dtype=torch.uint8)
+
+
+def _unpacked(mask: Tensor, x: Tensor, rows: bool) -> Tensor:
+    """A mask as booleans in the shape of x, whose memory order is that of rows or of planes."""
+    bits = (mask[:, None] >> _shifts(mask) & 1).bool().view(-1)[: x.numel()]
+    return bits.view(x.movedim(1, -1).shape).movedim(-1, 1) if rows else bits.view(x.shape)
+
+
+def bn_act(x, weight, bias, running_mean, running_var, training, momentum, eps, act):
+    check.batch_norm("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, eps)
+    check.activation("cnnkern::bn_act", act)
+    y, mean, rstd = _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    return reference.ACTIVATIONS[act](y), mean, rstd
+
+
+def _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps):
+    y = fake.empty_like_layout(x)
+    if x.numel() == 0:
+        mean = x.new_zeros(x.shape[1], dtype=torch.float64)
+        return y, mean, torch.ones_like(mean)
+    found, mean, rstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    if not training:
+        mean, rstd = running_mean, (running_var.double() + eps).rsqrt()
+    return in_layout_of(found, y), mean.double(), rstd.double()
+
+
+_ACTIVATION_GRADIENTS = {
+    "relu": lambda dy, pre: _aten.threshold_backward(dy, pre, 0),
+    "relu6": lambda dy, pre: _aten.hardtanh_backward(dy, pre, 0, 6),
+    "leaky_relu": lambda dy, pre: _aten.leaky_relu_backward(dy, pre, 0.01, False),
+    "sigmoid": lambda dy, pre: _aten.sigmoid_backward(dy, torch.sigmoid(pre)),
+    "silu": _aten.silu_backward,
+    "hardswish": _aten.hardswish_backward,
+}
+
+
+def bn_act_backward(dy, x, weight, bias, mean, rstd, training, act, output_mask: Sequence[bool]):
+    check.batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, mean, rstd, output_mask)
+    check.activation("cnnkern::bn_act_backward", act)
+    x = in_layout(x)
+    if act != "none" and x.numel() > 0:  # the operator saves no mask, so what the activation saw is computed again
+        wide = _wide(x)
+        w, b, m, var = _to(wide, weight), _to(wide, bias), mean.to(wide), rstd.pow(-2).to(wide)
+        dy = _ACTIVATION_GRADIENTS[act](dy, torch.native_batch_norm(x, w, b, m, var, False, 0.0, 0.0)[0])
+    return _batch_norm_backward(dy, x, weight, bias, mean, rstd, training, output_mask)
+
+
+def _batch_norm_backward(dy, x, weight, bias, mean, rstd, training, output_mask):
+    parameters = (x, weight, bias)
+    if x.numel() == 0:
+        return _zeros(output_mask, parameters, x)
+    wide = _wide(x)
+    mean, rstd, var = mean.to(wide), rstd.to(wide), rstd.pow(-2).to(wide)
+    # In eval the statistics are the running ones, and eps is part of this variance.
+    grads = _aten.native_batch_norm_backward(
+        in_layout_of(dy, x), x, _to(wide, weight), mean, var, mean, rstd, training, 0.0, list(output_mask)
+    )
+    dx, dweight, dbias = _asked(grads, output_mask, parameters, x)
+    return in_layout_of(dx, x) if output_mask[0] else dx, dweight, dbias
+
+
+def bn_add_act(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act):
+    check.batch_norm("cnnkern::bn_add_act", x, weight, bias, running_mean, running_var, training, eps)
+    check.same_shape("cnnkern::bn_add_act", "residual", residual, x)
+    check.relu_or_none("cnnkern::bn_add_act", act)
+    pre, mean, rstd = _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    y = reference.ACTIVATIONS[act](pre.add_(residual))
+    return y, mean, rstd, _packed(y) if act == "relu" else x.new_empty(0, dtype=torch.uint8)
+
+
+def bn_add_act_backward(dy, x, weight, bias, mean, rstd, mask, training, act, output_mask: Sequence[bool]):
+    op = "cnnkern::bn_add_act_backward"
+    wants_dx, wants_dresidual, *wants = output_mask
+    check.batch_norm_backward(op, dy, x, weight, bias, mean, rstd, [wants_dx, *wants])
+    check.relu_or_none(op, act)
+    check.mask(op, mask, mask_bytes(x.numel()) if act == "relu" else 0, x)
+    x = in_layout(x)
+    g = in_layout_of(dy, x)
+    if act == "relu":
+        g = torch.where(_unpacked(mask, x, is_rows(x) and not x.is_contiguous()), g, 0)
+    dx, dweight, dbias = _batch_norm_backward(g, x, weight, bias, mean, rstd, training, [wants_dx, *wants])
+    return dx, g.clone() if wants_dresidual else x.new_empty(0), dweight, dbias
+
+
+def add_relu(x, residual):
+    check.floating("cnnkern::add_relu", x)
+    check.same_shape("cnnkern::add_relu", "residual", residual, x)
+    x = in_layout(x)
+    y = torch.relu(x + in_layout_of(residual, x))
+    return y, _packed(y)
+
+
+def add_relu_backward(dy, mask, channels_last):
+    check.floating("cnnkern::add_relu_backward", dy)
+    check.mask("cnnkern::add_relu_backward", mask, mask_bytes(dy.numel()), dy)
+    check.channels_last("cnnkern::add_relu_backward", dy, channels_last)
+    dy = in_rows(dy) if channels_last else dy.contiguous()
+    return in_layout_of(torch.where(_unpacked(mask, dy, channels_last), dy, 0), dy)
+
+
+def grouped_conv2d(x, weight, bias, stride, padding, dilation, groups):
+    return _aten.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+
+
+def grouped_conv2d_backward(dy, x, weight, stride, padding, dilation, groups, output_mask: Sequence[bool]):
+    grads = _aten.convolution_backward(
+        dy, x, weight, [weight.shape[0]], stride, padding, dilation, False, (0, 0), groups, list(output_mask)
+    )
+    return _asked(grads, output_mask, (x, weight, weight), x)
+
+
+def layer_norm(x, normalized_shape, weight, bias, eps):
+    check.layer_norm("cnnkern::layer_norm", x, normalized_shape, weight, bias)
+    wide = _wide(x)
+    shape = list(normalized_shape)
+    y, mean, rstd = torch.native_layer_norm(x.to(wide), shape, _to(wide, weight), _to(wide, bias), eps)
+    return y.to(x.dtype).contiguous(), mean, rstd
+
+
+def layer_norm_backward(dy, x, normalized_shape, weight, bias, mean, rstd, output_mask: Sequence[bool]):
+    op = "cnnkern::layer_norm_backward"
+    check.layer_norm(op, x, normalized_shape, weight, bias)
+    shape = list(normalized_shape)
+    kept = list(x.shape[: x.dim() - len(shape)]) + [1] * len(shape)
+    check.layer_norm_saved(op, dy, x, kept, weight, bias, mean, rstd, output_mask)
+    wide = _wide(x)
+    inputs = (dy.to(wide).contiguous(), x.to(wide).contiguous())
+    parameters = (_to(wide, weight), _to(wide, bias))
+    grads = _aten.native_layer_norm_backward(*inputs, shape, mean, rstd, *parameters, list(output_mask))
+    return _asked(grads, output_mask, (x, weight, bias), x)
+
+
+def layer_norm2d(x, weight, bias, eps):
+    check.layer_norm2d("cnnkern::layer_norm2d", x, weight, bias)
+    x = in_layout(x)
+    y, *statistics = layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], weight, bias, eps)
+    return in_layout_of(y.permute(0, 3, 1, 2), x), *(v.permute(0, 3, 1, 2) for v in statistics)
+
+
+def layer_norm2d_backward(dy, x, weight, bias, mean, rstd, output_mask: Sequence[bool]):
+    op = "cnnkern::layer_norm2d_backward"
+    check.layer_norm2d(op, x, weight, bias)
+    N, _, H, W = x.shape
+    check.layer_norm_saved(op, dy, x, (N, 1, H, W), weight, bias, mean, rstd, output_mask)
+    x = in_layout(x)
+    rows = [t.permute(0, 2, 3, 1) for t in (dy, x)]
+    statistics = [v.permute(0, 2, 3, 1) for v in (mean, rstd)]
+    dx, dweight, dbias = layer_norm_backward(*rows, x.shape[1:2], weight, bias, *statistics, output_mask)
+    return in_layout_of(dx.permute(0, 3, 1, 2), x) if output_mask[0] else dx, dweight, dbias
+
+
+FORWARD: tuple[Callable, ...] = (bn_act, bn_add_act, add_relu, grouped_conv2d, layer_norm, layer_norm2d)
+BACKWARD: tuple[Callable, ...] = (
+    *(bn_act_backward, bn_add_act_backward, add_relu_backward),
+    *(grouped_conv2d_backward, layer_norm_backward, layer_norm2d_backward),
+)
+LAUNCHERS: dict[str, Callable] = {function.__name__: function for function in (*FORWARD, *BACKWARD)}

@@ -1,0 +1,104 @@
+"""The operators where the extension was not built: schemas from csrc/ops.cpp, PyTorch's own operators on the CPU.
+
+First derivatives only: second ones, forward mode and torch.func transforms take the extension's autograd.
+"""
+
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from cnnkern import eager
+
+WARNING = (
+    "cnnkern: the compiled extension is not there, so PyTorch's own operators compute on the CPU, at their speed; "
+    "`make` in the repository, or `pip install --no-build-isolation .`, builds it"
+)
+_warned = False
+
+
+def _schemas() -> list[str]:
+    """Those of csrc/ops.cpp, which a wheel has beside this file and a checkout beside the package."""
+    here = Path(__file__).parent
+    for folder in (here, here.parent):
+        if (folder / "csrc" / "ops.cpp").exists():
+            return re.findall(r'm\.def\("(.*?)"\);', (folder / "csrc" / "ops.cpp").read_text())
+    raise ImportError(f"cnnkern: csrc/ops.cpp, with the operators' schemas, is neither in {here} nor in {here.parent}")
+
+
+def _with_warning(launcher: Callable) -> Callable:
+    def launch(*arguments):
+        global _warned
+        if not _warned:
+            _warned = True
+            warnings.warn(WARNING, stacklevel=2)
+        return launcher(*arguments)
+
+    return launch
+
+
+def _autograd(name: str) -> Callable:
+    """The kernel of operator `name` on the Autograd key. Arguments and results of the gradient operator are known by
+    their names: those of the operator, dy, output_mask, and d before the name of what a gradient is of."""
+    operator = getattr(torch.ops.cnnkern, name).default
+    gradient = getattr(torch.ops.cnnkern, f"{name}_backward").default
+    inputs = [a.name for a in operator._schema.arguments]
+    mutated = [i for i, a in enumerate(operator._schema.arguments) if a.alias_info and a.alias_info.is_write]
+    outputs = [r.name for r in operator._schema.returns]
+    needed = [a.name for a in gradient._schema.arguments]
+    returned = [r.name.removeprefix("d") for r in gradient._schema.returns]
+
+    def below(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            results = operator(*arguments)
+        for i in mutated:
+            if arguments[i] is not None:
+                torch.autograd.graph.increment_version(arguments[i])
+        return results
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *arguments):
+            results = below(*arguments)
+            every = results if isinstance(results, tuple) else (results,)
+            known = dict(zip(inputs, arguments, strict=True)) | dict(zip(outputs, every, strict=True))
+            known["channels_last"] = not every[0].is_contiguous()
+            ctx.names = [n for n in needed if isinstance(known.get(n), Tensor)]
+            ctx.save_for_backward(*(known[n] for n in ctx.names))
+            ctx.others = {n: known[n] for n in needed if n in known and n not in ctx.names}
+            ctx.mark_non_differentiable(*every[1:])
+            return results
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx, dy, *others):
+            wanted = dict(zip(inputs, ctx.needs_input_grad, strict=True))
+            known = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.others
+            known |= {"dy": dy, "output_mask": [wanted[n] for n in returned]}
+            with torch._C._AutoDispatchBelowAutograd():
+                grads = gradient(*(known[n] for n in needed))
+            found = dict(zip(returned, grads if isinstance(grads, tuple) else (grads,), strict=True))
+            if "residual" in wanted and "residual" not in found:
+                found["residual"] = found["x"]  # add_relu: both have the one gradient
+            return tuple(found[n] if wants else None for n, wants in wanted.items())
+
+    def kernel(*arguments):
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+            return Function.apply(*arguments)
+        return below(*arguments)
+
+    return kernel
+
+
+_library = torch.library.Library("cnnkern", "DEF")  # for as long as it lives the operators are there
+for _schema in _schemas():
+    _library.define(_schema)
+for _name, _launcher in eager.LAUNCHERS.items():
+    _library.impl(_name, _with_warning(_launcher), "CPU")
+for _function in eager.FORWARD:
+    _library.impl(_function.__name__, _autograd(_function.__name__), "Autograd")

@@ -1,0 +1,99 @@
+"""The launchers in Python, of Triton and of eager PyTorch, refuse what the C++ kernels refuse, in the same words."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import Tensor
+
+from cnnkern import backends, eager, testing
+
+BACKENDS = ["eager"] + (["triton"] if importlib.util.find_spec("triton") else [])
+
+# operator -> what is wrong -> arguments by name, made from the right ones
+MISUSE = {
+    "add_relu": {
+        "integers": {"x": Tensor.long},
+        "residual of another shape": {"residual": lambda t: t[..., :-1]},
+        "residual of another dtype": {"residual": Tensor.double},
+    },
+    "add_relu_backward": {
+        "integers": {"dy": Tensor.long},
+        "mask of another size": {"mask": lambda t: t[:-1]},
+        "mask of another dtype": {"mask": Tensor.int},
+        "channels_last of two dimensions": {
+            "dy": lambda t: t.reshape(-1, 4),
+            "channels_last": lambda _: True,
+        },
+    },
+    "bn_add_act": {
+        "another activation": {"act": lambda _: "silu"},
+        "residual of another shape": {"residual": lambda t: t[:, :, :-1]},
+        "weight of another length": {"weight": lambda t: t[:-1]},
+        "running_mean alone": {"running_var": lambda _: None},
+        "one value a channel": {"x": lambda t: t[:1, :, :1, :1], "residual": lambda t: t[:1, :, :1, :1]},
+    },
+    "bn_add_act_backward": {
+        "dy of another shape": {"dy": lambda t: t[:, :, :-1]},
+        "mask of another size": {"mask": lambda t: t[:-1]},
+        "another activation": {"act": lambda _: "silu"},
+        "float32 mean": {"mean": Tensor.float},
+        "dweight without weight": {"weight": lambda _: None},
+        "dbias without bias": {"bias": lambda _: None},
+    },
+    "layer_norm": {
+        "integers": {"x": Tensor.long},
+        "no dimensions": {"normalized_shape": lambda _: []},
+        "other dimensions": {"normalized_shape": lambda _: [5]},
+        "more dimensions than there are": {"normalized_shape": lambda s: [1] * 4 + list(s)},
+        "weight of another shape": {"weight": lambda t: t[:-1]},
+        "bias of another dtype": {"bias": Tensor.double},
+    },
+    "layer_norm_backward": {
+        "dy of another dtype": {"dy": Tensor.double},
+        "mean of another shape": {"mean": lambda t: t[..., 0]},
+        "float64 rstd": {"rstd": Tensor.double},
+        "dweight without weight": {"weight": lambda _: None},
+    },
+    "layer_norm2d": {
+        "three dimensions": {"x": lambda t: t[0]},
+        "weight of another length": {"weight": lambda t: t[:-1]},
+        "bias of another dtype": {"bias": Tensor.double},
+    },
+    "layer_norm2d_backward": {
+        "dy of another shape": {"dy": lambda t: t[:1]},
+        "rstd of another shape": {"rstd": lambda t: t[:1]},
+        "dbias without bias": {"bias": lambda _: None},
+    },
+    "grouped_conv2d": {
+        "weight of other channels": {"weight": lambda t: t[:, :0]},
+        "groups that do not divide": {"groups": lambda _: 4},
+        "bias of another length": {"bias": lambda t: t[:-1]},
+        "a kernel larger than the image": {"x": lambda t: t[..., :1, :1], "padding": lambda _: [0, 0]},
+        "another dtype": {"weight": Tensor.double},
+    },
+}
+
+
+def raised(function, arguments) -> Exception:
+    with pytest.raises(Exception) as caught:  # noqa: PT011  (the caller compares type and message)
+        function(*arguments)
+    return caught.value
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("operator", "misuse"), [(o, m) for o, row in MISUSE.items() for m in row])
+def test_errors_are_those_of_the_cpp_kernel(operator, misuse, backend, generator):
+    case = testing.CASES[operator.removesuffix("_backward")]
+    inputs = case.inputs((3, 5, 4, 4), torch.float32, generator=generator)
+    op, values = case.forward_call(inputs)
+    if operator.endswith("_backward"):
+        op, values = case.backward_call(inputs, torch.ones_like(case.reference(**inputs)))
+    arguments = dict(zip([a.name for a in op._schema.arguments], values, strict=True))
+    state = {n: arguments[n].clone() for n in case.mutated if n in arguments}
+    arguments |= {name: change(arguments[name]) for name, change in MISUSE[operator][misuse].items()}
+    launcher = (eager.LAUNCHERS if backend == "eager" else backends._launchers(backend))[operator]
+    mine, theirs = raised(launcher, arguments.values()), raised(op, arguments.values())
+    assert type(mine) is type(theirs)
+    assert str(mine) == str(theirs)
+    assert all(torch.equal(inputs[name], value) or name not in arguments for name, value in state.items())

@@ -1,0 +1,230 @@
+# Backward of every batch norm, g being the gradient of what follows it, n elements a channel: dbias = sum(g),
+#   dweight = sum(g * (x - mean)) * rstd,
+#   dx = weight * rstd * (g - dbias / n - (x - mean) * rstd * dweight / n)   training
+#   dx = weight * rstd * g                                                   eval
+# One kernel brings the sums of a program's chunk to scratch memory, a small one combines them in a fixed order (no
+# atomics, so reruns are bit-equal), a third writes dx, backwards, for what the L2 cache still holds of the first sweep.
+# Accumulators: fp32 (fp64 for fp64) for at most 16 additions a lane, then fp64.
+"""The gradients of the batch-norm operators."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from cnnkern.triton_kernels.activations import act_grad
+from cnnkern.triton_kernels.batch_norm import (
+    affine,
+    channel_sum,
+    load_wide,
+    lost_of,
+    partial_row,
+    program,
+    tile,
+)
+from cnnkern.triton_kernels.bits import bit_at
+from cnnkern.triton_kernels.layout import COMBINE, Cut, dense, in_layout, in_layout_of, on_device_of
+from cnnkern.triton_kernels.reduce import store_rounded
+from torch import Tensor
+
+
+@triton.jit
+def gradient(dy, x, bits, at, mask, center, scale, offset, ACT: tl.constexpr, S: tl.constexpr):
+    """g, which is dy * act'(pre) or dy * bit, and x - center of a tile, both 0 outside of it."""
+    centered = tl.where(mask, tl.load(x + at, mask, other=0.0).to(S) - center, 0.0)
+    g = tl.load(dy + at, mask, other=0.0).to(S)
+    if bits is None:
+        return act_grad(g, tl.fma(centered, scale, offset), ACT, x.dtype.element_ty), centered
+    else:
+        return tl.where(bit_at(bits, at, mask), g, 0.0), centered
+
+
+@triton.jit(do_not_specialize=["outer", "C", "units", "steps", "chunk"])
+def backward_sums_kernel(
+    dy,
+    x,
+    bits,
+    dx,
+    dresidual,
+    partial,
+    mean,
+    rstd,
+    weight,
+    bias,
+    outer,
+    C,
+    units,
+    steps,
+    chunk,
+    ACT: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+):
+    """partial (2, chunks, C): sums of g and of g * (x - center). What needs no sums is written here: dresidual, and dx
+    in eval."""
+    S: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    k, first, c = program(tl.program_id(0), C, ROWS, B)
+    center, scale, offset = affine(mean, rstd, weight, bias, c, c < C, S)
+    s1 = tl.zeros((R, B), S)
+    s2 = tl.zeros((R, B), S)
+    for step in range(k * chunk, tl.minimum(k * chunk + chunk, steps)):
+        _, at, mask, _ = tile(step, first, outer, C, units, UNIT, ROWS, R, B)
+        g, centered = gradient(dy, x, bits, at, mask, center, scale, offset, ACT, S)
+        s1 += g
+        s2 = tl.fma(g, centered, s2)
+        if dresidual is not None:
+            tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask)
+        if dx is not None:
+            tl.store(dx + at, (g * scale).to(dx.dtype.element_ty), mask)
+    if partial is not None:
+        p = partial + tl.cast(k, tl.int64) * C + c
+        tl.store(p, channel_sum(s1.to(tl.float64), ROWS), c < C)
+        tl.store(p + partial_row(C, ROWS, B), channel_sum(s2.to(tl.float64), ROWS), c < C)
+
+
+@triton.jit(do_not_specialize=["count", "C", "chunks"])
+def backward_finalise_kernel(
+    partial,
+    mean,
+    rstd,
+    weight,
+    dweight,
+    dbias,
+    table,
+    count,
+    C,
+    chunks,
+    S: tl.constexpr,
+    K: tl.constexpr,
+    CB: tl.constexpr,
+):
+    """Chunks of CB channels -> dweight, dbias and, where dx has to come, table (2, C): its slope in x and constant."""
+    c = tl.program_id(0) * CB + tl.arange(0, CB)
+    mask = c < C
+    row = tl.cast(chunks, tl.int64) * C
+    s1 = tl.zeros((CB,), tl.float64)
+    s2 = tl.zeros((CB,), tl.float64)
+    for k0 in range(0, chunks, K):
+        k = k0 + tl.arange(0, K)[:, None]
+        inside = (k < chunks) & mask[None, :]
+        p = partial + k.to(tl.int64) * C + c[None, :]
+        s1 += tl.sum(tl.load(p, inside, other=0.0), axis=0)
+        s2 += tl.sum(tl.load(p + row, inside, other=0.0), axis=0)
+    m = tl.load(mean + c, mask, other=0.0)
+    r = tl.load(rstd + c, mask, other=0.0)
+    lost = lost_of(m, m.to(S))
+    centered_sum = s2 - lost * s1  # of g * (x - mean)
+    if dbias is not None:
+        store_rounded(dbias, c, s1, mask)
+    if dweight is not None:
+        store_rounded(dweight, c, centered_sum * r, mask)
+    if table is not None:
+        n = tl.cast(count, tl.float64)
+        scale = r * load_wide(weight, c, mask, 1.0)
+        slope = -scale * r * r * centered_sum / n
+        tl.store(table + c, slope.to(S), mask)
+        tl.store(table + C + c, (-scale * s1 / n - slope * lost).to(S), mask)
+
+
+@triton.jit(do_not_specialize=["outer", "C", "units", "steps", "chunk"])
+def backward_apply_kernel(
+    dy,
+    x,
+    bits,
+    dx,
+    mean,
+    rstd,
+    weight,
+    bias,
+    table,
+    outer,
+    C,
+    units,
+    steps,
+    chunk,
+    ACT: tl.constexpr,
+    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    R: tl.constexpr,
+    B: tl.constexpr,
+):
+    S: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    k, first, c = program(tl.num_programs(0) - 1 - tl.program_id(0), C, ROWS, B)
+    center, scale, offset = affine(mean, rstd, weight, bias, c, c < C, S)
+    slope = tl.load(table + c, c < C, other=0.0)
+    constant = tl.load(table + C + c, c < C, other=0.0)
+    for step in range(k * chunk, tl.minimum(k * chunk + chunk, steps)):
+        _, at, mask, _ = tile(step, first, outer, C, units, UNIT, ROWS, R, B)
+        g, centered = gradient(dy, x, bits, at, mask, center, scale, offset, ACT, S)
+        out = tl.fma(g, scale, tl.fma(centered, slope, constant))
+        tl.store(dx + at, out.to(dx.dtype.element_ty), mask)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    bits: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    act: str,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dresidual, dweight and dbias, through the mask `bits` where there is one, else through `act`."""
+    x = in_layout(x)
+    dy = in_layout_of(dy, x)
+    C = x.shape[1]
+    wants_dx, wants_dresidual, wants_dweight, wants_dbias = output_mask
+    dx, dresidual = (torch.empty_like(x) if wanted else x.new_empty(0) for wanted in output_mask[:2])
+    dweight = torch.empty_like(weight) if wants_dweight else x.new_empty(0)
+    dbias = torch.empty_like(bias) if wants_dbias else x.new_empty(0)
+    if x.numel() == 0:
+        return dx, dresidual, dweight.zero_(), dbias.zero_()
+    cut = Cut.of(x)
+    applies = training and wants_dx
+    sums = applies or wants_dweight or wants_dbias
+    weight, bias = dense(weight), dense(bias)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    partial = x.new_empty((2, cut.chunks, C), dtype=torch.float64) if sums else None
+    table = x.new_empty((2, C), dtype=wide) if applies else None
+    with on_device_of(x):
+        if sums or wants_dx or wants_dresidual:
+            backward_sums_kernel[cut.grid](
+                dy,
+                x,
+                bits,
+                dx if wants_dx and not training else None,
+                dresidual if wants_dresidual else None,
+                partial,
+                mean,
+                rstd,
+                weight,
+                bias,
+                *cut.sizes,
+                ACT=act,
+                **cut.constants,
+            )
+        if sums:
+            backward_finalise_kernel[(triton.cdiv(C, COMBINE["CB"]),)](
+                partial,
+                mean,
+                rstd,
+                weight,
+                dweight if wants_dweight else None,
+                dbias if wants_dbias else None,
+                table,
+                x.numel() // C,
+                C,
+                cut.chunks,
+                S=tl.float64 if wide == torch.float64 else tl.float32,
+                **COMBINE,
+            )
+        if applies:
+            backward_apply_kernel[cut.grid](
+                dy, x, bits, dx, mean, rstd, weight, bias, table, *cut.sizes, ACT=act, **cut.constants
+            )
+    return dx, dresidual, dweight, dbias
