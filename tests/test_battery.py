@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import cnnkern
-from cnnkern import backends, testing
+from cnnkern import testing
 from cnnkern.testing import CASES, Case
 from cnnkern.testing.case import Shape
 
