@@ -1,4 +1,4 @@
-"""Batch norm, residual and activation in one operator. Kernels: csrc/cpu, csrc/cuda, triton_kernels; autograd in C++."""
+"""Batch norm, residual and activation in one operator. Kernels: csrc, triton_kernels; autograd: csrc/autograd."""
 
 import torch
 from torch import Tensor
