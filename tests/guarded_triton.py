@@ -182,6 +182,8 @@ def _import_interpreted() -> SimpleNamespace:
     names = {module.name: f"{package.__name__}.{module.name}" for module in pkgutil.iter_modules(package.__path__)}
     saved = {name: sys.modules.pop(name) for name in names.values() if name in sys.modules}
     attributes = dict(vars(package))
+    for short in names.keys() & attributes.keys():  # `from package import module` looks there first
+        delattr(package, short)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         modules = {short: importlib.import_module(name) for short, name in names.items()}

@@ -16,7 +16,7 @@ PAGE = (Path(__file__).parent.parent / "docs" / "triton.md").read_text()
 
 
 def test_the_page_s_operator_is_add_relu(tmp_path, monkeypatch, generator):
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (code,) = re.findall(r"```python[^\n]*\n(.*?)```", PAGE, re.DOTALL)
     (tmp_path / "example.py").write_text(code)
     spec = importlib.util.spec_from_file_location("example", tmp_path / "example.py")
     example = importlib.util.module_from_spec(spec)
