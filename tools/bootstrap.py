@@ -382,7 +382,7 @@ def ensure_build(root: Path, venv: Venv, stamps: Stamps) -> None:
     stamps.write("build", inputs)
     run_step(
         f"Building the extension ({why})",
-        "2-6 minutes from scratch",
+        "3-8 minutes from scratch",
         command,
         venv.folder / "setup.log",
         condense_build,
