@@ -1,10 +1,11 @@
-# make: set-up only · test · bench · lint · types · docs · wheel. Each sets up .venv first, and then only what has changed.
+# make: set-up only · test · bench · lint · types · docs · wheel · gpu-report. Each sets up .venv first, and then only what has changed.
 #   make test ARGS="-k bn_act"     ARGS go to pytest (which runs in two processes), or to the benchmarks
 #   make sanitize                  the battery on the emulated CUDA kernels, with each sanitizer too (docs/emulator.md)
+#   make gpu-report                compiles the GPU kernels for every architecture and writes docs/gpu-report.md
 #   PYTHON=python3.12 make         chooses the interpreter (3.10 to 3.13) of .venv
 #   CNNKERN_CUDA=0 make            leaves the CUDA kernels out; 1 insists on them (see setup.py)
 
-.PHONY: setup test sanitize bench lint types docs wheel
+.PHONY: setup test sanitize gpu-report bench lint types docs wheel
 .DEFAULT_GOAL := setup
 
 SUITABLE = -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
@@ -26,6 +27,9 @@ test: setup
 
 sanitize: setup
 	EMULATOR_FULL=1 .venv/bin/python -m pytest tests/test_emulator.py -k test_battery $(ARGS)
+
+gpu-report: setup
+	PYTHONPATH=tests:. .venv/bin/python -m gpu_gate.report
 
 bench: setup
 	.venv/bin/cnnkern bench $(ARGS)

@@ -13,6 +13,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -29,6 +30,7 @@ TOOLS = {
     ),
     "thread": (["-DEMULATOR_TYPES=1", "-fsanitize=thread"], "libtsan.so"),
 }
+PROFILED = "thread"  # the tool whose object file the profile links to a runtime of its own
 # Contracting a*b+c would let forward and backward round differently; nvcc's calls of fma are spelled out.
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas"]
@@ -90,15 +92,18 @@ def _object(source: Path, target: Path, *flags: str) -> Path:
 def build(target: str) -> Path:
     """The path of ``TOOL/kernels.so`` or ``TOOL/faults``, brought up to date.
 
+    TOOL is one of TOOLS, or ``profile``: the kernels of PROFILED, linked to a runtime that counts (profile.cpp).
+
     Raises RuntimeError with the compiler's message.
     """
     import torch
 
     lib = Path(torch.__file__).parent / "lib"
     tool, name = target.split("/")
-    flags, _ = TOOLS[tool]
+    flags, _ = TOOLS[PROFILED if tool == "profile" else tool]
+    compiled = BUILD / (PROFILED if tool == "profile" else tool)
     if name == "faults":
-        program = _object(HERE / "faults.cpp", BUILD / tool / "faults.o", *flags)
+        program = _object(HERE / "faults.cpp", compiled / "faults.o", *flags)
         link = [f"-L{lib}", "-lc10", f"-Wl,-rpath,{lib}"]
     else:
         # All kernels at once: reading PyTorch's headers takes the compiler longer than most of them.
@@ -107,14 +112,28 @@ def build(target: str) -> Path:
         ]
         program = _object(
             HERE / "registration.cpp",
-            BUILD / tool / "kernels.o",
+            compiled / "kernels.o",
             *(*flags, "-include", str(HERE / "registration.h"), *kernels),
         )
         link = ["-shared", f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10"]
     # The runtime itself is compiled without a sanitizer for every tool: it speaks to them by their interfaces.
     objects = [program, _object(HERE / "emulator.cpp", BUILD / "emulator.o")]
-    command = ["g++", *flags, *map(str, objects), *link, "-o", str(BUILD / target)]
+    if tool == "profile":
+        objects.append(_object(HERE / "profile.cpp", BUILD / "profile.o"))
+    command = ["g++", *([] if tool == "profile" else flags), *map(str, objects), *link, "-o", str(BUILD / target)]
     return _make(BUILD / target, command, lambda: objects)
+
+
+class Traffic(NamedTuple):
+    """What a kernel's warps asked of global memory by accesses of one kind and width."""
+
+    kernel: str  # as C++ spells it, without namespaces and parameters
+    kind: str  # load, store or atomic
+    width: int  # bytes of a lane
+    requests: int  # of a warp each
+    sectors: int  # of 32 bytes, that these touched
+    ideal: int  # as many as the same bytes fill
+    bytes: int
 
 
 def environment(tool: str) -> dict[str, str]:
@@ -145,3 +164,16 @@ class Emulator:
 
     def __exit__(self, *exception: object) -> None:
         self.library.emulator_uninstall()
+
+    def profile(self) -> list[Traffic]:
+        """The memory traffic of what ran since the last call. For the tool ``profile`` alone."""
+        from gpu_gate.machine_code import spelled
+
+        take = self.library.emulator_profile
+        take.restype = ctypes.c_char_p
+        rows = [line.split() for line in take().decode().splitlines()]
+        symbols = dict(line.split()[::2] for line in _run("nm", self.library._name).splitlines() if line[0] == "0")
+        kernels = [symbols[f"{int(offset):016x}"] for offset, *_ in rows]
+        names = dict(zip(kernels, spelled(kernels), strict=True)) if kernels else {}
+        found = [Traffic(names[k], kind, *map(int, n)) for k, (_, kind, *n) in zip(kernels, rows, strict=True)]
+        return sorted(found)

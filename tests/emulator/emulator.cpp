@@ -5,6 +5,8 @@
 // From the environment: EMULATOR_ORDER = forward (the default), reverse or random:SEED, the order in which blocks and
 // runnable threads take their turn. EMULATOR_STRICT = 0 lets threads leave before the others' next barrier.
 // EMULATOR_BLOCKS = ordered hides races between blocks from ThreadSanitizer.
+//
+// An observer may look on (observer.h).
 #include <algorithm>
 #include <array>
 #include <cstdlib>
@@ -19,8 +21,12 @@
 
 #include "fibers.h"
 #include "gpu_emulator.h"
+#include "observer.h"
 
 namespace emulator {
+
+Observer* observer = nullptr;
+
 namespace {
 
 constexpr unsigned kWarp = 32;
@@ -287,6 +293,8 @@ void launch(dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(const v
   threads = block.x * block.y * block.z;
   if (__tsan_get_current_fiber) host.tsan = __tsan_get_current_fiber();
   launch_token.release();
+  // gpu::launch hands over the kernel's address before its arguments.
+  if (observer != nullptr) observer->launch(*static_cast<const void* const*>(arguments));
   const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
   std::vector<uint64_t> shuffled(settings.order == Settings::random ? count : 0);
   std::iota(shuffled.begin(), shuffled.end(), 0);
@@ -296,6 +304,7 @@ void launch(dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(const v
     block_index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                    static_cast<unsigned>(b / (uint64_t{grid.x} * grid.y))};
     run_block();
+    if (observer != nullptr) observer->block_ends();
   }
   end_token.acquire();
   for (void* const memory : old_shared) std::free(memory);
@@ -395,5 +404,17 @@ void* shared_memory(const void* key, size_t bytes, size_t alignment, Place place
 }
 
 void* dynamic_shared_memory(Place place) { return shared_memory(nullptr, dynamic_bytes, 16, place); }
+
+// ---- what an observer asks --------------------------------------------------------------------------------------
+
+int running_thread() { return current == &host ? -1 : static_cast<int>(self()); }
+
+bool is_global(const void* p) {
+  const auto within = [p](const void* first, size_t bytes) {
+    return p >= first && p < static_cast<const char*>(first) + bytes;
+  };
+  return !within(current->stack, kStackBytes) &&
+         std::none_of(shared.begin(), shared.end(), [&](const Allocation& a) { return within(a.memory, a.bytes); });
+}
 
 }  // namespace emulator

@@ -1,0 +1,153 @@
+"""What compiled kernels have to keep, and every exception with its reason. All thresholds stand here."""
+
+import math
+from typing import NamedTuple
+
+ANY = math.inf
+
+
+class Limits(NamedTuple):
+    """At most, but where it says at least."""
+
+    registers: int = 128  # of a thread: two blocks of 256 threads share a multiprocessor
+    spills: float = 0  # accesses to local memory
+    stack: int = 0  # bytes
+    shared: int = 48 << 10  # bytes of a block, which it gets without asking
+    dynamic_shared: int = 0  # bytes that a launch adds at most; not a threshold, what occupancy is computed with
+    occupancy: float = 0.25  # at least
+    # Of each innermost loop that touches global memory, or of a kernel's code if it has none.
+    narrow: float = 0  # loads and stores of less than 16 bytes
+    atomics: float = 0
+    divisions: float = 0  # also square roots and calls of routines, of integers and of floating-point numbers
+    functions: float = 0  # exponentials and their like
+    fp64: float = 0  # instructions of float64 where elements are of another type
+    # At least: the loads and stores of 16 bytes in one round of some loop, which are under way together; in all code.
+    round: tuple[int, int] = (0, 0)
+    whole: tuple[int, int] = (0, 0)
+
+
+class Rule(NamedTuple):
+    """Limits of the kernels whose names hold a pattern. The last one that says something about a limit decides it."""
+
+    kind: str
+    kernels: str  # regular expression
+    because: str
+    limits: dict[str, object]
+    architectures: tuple[str, ...] = ()  # none: all
+
+
+def cuda(kernels: str, because: str, *architectures: str, **limits: object) -> Rule:
+    return Rule("cuda", kernels, because, limits, architectures)
+
+
+def triton(kernels: str, because: str, *architectures: str, **limits: object) -> Rule:
+    return Rule("triton", kernels, because, limits, architectures)
+
+
+# Sectors that a kernel's accesses touch, over those that their bytes fill, on aligned shapes (traffic.py): 16-byte
+# accesses of every kernel, and all accesses of each with a tenth of a call's bytes.
+SECTORS = 1.1
+SECTORS_OF_ALL = {
+    "^reduce_rows_kernel<": (
+        1.35,
+        "a strip's two sums of a channel go to memory 8 bytes to a sector; long strips hide it",
+    ),
+}
+
+SWEEPS = "^(?:reduce|map|own)_(?:planes|rows)_kernel<"
+
+LIMITS = {"cuda": Limits(), "triton": Limits()}
+
+RULES = (
+    # ---- batch norms: what a round has under way ----
+    cuda(f"{SWEEPS}Statistics", "four vectors of x", round=(4, 0)),
+    cuda("^map_.*<BnActForward", "four vectors of x, four of y", round=(4, 4)),
+    cuda("^own_.*<BnActForward", "four vectors of x, four of y", round=(4, 4)),
+    cuda("^(?:map|own)_.*<BnAddActForward", "four vectors of x and of the residual, four of y", round=(8, 4)),
+    cuda("^reduce_.*<BatchNormBackward", "four vectors of x and of dy", round=(8, 0)),
+    cuda("^(?:map|own)_.*<BatchNormBackward", "four vectors of x, of dy and of dx", round=(8, 4)),
+    cuda("^(?:map|own)_.*<BatchNormBackward<.*Through(?:Mask|Nothing)", "of the residual's gradient too", round=(8, 8)),
+    cuda(
+        "^reduce_.*<BatchNormBackward<.*, false>, (?:false|[24])>$", "inference writes dx in this sweep", round=(8, 4)
+    ),
+    cuda(
+        "^reduce_.*<BatchNormBackward<.*Through(?:Mask|Nothing), false>, (?:false|[24])>$",
+        "and dresidual",
+        round=(8, 8),
+    ),
+    cuda(
+        r"^reduce_rows_kernel<BatchNormBackward<.*, false>, 8>$",
+        "half as many vectors, so that two blocks share the registers",
+        round=(4, 2),
+    ),
+    cuda(r"^reduce_rows_kernel<BatchNormBackward<.*Through(?:Mask|Nothing), false>, 8>$", "the same", round=(4, 4)),
+    cuda(
+        r"^reduce_rows_kernel<BatchNormBackward<.*OtherActivation>, true>, 8>$",
+        "half as many vectors, so that two blocks share the registers",
+        round=(4, 0),
+    ),
+    cuda(
+        r"^reduce_rows_kernel<BatchNormBackward<.*OtherActivation>, false>, 8>$",
+        "a quarter as many vectors, for the same reason",
+        round=(2, 1),
+    ),
+    # ---- batch norms: what their loops may hold ----
+    cuda("OtherActivation", "activations with an exponential and a division", divisions=ANY, functions=ANY),
+    cuda(f"{SWEEPS}.*ThroughMask", "a byte of the mask for each vector", narrow=4),
+    cuda(
+        "^(?:map|own)_.*<BnAddActForward<.*Relu",
+        "a byte of the mask for each vector, or bits in a word",
+        narrow=4,
+        atomics=4,
+    ),
+    cuda("^(?:reduce|own)_", "sums of a few hundred elements are added up in float64", fp64=ANY),
+    cuda("^own_planes_kernel<Bn(?:Add)?ActForward", "the exact second look at statistics after a bad shift", narrow=4),
+    cuda("^finish_kernel", "sums of slices, in float64; the exact second look at statistics", narrow=2, fp64=3),
+    cuda(
+        f"{SWEEPS}.*, (?:true|1)>$",
+        "for tensors that are not aligned: elements one by one, where they are not in whole vectors",
+        narrow=ANY,
+        atomics=4,
+        round=(0, 0),
+    ),
+    # ---- add_relu ----
+    cuda(
+        "^add_relu_fwd_kernel<.*, [248]>", "four vectors of either input and of y, whole and at the end", whole=(16, 8)
+    ),
+    cuda("^add_relu_bwd_kernel<.*, [248]>", "four vectors of dy and dx, whole and at the end", whole=(8, 8)),
+    # ---- Triton ----
+    triton("^bn_add_act", "the bytes of a mask, a few to a thread", narrow=32),
+    triton(
+        "^layer norm",
+        "statistics of a line in float64, and its parameters, between the loads of a line and its stores",
+        narrow=8,
+        divisions=16,
+        fp64=64,
+    ),
+    triton(
+        "^layer norm wide rows",
+        "ptxas keeps a few values of rows beyond 8192 elements on the stack",
+        "sm_100",
+        spills=8,
+        stack=64,
+    ),
+    triton(
+        "^(?:depthwise|width)",
+        "a tap is loaded at an offset of its own, so no vector begins where memory's do",
+        narrow=ANY,
+    ),
+    triton(
+        "^(?:depthwise|width).* dweight",
+        "the number of a pixel is divided into row and column once a round",
+        divisions=4,
+    ),
+    triton(
+        "finalise|^running statistics|^sum of chunks",
+        "vectors of channels, in float64: small beside the tensors",
+        narrow=ANY,
+        divisions=16,
+        fp64=ANY,
+    ),
+    triton("^moments|backward sums", "sums of tiles are added up in float64", fp64=ANY),
+    triton("^add_relu|^mask of y", "the bytes of a mask", narrow=ANY),
+)
