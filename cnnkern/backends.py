@@ -150,17 +150,16 @@ class backend:
         return f"backend({self.name!r})"
 
 
-# These have CPU kernels only; on a GPU csrc/autograd hands them to PyTorch's operators.
-_FORWARD_LEFT_TO_PYTORCH = ("grouped_conv2d", "layer_norm", "layer_norm2d")
-_LEFT_TO_PYTORCH = {*_FORWARD_LEFT_TO_PYTORCH, *(f"{name}_backward" for name in _FORWARD_LEFT_TO_PYTORCH)}
-# Where the extension was built without CUDA, csrc/autograd hands these to PyTorch's operators.
-_ELSE_BY_PYTORCH = {"bn_add_act", "bn_add_act_backward", "add_relu", "add_relu_backward"}
+# What csrc/autograd hands to PyTorch's operators on a GPU: these always, because they have CPU kernels only ...
+_LEFT_TO_PYTORCH = {"grouped_conv2d", "grouped_conv2d_backward"}
+# ... and where the extension was built without CUDA all but these.
+_NEVER_LEFT_TO_PYTORCH = {"bn_act", "bn_act_backward"}
 
 
 def _cuda_kernel(operator: str) -> str:
     if operator in _LEFT_TO_PYTORCH:
         return "PyTorch's own operators: no CUDA kernel of ours yet"
-    if not _BUILT_WITH_CUDA and operator in _ELSE_BY_PYTORCH:
+    if not _BUILT_WITH_CUDA and operator not in _NEVER_LEFT_TO_PYTORCH:
         return f"PyTorch's own operators: {_WITHOUT_CUDA}"
     if _active is not None and operator in _active.operators:
         return _LABELS[_active.name]

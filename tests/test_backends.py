@@ -55,7 +55,7 @@ def test_status_names_every_operator_and_its_kernels():
     for operator, kernels in status.items():
         assert kernels["cpu"] == f"C++ {torch.backends.cpu.get_cpu_capability()}"
         served = "cuda" in testing.CASES[operator.removesuffix("_backward")].devices
-        served = served and (BUILT_WITH_CUDA or operator not in backends._ELSE_BY_PYTORCH)
+        served = served and (BUILT_WITH_CUDA or operator in backends._NEVER_LEFT_TO_PYTORCH)
         assert kernels["cuda"].startswith(BY_DEFAULT if served else "PyTorch's own operators")
     if not BUILT_WITH_CUDA:
         assert "CNNKERN_CUDA=1" in status["bn_act"]["cuda"]

@@ -1,4 +1,4 @@
-"""Layer norm over the last dimensions. Kernels: csrc/cpu; autograd: csrc/autograd."""
+"""Layer norm over the last dimensions. Kernels: csrc/cpu, csrc/cuda; autograd: csrc/autograd."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Layer norm over the channels of images. Kernels: csrc/cpu; autograd: csrc/autograd."""
+"""Layer norm over the channels of images. Kernels: csrc/cpu, csrc/cuda; autograd: csrc/autograd."""
 
 import torch
 from torch import Tensor

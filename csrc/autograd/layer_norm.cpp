@@ -1,5 +1,6 @@
 // The derivative of layer_norm: of first order by the gradient operator's kernel; of second order, in forward mode and
 // under torch.func transforms by PyTorch's own operators.
+#include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
 #include "autograd/layer_norm.h"
@@ -94,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_autograd(const Tensor& x, c10::Sym
                                                        const OptionalTensor& weight, const OptionalTensor& bias,
                                                        double eps) {
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
-  if (left_to_pytorch(x, /*has_cuda_kernel=*/false) || has_tangent(x) || has_tangent(w) || has_tangent(b))
+  if (left_to_pytorch(x, kBuiltWithCuda) || has_tangent(x) || has_tangent(w) || has_tangent(b))
     return layer_norm_by_pytorch(x, normalized_shape, weight, bias, eps);
   if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b))) {
     auto out = LayerNorm::apply(x, normalized_shape.vec(), weight, bias, eps);
@@ -118,6 +119,15 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(const Tensor& dy
   return backward_op().call(dy, x, normalized_shape, weight, bias, mean, rstd, output_mask);
 }
 
+// On a GPU autocast runs layer norm in float32, as PyTorch's own; on a CPU it leaves both alone.
+std::tuple<Tensor, Tensor, Tensor> layer_norm_autocast_cuda(const Tensor& x, c10::SymIntArrayRef normalized_shape,
+                                                                const OptionalTensor& weight, const OptionalTensor& bias,
+                                                                double eps) {
+  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCUDA);
+  const auto cast = [](const auto& t) { return at::autocast::cached_cast(at::kFloat, t, c10::DeviceType::CUDA); };
+  return forward_op().call(cast(x), normalized_shape, cast(weight), cast(bias), eps);
+}
+
 }  // namespace
 }  // namespace cnnkern
 
@@ -126,5 +136,8 @@ TORCH_LIBRARY_IMPL(cnnkern, Autograd, m) {
   m.impl("layer_norm_backward", &cnnkern::layer_norm_backward_autograd);
 }
 
+TORCH_LIBRARY_IMPL(cnnkern, AutocastCUDA, m) { m.impl("layer_norm", &cnnkern::layer_norm_autocast_cuda); }
 TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("layer_norm", &cnnkern::layer_norm_by_pytorch); }
+#ifndef CNNKERN_CUDA
 TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) { m.impl("layer_norm", &cnnkern::layer_norm_by_pytorch); }
+#endif
