@@ -76,6 +76,21 @@ STRAIGHT_KERNELS = {
     "add_relu forward bfloat16": Hot("add_relu_fwd_kernel<c10::BFloat16, 8>", 16, 8),
     "add_relu backward bfloat16": Hot("add_relu_bwd_kernel<c10::BFloat16, 8>", 8, 8),
 }
+# Their loops also hold values of one a row or a channel, and those of exact_normalizer, which hardly run, no vectors.
+LAYER_NORM_KERNELS = {
+    f"{name} {dtype}": Hot(f"{kernel}_kernel<{scalar}, {vector}>", loads, stores)
+    for dtype, scalar, vector, rows in (
+        ("float32", "float", 4, ((12, 4), (6, 2))),  # of parameters too,
+        ("bfloat16", "c10::BFloat16", 8, ((14, 2), (5, 1))),  # in either type that they may have
+    )
+    for name, kernel, loads, stores in (
+        ("layer_norm forward", "ln_rows_fwd", *rows[0]),
+        ("layer_norm backward", "ln_rows_bwd", *rows[1]),
+        ("layer_norm columns", "ln_columns", 8, 0),
+        ("layer_norm2d forward", "ln_planes_fwd", 4, 4),
+        ("layer_norm2d backward", "ln_planes_bwd", 32 // vector, 16 // vector),
+    )
+}
 # Kernels whose loops hold less regular accesses too; they must not spill.
 OTHER_KERNELS = (
     "own_planes_kernel<BnActForward<float, Relu>, false>",
@@ -93,6 +108,13 @@ OTHER_KERNELS = (
     "finish_kernel<Statistics<float>>",
     "add_relu_fwd_kernel<float, 1>",
     "add_relu_bwd_kernel<double, 2>",
+    "ln_rows_fwd_kernel<double, 2>",
+    "ln_rows_fwd_kernel<float, 1>",
+    "ln_rows_bwd_kernel<double, 1>",
+    "ln_columns_kernel<c10::Half, 1>",
+    "ln_planes_fwd_kernel<double, 2>",
+    "ln_planes_bwd_kernel<double, 2>",
+    "ln_planes_bwd_kernel<c10::Half, 1>",
 )
 PARAMETERS = {
     "reduce_planes": "{}, PlaneCut, double*",
@@ -103,6 +125,11 @@ PARAMETERS = {
     "finish": "{}, int64_t, const double*",
     "add_relu_fwd": "const {0}*, const {0}*, {0}*, unsigned*, int64_t",
     "add_relu_bwd": "const {0}*, BitReader, {0}*, int64_t",
+    "ln_rows_fwd": "LayerNormForward<{}>, RowGroups",
+    "ln_rows_bwd": "LayerNormBackward<{}>, RowGroups",
+    "ln_columns": "LayerNormBackward<{}>, RowCut, double*",
+    "ln_planes_fwd": "LayerNormForward<{}>, PixelCut",
+    "ln_planes_bwd": "LayerNormBackward<{}>, PixelCut, double*",
 }
 
 
@@ -154,11 +181,12 @@ def kernels(request, tmp_path_factory) -> dict[str, Kernel]:
             f"needs nvcc and cuobjdump, which `pip install -r requirements.txt` brings; found {nvcc}, {cuobjdump}"
         )
     folder = tmp_path_factory.mktemp(request.param)
-    wanted = list(dict.fromkeys(hot.kernel for hot in (HOT_KERNELS | STRAIGHT_KERNELS).values())) + list(OTHER_KERNELS)
+    judged = (HOT_KERNELS | STRAIGHT_KERNELS | LAYER_NORM_KERNELS).values()
+    wanted = list(dict.fromkeys(hot.kernel for hot in judged)) + list(OTHER_KERNELS)
     lines = [instantiation(kernel) for kernel in wanted]
     source, cubin = folder / "kernels.cu", folder / "kernels.cubin"
     body = "\n".join(lines)
-    headers = "".join(f'#include "cuda/{name}.cuh"\n' for name in ("bn_act", "bn_add_act", "add_relu"))
+    headers = "".join(f'#include "cuda/{name}.cuh"\n' for name in ("bn_act", "bn_add_act", "add_relu", "layer_norm2d"))
     source.write_text(f"{headers}namespace cnnkern::gpu {{\n{body}\n}}\n")
     home = nvcc.parent.parent
     includes = [ROOT / "csrc", Path(torch.__file__).parent / "include", home / "include", home / "include" / "cccl"]
@@ -233,6 +261,18 @@ def test_kernels_without_a_loop_access_16_bytes_and_do_not_divide(kernels, name)
     assert wide == (hot.loads, hot.stores)
 
 
+@pytest.mark.parametrize("name", LAYER_NORM_KERNELS)
+def test_layer_norms_access_16_bytes_and_do_not_divide(kernels, name):
+    hot = LAYER_NORM_KERNELS[name]
+    rounds = []
+    for body in kernels[hot.kernel].loops():
+        wide = [text for text in body if re.search(r"\b(LDG|STG)\S*\.128", text)]
+        if wide:
+            assert not [text for text in body if re.search(r"\b(CALL|MUFU)\b", text)]
+            rounds.append(tuple(sum(access in text for text in wide) for access in ("LDG", "STG")))
+    assert (hot.loads, hot.stores) in rounds, rounds
+
+
 def test_every_kernel_that_ships_fits_the_registers_of_a_multiprocessor():
     """All instantiations in the built extension, of all its architectures."""
     if not cnnkern._C.build_info()["cuda"]:
@@ -253,7 +293,9 @@ def test_every_kernel_that_ships_fits_the_registers_of_a_multiprocessor():
 def test_kernels_are_registered():
     if not cnnkern._C.build_info()["cuda"]:
         pytest.skip("the extension was built without CUDA")
-    for name in ("bn_act", "bn_act_backward", "bn_add_act", "bn_add_act_backward", "add_relu", "add_relu_backward"):
+    operators = [name for name, case in testing.CASES.items() if "cuda" in case.devices]
+    assert operators
+    for name in itertools.chain(operators, (f"{name}_backward" for name in operators)):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{name}", "CUDA")
 
 

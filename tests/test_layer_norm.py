@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cnnkern
 from cnnkern import functional, testing
@@ -217,6 +218,19 @@ def test_autocast_as_eager_has_it(dtype, parameter_dtype, generator):
             y = call(CASES[name].function)
         assert y.dtype == expected.dtype
         torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast_on_a_gpu_as_eager_has_it(dtype):
+    enabled = torch.is_autocast_enabled("cuda")
+    with FakeTensorMode():  # which needs no GPU
+        x, w = torch.empty(3, 8, 4, 4, dtype=dtype, device="cuda"), torch.empty(8, dtype=dtype, device="cuda")
+        try:
+            torch.set_autocast_enabled("cuda", True)
+            for name, arguments in (("layer_norm", (x.transpose(1, 3), (8,), w, w)), ("layer_norm2d", (x, w, w))):
+                assert CASES[name].function(*arguments).dtype == CASES[name].reference(*arguments).dtype
+        finally:
+            torch.set_autocast_enabled("cuda", enabled)
 
 
 def test_errors_name_the_operator_and_what_came():

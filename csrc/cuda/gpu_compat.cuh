@@ -51,6 +51,8 @@ using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);
 
+inline bool aligned_to_vectors(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 // Elements [first, last) of a vector exist; `aligned` if a vector that exists as a whole may be accessed as one.
 struct Lanes {
   int first, last;
