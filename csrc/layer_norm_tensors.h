@@ -34,6 +34,7 @@ struct LayerNormGradients {
     if (wanted[1]) dweight = at::empty(weight->sizes(), weight->options());
     if (wanted[2]) dbias = at::empty(bias->sizes(), bias->options());
   }
+  bool of_parameters() const { return dweight.defined() || dbias.defined(); }
   std::tuple<Tensor, Tensor, Tensor> zeros(const Tensor& x) const {
     for (const Tensor* t : {&dx, &dweight, &dbias})
       if (t->defined()) t->zero_();

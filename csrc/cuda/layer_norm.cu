@@ -1,26 +1,30 @@
 // layer_norm and layer_norm_backward on CUDA tensors. The kernels stand in layer_norm.cuh.
-#include "cuda/layer_norm.h"
+#include "cuda/layer_norm.cuh"
 
 #include <torch/library.h>
+
+#include "cuda/layer_norm.h"
 
 namespace cnnkern {
 
 void launch_layer_norm_rows(const Tensor& x, int64_t cols, const Tensor& weight, const Tensor& bias, double eps, const Tensor& y,
                             const Tensor& mean, const Tensor& rstd) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "layer_norm", [&] {
-    gpu::layer_norm_forward(layer_norm_forward<scalar_t>(x, weight, bias, eps, y, mean, rstd), x.numel() / cols, cols,
-                            c10::cuda::getCurrentCUDAStream());
+    const auto forward = layer_norm_forward<scalar_t>(x, weight, bias, eps, y, mean, rstd);
+    const gpu::LayerNormForwardCut<scalar_t> cut(forward, x.numel() / cols, cols);
+    const Tensor workspace = workspace_of(cut.doubles(), x);
+    gpu::layer_norm_forward(forward, cut, workspace.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
 }
 
 void launch_layer_norm_rows_backward(const Tensor& dy, const Tensor& x, int64_t cols, const Tensor& weight, const Tensor& mean,
                                      const Tensor& rstd, const LayerNormGradients& gradients) {
-  const int64_t rows = x.numel() / cols;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "layer_norm_backward", [&] {
     const auto backward = layer_norm_backward<scalar_t>(dy, x, weight, mean, rstd, gradients.dx);
-    const Tensor sums = sums_of_parameters(gradients, gpu::layer_norm_columns(backward, rows, cols).workspace(), x);
-    gpu::layer_norm_backward(backward, parameter_gradients<scalar_t>(gradients), rows, cols, sums.mutable_data_ptr<double>(),
+    const gpu::LayerNormBackwardCut<scalar_t> cut(backward, gradients.of_parameters(), x.numel() / cols, cols);
+    const Tensor workspace = workspace_of(cut.doubles(), x);
+    gpu::layer_norm_backward(backward, parameter_gradients<scalar_t>(gradients), cut, workspace.mutable_data_ptr<double>(),
                              c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });

@@ -8,7 +8,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "check.h"
-#include "cuda/layer_norm.cuh"
+#include "cuda/layer_norm_terms.cuh"
 #include "cuda/layout.h"
 #include "layer_norm_tensors.h"
 
@@ -61,10 +61,8 @@ gpu::LayerNormParameterGradients<T> parameter_gradients(const LayerNormGradients
   return {channel_vector<T>(flat(gradients.dweight)), channel_vector<T>(flat(gradients.dbias))};
 }
 
-// Memory for the sums that gradients of parameters are added up from: of no elements where none is wanted.
-inline Tensor sums_of_parameters(const LayerNormGradients& gradients, int64_t doubles, const Tensor& x) {
-  const bool wanted = gradients.dweight.defined() || gradients.dbias.defined();
-  return at::empty({wanted ? doubles : 0}, x.options().dtype(at::kDouble));
+inline Tensor workspace_of(int64_t doubles, const Tensor& x) {
+  return at::empty({doubles}, x.options().dtype(at::kDouble));
 }
 
 }  // namespace cnnkern

@@ -44,8 +44,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_backward_cuda(const Tensor& dy, 
   }
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "layer_norm2d_backward", [&] {
     const auto backward = layer_norm_backward<scalar_t>(dy_, x_, w, mean, rstd, gradients.dx);
-    const Tensor sums = sums_of_parameters(gradients, 2 * layout.C * gpu::layer_norm2d_pixels(backward, layout).tiles, x);
-    gpu::layer_norm2d_backward(backward, parameter_gradients<scalar_t>(gradients), layout, sums.mutable_data_ptr<double>(),
+    const gpu::PixelCut cut = gpu::layer_norm2d_backward_cut(backward, layout);
+    const bool sums = gradients.of_parameters();
+    const Tensor workspace = at::empty({sums ? 2 * cut.C * cut.strips : 0}, mean.options());
+    gpu::layer_norm2d_backward(backward, parameter_gradients<scalar_t>(gradients), cut,
+                               sums ? workspace.mutable_data_ptr<gpu::compute_t<scalar_t>>() : nullptr,
                                c10::cuda::getCurrentCUDAStream());
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });

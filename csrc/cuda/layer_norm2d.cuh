@@ -1,222 +1,311 @@
 // layer_norm2d: layer norm of (N, C, H, W) over C, with the formulas of layer_norm.cuh. channels_last is its rows; this
 // file has the planes.
-// A block owns a tile of vectors of pixels, by all of C: its threads are (slices, columns), a slice takes every
-// slices-th channel. x, and dy, are read again for the result, from L1 or L2. For dweight and dbias the columns of a
-// tile are added by shuffles, the tiles by finish_kernel in their order.
+// A block owns tiles of vectors of pixels by all of C: its threads are (slices, columns), a slice takes every slices-th
+// channel. They keep their part of a tile in registers; channels too many for that come in chunks, which are read again,
+// from L2, for each of a pixel's sums and for the result. Backward goes through a strip of tiles, and keeps the sums for
+// dweight and dbias in registers until it ends; with chunks a strip is a tile.
 // Traffic in tensors read or written: 2 forward, 3 backward.
-// Accumulators: the arithmetic type for at most 16 elements, then double.
+// Accumulators: the arithmetic type for at most 32 elements of a pixel, or 128 pixels, then double.
 #pragma once
 
-#include "cuda/layer_norm.cuh"
+#include "cuda/layer_norm_terms.cuh"
 
 namespace cnnkern::gpu {
 
-constexpr int kMostColumns = 32, kLeastColumns = 8;  // vectors of pixels of a tile: whole sectors, and enough blocks
-constexpr int64_t kEnoughTiles = 128;
+constexpr int kPixelThreads = 256, kMostPixelThreads = 512;
+constexpr int kMostColumns = 32;  // of threads
+constexpr int kStripPixels = 128;
+
+// Vectors that a thread keeps of each tensor: 128 bytes in all, of single elements 64.
+template <typename T, int V, int kTensors>
+constexpr int kPixelVectors = (V > 1 ? 8 : 64 / sizeof(compute_t<T>)) / kTensors;
 
 struct PixelCut {
-  int64_t C, HW, vectors, tiles;  // vectors of pixels in all images
-  int columns, slices;
+  int64_t C, HW, vectors, tiles, strip, strips;  // vectors of pixels in all images; tiles of a strip
+  int64_t chunks, chunk;                         // chunk: channels
+  int64_t step_images, step_pixels;              // from tile to tile
+  int columns, slices, block;
   bool vector;
+  double per_channel;
 
-  template <typename T, typename... Pointers>
+  template <typename T, int kTensors, typename... Pointers>
   static PixelCut cut(const Layout& s, const Pointers*... pointers) {
-    PixelCut c{.C = s.C, .HW = s.HW};
+    PixelCut c{.C = s.C, .HW = s.HW, .block = kPixelThreads, .per_channel = 1.0 / s.C};
     c.vector = s.HW % kVector<T> == 0 && (aligned_to_vectors(pointers) && ...);
-    c.vectors = s.N * s.HW / (c.vector ? kVector<T> : 1);
-    c.columns = c.vectors >= kEnoughTiles * kMostColumns ? kMostColumns : kLeastColumns;
-    c.slices = kThreads / c.columns;
+    const int lanes = c.vector ? kVector<T> : 1;
+    const int held = c.vector ? kPixelVectors<T, kVector<T>, kTensors> : kPixelVectors<T, 1, kTensors>;
+    c.vectors = s.N * s.HW / lanes;
+    // As wide as holds all channels and leaves every multiprocessor tiles, but no less than two sectors, or one.
+    const int least = c.vector ? 4 : 32 / sizeof(T);
+    const auto holds_all = [&] { return int64_t{c.block} / c.columns * held >= s.C; };
+    c.columns = kMostColumns;
+    while (c.columns > least && !(holds_all() && divup(c.vectors, c.columns) >= kResidentThreads / c.block)) c.columns /= 2;
+    if (!holds_all()) c.block = kMostPixelThreads;
+    c.slices = c.block / c.columns;
     c.tiles = divup(c.vectors, c.columns);
+    c.chunk = int64_t{c.slices} * held, c.chunks = divup(s.C, c.chunk);
+    c.step_images = c.columns * lanes / s.HW, c.step_pixels = c.columns * lanes % s.HW;
+    const int64_t blocks = kResidentThreads / c.block;
+    const int64_t wanted = c.chunks > 1 ? c.tiles : smaller(c.tiles, blocks * divup(c.tiles * lanes, blocks * kStripPixels));
+    c.strip = divup(c.tiles, wanted), c.strips = divup(c.tiles, c.strip);
     return c;
   }
-  size_t scratch_bytes(int sums) const { return sizeof(double) * sums * (slices / 2) * columns; }
-  dim3 grid() const { return dim3(static_cast<unsigned>(tiles)); }
+  size_t scratch_bytes(int sums) const { return sizeof(double) * sums * columns * (block / kWarp); }
 };
 
 template <int V>
 struct PixelPlace {
   int slice, column;
-  bool active;
-  int64_t pixel, offset;  // of the vector: among all pixels; in memory, in channel 0
-  __device__ explicit PixelPlace(const PixelCut& cut) {
-    slice = threadIdx.x / cut.columns, column = threadIdx.x % cut.columns;
-    const int64_t vector = static_cast<int64_t>(blockIdx.x) * cut.columns + column;
-    active = vector < cut.vectors;
-    pixel = active ? vector * V : 0;
-    offset = pixel / cut.HW * cut.C * cut.HW + pixel % cut.HW;
+  int64_t vector, image, pixel;  // pixel: of the image
+  __device__ PixelPlace(const PixelCut& cut, int64_t tile, int thread) {
+    slice = thread / cut.columns, column = thread % cut.columns;
+    vector = tile * cut.columns + column;
+    const int64_t first = vector * V;
+    if (((first | cut.HW) >> 32) == 0)
+      image = static_cast<unsigned>(first) / static_cast<unsigned>(cut.HW);
+    else
+      image = first / cut.HW;
+    pixel = first - image * cut.HW;
+  }
+  __device__ __forceinline__ void next(const PixelCut& cut) {
+    vector += cut.columns, image += cut.step_images, pixel += cut.step_pixels;
+    if (pixel >= cut.HW) pixel -= cut.HW, ++image;
+  }
+  __device__ __forceinline__ int64_t offset(const PixelCut& cut) const { return image * cut.C * cut.HW + pixel; }  // in channel 0
+};
+
+// What a thread holds of a tile in a chunk of channels.
+template <typename T, int V, int U>
+struct HeldPixels {
+  using S = compute_t<T>;
+  Packed<T, V> held[U];
+
+  // tensor: at the thread's pixels, in channel 0.
+  __device__ __forceinline__ void read(const T* tensor, const PixelCut& cut, int64_t first, bool active) {
+    const T* at = tensor + first * cut.HW;
+#pragma unroll
+    for (int u = 0; u < U; ++u, at += cut.slices * cut.HW)
+      if (active && first + u * cut.slices < cut.C) held[u].read(at);
   }
 };
 
-// f(channel, whether it and the pixels exist, values) for the channels of a slice, in step with the other slices;
-// done() after at most kUnroll * kFlush of them.
-template <int V, typename T, int kTensors, typename F, typename Done>
-__device__ __forceinline__ void for_channels(const PixelCut& cut, const PixelPlace<V>& place, const T* const (&tensors)[kTensors],
-                                             const F& f, const Done& done) {
-  using S = compute_t<T>;
-  constexpr int U = V * kTensors <= 8 ? kUnroll : 32 / (V * kTensors);  // 32 values under way
-  int pending = 0;
-  for (int64_t begin = 0; begin < cut.C; begin += U * cut.slices) {
-    S in[U][kTensors][V];
+// Sums over the slices: each thread adds its M sums of V pixels to those of its warp, `first` of a tile or to what is there;
+// behind a barrier f(pixel of the tile, M sums) is called for each pixel, by one thread. Pixel k * columns + column is
+// lane k of a column's vector. scratch: M * V * columns doubles a warp.
+template <typename S, int M, int V>
+__device__ __forceinline__ void add_slices(const S (&sums)[M][V], const PixelCut& cut, double* scratch, bool first) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int64_t c = begin + u * cut.slices + place.slice;
+  for (int m = 0; m < M; ++m) {
+    double v[V];
 #pragma unroll
-      for (int t = 0; t < kTensors; ++t)
-        if (place.active && c < cut.C)
-          load<false>(tensors[t] + place.offset + c * cut.HW, Lanes{}, [](int) { return S(0); }, in[u][t]);
-    }
+    for (int k = 0; k < V; ++k) v[k] = sums[m][k];
+    for (int distance = kWarp / 2; distance >= cut.columns; distance /= 2)
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int64_t c = begin + u * cut.slices + place.slice;
-      f(c, place.active && c < cut.C, in[u]);
-    }
-    if (++pending == kFlush) done(), pending = 0;
+      for (int k = 0; k < V; ++k) v[k] += __shfl_xor_sync(kAllLanes, v[k], distance);
+    if (lane < cut.columns)
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        double* const cell = scratch + ((warp * M + m) * V + k) * cut.columns + lane;
+        *cell = first ? v[k] : *cell + v[k];
+      }
   }
-  done();
+}
+
+template <int M, int V, typename F>
+__device__ __forceinline__ void for_pixels(const PixelCut& cut, const double* scratch, const F& f) {
+  const int pixels = V * cut.columns, warps = blockDim.x / kWarp;
+  __syncthreads();
+  for (int i = threadIdx.x; i < pixels; i += blockDim.x) {
+    double sums[M] = {};
+    for (int w = 0; w < warps; ++w)
+#pragma unroll
+      for (int m = 0; m < M; ++m) sums[m] += scratch[(w * M + m) * pixels + i];
+    f(i, sums);
+  }
+  __syncthreads();
+}
+
+// Of n elements, `step` apart, in double: for data of a kind that hardly occurs, by one thread.
+template <typename T, typename S = compute_t<T>>
+__device__ __forceinline__ Moments exact_moments(const T* x, int64_t n, int64_t step) {
+  Moments m{0, 0};
+#pragma unroll 1
+  for (int64_t j = 0; j < n; ++j) m.mean += static_cast<double>(static_cast<S>(x[j * step]));
+  m.mean /= n;
+#pragma unroll 1
+  for (int64_t j = 0; j < n; ++j) {
+    const double d = static_cast<double>(static_cast<S>(x[j * step])) - m.mean;
+    m.squares = fma(d, d, m.squares);
+  }
+  return m;
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 2) ln_planes_fwd_kernel(LayerNormForward<T> p, PixelCut cut) {
+__global__ void __launch_bounds__(kMostPixelThreads) ln_planes_fwd_kernel(LayerNormForward<T> p, PixelCut cut) {
   using S = compute_t<T>;
+  constexpr int U = kPixelVectors<T, V, 1>;
   GPU_DYN_SHARED(double, scratch);
-  GPU_SHARED(Normalizer<S>, shared, kMostColumns * V);
-  const PixelPlace<V> place(cut);
-  Normalizer<S>* const pixels = shared + place.column * V;
-  const T* const tensors[1] = {p.x};
-  double sum[V] = {}, sums[2 * V] = {};
-  S s1[V] = {}, s2[V] = {}, center[V];
+  GPU_SHARED(S, centers, kMostColumns * V);
+  GPU_SHARED(Normalizer<S>, normalizers, kMostColumns * V);
+  const PixelPlace<V> place(cut, blockIdx.x, threadIdx.x);
+  const bool active = place.vector < cut.vectors;
+  const int64_t offset = active ? place.offset(cut) : 0;
+  HeldPixels<T, V, U> x;
 
-  for_channels<V>(
-      cut, place, tensors,
-      [&](int64_t, bool exists, const S (&in)[1][V]) {
+  // f(channel, values)
+  const auto each = [&](int64_t first, const auto& f) {
 #pragma unroll
-        for (int k = 0; k < V; ++k) s1[k] += exists ? in[0][k] : S(0);
-      },
-      [&] {
-#pragma unroll
-        for (int k = 0; k < V; ++k) sum[k] += s1[k], s1[k] = 0;
-      });
-  column_sum(sum, place.slice, cut.slices, place.column, cut.columns, scratch);
-  if (place.slice == 0)
-    for (int k = 0; k < V; ++k) pixels[k].center = static_cast<S>(sum[k] / cut.C);
-  __syncthreads();
-#pragma unroll
-  for (int k = 0; k < V; ++k) center[k] = pixels[k].center;
-
-  for_channels<V>(
-      cut, place, tensors,
-      [&](int64_t, bool exists, const S (&in)[1][V]) {
-#pragma unroll
-        for (int k = 0; k < V; ++k) {
-          const S d = exists ? in[0][k] - center[k] : S(0);
-          s1[k] += d, s2[k] = fma(d, d, s2[k]);
-        }
-      },
-      [&] {
-#pragma unroll
-        for (int k = 0; k < V; ++k) sums[k] += s1[k], sums[V + k] += s2[k], s1[k] = s2[k] = 0;
-      });
-  column_sum(sums, place.slice, cut.slices, place.column, cut.columns, scratch);
-  if (place.slice == 0 && place.active) {
-    unsigned unsound = 0;
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      pixels[k] = normalizer(center[k], sums[k], sums[V + k], cut.C, p.eps);
-      unsound |= static_cast<unsigned>(!sound<S>(sums[k], sums[V + k], cut.C)) << k;
+    for (int u = 0; u < U; ++u)
+      if (active && first + u * cut.slices < cut.C) {
+        S in[V];
+        x.held[u].values(in);
+        f(first + u * cut.slices, in);
+      }
+  };
+  // f(first channel) for each chunk, which is in registers then.
+  const auto chunks = [&](bool there, const auto& f) {
+    for (int64_t first = place.slice; first < cut.C + place.slice; first += cut.chunk) {
+      if (!there || cut.chunks > 1) x.read(p.x + offset, cut, first, active);
+      f(first);
     }
-#pragma unroll 1
-    for (int k = 0; unsound >> k != 0; ++k)
-      if (unsound >> k & 1) pixels[k] = exact_normalizer(p.x + place.offset + k, cut.C, cut.HW, p.eps);
-    for (int k = 0; k < V; ++k) p.mean[place.pixel + k] = pixels[k].mean, p.rstd[place.pixel + k] = pixels[k].rstd;
-  }
-  __syncthreads();
+  };
+
+  chunks(false, [&](int64_t first) {
+    S sum[1][V] = {};
+    each(first, [&](int64_t, const S (&in)[V]) {
+#pragma unroll
+      for (int k = 0; k < V; ++k) sum[0][k] += in[k];
+    });
+    add_slices(sum, cut, scratch, first == place.slice);
+  });
+  for_pixels<1, V>(cut, scratch, [&](int i, const double (&sum)[1]) { centers[i] = static_cast<S>(sum[0] * cut.per_channel); });
+
+  S center[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k) center[k] = centers[k * cut.columns + place.column];
+  chunks(true, [&](int64_t first) {
+    S sums[2][V] = {};
+    each(first, [&](int64_t, const S (&in)[V]) {
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        const S d = in[k] - center[k];
+        sums[0][k] += d, sums[1][k] = fma(d, d, sums[1][k]);
+      }
+    });
+    add_slices(sums, cut, scratch, first == place.slice);
+  });
+  for_pixels<2, V>(cut, scratch, [&](int i, const double (&sums)[2]) {
+    const PixelPlace<V> of(cut, blockIdx.x, i % cut.columns);
+    if (of.vector >= cut.vectors) return;
+    const int k = i / cut.columns;
+    const S center = centers[i];
+    const Moments m = sound<S>(sums[0], sums[1], cut.per_channel) || std::isnan(center)
+                          ? moments(center, sums[0], sums[1], cut.per_channel)
+                          : exact_moments(p.x + of.offset(cut) + k, cut.C, cut.HW);
+    normalizers[i] = normalizer<S>(m, cut.per_channel, p.eps);
+    p.mean[of.vector * V + k] = static_cast<S>(m.mean), p.rstd[of.vector * V + k] = normalizers[i].rstd;
+  });
+
   Normalizer<S> normalize[V];
 #pragma unroll
-  for (int k = 0; k < V; ++k) normalize[k] = pixels[k];
-
-  for_channels<V>(
-      cut, place, tensors,
-      [&](int64_t c, bool exists, const S (&in)[1][V]) {
-        if (!exists) return;
-        S weight[1], bias[1], out[V];
-        p.weight.load(c, S(1), weight), p.bias.load(c, S(0), bias);
+  for (int k = 0; k < V; ++k) normalize[k] = normalizers[k * cut.columns + place.column];
+  chunks(true, [&](int64_t first) {
+    each(first, [&](int64_t c, const S (&in)[V]) {
+      S weight[1], bias[1], out[V];
+      p.weight.load(c, S(1), weight), p.bias.load(c, S(0), bias);
 #pragma unroll
-        for (int k = 0; k < V; ++k) out[k] = fma(normalize[k](in[0][k]), weight[0], bias[0]);
-        store<false>(p.y + place.offset + c * cut.HW, Lanes{}, out);
-      },
-      [] {});
+      for (int k = 0; k < V; ++k) out[k] = fma(normalize[k](in[k]), weight[0], bias[0]);
+      store<false>(p.y + offset + c * cut.HW, Lanes{}, out);
+    });
+  });
 }
 
-// partial: (C, tiles, 2), null where no gradient of a parameter is wanted.
+// partial: (strips, 2, C), null where no gradient of a parameter is wanted.
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 2) ln_planes_bwd_kernel(LayerNormBackward<T> p, PixelCut cut, double* partial) {
+__global__ void __launch_bounds__(kMostPixelThreads)
+    ln_planes_bwd_kernel(LayerNormBackward<T> p, PixelCut cut, compute_t<T>* partial) {
   using S = compute_t<T>;
-  struct Terms {
-    S level, slope;
-  };
+  constexpr int U = kPixelVectors<T, V, 2>;
   GPU_DYN_SHARED(double, scratch);
-  GPU_SHARED(Terms, shared, kMostColumns * V);
-  const PixelPlace<V> place(cut);
-  Terms* const pixels = shared + place.column * V;
-  const T* const tensors[2] = {p.dy, p.x};
-  S mean[V], rstd[V], level[V] = {}, slope[V] = {};
-#pragma unroll
-  for (int k = 0; k < V; ++k) mean[k] = p.mean[place.pixel + k], rstd[k] = p.rstd[place.pixel + k];
+  GPU_SHARED(Means<S>, shared, kMostColumns * V);
+  const int64_t begin = blockIdx.x * cut.strip, end = smaller(cut.tiles, begin + cut.strip);
+  PixelPlace<V> place(cut, begin, threadIdx.x);
+  HeldPixels<T, V, U> dy, x;
+  S sum_dy[U] = {}, sum_dy_xhat[U] = {};
 
-  if (p.dx != nullptr) {
-    double sums[2 * V] = {};
-    S s1[V] = {}, s2[V] = {};
-    for_channels<V>(
-        cut, place, tensors,
-        [&](int64_t c, bool exists, const S (&in)[2][V]) {
-          if (!exists) return;
-          S weight[1];
-          p.weight.load(c, S(1), weight);
+  // Adds the columns' sums of a chunk's channels, and hands them out.
+  const auto finish_chunk = [&](int64_t first) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      double sums[2] = {sum_dy[u], sum_dy_xhat[u]};
+      sum_dy[u] = sum_dy_xhat[u] = 0;
+      for (int distance = cut.columns / 2; distance > 0; distance /= 2)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) sums[j] += __shfl_xor_sync(kAllLanes, sums[j], distance);
+      const int64_t c = first + u * cut.slices;
+      if (place.column != 0 || c >= cut.C) continue;
+      S* const out = partial + 2 * cut.C * static_cast<int64_t>(blockIdx.x) + c;
+      out[0] = static_cast<S>(sums[0]), out[cut.C] = static_cast<S>(sums[1]);
+    }
+  };
+
+#pragma unroll 1
+  for (int64_t tile = begin; tile < end; ++tile, place.next(cut)) {
+    const bool active = place.vector < cut.vectors;
+    const int64_t offset = active ? place.offset(cut) : 0, at = active ? place.vector * V : 0;
+    const auto read = [&](int64_t first) {
+      dy.read(p.dy + offset, cut, first, active), x.read(p.x + offset, cut, first, active);
+    };
+    S mean[V], rstd[V], level[V] = {}, slope[V] = {};
+    load_values(p.mean + at, mean), load_values(p.rstd + at, rstd);
+    if (p.dx != nullptr) {
+      for (int64_t first = place.slice; first < cut.C + place.slice; first += cut.chunk) {
+        read(first);
+        S sums[2][V] = {};
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          const int64_t c = first + u * cut.slices;
+          if (!active || c >= cut.C) continue;
+          S weight[1], in_dy[V], in_x[V];
+          p.weight.load(c, S(1), weight), dy.held[u].values(in_dy), x.held[u].values(in_x);
 #pragma unroll
           for (int k = 0; k < V; ++k) {
-            const S g = in[0][k] * weight[0];
-            s1[k] += g, s2[k] = fma(g, in[1][k] - mean[k], s2[k]);
+            const S g = in_dy[k] * weight[0];
+            sums[0][k] += g, sums[1][k] = fma(g, in_x[k] - mean[k], sums[1][k]);
           }
-        },
-        [&] {
+        }
+        add_slices(sums, cut, scratch, first == place.slice);
+      }
+      for_pixels<2, V>(cut, scratch, [&](int i, const double (&sums)[2]) {
+        shared[i] = {static_cast<S>(sums[0] * cut.per_channel), static_cast<S>(sums[1] * cut.per_channel)};
+      });
 #pragma unroll
-          for (int k = 0; k < V; ++k) sums[k] += s1[k], sums[V + k] += s2[k], s1[k] = s2[k] = 0;
-        });
-    column_sum(sums, place.slice, cut.slices, place.column, cut.columns, scratch);
-    if (place.slice == 0)
-      for (int k = 0; k < V; ++k)
-        pixels[k] = {static_cast<S>(sums[k] / cut.C), static_cast<S>(sums[V + k] / cut.C * rstd[k])};
-    __syncthreads();
+      for (int k = 0; k < V; ++k) {
+        const Means<S> means = shared[k * cut.columns + place.column];
+        level[k] = means.level, slope[k] = means.slope * rstd[k];
+      }
+    }
+    for (int64_t first = place.slice; first < cut.C + place.slice; first += cut.chunk) {
+      if (p.dx == nullptr || cut.chunks > 1) read(first);
 #pragma unroll
-    for (int k = 0; k < V; ++k) level[k] = pixels[k].level, slope[k] = pixels[k].slope;
+      for (int u = 0; u < U; ++u) {
+        const int64_t c = first + u * cut.slices;
+        if (!active || c >= cut.C) continue;
+        S weight[1], in_dy[V], in_x[V], out[V];
+        p.weight.load(c, S(1), weight), dy.held[u].values(in_dy), x.held[u].values(in_x);
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          const S xhat = (in_x[k] - mean[k]) * rstd[k];
+          sum_dy[u] += in_dy[k], sum_dy_xhat[u] = fma(in_dy[k], xhat, sum_dy_xhat[u]);
+          out[k] = fma(-xhat, slope[k], fma(in_dy[k], weight[0], -level[k])) * rstd[k];
+        }
+        if (p.dx != nullptr) store<false>(p.dx + offset + c * cut.HW, Lanes{}, out);
+      }
+      if (partial != nullptr && cut.chunks > 1) finish_chunk(first);
+    }
   }
-
-  for_channels<V>(
-      cut, place, tensors,
-      [&](int64_t c, bool exists, const S (&in)[2][V]) {
-        S sums[2] = {0, 0};  // of dy, of dy * xhat
-        if (exists) {
-          S weight[1], out[V];
-          p.weight.load(c, S(1), weight);
-#pragma unroll
-          for (int k = 0; k < V; ++k) {
-            const S xhat = (in[1][k] - mean[k]) * rstd[k];
-            sums[0] += in[0][k], sums[1] = fma(in[0][k], xhat, sums[1]);
-            out[k] = fma(-xhat, slope[k], fma(in[0][k], weight[0], -level[k])) * rstd[k];
-          }
-          if (p.dx != nullptr) store<false>(p.dx + place.offset + c * cut.HW, Lanes{}, out);
-        }
-        if (partial == nullptr) return;
-#pragma unroll
-        for (int distance = kMostColumns / 2; distance > 0; distance /= 2)
-          if (distance < cut.columns)
-            for (int j = 0; j < 2; ++j) sums[j] += __shfl_xor_sync(kAllLanes, sums[j], distance);
-        if (place.column == 0 && c < cut.C) {
-          double* const out = partial + 2 * (c * cut.tiles + blockIdx.x);
-          out[0] = sums[0], out[1] = sums[1];
-        }
-      },
-      [] {});
+  if (partial != nullptr && cut.chunks == 1) finish_chunk(place.slice);
 }
 
 // ---- launches ---------------------------------------------------------------------------------------------------
@@ -224,29 +313,24 @@ __global__ void __launch_bounds__(kThreads, 2) ln_planes_bwd_kernel(LayerNormBac
 template <typename T>
 void layer_norm2d_forward(const LayerNormForward<T>& p, const Layout& s, Stream stream) {
   constexpr int V = kVector<T>;
-  const auto cut = PixelCut::cut<T>(s, p.x, p.y);
-  const int lanes = cut.vector ? V : 1;
-  launch(cut.vector ? ln_planes_fwd_kernel<T, V> : ln_planes_fwd_kernel<T, 1>, cut.grid(), dim3(kThreads),
-         cut.scratch_bytes(2 * lanes), stream, p, cut);
+  const auto cut = PixelCut::cut<T, 1>(s, p.x, p.y);
+  launch(cut.vector ? ln_planes_fwd_kernel<T, V> : ln_planes_fwd_kernel<T, 1>, dim3(static_cast<unsigned>(cut.tiles)), dim3(cut.block),
+         cut.scratch_bytes(2 * (cut.vector ? V : 1)), stream, p, cut);
 }
 
 template <typename T>
-PixelCut layer_norm2d_pixels(const LayerNormBackward<T>& p, const Layout& s) {
-  return PixelCut::cut<T>(s, p.dy, p.x, p.dx);
+PixelCut layer_norm2d_backward_cut(const LayerNormBackward<T>& p, const Layout& s) {
+  return PixelCut::cut<T, 2>(s, p.dy, p.x, p.dx, p.mean, p.rstd);
 }
 
-// workspace: 2 * C * layer_norm2d_pixels(...).tiles doubles, where gradients of parameters are wanted.
+// partial: 2 * C * cut.strips elements, null where no gradient of a parameter is wanted.
 template <typename T>
-void layer_norm2d_backward(const LayerNormBackward<T>& p, const LayerNormParameterGradients<T>& gradients, const Layout& s,
-                           double* workspace, Stream stream) {
+void layer_norm2d_backward(const LayerNormBackward<T>& p, const LayerNormParameterGradients<T>& gradients, const PixelCut& cut,
+                           compute_t<T>* partial, Stream stream) {
   constexpr int V = kVector<T>;
-  const PixelCut cut = layer_norm2d_pixels(p, s);
-  const int lanes = cut.vector ? V : 1;
-  launch(cut.vector ? ln_planes_bwd_kernel<T, V> : ln_planes_bwd_kernel<T, 1>, cut.grid(), dim3(kThreads),
-         cut.scratch_bytes(2 * lanes), stream, p, cut, workspace);
-  if (workspace == nullptr) return;
-  launch(finish_kernel<LayerNormParameterGradients<T>>, dim3(static_cast<unsigned>(cut.C)), dim3(kFinishThreads), 0, stream,
-         gradients, cut.tiles, workspace);
+  launch(cut.vector ? ln_planes_bwd_kernel<T, V> : ln_planes_bwd_kernel<T, 1>, dim3(static_cast<unsigned>(cut.strips)),
+         dim3(cut.block), cut.scratch_bytes(2 * (cut.vector ? V : 1)), stream, p, cut, partial);
+  if (partial != nullptr) layer_norm_finish(gradients, partial, cut.strips, cut.C, stream);
 }
 
 }  // namespace cnnkern::gpu
