@@ -19,6 +19,7 @@ from benchmarks.options import Options
 
 BATCH_SIZES = {"resnet18": 8, "vgg11_bn": 4}
 LARGE_BATCH_SIZES = {"resnet50": 16, "densenet121": 16}  # with --networks all
+GPU_BATCH_SIZE = 32
 SIZE = 224
 CHECKED, SMALL = 2, 64  # images that are compared, and the side of the patches that gradients are compared on
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each colour
@@ -29,6 +30,8 @@ def groups(options: Options) -> list[Group]:
     batch_sizes = {"resnet18": 2} if options.quick else BATCH_SIZES
     if options.networks == "all":
         batch_sizes = LARGE_BATCH_SIZES
+    if options.device == "cuda":
+        batch_sizes = dict.fromkeys(batch_sizes, GPU_BATCH_SIZE)
     return [
         Group(
             suite="models",

@@ -3,6 +3,7 @@
 Each function has the signature of its namesake in :mod:`cnnkern.functional`.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,10 +18,17 @@ ACTIVATIONS = {
 }
 
 
+def _batch_norm(input: Tensor, running_mean, running_var, weight, bias, training, momentum, eps) -> Tensor:
+    if weight is None and bias is not None and input.is_cuda:
+        # PyTorch 2.11's CUDA kernels give a bias that has no weight beside it a wrong gradient in eval, or crash.
+        weight = torch.ones_like(bias)
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
 def batch_norm_act(
     input: Tensor, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, act="relu"
 ) -> Tensor:
-    return ACTIVATIONS[act](F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))
+    return ACTIVATIONS[act](_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))
 
 
 def batch_norm_add_act(
@@ -35,7 +43,7 @@ def batch_norm_add_act(
     eps=1e-5,
     act="relu",
 ) -> Tensor:
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return ACTIVATIONS[act](y + residual)
 
 
