@@ -16,9 +16,10 @@ constexpr int kPixelThreads = 256, kMostPixelThreads = 512;
 constexpr int kMostColumns = 32;  // of threads
 constexpr int kStripPixels = 128;
 
-// Vectors that a thread keeps of each tensor: 128 bytes in all, of single elements 64.
+// Vectors that a thread keeps of each tensor: 128 bytes in all. Of single elements 16, or 4 of float64: each takes registers
+// for its address too.
 template <typename T, int V, int kTensors>
-constexpr int kPixelVectors = (V > 1 ? 8 : 64 / sizeof(compute_t<T>)) / kTensors;
+constexpr int kPixelVectors = (V > 1 ? 8 : sizeof(compute_t<T>) == 8 ? 4 : 16) / kTensors;
 
 struct PixelCut {
   int64_t C, HW, vectors, tiles, strip, strips;  // vectors of pixels in all images; tiles of a strip
