@@ -56,11 +56,14 @@ def conv2d(input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilati
 
 
 def layer_norm(input: Tensor, normalized_shape, weight=None, bias=None, eps=1e-5) -> Tensor:
+    if input.is_cuda and weight is not None and weight.dtype != input.dtype:
+        # PyTorch takes float32 parameters beside a 16-bit input on the CPU alone.
+        return F.layer_norm(input.float(), normalized_shape, weight, bias, eps).to(input.dtype)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 def layer_norm2d(input: Tensor, weight=None, bias=None, eps=1e-6) -> Tensor:
-    return F.layer_norm(input.permute(0, 2, 3, 1), input.shape[1:2], weight, bias, eps).permute(0, 3, 1, 2)
+    return layer_norm(input.permute(0, 2, 3, 1), input.shape[1:2], weight, bias, eps).permute(0, 3, 1, 2)
 
 
 def layer_norm2d_written_out(input: Tensor, weight=None, bias=None, eps=1e-6) -> Tensor:
