@@ -87,7 +87,7 @@ LAYER_NORM_KERNELS = {
         ("layer_norm forward join", "slices_join", (12, 4), (28, 4)),
         ("layer_norm backward slices", "slices_bwd", (6, 0), (10, 0)),
         ("layer_norm backward tiles", "tiles_bwd", (9, 4), (11, 6)),
-        ("layer_norm2d forward", "planes_fwd", (24, 8), (24, 8)),
+        ("layer_norm2d forward", "planes_fwd", (18, 6), (18, 6)),
         ("layer_norm2d backward", "planes_bwd", (18, 4), (20, 4)),
     )
 }
@@ -120,7 +120,9 @@ OTHER_KERNELS = (
     "ln_finish_kernel<float>",
     "ln_planes_fwd_kernel<double, 2>",
     "ln_planes_fwd_kernel<double, 1>",
+    "ln_planes_fwd_kernel<c10::BFloat16, 4>",
     "ln_planes_bwd_kernel<double, 2>",
+    "ln_planes_bwd_kernel<c10::BFloat16, 4>",
     "ln_planes_bwd_kernel<c10::Half, 1>",
 )
 PARAMETERS = {
@@ -139,7 +141,7 @@ PARAMETERS = {
     "ln_slices_bwd": "LayerNormBackward<{}>, RowSlices, double*",
     "ln_slices_means": "const {0}*, const double*, Means<{0}>*, RowSlices",
     "ln_tiles_bwd": "LayerNormBackward<{0}>, RowTiles, const Means<compute_t<{0}>>*, compute_t<{0}>*",
-    "ln_finish": "LayerNormParameterGradients<{0}>, const compute_t<{0}>*, int64_t, int64_t",
+    "ln_finish": "LayerNormParameterGradients<{0}>, const compute_t<{0}>*, int64_t, int64_t, int",
     "ln_planes_fwd": "LayerNormForward<{}>, PixelCut",
     "ln_planes_bwd": "LayerNormBackward<{0}>, PixelCut, compute_t<{0}>*",
 }
@@ -203,7 +205,18 @@ def kernels(request, tmp_path_factory) -> dict[str, Kernel]:
     home = nvcc.parent.parent
     includes = [ROOT / "csrc", Path(torch.__file__).parent / "include", home / "include", home / "include" / "cccl"]
     compiled = subprocess.run(
-        [nvcc, "-cubin", f"-arch={request.param}", "-std=c++20", "-O3", "--fmad=false", "-Xptxas", "-v", "-Werror", "all-warnings"]
+        [
+            nvcc,
+            "-cubin",
+            f"-arch={request.param}",
+            "-std=c++20",
+            "-O3",
+            "--fmad=false",
+            "-Xptxas",
+            "-v",
+            "-Werror",
+            "all-warnings",
+        ]
         + [f"-I{path}" for path in includes]
         + ["-o", cubin, source],
         capture_output=True,
@@ -282,6 +295,14 @@ def test_layer_norms_access_16_bytes_and_do_not_divide(kernels, name):
     for body in kernel.loops():
         if any(re.search(r"\bSTG\S*\.128", text) for text in body):
             assert not [text for text in body if re.search(r"\b(CALL|MUFU)\b", text)]
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_half_vectors_are_8_bytes(kernels, direction):
+    code = [text for _, text in kernels[f"ln_planes_{direction}_kernel<c10::BFloat16, 4>"].code]
+    wide = sum(bool(re.search(r"\bLDG\S*\.64", text)) for text in code)
+    assert wide >= 24  # what a thread holds of one tensor or two, and the same again from L2
+    assert sum(bool(re.search(r"\bSTG\S*\.64", text)) for text in code) == (8 if direction == "fwd" else 6)
 
 
 def test_every_kernel_that_ships_fits_the_registers_of_a_multiprocessor():

@@ -67,6 +67,7 @@ LARGER_OF = {
         ((2, 3, 48, 96), "contiguous"),  # strips of tiles
         ((1, 1100, 2, 4), "contiguous"),  # channels in chunks
         ((1, 1100, 3, 3), "contiguous"),
+        ((2, 100, 14, 14), "contiguous"),  # half a vector of 16 bits
     ),
 }
 

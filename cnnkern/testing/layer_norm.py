@@ -158,7 +158,7 @@ LAYER_NORM2D = Case(
     shapes=(
         *((n, c, 1, 1) for n, c in ROWS),
         *CHANNELS,
-        *((2, 5, 8, 8), (1, 3, 1, 65), (2, 66, 9, 15), (5, 130, 7, 9)),
+        *((2, 5, 8, 8), (1, 3, 1, 65), (2, 66, 9, 15), (5, 130, 7, 9), (2, 70, 2, 6)),
     ),
     gradcheck_shapes=((2, 4, 2, 2), (2, 3, 1, 3)),
     forward_call=layer_norm2d_forward_call,

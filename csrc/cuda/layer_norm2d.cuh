@@ -16,28 +16,36 @@ constexpr int kPixelThreads = 256, kMostPixelThreads = 512;
 constexpr int kMostColumns = 32;  // of threads
 constexpr int kStripPixels = 128;
 
-// Vectors that a thread keeps of each tensor: 128 bytes in all. Of single elements 16, or 4 of float64: each takes registers
-// for its address too.
+// A plane of 16-bit elements may be a multiple of half a vector only, as 14x14 is.
+template <typename T>
+constexpr int kHalfVector = sizeof(T) == 2 ? kVector<T> / 2 : 1;
+
+// Vectors that a thread keeps of each tensor: as many as registers allow. The address of each takes some too.
 template <typename T, int V, int kTensors>
-constexpr int kPixelVectors = (V > 1 ? 8 : sizeof(compute_t<T>) == 8 ? 4 : 16) / kTensors;
+constexpr int kPixelVectors = V == kVector<T>            ? (kTensors == 1 ? 6 : 4)
+                              : V > 1                    ? (kTensors == 1 ? 8 : 6)
+                              : sizeof(compute_t<T>) == 8 ? 4 / kTensors
+                                                         : 16 / kTensors;
 
 struct PixelCut {
   int64_t C, HW, vectors, tiles, strip, strips;  // vectors of pixels in all images; tiles of a strip
   int64_t chunks, chunk;                         // chunk: channels
   int64_t step_images, step_pixels;              // from tile to tile
-  int columns, slices, block;
-  bool vector;
+  int lanes, columns, slices, block;             // lanes: pixels of a vector
   double per_channel;
 
   template <typename T, int kTensors, typename... Pointers>
   static PixelCut cut(const Layout& s, const Pointers*... pointers) {
     PixelCut c{.C = s.C, .HW = s.HW, .block = kPixelThreads, .per_channel = 1.0 / s.C};
-    c.vector = s.HW % kVector<T> == 0 && (aligned_to_vectors(pointers) && ...);
-    const int lanes = c.vector ? kVector<T> : 1;
-    const int held = c.vector ? kPixelVectors<T, kVector<T>, kTensors> : kPixelVectors<T, 1, kTensors>;
+    const bool aligned = (aligned_to_vectors(pointers) && ...);
+    const auto fits = [&](int lanes) { return aligned && s.HW % lanes == 0; };
+    const int lanes = c.lanes = fits(kVector<T>) ? kVector<T> : fits(kHalfVector<T>) ? kHalfVector<T> : 1;
+    const int held = lanes == kVector<T> ? kPixelVectors<T, kVector<T>, kTensors>
+                     : lanes > 1         ? kPixelVectors<T, kHalfVector<T>, kTensors>
+                                         : kPixelVectors<T, 1, kTensors>;
     c.vectors = s.N * s.HW / lanes;
     // As wide as holds all channels and leaves every multiprocessor tiles, but no less than two sectors, or one.
-    const int least = c.vector ? 4 : 32 / sizeof(T);
+    const int least = (lanes > 1 ? 64 : 32) / static_cast<int>(lanes * sizeof(T));
     const auto holds_all = [&] { return int64_t{c.block} / c.columns * held >= s.C; };
     c.columns = kMostColumns;
     while (c.columns > least && !(holds_all() && divup(c.vectors, c.columns) >= kResidentThreads / c.block)) c.columns /= 2;
@@ -142,8 +150,10 @@ __device__ __forceinline__ Moments exact_moments(const T* x, int64_t n, int64_t 
   return m;
 }
 
+// Of four lanes a thread gets by with the registers that leave a multiprocessor three blocks of 256.
 template <typename T, int V>
-__global__ void __launch_bounds__(kMostPixelThreads) ln_planes_fwd_kernel(LayerNormForward<T> p, PixelCut cut) {
+__global__ void __launch_bounds__(V == 4 ? 3 * kPixelThreads : kMostPixelThreads)
+    ln_planes_fwd_kernel(LayerNormForward<T> p, PixelCut cut) {
   using S = compute_t<T>;
   constexpr int U = kPixelVectors<T, V, 1>;
   GPU_DYN_SHARED(double, scratch);
@@ -153,6 +163,8 @@ __global__ void __launch_bounds__(kMostPixelThreads) ln_planes_fwd_kernel(LayerN
   const bool active = place.vector < cut.vectors;
   const int64_t offset = active ? place.offset(cut) : 0;
   HeldPixels<T, V, U> x;
+  if (blockIdx.x == 0)
+    for (int64_t c = threadIdx.x * 8; c < cut.C; c += blockDim.x * 8) p.weight.prefetch(c), p.bias.prefetch(c);
 
   // f(channel, values)
   const auto each = [&](int64_t first, const auto& f) {
@@ -299,7 +311,7 @@ __global__ void __launch_bounds__(kMostPixelThreads)
         for (int k = 0; k < V; ++k) {
           const S xhat = (in_x[k] - mean[k]) * rstd[k];
           sum_dy[u] += in_dy[k], sum_dy_xhat[u] = fma(in_dy[k], xhat, sum_dy_xhat[u]);
-          out[k] = fma(-xhat, slope[k], fma(in_dy[k], weight[0], -level[k])) * rstd[k];
+          out[k] = fma(-xhat, slope[k], in_dy[k] * weight[0] - level[k]) * rstd[k];
         }
         if (p.dx != nullptr) store<false>(p.dx + offset + c * cut.HW, Lanes{}, out);
       }
@@ -315,8 +327,10 @@ template <typename T>
 void layer_norm2d_forward(const LayerNormForward<T>& p, const Layout& s, Stream stream) {
   constexpr int V = kVector<T>;
   const auto cut = PixelCut::cut<T, 1>(s, p.x, p.y);
-  launch(cut.vector ? ln_planes_fwd_kernel<T, V> : ln_planes_fwd_kernel<T, 1>, dim3(static_cast<unsigned>(cut.tiles)), dim3(cut.block),
-         cut.scratch_bytes(2 * (cut.vector ? V : 1)), stream, p, cut);
+  const auto kernel = cut.lanes == V  ? ln_planes_fwd_kernel<T, V>
+                      : cut.lanes > 1 ? ln_planes_fwd_kernel<T, kHalfVector<T>>
+                                      : ln_planes_fwd_kernel<T, 1>;
+  launch(kernel, dim3(static_cast<unsigned>(cut.tiles)), dim3(cut.block), cut.scratch_bytes(2 * cut.lanes), stream, p, cut);
 }
 
 template <typename T>
@@ -329,8 +343,10 @@ template <typename T>
 void layer_norm2d_backward(const LayerNormBackward<T>& p, const LayerNormParameterGradients<T>& gradients, const PixelCut& cut,
                            compute_t<T>* partial, Stream stream) {
   constexpr int V = kVector<T>;
-  launch(cut.vector ? ln_planes_bwd_kernel<T, V> : ln_planes_bwd_kernel<T, 1>, dim3(static_cast<unsigned>(cut.strips)),
-         dim3(cut.block), cut.scratch_bytes(2 * (cut.vector ? V : 1)), stream, p, cut, partial);
+  const auto kernel = cut.lanes == V  ? ln_planes_bwd_kernel<T, V>
+                      : cut.lanes > 1 ? ln_planes_bwd_kernel<T, kHalfVector<T>>
+                                      : ln_planes_bwd_kernel<T, 1>;
+  launch(kernel, dim3(static_cast<unsigned>(cut.strips)), dim3(cut.block), cut.scratch_bytes(2 * cut.lanes), stream, p, cut, partial);
   if (partial != nullptr) layer_norm_finish(gradients, partial, cut.strips, cut.C, stream);
 }
 

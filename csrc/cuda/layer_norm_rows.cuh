@@ -134,6 +134,8 @@ __global__ void __launch_bounds__(kMostGroup) ln_rows_fwd_kernel(LayerNormForwar
   const int cols = row < cut.rows ? cut.cols : 0;
   HeldRow<T, V, kForwardVectors<T, V>> x;
   x.read(p.x + row * cut.cols, first, step, cols);
+  if (blockIdx.x == 0)
+    for (int at = first; at < cols; at += step) p.weight.prefetch(at), p.bias.prefetch(at);
   const Moments m = x.row_moments(first, step, cols, cut.per_column, cut.threads);
   const Normalizer<S> normalize = normalizer<S>(m, cut.per_column, p.eps);
   if (lane == 0 && row < cut.rows) p.mean[row] = static_cast<S>(m.mean), p.rstd[row] = normalize.rstd;
@@ -203,7 +205,7 @@ __global__ void __launch_bounds__(kMostGroup)
       if (first + u * step >= cols) continue;
       S out[V];
 #pragma unroll
-      for (int k = 0; k < V; ++k) out[k] = fma(-xhat[u][k], slope, fma(dy[u][k], weight[u][k], -level)) * now.rstd;
+      for (int k = 0; k < V; ++k) out[k] = fma(-xhat[u][k], slope, dy[u][k] * weight[u][k] - level) * now.rstd;
       store<false>(p.dx + row * cut.cols + first + u * step, Lanes{}, out);
     }
   }

@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kTileVectors* kTileRows)
       for (int k = 0; k < V; ++k) {
         const S xhat = (in_x[k] - mean[u]) * rstd[u];
         sum_dy[k] += in_dy[k], sum_dy_xhat[k] = fma(in_dy[k], xhat, sum_dy_xhat[k]);
-        out[k] = fma(-xhat, mine[u].slope, fma(in_dy[k], weight[k], -mine[u].level)) * rstd[u];
+        out[k] = fma(-xhat, mine[u].slope, in_dy[k] * weight[k] - mine[u].level) * rstd[u];
       }
       if (p.dx != nullptr) store<false>(p.dx + r * cut.cols + c, Lanes{}, out);
     }

@@ -17,6 +17,10 @@ struct ParameterVector {
   const void* data;
   bool is_float;
 
+  __device__ __forceinline__ void prefetch(int64_t at) const {
+    if (data != nullptr) gpu::prefetch(static_cast<const char*>(data) + at * static_cast<int>(is_float ? sizeof(float) : sizeof(T)));
+  }
+
   template <int V>
   __device__ __forceinline__ void load(int64_t at, compute_t<T> otherwise, compute_t<T> (&out)[V]) const {
     const auto nothing = [](int) { return compute_t<T>(0); };
@@ -151,32 +155,35 @@ __device__ __forceinline__ void store_values(S* p, const S (&in)[V]) {
 
 // ---- gradients of parameters ------------------------------------------------------------------------------------
 
-constexpr int kFinishRows = 32;  // partial sums of a column that are added side by side, at most
+constexpr int kFinishBlock = 1024;
 
-// Adds the partial sums of dy and of dy * xhat. partial: (parts, 2, cols).
+// Adds the partial sums of dy and of dy * xhat; a block has those of `columns` columns, the threads of one add side by
+// side. partial: (parts, 2, cols).
 template <typename T>
-__global__ void __launch_bounds__(kFinishRows * kWarp)
-    ln_finish_kernel(LayerNormParameterGradients<T> gradients, const compute_t<T>* partial, int64_t parts, int64_t cols) {
-  GPU_SHARED(double, scratch, 2 * (kFinishRows / 2) * kWarp);
-  const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp, rows = blockDim.x / kWarp;
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
+__global__ void __launch_bounds__(kFinishBlock) ln_finish_kernel(LayerNormParameterGradients<T> gradients,
+                                                                const compute_t<T>* partial, int64_t parts, int64_t cols,
+                                                                int columns) {
+  GPU_SHARED(double, scratch, 2 * (kFinishBlock / 2));
+  const int column = threadIdx.x % columns, row = threadIdx.x / columns, rows = blockDim.x / columns;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * columns + column;
   double sums[2] = {0, 0};
   if (c < cols) {
     const compute_t<T>* at = partial + 2 * cols * row + c;
 #pragma unroll 4
     for (int64_t i = row; i < parts; i += rows, at += 2 * cols * rows) sums[0] += at[0], sums[1] += at[cols];
   }
-  column_sum(sums, row, rows, lane, kWarp, scratch);
+  column_sum(sums, row, rows, column, columns, scratch);
   if (row == 0 && c < cols) gradients.set(c, sums[0], sums[1]);
 }
 
 template <typename T>
 void layer_norm_finish(const LayerNormParameterGradients<T>& gradients, const compute_t<T>* partial, int64_t parts, int64_t cols,
                        Stream stream) {
+  const int columns = cols >= 132 * kWarp ? kWarp : 8;  // 8 are a sector of floats
   int rows = 1;
-  while (rows < kFinishRows && rows < parts) rows *= 2;
-  launch(ln_finish_kernel<T>, dim3(static_cast<unsigned>(divup(cols, kWarp))), dim3(rows * kWarp), 0, stream, gradients, partial,
-         parts, cols);
+  while (rows * columns < kFinishBlock && rows < parts) rows *= 2;
+  launch(ln_finish_kernel<T>, dim3(static_cast<unsigned>(divup(cols, columns))), dim3(rows * columns), 0, stream, gradients, partial,
+         parts, cols, columns);
 }
 
 }  // namespace cnnkern::gpu
