@@ -12,6 +12,7 @@ __all__ = [
     "backends",
     "conversion_report",
     "convert",
+    "fold",
     "functional",
     "models",
     "nn",
@@ -45,4 +46,5 @@ except ImportError as error:
 else:
     from cnnkern import backends, functional, models, nn
     from cnnkern.convert import ConversionError, ConversionReport, conversion_report, convert, revert
+    from cnnkern.fold import fold
     from cnnkern.memory import tune_malloc
