@@ -19,7 +19,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 def test_kernels_are_registered():
     if not cnnkern._C.build_info()["cuda"]:
         pytest.skip("the extension was built without CUDA")
-    for name in ("bn_act", "bn_act_backward", "bn_add_act", "bn_add_act_backward", "add_relu", "add_relu_backward"):
+    operators = [name for name, case in testing.CASES.items() if "cuda" in case.devices]
+    assert operators
+    for name in itertools.chain(operators, (f"{name}_backward" for name in operators)):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{name}", "CUDA")
 
 

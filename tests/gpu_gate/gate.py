@@ -24,12 +24,12 @@ def applies(rule: Rule, kernel: Kernel, kind: str) -> bool:
 def of_code(code: Code, limits: Limits, double: bool, straight: bool) -> Iterable[tuple[str, float, float]]:
     """(what, how much, at most) of a loop, or of a kernel without one, which may end narrowly where its tensor does."""
     if not straight:
-        yield "loads and stores of less than 16 bytes in a loop", code.narrow(), limits.narrow
-        yield "atomics in a loop", code.atomics, limits.atomics
-    yield "divisions, roots and calls in a loop", code.divisions, limits.divisions
-    yield "exponentials in a loop", code.functions, limits.functions
+        yield "loads and stores of less than 16 bytes in hot code", code.narrow(), limits.narrow
+        yield "atomics in hot code", code.atomics, limits.atomics
+    yield "divisions, roots and calls in hot code", code.divisions, limits.divisions
+    yield "exponentials in hot code", code.functions, limits.functions
     if not double:
-        yield "float64 instructions in a loop", code.fp64, limits.fp64
+        yield "float64 instructions in hot code", code.fp64, limits.fp64
 
 
 def violations(kernel: Kernel, limits: Limits) -> list[str]:

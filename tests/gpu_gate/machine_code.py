@@ -151,15 +151,18 @@ def read_code(instructions: list[str]) -> Code:
 
 def innermost_loops(code: list[tuple[int, str]]) -> list[list[str]]:
     """The instructions, of code with addresses, of each loop without a loop in it."""
+    # Behind its end a kernel keeps what it seldom does, and jumps back from there: no loop.
+    ends = [address for address, text in code if re.match(r"(?:EXIT|RET)\b", text)]
     spans = set()
     for address, text in code:
         branch = re.search(r"\bBRA(?:\.\w+)* .*?(0x[0-9a-f]+)", text)
-        if branch and int(branch[1], 16) < address:
-            spans.add((int(branch[1], 16), address))
+        begin = int(branch[1], 16) if branch else address
+        if begin < address and not any(begin <= end <= address for end in ends):
+            spans.add((begin, address))
     innermost = sorted(s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans))
-    # ptxas for sm_80 leaves some loops by a CALL of what follows them, which is a jump.
+    # ptxas for sm_80 leaves some loops by a CALL over the branch that would repeat them, which is a jump.
     return [
-        [text for at, text in code if begin <= at <= end and not re.search(rf"CALL\S* {end + 16:#x}\b", text)]
+        [text for at, text in code if begin <= at <= end and not re.search(rf"CALL\S* {at + 32:#x}\b", text)]
         for begin, end in innermost
     ]
 

@@ -102,7 +102,7 @@ RULES = (
     ),
     cuda("^(?:reduce|own)_", "sums of a few hundred elements are added up in float64", fp64=ANY),
     cuda("^own_planes_kernel<Bn(?:Add)?ActForward", "the exact second look at statistics after a bad shift", narrow=4),
-    cuda("^finish_kernel", "sums of slices, in float64; the exact second look at statistics", narrow=2, fp64=3),
+    cuda("^finish_kernel", "sums of slices, in float64; the exact second look at statistics", narrow=2, fp64=4),
     cuda(
         f"{SWEEPS}.*, (?:true|1)>$",
         "for tensors that are not aligned: elements one by one, where they are not in whole vectors",
@@ -115,6 +115,55 @@ RULES = (
         "^add_relu_fwd_kernel<.*, [248]>", "four vectors of either input and of y, whole and at the end", whole=(16, 8)
     ),
     cuda("^add_relu_bwd_kernel<.*, [248]>", "four vectors of dy and dx, whole and at the end", whole=(8, 8)),
+    # ---- layer norms: 16-byte accesses of all code, and what it may hold beside them ----
+    cuda(
+        r"^ln_rows_fwd_kernel<(?:float|double), [24]>", "four vectors of x, of two parameters and of y", whole=(12, 4)
+    ),
+    cuda(r"^ln_rows_fwd_kernel<c10::\w+, 8>", "the same; parameters in either type that they may have", whole=(28, 4)),
+    cuda(r"^ln_rows_bwd_kernel<(?:float|double), [24]>", "x, dy, weight; dx and partial sums", whole=(10, 6)),
+    cuda(r"^ln_rows_bwd_kernel<c10::\w+, 8>", "the same with half as many vectors", whole=(7, 5)),
+    cuda("^ln_rows_", "no loop: the statistics of a row, once a row, in float64", divisions=20, fp64=300),
+    cuda(r"^ln_slices_fwd_kernel<(?:float|double), [24]>", "four vectors of x in a round", round=(4, 0), whole=(16, 4)),
+    cuda(r"^ln_slices_fwd_kernel<c10::\w+, 8>", "the same; parameters in either type", round=(4, 0), whole=(32, 4)),
+    cuda("^ln_slices_fwd", "a round's moments join the slice's in float64, with its division", divisions=4, fp64=256),
+    cuda(r"^ln_slices_join_kernel<(?:float|double), [24]>", "four vectors of x and of y", round=(4, 4), whole=(12, 4)),
+    cuda(r"^ln_slices_join_kernel<c10::\w+, 8>", "the same; parameters in either type", round=(4, 4), whole=(28, 4)),
+    cuda(r"^ln_slices_bwd_kernel<.*, [248]>", "vectors of x, dy and weight", round=(6, 0)),
+    cuda("^ln_slices_bwd", "a round's two sums are added up in float64", fp64=4),
+    cuda(r"^ln_slices_\w+_kernel<double, 2>", "parameters in float32 too, whose vectors have eight bytes", narrow=8),
+    cuda("^ln_slices_means", "sums of a row's slices, in float64", narrow=32, fp64=32),
+    cuda(r"^ln_tiles_bwd_kernel<.*, [248]>", "two rows of x, dy and dx", round=(8, 2), whole=(9, 4), narrow=12),
+    cuda(
+        "^ln_finish",
+        "partial sums of parameters' gradients, a column to a lane, added up in float64",
+        narrow=8,
+        fp64=16,
+    ),
+    cuda(r"^ln_planes_fwd_kernel<(?:float|double), [24]>", "six vectors of x and of y", round=(6, 6), whole=(18, 6)),
+    cuda(r"^ln_planes_fwd_kernel<c10::\w+, 8>", "six vectors of x and of y", round=(6, 6), whole=(18, 6)),
+    cuda(r"^ln_planes_bwd_kernel<.*, [248]>", "vectors of x, dy and dx", whole=(18, 4)),
+    cuda(
+        "^ln_planes_fwd",
+        "weight and bias of a channel, for all its pixels; the exact second look at statistics after a bad shift",
+        narrow=24,
+        divisions=1,
+        fp64=5,
+    ),
+    cuda(
+        "^ln_planes_bwd",
+        "no loop: statistics and sums of a tile in float64; its place is divided into image and pixel, and lanes that "
+        "part shuffle in a routine of their own",
+        divisions=80,
+        fp64=200,
+    ),
+    cuda(
+        r"^ln_planes_\w+_kernel<c10::\w+, 4>",
+        "vectors of 8 bytes, where planes do not end with whole ones of 16",
+        narrow=ANY,
+        round=(0, 0),
+        whole=(0, 0),
+    ),
+    cuda("^ln_.*, 1>$", "for tensors that are not aligned: elements one by one", narrow=ANY),
     # ---- Triton ----
     triton("^bn_add_act", "the bytes of a mask, a few to a thread", narrow=32),
     triton(

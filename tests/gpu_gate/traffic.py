@@ -20,6 +20,11 @@ CALLS: dict[str, tuple[tuple[str, tuple[int, ...], dict[str, object]], ...]] = {
         ),
     ),
     "add_relu": (("contiguous", (4, 128, 16, 16), {}),),
+    "layer_norm": (
+        ("contiguous", (256, 512), {}),  # rows that a group of threads holds
+        ("contiguous", (4, 32768), {}),  # slices of a row
+    ),
+    "layer_norm2d": (("contiguous", (2, 96, 32, 32), {}), ("channels_last", (2, 96, 32, 32), {})),
 }
 
 
