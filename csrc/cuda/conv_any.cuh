@@ -12,7 +12,7 @@ struct AnyWork {
   Divisor columns, lines;        // of y
   int64_t C, H, W, O, OH, OW;
   int inputs, outputs, kh, kw, sh, sw, ph, pw, dh, dw;
-  int64_t weight[4];  // strides
+  int64_t weight[4], x[4], y[4];  // strides
   bool rows;
 
   AnyWork(const ConvGeometry& g, const int64_t* weight_strides, bool gradient)
@@ -23,7 +23,12 @@ struct AnyWork {
         columns(g.OW), lines(g.OH), C(g.C), H(g.H), W(g.W), O(g.O), OH(g.OH), OW(g.OW),
         inputs(static_cast<int>(g.inputs())), outputs(static_cast<int>(g.outputs())),
         kh(g.kh), kw(g.kw), sh(g.sh), sw(g.sw), ph(g.ph), pw(g.pw), dh(g.dh), dw(g.dw),
-        weight{weight_strides[0], weight_strides[1], weight_strides[2], weight_strides[3]}, rows(g.rows) {}
+        weight{weight_strides[0], weight_strides[1], weight_strides[2], weight_strides[3]}, rows(g.rows) {
+    const auto strides = [&](int64_t (&s)[4], int64_t c, int64_t h, int64_t w) {
+      s[0] = c * h * w, s[1] = g.rows ? 1 : h * w, s[2] = g.rows ? w * c : w, s[3] = g.rows ? c : 1;
+    };
+    strides(x, g.C, g.H, g.W), strides(y, g.O, g.OH, g.OW);
+  }
 
   __device__ __forceinline__ void place(unsigned at, int64_t& n, int& c, int& h, int& w) const {
     const int first = inner.split(at), second = middle.split(at), third = outer.split(at);
@@ -31,10 +36,10 @@ struct AnyWork {
     c = rows ? first : third, w = rows ? second : first, h = rows ? third : second;
   }
   __device__ __forceinline__ int64_t in_x(int64_t n, int64_t c, int64_t h, int64_t w) const {
-    return rows ? ((n * H + h) * W + w) * C + c : ((n * C + c) * H + h) * W + w;
+    return n * x[0] + c * x[1] + h * x[2] + w * x[3];
   }
   __device__ __forceinline__ int64_t in_y(int64_t n, int64_t c, int64_t h, int64_t w) const {
-    return rows ? ((n * OH + h) * OW + w) * O + c : ((n * O + c) * OH + h) * OW + w;
+    return n * y[0] + c * y[1] + h * y[2] + w * y[3];
   }
 };
 
@@ -52,12 +57,11 @@ __global__ void __launch_bounds__(kConvThreads)
   for (int i = 0; i < work.inputs; ++i)
     for (int ky = 0; ky < work.kh; ++ky) {
       const int h = oh * work.sh - work.ph + ky * work.dh;
-      if (h < 0 || h >= work.H) continue;
+      const bool there = h >= 0 && h < work.H;
       for (int kx = 0; kx < work.kw; ++kx) {
         const int w = ow * work.sw - work.pw + kx * work.dw;
-        if (w < 0 || w >= work.W) continue;
         const T tap = weight[o * work.weight[0] + i * work.weight[1] + ky * work.weight[2] + kx * work.weight[3]];
-        sum = fma(static_cast<S>(x[work.in_x(n, first + i, h, w)]), static_cast<S>(tap), sum);
+        sum = fma(read_one(x + work.in_x(n, first + i, h, w), there && w >= 0 && w < work.W), static_cast<S>(tap), sum);
       }
     }
   y[work.in_y(n, o, oh, ow)] = static_cast<T>(sum);
@@ -78,12 +82,12 @@ __global__ void __launch_bounds__(kConvThreads)
   for (int64_t o = first; o < first + work.outputs; ++o)
     for (int ky = 0; ky < work.kh; ++ky) {
       const int from = h + work.ph - ky * work.dh, oh = from / work.sh;
-      if (from < 0 || oh * work.sh != from || oh >= work.OH) continue;
+      const bool there = from >= 0 && oh * work.sh == from && oh < work.OH;
       for (int kx = 0; kx < work.kw; ++kx) {
         const int beside = w + work.pw - kx * work.dw, ow = beside / work.sw;
-        if (beside < 0 || ow * work.sw != beside || ow >= work.OW) continue;
+        const bool inside = there && beside >= 0 && ow * work.sw == beside && ow < work.OW;
         const T tap = weight[o * work.weight[0] + i * work.weight[1] + ky * work.weight[2] + kx * work.weight[3]];
-        sum = fma(static_cast<S>(dy[work.in_y(n, o, oh, ow)]), static_cast<S>(tap), sum);
+        sum = fma(read_one(dy + work.in_y(n, o, oh, ow), inside), static_cast<S>(tap), sum);
       }
     }
   dx[work.in_x(n, c, h, w)] = static_cast<T>(sum);
@@ -98,11 +102,13 @@ template <typename T>
 __global__ void __launch_bounds__(kConvThreads)
     any_conv_sums_kernel(AnyWork work, int64_t pixels, const T* __restrict__ dy, const T* __restrict__ x, PartialSums<compute_t<T>> sums) {
   using S = compute_t<T>;
-  const int taps = sums.taps + 1, tap = static_cast<int>(blockIdx.x % taps);
-  const int64_t o = blockIdx.x / taps % work.O, part = blockIdx.x / taps / work.O;
+  const unsigned taps = sums.taps + 1, O = static_cast<unsigned>(work.O);
+  const int tap = static_cast<int>(blockIdx.x % taps);
+  const int64_t part = blockIdx.x / taps / O;
+  const int o = static_cast<int>(blockIdx.x / taps % O);
   const bool own = tap == sums.taps;
   const int kernel = work.kh * work.kw, ky = tap % kernel / work.kw, kx = tap % work.kw;
-  const int64_t c = o / work.outputs * work.inputs + tap / kernel, end = smaller(pixels, (part + 1) * kAnyPart);
+  const int64_t c = o / work.outputs * work.inputs + (own ? 0 : tap / kernel), end = smaller(pixels, (part + 1) * kAnyPart);
   double sum[1] = {0};
   S some = 0;
   int count = 0;
@@ -111,10 +117,8 @@ __global__ void __launch_bounds__(kConvThreads)
     const int ow = work.columns.split(n), oh = work.lines.split(n);
     const S g = static_cast<S>(dy[work.in_y(n, o, oh, ow)]);
     const int h = oh * work.sh - work.ph + ky * work.dh, w = ow * work.sw - work.pw + kx * work.dw;
-    if (own)
-      some += g;
-    else if (h >= 0 && h < work.H && w >= 0 && w < work.W)
-      some = fma(static_cast<S>(x[work.in_x(n, c, h, w)]), g, some);
+    const S v = read_one(x + work.in_x(n, c, h, w), h >= 0 && h < work.H && w >= 0 && w < work.W);
+    some = own ? some + g : fma(v, g, some);
     if (++count == kAnyFlush) sum[0] += some, some = 0, count = 0;
   }
   sum[0] += some;

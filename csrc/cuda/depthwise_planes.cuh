@@ -27,7 +27,7 @@ __device__ __forceinline__ void read_filter(const T* weight, int64_t channel, bo
 }
 
 template <typename T, int K, int kStride>
-__global__ void __launch_bounds__(kPlaneThreads, 4)
+__global__ void __launch_bounds__(kPlaneThreads)
     depthwise_planes_kernel(PlaneWork work, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
                             T* __restrict__ y) {
   using S = compute_t<T>;
@@ -70,7 +70,7 @@ constexpr int kCells = 4;  // of a thread
 // The gradient of the input at stride 2. Padded, x is made of cells of two by two pixels; a cell of x meets the pixels of dy
 // at its own place and before it, each of the four with taps of its own. Counted: columns of cells, runs of kCells rows.
 template <typename T, int K>
-__global__ void __launch_bounds__(kPlaneThreads, 4)
+__global__ void __launch_bounds__(kPlaneThreads)
     depthwise_planes_gradient_kernel(PlaneWork work, const T* __restrict__ dy, const T* __restrict__ weight, T* __restrict__ dx) {
   using S = compute_t<T>;
   constexpr int kTaps = (K + 1) / 2;  // at most, of a pixel, each way
@@ -142,7 +142,7 @@ struct PlaneSumWork {
 };
 
 template <typename T, int K, int kStride>
-__global__ void __launch_bounds__(kPlaneThreads, 4)
+__global__ void __launch_bounds__(kPlaneThreads)
     depthwise_planes_sums_kernel(PlaneSumWork work, const T* __restrict__ dy, const T* __restrict__ x, PartialSums<compute_t<T>> sums) {
   using S = compute_t<T>;
   constexpr int M = K * K + 1, kWarps = kPlaneThreads / kWarp;
