@@ -45,13 +45,13 @@ __global__ void __launch_bounds__(kPlaneThreads)
   bool inside[K];
 #pragma unroll
   for (int kx = 0; kx < K; ++kx) inside[kx] = column + kx >= 0 && column + kx < W;
-  const T* p = x + (plane * work.H + row) * work.W + column;
+  const T* const p = x + (plane * work.H + row) * work.W + column;
 #pragma unroll
-  for (int r = 0; r < (kRun - 1) * kStride + K; ++r, p += W) {
+  for (int r = 0; r < (kRun - 1) * kStride + K; ++r) {
     const bool there = row + r >= 0 && row + r < H;
     S v[K];
 #pragma unroll
-    for (int kx = 0; kx < K; ++kx) v[kx] = read_one(p + kx, there && inside[kx]);
+    for (int kx = 0; kx < K; ++kx) v[kx] = read_one(p + (r * W + kx), there && inside[kx]);
 #pragma unroll
     for (int ky = 0; ky < K; ++ky)
       if (r >= ky && (r - ky) % kStride == 0 && (r - ky) / kStride < kRun)

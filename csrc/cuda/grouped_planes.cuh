@@ -1,10 +1,14 @@
-// Convolution 3x3 of planes (NCHW) by groups of several channels: a thread has a column of kRun outputs of four channels of
+// Convolution 3x3 of planes (NCHW) by groups of several channels: a thread has a column of outputs of four channels of
 // one group. A block keeps to these channels, whose filters lie in shared memory.
 #pragma once
 
 #include "cuda/depthwise_planes.cuh"
 
 namespace cnnkern::gpu {
+
+// Outputs of a thread in a row: at stride 2 fewer, as twice as many pixels have to be held for them.
+template <int kStride>
+constexpr int kGroupRun = kStride == 1 ? kRun : 4;
 
 constexpr int kQuad = 4;      // output channels of a thread
 constexpr int kSquare = 9;    // taps of a kernel of 3x3
@@ -42,7 +46,7 @@ __device__ __forceinline__ void share_quad(const Filters<T>& filters, int64_t fi
 }
 
 template <typename T, int kStride>
-__global__ void __launch_bounds__(kPlaneThreads)
+__global__ void __launch_bounds__(kPlaneThreads, 4)
     grouped_planes_kernel(QuadWork work, const T* __restrict__ x, Filters<T> filters, const T* __restrict__ bias, T* __restrict__ y) {
   using S = compute_t<T>;
   GPU_SHARED(S, shared, kMostWide* kSquare* kQuad);
@@ -60,11 +64,11 @@ __global__ void __launch_bounds__(kPlaneThreads)
 #pragma unroll 1
   for (unsigned at = part * work.part + threadIdx.x; at < end; at += kPlaneThreads) {
     unsigned image = at;
-    const int ow = work.columns.split(image), oh = work.runs.split(image) * kRun;
+    const int ow = work.columns.split(image), oh = work.runs.split(image) * kGroupRun<kStride>;
     const int row = oh * kStride - work.ph, column = ow * kStride - work.pw;
-    S sum[kRun][kQuad];
+    S sum[kGroupRun<kStride>][kQuad];
 #pragma unroll
-    for (int o = 0; o < kRun; ++o)
+    for (int o = 0; o < kGroupRun<kStride>; ++o)
 #pragma unroll
       for (int k = 0; k < kQuad; ++k) sum[o][k] = start[k];
     bool inside[3];
@@ -76,16 +80,15 @@ __global__ void __launch_bounds__(kPlaneThreads)
       S filter[kSquare][kQuad];
 #pragma unroll
       for (int tap = 0; tap < kSquare; ++tap) read<kQuad>(shared + (j * kSquare + tap) * kQuad, true, filter[tap]);
-      const T* p = plane;
 #pragma unroll
-      for (int r = 0; r < (kRun - 1) * kStride + 3; ++r, p += W) {
+      for (int r = 0; r < (kGroupRun<kStride> - 1) * kStride + 3; ++r) {
         const bool there = row + r >= 0 && row + r < H;
         S v[3];
 #pragma unroll
-        for (int kx = 0; kx < 3; ++kx) v[kx] = read_one(p + kx, there && inside[kx]);
+        for (int kx = 0; kx < 3; ++kx) v[kx] = read_one(plane + (r * W + kx), there && inside[kx]);
 #pragma unroll
         for (int ky = 0; ky < 3; ++ky)
-          if (r >= ky && (r - ky) % kStride == 0 && (r - ky) / kStride < kRun)
+          if (r >= ky && (r - ky) % kStride == 0 && (r - ky) / kStride < kGroupRun<kStride>)
 #pragma unroll
             for (int kx = 0; kx < 3; ++kx)
 #pragma unroll
@@ -97,7 +100,7 @@ __global__ void __launch_bounds__(kPlaneThreads)
 #pragma unroll
     for (int k = 0; k < kQuad; ++k)
 #pragma unroll
-      for (int o = 0; o < kRun; ++o)
+      for (int o = 0; o < kGroupRun<kStride>; ++o)
         if (k < channels && oh + o < work.OH) out[(k * work.OH + o) * work.OW] = static_cast<T>(sum[o][k]);
   }
 }
@@ -164,7 +167,7 @@ __global__ void __launch_bounds__(kPlaneThreads)
 }
 
 // The gradient of the weight. A warp has four output channels, an input channel of their group and a part of the columns of
-// kRun rows; the warps of a block have input channels that follow one another, and read the same of dy.
+// rows; the warps of a block have input channels that follow one another, and read the same of dy.
 struct QuadSumWork {
   Divisor columns, runs, parts;
   unsigned count, part, warps;  // columns; of a part; warps of a part
@@ -191,13 +194,13 @@ __global__ void __launch_bounds__(kPlaneThreads)
 #pragma unroll 1
   for (unsigned at = part * work.part + lane; at < end; at += kWarp) {
     unsigned image = at;
-    const int ow = work.columns.split(image), oh = work.runs.split(image) * kRun;
-    S gradient[kRun][kQuad];
+    const int ow = work.columns.split(image), oh = work.runs.split(image) * kGroupRun<kStride>;
+    S gradient[kGroupRun<kStride>][kQuad];
 #pragma unroll
     for (int k = 0; k < kQuad; ++k) {
       const T* g = dy + ((image * work.C + first + k) * work.OH + oh) * work.OW + ow;
 #pragma unroll
-      for (int o = 0; o < kRun; ++o, g += OW) {
+      for (int o = 0; o < kGroupRun<kStride>; ++o, g += OW) {
         gradient[o][k] = read_one(g, k < channels && oh + o < OH);
         sum[kSquare * kQuad + k] += gradient[o][k];
       }
@@ -208,14 +211,14 @@ __global__ void __launch_bounds__(kPlaneThreads)
     for (int kx = 0; kx < 3; ++kx) inside[kx] = column + kx >= 0 && column + kx < W;
     const T* p = x + ((image * work.C + group + j) * work.H + row) * work.W + column;
 #pragma unroll
-    for (int r = 0; r < (kRun - 1) * kStride + 3; ++r, p += W) {
+    for (int r = 0; r < (kGroupRun<kStride> - 1) * kStride + 3; ++r, p += W) {
       const bool there = row + r >= 0 && row + r < H;
       S v[3];
 #pragma unroll
       for (int kx = 0; kx < 3; ++kx) v[kx] = read_one(p + kx, there && inside[kx]);
 #pragma unroll
       for (int ky = 0; ky < 3; ++ky)
-        if (r >= ky && (r - ky) % kStride == 0 && (r - ky) / kStride < kRun)
+        if (r >= ky && (r - ky) % kStride == 0 && (r - ky) / kStride < kGroupRun<kStride>)
 #pragma unroll
           for (int kx = 0; kx < 3; ++kx)
 #pragma unroll
@@ -253,10 +256,10 @@ void launch_quads(Kernel kernel, const ConvGeometry& g, int64_t columns, int64_t
 template <typename T, int kStride>
 void convolve_grouped_planes(const ConvGeometry& g, const T* x, const Filters<T>& filters, const T* bias, T* y, Stream stream) {
   if (filters.transposed)
-    launch_quads<T>(grouped_planes_kernel<T, kStride>, g, g.W, divup(g.H, kRun), g.OH, g.OW, g.H, g.W, 2 - g.ph, 2 - g.pw, stream, x, filters,
+    launch_quads<T>(grouped_planes_kernel<T, kStride>, g, g.W, divup(g.H, kGroupRun<kStride>), g.OH, g.OW, g.H, g.W, 2 - g.ph, 2 - g.pw, stream, x, filters,
                     bias, y);
   else
-    launch_quads<T>(grouped_planes_kernel<T, kStride>, g, g.OW, divup(g.OH, kRun), g.H, g.W, g.OH, g.OW, g.ph, g.pw, stream, x, filters, bias, y);
+    launch_quads<T>(grouped_planes_kernel<T, kStride>, g, g.OW, divup(g.OH, kGroupRun<kStride>), g.H, g.W, g.OH, g.OW, g.ph, g.pw, stream, x, filters, bias, y);
 }
 
 template <typename T>
@@ -267,13 +270,13 @@ void grouped_planes_gradient_stride_2(const ConvGeometry& g, const T* dy, const 
 }
 
 inline int64_t grouped_planes_parts(const ConvGeometry& g) {
-  const int64_t count = g.N * divup(g.OH, kRun) * g.OW, warps = g.groups * quads_of_group(g) * g.inputs();
+  const int64_t count = g.N * divup(g.OH, g.sh == 1 ? kGroupRun<1> : kGroupRun<2>) * g.OW, warps = g.groups * quads_of_group(g) * g.inputs();
   return divup(count, kWarp * larger(1, smaller(16, warps * count / (8 * kConvBlocks * kWarp))));
 }
 
 template <typename T, int kStride>
 void sum_grouped_planes(const ConvGeometry& g, const T* dy, const T* x, const PartialSums<compute_t<T>>& sums, Stream stream) {
-  const int64_t runs = divup(g.OH, kRun), count = g.N * runs * g.OW, quads = quads_of_group(g), warps = g.groups * quads * g.inputs();
+  const int64_t runs = divup(g.OH, kGroupRun<kStride>), count = g.N * runs * g.OW, quads = quads_of_group(g), warps = g.groups * quads * g.inputs();
   const QuadSumWork work = {Divisor(g.OW), Divisor(runs), Divisor(sums.parts), static_cast<unsigned>(count),
                             static_cast<unsigned>(divup(count, sums.parts)), static_cast<unsigned>(warps), g.C, g.H, g.W, g.OH, g.OW, g.ph, g.pw,
                             static_cast<int>(quads), static_cast<int>(g.inputs())};

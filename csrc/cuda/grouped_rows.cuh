@@ -7,10 +7,6 @@
 
 namespace cnnkern::gpu {
 
-// Outputs of a thread: at stride 2 fewer, as twice as many pixels have to be held for them.
-template <int kStride>
-constexpr int kGroupRun = kStride == 1 ? kRun : 4;
-
 // Shared: filters (tap, j, channel), `pitch` a row.
 template <typename T>
 __device__ __forceinline__ void share_groups(const RowWork& work, const Filters<T>& filters, int64_t first, compute_t<T>* shared, int pitch) {
