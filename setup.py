@@ -94,12 +94,13 @@ class BuildExtension(cpp_extension.BuildExtension):
 
 
 def extension():
-    # Contracting a*b+c on its own would let forward and backward round differently: fma is spelled out where meant.
+    # Contracting a*b+c on its own would let forward and backward round differently, and the emulator than a GPU: fma is
+    # spelled out where meant.
     cxx = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
     cxx += ["-Wno-unknown-pragmas", "-Wno-unused-function"]
     if os.environ.get("CNNKERN_WERROR") == "1":
         cxx.append("-Werror")
-    nvcc = ["-O3", "-std=c++20", "-lineinfo", "--threads=2", "-Xfatbin", "-compress-all"]
+    nvcc = ["-O3", "-std=c++20", "--fmad=false", "-lineinfo", "--threads=2", "-Xfatbin", "-compress-all"]
     macros = [("CNNKERN_X86", int("AVX2" in CPU_CAPABILITIES))]
     include_dirs, libraries, library_dirs = [str(ROOT / "csrc")], [], []
     files = sources("*.cpp") + sources("autograd/*.cpp")

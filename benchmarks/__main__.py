@@ -50,6 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="only what has TEXT in its name: operator, shape, network, contender, ...",
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--backend", default="cuda", choices=("cuda", "triton"), help="whose kernels, on a GPU")
     parser.add_argument("--save", type=file_name, metavar="NAME", help="write to results/published/NAME.*")
     parser.add_argument("--threads", type=count, default=torch.get_num_threads(), metavar="N")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
@@ -76,7 +77,8 @@ def one_line(message: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     options = Options(
-        *(arguments.quick, arguments.filter, arguments.device, arguments.threads, arguments.dtype, arguments.networks)
+        *(arguments.quick, arguments.filter, arguments.device, arguments.backend),
+        *(arguments.threads, arguments.dtype, arguments.networks),
     )
     seconds = arguments.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS)
     settings = [setting for setting in machine.malloc_settings(options.device) if make_plan(options, setting)]
@@ -116,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(options: Options, settings: list[str], scratch: Path, seconds: float) -> tuple[list[rows.Row], list[str]]:
     """Rows of every malloc setting, and a line for each worker that ended before its time."""
     end = time.monotonic() + seconds
-    where = machine.describe(options.device, options.threads)
+    where = machine.describe(options)
     measured: list[rows.Row] = []
     problems: list[str] = []
     verified: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import cnnkern
 from benchmarks import machine
 from benchmarks.groups import Session
 from benchmarks.options import Options
@@ -25,6 +26,8 @@ def pytest_configure(config):
     config.bench_options = Options.load(path) if path else Options()
     config.bench_plan = make_plan(config.bench_options, machine.malloc_setting())
     torch.set_num_threads(config.bench_options.threads)
+    if config.bench_options.device == "cuda":
+        cnnkern.backend(config.bench_options.backend)
 
 
 def pytest_generate_tests(metafunc):

@@ -1,5 +1,6 @@
 """Where and on what a run was made, and the two malloc settings that it is made under."""
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 import cnnkern
+from benchmarks.options import Options
 from cnnkern import _C
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,13 +72,22 @@ def commit() -> str:
         return "unknown"
 
 
-def describe(device: str, threads: int) -> dict[str, str | int]:
+def kernels(options: Options) -> str:
+    """Which of our kernels answer: those for an instruction set, or on a GPU those of a backend."""
+    if options.device == "cpu":
+        return _C.cpu_capability()
+    if options.backend == "triton":
+        return f"Triton {importlib.metadata.version('triton')}"
+    return f"CUDA C++ {_C.build_info()['cuda']}"
+
+
+def describe(options: Options) -> dict[str, str | int]:
     """The columns of a row that say where it was measured."""
     return {
-        "machine": slug(model_name(device)),
-        "device": device,
-        "cpu_capability": _C.cpu_capability(),
-        "threads": threads,
+        "machine": slug(model_name(options.device)),
+        "device": options.device,
+        "cpu_capability": kernels(options),
+        "threads": options.threads,
         "torch": torch.__version__,
         "cnnkern": cnnkern.__version__,
         "commit": commit(),

@@ -13,22 +13,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnkern
-from benchmarks.groups import LAYOUTS, Contender, Group, Unavailable
+from benchmarks.groups import LAYOUTS, Contender, Group, Unavailable, first_line
 from benchmarks.judge import assert_as_good_as
 from benchmarks.options import Options
+from cnnkern.nn import GroupedConv2d
 
 BATCH_SIZES = {"resnet18": 8, "vgg11_bn": 4}
-LARGE_BATCH_SIZES = {"resnet50": 16, "densenet121": 16}  # with --networks all
+# With --networks all, training alone: a model, and the seconds that one image of a step takes here.
+LARGE = {
+    "resnet50": 0.3,
+    "resnext50_32x4d": 0.45,
+    "densenet121": 0.4,
+    "regnet_y_400mf": 0.15,
+    "mobilenet_v2": 0.15,
+    "efficientnet_b0": 0.25,
+    "convnext_tiny": 0.45,
+}
+LARGE_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
 SIZE = 224
+# A contender: the model with its grouped convolutions exchanged, and nothing else.
+GROUPED_ALONE = "GroupedConv2d alone"
+WITH_GROUPS = ("resnext50_32x4d", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "convnext_tiny")
 CHECKED, SMALL = 2, 64  # images that are compared, and the side of the patches that gradients are compared on
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each colour
 
 
 def groups(options: Options) -> list[Group]:
     """One group a layout: contenders of both at once would hold a gigabyte and a half of weights more."""
-    batch_sizes = {"resnet18": 2} if options.quick else BATCH_SIZES
-    if options.networks == "all":
-        batch_sizes = LARGE_BATCH_SIZES
+    everything = options.networks == "all"
+    batch_sizes = (
+        {"resnet18": 2} if options.quick else dict.fromkeys(LARGE, LARGE_BATCH_SIZE) if everything else BATCH_SIZES
+    )
+    if options.device == "cuda":
+        batch_sizes = dict.fromkeys(batch_sizes, GPU_BATCH_SIZE)
+    names = ("eager", "ours", *(("torch.compile", GROUPED_ALONE) if everything else ()))
     return [
         Group(
             suite="models",
@@ -37,16 +55,22 @@ def groups(options: Options) -> list[Group]:
             shape=f"{batch}x3x{SIZE}x{SIZE}",
             mode=mode,
             api="module",
-            contenders=(Contender("eager", layout), Contender("ours", layout)),
+            contenders=tuple(Contender(c, layout) for c in names if c != GROUPED_ALONE or name in WITH_GROUPS),
             open=lambda name=name, batch=batch, mode=mode: ModelBench(name, batch, mode == "training", options.device),
-            weight=batch * (1.0 if mode == "training" else 0.4) * (1 if name == "resnet18" else 3.5),
+            weight=weight(name, batch, mode, len(names)),
             min_rounds=3,
             max_rounds=15,
         )
         for name, batch in batch_sizes.items()
         for layout in LAYOUTS[: 1 if options.quick else 2]
-        for mode in ("training", "inference")
+        for mode in ("training", "inference")[: 1 if everything else 2]
     ]
+
+
+def weight(name: str, batch: int, mode: str, contenders: int) -> float:
+    if name in LARGE:
+        return batch * LARGE[name] * contenders * 4
+    return batch * (1.0 if mode == "training" else 0.4) * (1 if name == "resnet18" else 3.5)
 
 
 @lru_cache(maxsize=1)
@@ -80,8 +104,19 @@ def build(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)(weights=None)
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.Dropout | torchvision.ops.StochasticDepth):
             module.p = 0.0
+    return model
+
+
+def with_grouped_convolutions(model: nn.Module) -> nn.Module:
+    """The model with a GroupedConv2d in the place of every convolution that has groups; parameters are shared."""
+    for name, conv in list(model.named_modules()):
+        if type(conv) is nn.Conv2d and conv.groups > 1:
+            sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+            ours = GroupedConv2d(*sizes, conv.groups, conv.bias is not None, conv.padding_mode, device="meta")
+            ours.weight, ours.bias = conv.weight, conv.bias
+            model.set_submodule(name, ours)
     return model
 
 
@@ -111,15 +146,24 @@ class ModelBench:
 
     def model(self, contender: Contender) -> nn.Module:
         model = copy.deepcopy(self.base)
+        if contender.name == GROUPED_ALONE:
+            return with_grouped_convolutions(model)
         return cnnkern.convert(model) if contender.name == "ours" else model
 
     def step(self, contender: Contender, verify: bool) -> Callable[[], object]:
-        if verify:
+        if verify and contender.name != "torch.compile":  # PyTorch's, not ours
             self.verify(contender)
         model = placed(self.model(contender), contender.layout, self.device)
         x = placed(self.x, contender.layout, self.device)
         target = self.target.to(self.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        if contender.name == "torch.compile":
+            torch._dynamo.reset()
+            model = torch.compile(model, dynamic=False)
+            try:
+                results(model, x, target, self.training)
+            except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, for one
+                raise Unavailable(first_line(error)) from error
 
         def training() -> None:
             optimizer.zero_grad(set_to_none=True)

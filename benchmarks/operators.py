@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import timing
 from benchmarks.groups import LAYOUTS, Contender, Group, Unavailable, first_line
 from benchmarks.judge import assert_as_good_as
 from benchmarks.options import Options
@@ -101,7 +102,7 @@ def _draw(drawn: Drawn) -> tuple[dict[str, Any], Tensor]:
 
 class OperatorBench:
     def __init__(self, drawn: Drawn, training: bool) -> None:
-        self.case = drawn.case
+        self.case, self.device = drawn.case, drawn.device
         self.inputs, dy = _draw(drawn)
         if "training" in self.inputs:
             self.inputs = self.inputs | {"training": training}
@@ -137,7 +138,8 @@ class OperatorBench:
                 self.eager[contender.layout] = _run(case.reference, case, inputs, dy)
             out = _run(function, case, inputs, dy)
             assert_as_good_as(out, self.eager[contender.layout], self.reference64)
-        return _timed(function, case, inputs, dy)
+        step = _timed(function, case, inputs, dy)
+        return timing.captured(step) if self.device == "cuda" else step
 
 
 def _run(function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], dy: Tensor | None) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ class Options:
     quick: bool = False
     filter: str = ""
     device: str = "cpu"
+    backend: str = "cuda"  # whose kernels answer on a GPU: cuda or triton
     threads: int = torch.get_num_threads()
     dtype: str = "float32"  # of the operators' rows
     networks: str = "resnet50"  # whose shapes: this one's, or "all"

@@ -29,6 +29,7 @@ def groups(options: Options) -> list[Group]:
             open=lambda mode=mode, api=api: OverheadBench(mode == "training", api, options.device),
             weight=0.5,
             max_rounds=30,
+            on_host=True,
         )
         for api in ("functional", "module")
         for mode in ("inference", "training")

@@ -8,12 +8,13 @@ from benchmarks.options import Options
 def make_plan(options: Options, malloc: str) -> list[Group]:
     """The groups under this malloc setting, cut down to --filter.
 
-    torch.compile is left out under malloc's defaults, and with --quick the models are too: each would cost a second
-    compilation or a second run of the slowest part. A call on a kilobyte does not depend on malloc's thresholds.
+    torch.compile is left out under malloc's defaults, and so are the models with --quick or of all networks: each would
+    cost a second compilation or a second run of the slowest part. A call on a kilobyte does not depend on malloc's
+    thresholds.
     """
     only = machine.malloc_settings(options.device) == ("default",)
     groups = overhead.groups(options) if malloc == "default" else []
     groups += operators.groups(options, compiled=malloc != "default" or only)
-    if malloc != "default" or only or not options.quick:
+    if malloc != "default" or only or not (options.quick or options.networks == "all"):
         groups += models.groups(options)
     return select(groups, options.filter, malloc)

@@ -36,7 +36,7 @@ def _summary(found: list[Row], created: str) -> str:
 
 
 def _models(found: list[Row], created: str) -> str:
-    return tables.markdown_table(tables.MODELS, tables.model_lines(found))
+    return tables.markdown_table(*tables.model_table(found))
 
 
 def _overhead(found: list[Row], created: str) -> str:

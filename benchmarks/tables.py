@@ -165,11 +165,22 @@ def against_eager(rows: Iterable[Row], suite: str) -> list[tuple[Row, Row]]:
     return [(eager[key(r)], r) for r in rows if r.contender == "ours" and key(r) in eager]
 
 
-def model_lines(rows: Iterable[Row]) -> list[list[str]]:
-    return [
-        [r.operator, r.shape, r.mode, r.layout, r.malloc, duration(e.median_ms), duration(r.median_ms), times(r.ratio)]
-        for e, r in against_eager(rows, "models")
-    ]
+def model_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
+    """(header, lines): a line a model and setting, with a last cell for what else was timed, if anything."""
+    rows = list(rows)
+
+    def setting(r: Row) -> tuple[str, ...]:
+        return r.operator, r.shape, r.mode, r.layout, r.malloc
+
+    others: dict[tuple[str, ...], list[str]] = {}
+    for r in rows:
+        if r.suite == "models" and r.status == "ok" and r.contender not in ("eager", "ours"):
+            others.setdefault(setting(r), []).append(f"{r.contender} {times(r.ratio)}")
+    lines = []
+    for e, r in against_eager(rows, "models"):
+        rest = [", ".join(others.get(setting(r), [MISSING]))] if others else []
+        lines.append([*setting(r), duration(e.median_ms), duration(r.median_ms), times(r.ratio), *rest])
+    return MODELS + ["others to eager"] * bool(others), lines
 
 
 def overhead_lines(rows: Iterable[Row]) -> list[list[str]]:
@@ -217,7 +228,7 @@ def sections(rows: list[Row], details: bool) -> list[tuple[str, list[str], list[
     tables = [
         ("Operators, every measurement", DETAILS, detail_lines(r for r in rows if r.suite == "operators")),
         ("Operators, geometric means over a network's shapes", MEANS, mean_lines(rows)),
-        ("Models", MODELS, model_lines(rows)),
+        ("Models", *model_table(rows)),
         ("A call on a kilobyte", OVERHEAD, overhead_lines(rows)),
     ]
     return [t for t in tables[0 if details else 1 :] if t[2]]

@@ -33,7 +33,7 @@ def show(rows: list[Row], created: str, console: Console, details: bool = False)
             title = f"Times as fast as eager, and share of bandwidth: geometric means, {malloc} malloc"
             print_table(console, title, header, lines)
     for title, header, lines in tables.sections(rows, details=False):
-        if header in (tables.MODELS, tables.OVERHEAD):
+        if not header[0].startswith("operator"):
             print_table(console, title, header, lines)
     ranked = tables.ours(rows)
     if len(ranked) > 2 * RANKED:

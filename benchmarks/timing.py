@@ -5,7 +5,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -13,12 +14,27 @@ import torch
 Key = TypeVar("Key", bound=Hashable)
 
 SAMPLE_SECONDS, MAX_LOOPS = 1e-3, 200
+FLUSHED_BYTES = 2**29  # written before each sample on a GPU: several times its L2, and time for the host to run ahead
 
 
 def synchronize(device: str) -> None:
     """Waits for what `device` still has to do; nothing on the CPU."""
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    """What `step` lets the GPU do, as a CUDA graph: without the host's work, of which small kernels wait."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # allocations, choices of algorithms and compilations are not for the graph
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def interleave(
@@ -33,12 +49,15 @@ def interleave(
     """Seconds a call of each step, one sample a round; all lists have one length, and index i is one round.
 
     Every round times each step once, in an order drawn anew: what else the machine does, or has left in its caches,
-    falls on all of them alike. A step much shorter than SAMPLE_SECONDS is called several times a sample. Stops after
-    `max_rounds`, or after `min_rounds` once `time.perf_counter()` has passed `deadline`.
+    falls on all of them alike. On the CPU a step much shorter than SAMPLE_SECONDS is called several times a sample. On
+    a GPU a sample is one call between two events, on a cold L2, and the host, which does not wait within a round, is
+    ahead of it: what is timed is the GPU's work. Stops after `max_rounds`, or after `min_rounds` once
+    `time.perf_counter()` has passed `deadline`.
     """
     order, draw = list(steps), random.Random(seed)
     samples: dict[Key, list[float]] = {key: [] for key in steps}
     loops = {key: _loops(step, device) for key, step in steps.items()}
+    sample_round = _on_gpu if device == "cuda" else _on_cpu
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -46,18 +65,42 @@ def interleave(
             if done >= min_rounds and time.perf_counter() > deadline:
                 break
             draw.shuffle(order)
-            for key in order:
-                step = steps[key]
-                synchronize(device)
-                start = time.perf_counter()
-                for _ in range(loops[key]):
-                    step()
-                synchronize(device)
-                samples[key].append((time.perf_counter() - start) / loops[key])
+            for key, seconds in sample_round([(key, steps[key], loops[key]) for key in order]):
+                samples[key].append(seconds)
     finally:
         if collects:
             gc.enable()
     return samples
+
+
+Round = list[tuple[Key, Callable[[], object], int]]
+
+
+def _on_cpu(round: Round) -> Iterator[tuple[Key, float]]:
+    for key, step, loops in round:
+        start = time.perf_counter()
+        for _ in range(loops):
+            step()
+        yield key, (time.perf_counter() - start) / loops
+
+
+def _on_gpu(round: Round) -> Iterator[tuple[Key, float]]:
+    events = []
+    for key, step, _ in round:
+        _flushed().zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        events.append((key, start, end))
+    torch.cuda.synchronize()
+    for key, start, end in events:
+        yield key, start.elapsed_time(end) / 1e3
+
+
+@cache
+def _flushed() -> torch.Tensor:
+    return torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda")
 
 
 def _loops(step: Callable[[], object], device: str) -> int:

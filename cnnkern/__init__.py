@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ConversionError",
     "ConversionReport",
+    "backend",
     "backends",
     "conversion_report",
     "convert",
@@ -44,5 +45,6 @@ except ImportError as error:
         ) from error
 else:
     from cnnkern import backends, functional, models, nn
+    from cnnkern.backends import backend
     from cnnkern.convert import ConversionError, ConversionReport, conversion_report, convert, revert
     from cnnkern.memory import tune_malloc

@@ -3,6 +3,7 @@
 Each function has the signature of its namesake in :mod:`cnnkern.functional`.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,10 +18,17 @@ ACTIVATIONS = {
 }
 
 
+def _batch_norm(input: Tensor, running_mean, running_var, weight, bias, training, momentum, eps) -> Tensor:
+    if weight is None and bias is not None and input.is_cuda:
+        # PyTorch 2.11's CUDA kernels give a bias that has no weight beside it a wrong gradient in eval, or crash.
+        weight = torch.ones_like(bias)
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
 def batch_norm_act(
     input: Tensor, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, act="relu"
 ) -> Tensor:
-    return ACTIVATIONS[act](F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))
+    return ACTIVATIONS[act](_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))
 
 
 def batch_norm_add_act(
@@ -35,7 +43,7 @@ def batch_norm_add_act(
     eps=1e-5,
     act="relu",
 ) -> Tensor:
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    y = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return ACTIVATIONS[act](y + residual)
 
 
@@ -48,11 +56,14 @@ def conv2d(input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilati
 
 
 def layer_norm(input: Tensor, normalized_shape, weight=None, bias=None, eps=1e-5) -> Tensor:
+    if input.is_cuda and weight is not None and weight.dtype != input.dtype:
+        # PyTorch takes float32 parameters beside a 16-bit input on the CPU alone.
+        return F.layer_norm(input.float(), normalized_shape, weight, bias, eps).to(input.dtype)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 def layer_norm2d(input: Tensor, weight=None, bias=None, eps=1e-6) -> Tensor:
-    return F.layer_norm(input.permute(0, 2, 3, 1), input.shape[1:2], weight, bias, eps).permute(0, 3, 1, 2)
+    return layer_norm(input.permute(0, 2, 3, 1), input.shape[1:2], weight, bias, eps).permute(0, 3, 1, 2)
 
 
 def layer_norm2d_written_out(input: Tensor, weight=None, bias=None, eps=1e-6) -> Tensor:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 # Two processes of tests share the cores: a thread that spins while it waits would take them from the other. OpenMP
 # reads this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Without it PyTorch refuses matrix products on a GPU while deterministic algorithms are asked for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
@@ -24,8 +26,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--device",
         default="cpu",
-        choices=("cpu", "cuda", "emulator"),
-        help="whose kernels the battery judges: the CPU's, a GPU's, or CUDA's on the emulator (docs/emulator.md)",
+        choices=("cpu", "cuda", "triton", "emulator"),
+        help="whose kernels the battery judges: the CPU's, a GPU's in CUDA C++ or Triton, or those in CUDA C++ on the "
+        "emulator (docs/emulator.md)",
     )
     parser.addoption(
         "--emulator-tool",
@@ -37,8 +40,14 @@ def pytest_addoption(parser):
 @pytest.fixture(scope="session")
 def device(pytestconfig):
     name = pytestconfig.getoption("--device")
-    if name != "emulator":
+    if name in ("cpu", "cuda"):
         yield Device(name, name)
+        return
+    if name == "triton":
+        import cnnkern
+
+        with cnnkern.backend(name):
+            yield Device(name, "cuda")
         return
     import emulator
 

@@ -2,8 +2,9 @@
 
 from benchmarks import bandwidth, machine, rows
 from benchmarks.bandwidth import Bandwidth
+from benchmarks.options import Options
 
-WHERE = machine.describe("cpu", 1) | {"machine": "some-machine", "commit": "abc1234-dirty"}
+WHERE = machine.describe(Options(threads=1)) | {"machine": "some-machine", "commit": "abc1234-dirty"}
 BANDWIDTHS = [Bandwidth(mix, 2**20, 10.0) for mix in bandwidth.MIXES]
 
 

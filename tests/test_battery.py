@@ -223,7 +223,7 @@ def test_torch_func_and_forward_mode_as_eager_has_them(case, variant, generator)
     stacked = torch.stack([x, 2 * x + 1])
     got = torch.func.vmap(lambda x: loss(case.function, x))(stacked)
     torch.testing.assert_close(got, torch.func.vmap(lambda x: loss(case.reference, x))(stacked))
-    tangent = testing.randn(x.shape, generator, torch.float64)
+    tangent = testing.randn(x.shape, generator, torch.float64).to(_device.tensors)
     got = torch.func.jvp(lambda x: loss(case.function, x), (x,), (tangent,))
     torch.testing.assert_close(got, torch.func.jvp(lambda x: loss(case.reference, x), (x,), (tangent,)))
 

@@ -365,11 +365,40 @@ def test_models_are_compared_with_eager_before_they_are_timed(monkeypatch):
     assert {(r.mode, r.contender, r.status) for r in measured} == set(
         itertools.product(("training", "inference"), ("eager", "ours"), ("ok",))
     ), tables.refused_lines(measured)
-    assert len(tables.model_lines(measured)) == 2
+    header, lines = tables.model_table(measured)
+    assert header == tables.MODELS
+    assert len(lines) == 2
 
     monkeypatch.setattr(models.cnnkern, "convert", lambda model: torch.nn.Sequential(model, torch.nn.Softplus()))
     measured, _ = measure(models.groups(options), options)
     assert {r.status for r in measured if r.contender == "ours"} == {"wrong"}
+
+
+def test_large_models_have_more_contenders(monkeypatch):
+    class Grouped(ConvReLU):
+        def __init__(self):
+            super().__init__()
+            self[0] = torch.nn.Conv2d(3, 6, 3, groups=3)
+            self[1] = torch.nn.BatchNorm2d(6)
+
+    monkeypatch.setattr(models, "LARGE", {"mobilenet_v2": 0.1})
+    monkeypatch.setattr(models, "LARGE_BATCH_SIZE", 2)
+    monkeypatch.setattr(models, "build", lambda name: Grouped())
+    monkeypatch.setattr(models, "photographs", lambda batch: torch.rand(batch, 3, 32, 32))
+    options = Options(networks="all", compile_seconds=0.0)  # compiling is not what is tested
+    measured, _ = measure(models.groups(options), options)
+    assert {(r.contender, r.status) for r in measured} == {
+        ("eager", "ok"),
+        ("ours", "ok"),
+        ("torch.compile", "out of time"),
+        (models.GROUPED_ALONE, "ok"),
+    }, tables.refused_lines(measured)
+    header, lines = tables.model_table(measured)
+    assert header == [*tables.MODELS, "others to eager"]
+    assert [line[-1].startswith(models.GROUPED_ALONE) for line in lines] == [True, True]
+    swapped = models.with_grouped_convolutions(Grouped())
+    assert type(swapped[0]) is cnnkern.nn.GroupedConv2d
+    assert swapped.state_dict().keys() == Grouped().state_dict().keys()
 
 
 def test_without_scikit_learn_models_are_not_available(monkeypatch):

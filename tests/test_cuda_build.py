@@ -163,7 +163,18 @@ def kernels(request, tmp_path_factory) -> dict[str, Kernel]:
     home = nvcc.parent.parent
     includes = [ROOT / "csrc", Path(torch.__file__).parent / "include", home / "include", home / "include" / "cccl"]
     compiled = subprocess.run(
-        [nvcc, "-cubin", f"-arch={request.param}", "-std=c++20", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings"]
+        [
+            nvcc,
+            "-cubin",
+            f"-arch={request.param}",
+            "-std=c++20",
+            "-O3",
+            "--fmad=false",
+            "-Xptxas",
+            "-v",
+            "-Werror",
+            "all-warnings",
+        ]
         + [f"-I{path}" for path in includes]
         + ["-o", cubin, source],
         capture_output=True,

@@ -13,6 +13,10 @@ def to_float64(inputs: dict[str, Any]) -> dict[str, Any]:
     return {n: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
 
 
+def _to_cpu(values: dict[str, Any]) -> dict[str, Any]:
+    return {n: v.cpu() if isinstance(v, Tensor) else v for n, v in values.items()}
+
+
 def check(
     case: Case,
     inputs: dict[str, Any],
@@ -26,10 +30,14 @@ def check(
     roundings of dy and of its inputs: what those of dy change is allowed on top, and with `slack` those of the inputs,
     which is too much where the mean is far above the deviation. For float64 inputs, where eager is no
     contender but the truth itself, and that truth a sum with rounding errors of its own, so is sqrt(n) roundings.
+
+    The truth is computed on the CPU, whatever the device: on a GPU PyTorch's hardswish has a constant of single
+    precision in float64 too. Eager gets storage of its own, as cuDNN wants it aligned.
     """
-    inputs64, dy64 = to_float64(inputs), None if dy is None else dy.double()
-    out = run(function or case.function, case, inputs, dy)
-    eager = run(case.reference, case, inputs, dy)
+    inputs64, dy64 = to_float64(_to_cpu(inputs)), None if dy is None else dy.cpu().double()
+    out = _to_cpu(run(function or case.function, case, inputs, dy))
+    own = {n: v.clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
+    eager = _to_cpu(run(case.reference, case, own, None if dy is None else dy.clone()))
     ref = run(case.reference, case, inputs64, dy64)
     dtype = inputs["input"].dtype
     generator = torch.Generator().manual_seed(0)

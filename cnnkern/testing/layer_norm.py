@@ -143,7 +143,7 @@ LAYER_NORM = Case(
     bench_variant="affine",
     forward_traffic=(1, 1),
     backward_traffic=(2, 1),
-    devices=("cpu",),
+    devices=("cpu", "triton"),
     ranks=(1, 2, 3, 4, 5),
     keeps_layout=False,
 )
@@ -169,7 +169,7 @@ LAYER_NORM2D = Case(
     bench_forms={"written out": reference.layer_norm2d_written_out},
     forward_traffic=(1, 1),
     backward_traffic=(2, 1),
-    devices=("cpu",),
+    devices=("cpu", "triton"),
     ranks=(4,),
     empty_shapes=((0, 3, 4, 5), (2, 3, 0, 4)),
 )

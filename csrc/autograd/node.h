@@ -10,9 +10,11 @@
 #include <torch/csrc/autograd/saved_variable.h>
 
 #include <array>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -52,6 +54,16 @@ struct OperatorNode final : torch::autograd::Node {
   std::vector<torch::autograd::SavedVariable> saved_;
 };
 
+// Nodes are held by c10::intrusive_ptr, in older releases of PyTorch (2.11, for one) by std::shared_ptr.
+template <typename Node, typename... Arguments>
+auto make_node(Arguments&&... arguments) {
+  using Held = decltype(torch::autograd::Edge::function);
+  if constexpr (std::is_same_v<Held, std::shared_ptr<torch::autograd::Node>>)
+    return std::make_shared<Node>(std::forward<Arguments>(arguments)...);
+  else
+    return c10::make_intrusive<Node>(std::forward<Arguments>(arguments)...);
+}
+
 inline const at::Tensor& output_of(const at::Tensor& results) { return results; }
 template <typename... Rest>
 const at::Tensor& output_of(const std::tuple<at::Tensor, Rest...>& results) {
@@ -67,11 +79,11 @@ auto recorded(const torch::autograd::variable_list& inputs, const Forward& forwa
     return forward();
   }();
   auto [op, saves] = describe(results);
-  auto node = c10::make_intrusive<OperatorNode<decltype(op)>>(std::move(op));
+  auto node = make_node<OperatorNode<decltype(op)>>(std::move(op));
   node->set_next_edges(torch::autograd::collect_next_edges(inputs));
   node->save(saves);
   torch::autograd::set_history(output_of(results), node);
-  torch::autograd::fire_node_creation_hooks(node);
+  if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
   return results;
 }
 

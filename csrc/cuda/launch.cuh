@@ -51,7 +51,7 @@ struct Cut {
       cut.tiles = divup(s.C, kTileChannels);
       cut.columns = static_cast<int>(divup(s.C / (cut.vector ? V : 1), cut.tiles));
       cut.thread_rows = kThreads / cut.columns;
-      const int64_t least = static_cast<int64_t>(cut.thread_rows) * kUnroll * kFlush;
+      const int64_t least = static_cast<int64_t>(cut.thread_rows) * kUnroll;  // small tensors want every processor
       cut.strip = divup(cut.rows, larger(1, smaller(kBlocks / cut.tiles, cut.rows / least)));
       cut.strips = divup(cut.rows, cut.strip);
     } else {
