@@ -14,6 +14,7 @@ struct ConvGeometry {
   int taps() const { return kh * kw; }
   int64_t inputs() const { return C / groups; }   // channels of x a group
   int64_t outputs() const { return O / groups; }  // channels of y a group
+  bool square() const { return kh == kw && sh == sw && sh <= 2 && dh == 1 && dw == 1; }  // and of stride 1 or 2, not dilated
 };
 
 // Division of n < 2^31, by a product and a shift (Granlund and Montgomery).

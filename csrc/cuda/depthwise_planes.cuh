@@ -1,4 +1,4 @@
-// Depthwise convolution of planes (NCHW): a thread has a column of kRun outputs, neighbouring threads have neighbouring
+// Depthwise convolution of planes (NCHW): a thread has a column of outputs, neighbouring threads have neighbouring
 // columns. The filter stays in registers, each row of the input is read once for all outputs that it belongs to, and what
 // neighbouring threads share comes from the first-level cache.
 #pragma once
@@ -26,20 +26,25 @@ __device__ __forceinline__ void read_filter(const T* weight, int64_t channel, bo
   for (int k = 0; k < K * K; ++k) filter[k] = static_cast<compute_t<T>>(p[k * step]);
 }
 
+// Outputs of a thread in a row: fewer where the 49 taps of a filter leave few registers.
+template <typename T, int K, int kStride>
+constexpr int kPlaneRun = K == 7 && (kStride == 2 || sizeof(T) == 2) ? 4 : kRun;
+
 template <typename T, int K, int kStride>
 __global__ void __launch_bounds__(kPlaneThreads)
     depthwise_planes_kernel(PlaneWork work, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
                             T* __restrict__ y) {
   using S = compute_t<T>;
+  constexpr int kOutputs = kPlaneRun<T, K, kStride>;
   unsigned plane = blockIdx.x * kPlaneThreads + threadIdx.x;
   if (plane >= work.total) return;
-  const int ow = work.columns.split(plane), oh = work.runs.split(plane) * kRun;
+  const int ow = work.columns.split(plane), oh = work.runs.split(plane) * kOutputs;
   const int64_t channel = plane - work.channels.quotient(plane) * work.channels.by;
-  S filter[K * K], sum[kRun];
+  S filter[K * K], sum[kOutputs];
   read_filter<T, K>(weight, channel, work.flipped, filter);
   const S start = bias != nullptr ? static_cast<S>(bias[channel]) : S(0);
 #pragma unroll
-  for (int o = 0; o < kRun; ++o) sum[o] = start;
+  for (int o = 0; o < kOutputs; ++o) sum[o] = start;
   const int row = oh * kStride - work.ph, column = ow * kStride - work.pw;
   const int H = static_cast<int>(work.H), W = static_cast<int>(work.W);
   bool inside[K];
@@ -47,21 +52,21 @@ __global__ void __launch_bounds__(kPlaneThreads)
   for (int kx = 0; kx < K; ++kx) inside[kx] = column + kx >= 0 && column + kx < W;
   const T* const p = x + (plane * work.H + row) * work.W + column;
 #pragma unroll
-  for (int r = 0; r < (kRun - 1) * kStride + K; ++r) {
+  for (int r = 0; r < (kOutputs - 1) * kStride + K; ++r) {
     const bool there = row + r >= 0 && row + r < H;
     S v[K];
 #pragma unroll
     for (int kx = 0; kx < K; ++kx) v[kx] = read_one(p + (r * W + kx), there && inside[kx]);
 #pragma unroll
     for (int ky = 0; ky < K; ++ky)
-      if (r >= ky && (r - ky) % kStride == 0 && (r - ky) / kStride < kRun)
+      if (r >= ky && (r - ky) % kStride == 0 && (r - ky) / kStride < kOutputs)
 #pragma unroll
         for (int kx = 0; kx < K; ++kx) sum[(r - ky) / kStride] = fma(v[kx], filter[ky * K + kx], sum[(r - ky) / kStride]);
   }
   const int OH = static_cast<int>(work.OH), OW = static_cast<int>(work.OW);
   T* out = y + (plane * work.OH + oh) * work.OW + ow;
 #pragma unroll
-  for (int o = 0; o < kRun; ++o, out += OW)
+  for (int o = 0; o < kOutputs; ++o, out += OW)
     if (oh + o < OH) *out = static_cast<T>(sum[o]);
 }
 
@@ -202,7 +207,7 @@ __global__ void __launch_bounds__(kPlaneThreads)
 // x is read, y written; for the gradient of the input, dy and dx.
 template <typename T, int K, int kStride>
 void convolve_depthwise_planes(const ConvGeometry& g, const T* x, const T* weight, const T* bias, T* y, bool gradient, Stream stream) {
-  const int64_t OH = gradient ? g.H : g.OH, OW = gradient ? g.W : g.OW, runs = divup(OH, kRun);
+  const int64_t OH = gradient ? g.H : g.OH, OW = gradient ? g.W : g.OW, runs = divup(OH, kPlaneRun<T, K, kStride>);
   const int ph = gradient ? K - 1 - g.ph : g.ph, pw = gradient ? K - 1 - g.pw : g.pw;
   const unsigned total = static_cast<unsigned>(g.N * g.C * runs * OW);
   const PlaneWork work = {total, Divisor(OW),           Divisor(runs),       Divisor(g.C), gradient ? g.OH : g.H, gradient ? g.OW : g.W,

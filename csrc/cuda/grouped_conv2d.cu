@@ -47,14 +47,13 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
   return std::max({x.numel(), y, (sums + O) * (y / O / gpu::kAnyPart + 1)}) < kMost;
 }
 
-// The rule of dispatch among what is covered: where cuDNN is likely to be faster. `pass`: what is computed.
-enum class Pass { forward, input_gradient, weight_gradient };
-bool left_to_library(const ConvGeometry& g, at::ScalarType type, Pass pass) {
-  const bool depthwise = g.inputs() == 1 && g.outputs() == 1, square = g.kh == g.kw && g.sh == g.sw && g.sh <= 2 && g.dh == 1 && g.dw == 1;
-  if (type == at::kDouble || depthwise) return false;
-  // Of wider groups what the kernels for 3x3 answer.
-  static_cast<void>(pass);
-  return !square || g.kh != 3 || g.inputs() != g.outputs() || (g.rows && g.inputs() % gpu::kChannels != 0);
+// The rule of dispatch among what is covered. Measured on an H100 (docs/results.md): depthwise kernels of 3x3 and 5x5 are ahead
+// of eager but in inference in channels_last, where the two are close; cuDNN does wider groups well in channels_last and loses
+// time in contiguous layout, which it converts. Guessed: that ours are ahead of it there, up to kMostWide channels, and
+// in all other depthwise convolutions.
+bool left_to_library(const ConvGeometry& g, at::ScalarType type) {
+  const bool depthwise = g.inputs() == 1 && g.outputs() == 1;
+  return type != at::kDouble && !depthwise && !gpu::grouped_planes_take(g);
 }
 
 ConvGeometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
@@ -82,17 +81,56 @@ ConvGeometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef str
 
 // The memory format of results, chosen as ATen's convolutions choose it.
 at::MemoryFormat result_format(const Tensor& x, const Tensor& weight) {
-  const auto channels_last = at::MemoryFormat::ChannelsLast;
-  return x.suggest_memory_format() == channels_last || weight.suggest_memory_format() == channels_last
-             ? channels_last
-             : at::MemoryFormat::Contiguous;
+  for (const auto format : {at::MemoryFormat::ChannelsLast, at::MemoryFormat::ChannelsLast3d})
+    if (x.suggest_memory_format() == format || weight.suggest_memory_format() == format) return format;
+  return at::MemoryFormat::Contiguous;
 }
 
-// What of the gradients our kernels compute.
-std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_own(const Tensor& dy, const Tensor& x, const Tensor& weight, const ConvGeometry& g,
-                                                               std::array<bool, 3> output_mask) {
-  const auto format = g.rows ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}  // namespace
+
+Tensor grouped_conv2d_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
+                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const Tensor& b = tensor_or_undefined(bias);
+  const auto by_library = [&] {
+    return at::convolution(x, weight, bias, stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, groups);
+  };
+  if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
+  const auto format = result_format(x, weight);
+  const ConvGeometry g = geometry(x, weight, stride, padding, dilation, groups, format == at::MemoryFormat::ChannelsLast);
+  if (left_to_library(g, x.scalar_type())) return by_library();
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor x_ = x.contiguous(format), weight_ = in_layout(weight), bias_ = b.defined() ? b.contiguous() : b;
+  const Tensor y = at::empty({g.N, g.O, g.OH, g.OW}, x.options().memory_format(format));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "grouped_conv2d", [&] {
+    gpu::grouped_conv2d_forward(g, x_.const_data_ptr<scalar_t>(), weight_.const_data_ptr<scalar_t>(), weight_.strides().data(),
+                                b.defined() ? bias_.const_data_ptr<scalar_t>() : nullptr, y.mutable_data_ptr<scalar_t>(),
+                                c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cuda(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                                at::IntArrayRef stride, at::IntArrayRef padding,
+                                                                at::IntArrayRef dilation, int64_t groups,
+                                                                std::array<bool, 3> output_mask) {
+  const auto format = result_format(x, weight);
   const Tensor none = at::empty({0}, x.options());
+  const auto by_library = [&] {
+    // A bias's gradient is summed in the order of dy's memory, which differs between autograd and torch.compile.
+    const bool alike = dy.dim() == x.dim() && weight.dim() == x.dim();
+    const auto grads = at::convolution_backward(alike ? dy.contiguous(format) : dy, x, weight,
+                                                /*bias_sizes=*/at::IntArrayRef{weight.size(0)}, stride, padding, dilation,
+                                                /*transposed=*/false, /*output_padding=*/{0, 0}, groups, output_mask);
+    const auto asked = [&](int i, const Tensor& t) { return output_mask[i] ? t : none; };
+    return std::tuple(asked(0, std::get<0>(grads)), asked(1, std::get<1>(grads)), asked(2, std::get<2>(grads)));
+  };
+  if (!covered(x, weight, {}, stride, padding, dilation, groups)) return by_library();
+  const ConvGeometry g = geometry(x, weight, stride, padding, dilation, groups, format == at::MemoryFormat::ChannelsLast);
+  TORCH_CHECK(dy.sizes() == at::IntArrayRef({g.N, g.O, g.OH, g.OW}) && dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
+              "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.O, g.OH, g.OW}), " on ",
+              x.device(), " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
+  if (left_to_library(g, x.scalar_type())) return by_library();
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor dy_ = dy.contiguous(format), weight_ = in_layout(weight);
   const Tensor dx = output_mask[0] ? at::empty(x.sizes(), x.options().memory_format(format)) : none;
@@ -122,59 +160,6 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_own(const Tensor& dy,
     }
   });
   return {dx, dweight, dbias};
-}
-
-}  // namespace
-
-Tensor grouped_conv2d_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
-                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  const Tensor& b = tensor_or_undefined(bias);
-  const auto by_library = [&] {
-    return at::convolution(x, weight, bias, stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, groups);
-  };
-  if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
-  const auto format = result_format(x, weight);
-  const ConvGeometry g = geometry(x, weight, stride, padding, dilation, groups, format == at::MemoryFormat::ChannelsLast);
-  if (left_to_library(g, x.scalar_type(), Pass::forward)) return by_library();
-  const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor x_ = x.contiguous(format), weight_ = in_layout(weight), bias_ = b.defined() ? b.contiguous() : b;
-  const Tensor y = at::empty({g.N, g.O, g.OH, g.OW}, x.options().memory_format(format));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "grouped_conv2d", [&] {
-    gpu::grouped_conv2d_forward(g, x_.const_data_ptr<scalar_t>(), weight_.const_data_ptr<scalar_t>(), weight_.strides().data(),
-                                b.defined() ? bias_.const_data_ptr<scalar_t>() : nullptr, y.mutable_data_ptr<scalar_t>(),
-                                c10::cuda::getCurrentCUDAStream());
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
-  });
-  return y;
-}
-
-std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cuda(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                                                at::IntArrayRef stride, at::IntArrayRef padding,
-                                                                at::IntArrayRef dilation, int64_t groups,
-                                                                std::array<bool, 3> output_mask) {
-  const Tensor none = at::empty({0}, x.options());
-  const auto by_library = [&](std::array<bool, 3> mask) {
-    const auto grads = at::convolution_backward(dy, x, weight, /*bias_sizes=*/at::IntArrayRef{weight.size(0)}, stride, padding, dilation,
-                                                /*transposed=*/false, /*output_padding=*/{0, 0}, groups, mask);
-    const auto asked = [&](bool wanted, const Tensor& t) { return wanted ? t : none; };
-    return std::tuple(asked(mask[0], std::get<0>(grads)), asked(mask[1], std::get<1>(grads)), asked(mask[2], std::get<2>(grads)));
-  };
-  if (!covered(x, weight, {}, stride, padding, dilation, groups)) return by_library(output_mask);
-  const auto format = result_format(x, weight);
-  const ConvGeometry g = geometry(x, weight, stride, padding, dilation, groups, format == at::MemoryFormat::ChannelsLast);
-  TORCH_CHECK(dy.sizes() == at::IntArrayRef({g.N, g.O, g.OH, g.OW}) && dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
-              "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.O, g.OH, g.OW}), " on ",
-              x.device(), " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
-  // The library computes what of the gradients is left to it, and our kernels the rest.
-  const bool input_left = output_mask[0] && left_to_library(g, x.scalar_type(), Pass::input_gradient);
-  const bool weight_left = (output_mask[1] || output_mask[2]) && left_to_library(g, x.scalar_type(), Pass::weight_gradient);
-  if ((input_left || !output_mask[0]) && (weight_left || !(output_mask[1] || output_mask[2]))) return by_library(output_mask);
-  if (input_left || weight_left) {
-    const auto given = by_library({input_left, weight_left && output_mask[1], weight_left && output_mask[2]});
-    const auto own = grouped_conv2d_backward_own(dy, x, weight, g, {!input_left && output_mask[0], !weight_left && output_mask[1], !weight_left && output_mask[2]});
-    return {std::get<0>(input_left ? given : own), std::get<1>(weight_left ? given : own), std::get<2>(weight_left ? given : own)};
-  }
-  return grouped_conv2d_backward_own(dy, x, weight, g, output_mask);
 }
 
 }  // namespace cnnkern

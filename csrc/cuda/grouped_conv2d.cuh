@@ -1,6 +1,7 @@
 // grouped_conv2d: y = conv2d(x, weight, bias). Backward: dx, dweight, dbias.
-// Depthwise with a kernel of 3x3, 5x5 or 7x7 and stride 1 or 2: depthwise_planes.cuh and depthwise_rows.cuh. Wider groups with
-// a kernel of 3x3: grouped_planes.cuh, grouped_rows.cuh. Anything else: conv_any.cuh. At stride 1 the gradient of the input is the same convolution of dy, with filters turned round.
+// Depthwise with a kernel of 3x3, 5x5 or 7x7 and stride 1 or 2: depthwise_planes.cuh and depthwise_rows.cuh. Groups of up
+// to kMostWide channels with a kernel of 3x3, in planes: grouped_planes.cuh. Anything else: conv_any.cuh. At stride 1 the
+// gradient of the input is the same convolution of dy, with filters turned round.
 // The gradient of the weight is summed by blocks over parts of the outputs, whose sums a second kernel adds in their
 // order. How work is cut into parts depends on the shape alone, so results repeat bit for bit.
 // Traffic in tensors read or written: 2 forward, 4 backward, while the caches hold what neighbouring threads share.
@@ -10,7 +11,6 @@
 #include "cuda/depthwise_planes.cuh"
 #include "cuda/depthwise_rows.cuh"
 #include "cuda/grouped_planes.cuh"
-#include "cuda/grouped_rows.cuh"
 
 namespace cnnkern::gpu {
 
@@ -21,11 +21,10 @@ enum class ConvPath { any, depthwise, grouped };
 template <typename T>
 ConvPath conv_path(const ConvGeometry& g, const T* a, const T* b) {
   const auto aligned = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % (kChannels * sizeof(T)) == 0; };
-  if (std::is_same_v<T, double> || g.inputs() != g.outputs() || g.kh != g.kw || g.sh != g.sw || g.sh > 2 || g.dh != 1 || g.dw != 1)
-    return ConvPath::any;
+  if (std::is_same_v<T, double> || !g.square() || g.inputs() != g.outputs()) return ConvPath::any;
+  if (g.inputs() > 1) return grouped_planes_take(g) ? ConvPath::grouped : ConvPath::any;
   if (g.rows && (g.C % kChannels != 0 || !aligned(a) || !aligned(b))) return ConvPath::any;
-  if (g.inputs() == 1) return g.kh == 3 || g.kh == 5 || g.kh == 7 ? ConvPath::depthwise : ConvPath::any;
-  return g.kh == 3 && g.inputs() <= kMostWide && (!g.rows || g.inputs() % kChannels == 0) ? ConvPath::grouped : ConvPath::any;
+  return g.kh == 3 || g.kh == 5 || g.kh == 7 ? ConvPath::depthwise : ConvPath::any;
 }
 
 // Calls f with the stride as a constant, and with the kernel's size.
@@ -60,10 +59,7 @@ void grouped_conv2d_forward(const ConvGeometry& g, const T* x, const T* weight, 
                : convolve_depthwise_planes<T, size(), stride()>(g, x, weight, bias, y, false, stream);
       });
     const auto filters = filters_of(g, weight, strides, false, false);
-    with_stride(g, [&](auto stride) {
-      g.rows ? convolve_grouped_rows<T, stride()>(g, x, filters, bias, y, stream)
-             : convolve_grouped_planes<T, stride()>(g, x, filters, bias, y, stream);
-    });
+    with_stride(g, [&](auto stride) { convolve_grouped_planes<T, stride()>(g, x, filters, bias, y, stream); });
   }
 }
 
@@ -83,11 +79,8 @@ void grouped_conv2d_input_gradient(const ConvGeometry& g, const T* dy, const T* 
                  : depthwise_planes_gradient_stride_2<T, size()>(g, dy, weight, dx, stream);
       });
     const auto filters = filters_of(g, weight, strides, true, g.sh == 1);
-    if (g.sh == 1)
-      g.rows ? convolve_grouped_rows<T, 1>(g, dy, filters, kNoBias, dx, stream)
-             : convolve_grouped_planes<T, 1>(g, dy, filters, kNoBias, dx, stream);
-    else
-      g.rows ? grouped_rows_gradient_stride_2(g, dy, filters, dx, stream) : grouped_planes_gradient_stride_2(g, dy, filters, dx, stream);
+    g.sh == 1 ? convolve_grouped_planes<T, 1>(g, dy, filters, kNoBias, dx, stream)
+              : grouped_planes_gradient_stride_2(g, dy, filters, dx, stream);
   }
 }
 
@@ -96,10 +89,10 @@ template <typename T>
 PartialSums<compute_t<T>> partial_sums(const ConvGeometry& g, const T* dy, const T* x) {
   const ConvPath path = conv_path<T>(g, dy, x);
   int64_t parts = divup(g.N * g.OH * g.OW, kAnyPart);
-  if (path == ConvPath::grouped) parts = g.rows ? GroupSumCut(g).parts : grouped_planes_parts(g);
+  if (path == ConvPath::grouped) parts = grouped_planes_parts(g);
   if (path == ConvPath::depthwise)
     with_kernel(g, [&](auto size, auto) { parts = g.rows ? RowSumCut(g, kSumChannels<T, size()>).parts : depthwise_planes_parts(g); });
-  return {nullptr, parts, g.O, static_cast<int>(g.inputs() * g.taps()), g.rows && path != ConvPath::any};
+  return {nullptr, parts, g.O, static_cast<int>(g.inputs() * g.taps()), g.rows && path == ConvPath::depthwise};
 }
 
 template <typename T>
@@ -114,9 +107,7 @@ void grouped_conv2d_weight_gradient(const ConvGeometry& g, const T* dy, const T*
                : sum_depthwise_planes<T, size(), stride()>(g, dy, x, sums, stream);
       });
     if (path == ConvPath::grouped)
-      with_stride(g, [&](auto stride) {
-        g.rows ? sum_grouped_rows<T, stride()>(g, dy, x, sums, stream) : sum_grouped_planes<T, stride()>(g, dy, x, sums, stream);
-      });
+      with_stride(g, [&](auto stride) { sum_grouped_planes<T, stride()>(g, dy, x, sums, stream); });
   }
   sum_parts(sums, gradient, stream);
 }

@@ -12,7 +12,12 @@ constexpr int kGroupRun = kStride == 1 ? kRun : 4;
 
 constexpr int kQuad = 4;      // output channels of a thread
 constexpr int kSquare = 9;    // taps of a kernel of 3x3
-constexpr int kMostWide = 32;  // channels of a group
+constexpr int kMostWide = 8;   // channels of a group
+
+// What the kernels below compute.
+inline bool grouped_planes_take(const ConvGeometry& g) {
+  return !g.rows && g.square() && g.kh == 3 && g.inputs() == g.outputs() && g.inputs() > 1 && g.inputs() <= kMostWide;
+}
 
 // Filters as the kernels read them: of output channel `o` (of dx, if `transposed`) and the j-th channel that it sums over.
 template <typename T>
