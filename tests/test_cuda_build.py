@@ -264,8 +264,9 @@ def test_every_kernel_that_ships_fits_the_registers_of_a_multiprocessor():
 def test_kernels_are_registered():
     if not cnnkern._C.build_info()["cuda"]:
         pytest.skip("the extension was built without CUDA")
-    for name in ("bn_act", "bn_act_backward", "bn_add_act", "bn_add_act_backward", "add_relu", "add_relu_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{name}", "CUDA")
+    for name in ("bn_act", "bn_add_act", "add_relu", "grouped_conv2d"):
+        for operator in (name, f"{name}_backward"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{operator}", "CUDA")
 
 
 def on_gpu(shape, dtype, generator, layout="contiguous", **variant) -> tuple[dict, torch.Tensor]:
