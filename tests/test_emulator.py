@@ -31,7 +31,7 @@ else:  # make test: variants that reach every kernel; of the others what two dty
     RUNS = {
         "plain": f"(({MEMORY}) and {EVERY_KERNEL}) or (as_good_as and (float32 or bfloat16)) or (gradcheck and alone)"
         " or larger",
-        "thread": f"(as_good_as and {EVERY_KERNEL}) or larger",
+        "thread": f"(as_good_as and ({EVERY_KERNEL} or depthwise or stride or dilated)) or larger",
     }
 RUNS = {tool: f"({chosen}) and {DTYPES[tool]}" if tool in DTYPES else chosen for tool, chosen in RUNS.items()}
 

@@ -61,11 +61,16 @@ __device__ __forceinline__ void read_taps(const S* filters, int pitch, S (&filte
   for (int kx = 0; kx < K; ++kx) read<kChannels>(filters + kx * pitch, true, filter[kx]);
 }
 
+// Outputs of a thread in a row: fewer where a row of them and of the filter need most registers.
+template <int K, int kStride>
+constexpr int kRowRun = K == 7 && kStride == 2 ? 4 : kRun;
+
 template <typename T, int K, int kStride>
 __global__ void __launch_bounds__(kConvThreads, 2)
     depthwise_rows_kernel(RowWork work, const T* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias,
                           T* __restrict__ y) {
   using S = compute_t<T>;
+  constexpr int kOutputs = kRowRun<K, kStride>;
   GPU_DYN_SHARED(S, filters);
   unsigned part = blockIdx.x;
   const int lane = threadIdx.x % work.lanes, slots = kConvThreads / work.lanes, pitch = (work.lanes + 1) * kChannels;
@@ -84,12 +89,12 @@ __global__ void __launch_bounds__(kConvThreads, 2)
     int oh, ow;
     work.order.place(at, image, oh, ow);
     if (oh >= work.OH) continue;
-    ow *= kRun;
+    ow *= kOutputs;
     const int row = oh * kStride - work.ph, column = ow * kStride - work.pw;
     const T* const p = x + ((image * work.H + row) * work.W + column) * work.C + channel;
-    S sum[kRun][kChannels];
+    S sum[kOutputs][kChannels];
 #pragma unroll
-    for (int o = 0; o < kRun; ++o)
+    for (int o = 0; o < kOutputs; ++o)
 #pragma unroll
       for (int k = 0; k < kChannels; ++k) sum[o][k] = start[k];
     const int top = row < 0 ? -row : 0, bottom = row + K > H ? H - row : K;
@@ -99,19 +104,19 @@ __global__ void __launch_bounds__(kConvThreads, 2)
       read_taps<K>(filters + ky * K * pitch + lane * kChannels, pitch, filter);
       const T* const from = p + ky * work.W * work.C;
 #pragma unroll
-      for (int i = 0; i < (kRun - 1) * kStride + K; ++i) {
+      for (int i = 0; i < (kOutputs - 1) * kStride + K; ++i) {
         S v[kChannels];
         read<kChannels>(from + i * work.C, column + i >= 0 && column + i < W, v);
 #pragma unroll
         for (int kx = 0; kx < K; ++kx)
-          if (i >= kx && (i - kx) % kStride == 0 && (i - kx) / kStride < kRun)
+          if (i >= kx && (i - kx) % kStride == 0 && (i - kx) / kStride < kOutputs)
 #pragma unroll
             for (int k = 0; k < kChannels; ++k) sum[(i - kx) / kStride][k] = fma(v[k], filter[kx][k], sum[(i - kx) / kStride][k]);
       }
     }
     T* const out = y + ((image * work.OH + oh) * work.OW + ow) * work.C + channel;
 #pragma unroll
-    for (int o = 0; o < kRun; ++o)
+    for (int o = 0; o < kOutputs; ++o)
       if (ow + o < work.OW) write<kChannels>(out + o * work.C, sum[o]);
   }
 }
@@ -268,10 +273,10 @@ template <typename T, int K, int kStride>
 void convolve_depthwise_rows(const ConvGeometry& g, const T* x, const T* weight, const T* bias, T* y, bool gradient, Stream stream) {
   const auto kernel = depthwise_rows_kernel<T, K, kStride>;
   if (gradient)
-    launch_rows<T, K>(kernel, RunOrder(g.N, g.H, divup(g.W, kRun)), g, g.OH, g.OW, g.H, g.W, K - 1 - g.ph, K - 1 - g.pw, true, stream, x,
+    launch_rows<T, K>(kernel, RunOrder(g.N, g.H, divup(g.W, kRowRun<K, kStride>)), g, g.OH, g.OW, g.H, g.W, K - 1 - g.ph, K - 1 - g.pw, true, stream, x,
                       weight, bias, y);
   else
-    launch_rows<T, K>(kernel, RunOrder(g.N, g.OH, divup(g.OW, kRun)), g, g.H, g.W, g.OH, g.OW, g.ph, g.pw, false, stream, x, weight, bias, y);
+    launch_rows<T, K>(kernel, RunOrder(g.N, g.OH, divup(g.OW, kRowRun<K, kStride>)), g, g.H, g.W, g.OH, g.OW, g.ph, g.pw, false, stream, x, weight, bias, y);
 }
 
 template <typename T, int K>
