@@ -56,6 +56,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
     parser.add_argument("--networks", default="resnet50", choices=("resnet50", "all"), help="whose shapes")
     parser.add_argument("--seconds", type=float, metavar="N", help="for everything; what comes later is not timed")
+    parser.add_argument(
+        "--compile-seconds", type=float, default=60.0, metavar="N", help="of those, for torch.compile (default 60)"
+    )
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="what is faster or slower than in that run")
     arguments = parser.parse_args(argv)
     arguments.before = []
@@ -79,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     options = Options(
         *(arguments.quick, arguments.filter, arguments.device, arguments.backend),
         *(arguments.threads, arguments.dtype, arguments.networks),
+        compile_seconds=arguments.compile_seconds,
     )
     seconds = arguments.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS)
     settings = [setting for setting in machine.malloc_settings(options.device) if make_plan(options, setting)]

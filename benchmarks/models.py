@@ -31,7 +31,9 @@ LARGE = {
 }
 LARGE_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
 SIZE = 224
-# A contender: the model with its grouped convolutions exchanged, and nothing else.
+# Contenders: the converted model compiled; the model with its grouped convolutions exchanged, and nothing else.
+CONVERTED_AND_COMPILED = "torch.compile, converted"
+COMPILED = frozenset({"torch.compile", CONVERTED_AND_COMPILED})
 GROUPED_ALONE = "GroupedConv2d alone"
 WITH_GROUPS = ("resnext50_32x4d", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "convnext_tiny")
 CHECKED, SMALL = 2, 64  # images that are compared, and the side of the patches that gradients are compared on
@@ -46,7 +48,7 @@ def groups(options: Options) -> list[Group]:
     )
     if options.device == "cuda":
         batch_sizes = dict.fromkeys(batch_sizes, GPU_BATCH_SIZE)
-    names = ("eager", "ours", *(("torch.compile", GROUPED_ALONE) if everything else ()))
+    names = ("eager", "ours", *(("torch.compile", CONVERTED_AND_COMPILED, GROUPED_ALONE) if everything else ()))
     return [
         Group(
             suite="models",
@@ -58,6 +60,7 @@ def groups(options: Options) -> list[Group]:
             contenders=tuple(Contender(c, layout) for c in names if c != GROUPED_ALONE or name in WITH_GROUPS),
             open=lambda name=name, batch=batch, mode=mode: ModelBench(name, batch, mode == "training", options.device),
             weight=weight(name, batch, mode, len(names)),
+            compiled=COMPILED,
             min_rounds=3,
             max_rounds=15,
         )
@@ -148,16 +151,16 @@ class ModelBench:
         model = copy.deepcopy(self.base)
         if contender.name == GROUPED_ALONE:
             return with_grouped_convolutions(model)
-        return cnnkern.convert(model) if contender.name == "ours" else model
+        return cnnkern.convert(model) if contender.name in ("ours", CONVERTED_AND_COMPILED) else model
 
     def step(self, contender: Contender, verify: bool) -> Callable[[], object]:
-        if verify and contender.name != "torch.compile":  # PyTorch's, not ours
+        if verify and contender.name not in COMPILED:  # what the compiler makes of them is PyTorch's
             self.verify(contender)
         model = placed(self.model(contender), contender.layout, self.device)
         x = placed(self.x, contender.layout, self.device)
         target = self.target.to(self.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-        if contender.name == "torch.compile":
+        if contender.name in COMPILED:
             torch._dynamo.reset()
             model = torch.compile(model, dynamic=False)
             try:

@@ -13,6 +13,7 @@ __all__ = [
     "backends",
     "conversion_report",
     "convert",
+    "fold",
     "functional",
     "models",
     "nn",
@@ -47,4 +48,5 @@ else:
     from cnnkern import backends, functional, models, nn
     from cnnkern.backends import backend
     from cnnkern.convert import ConversionError, ConversionReport, conversion_report, convert, revert
+    from cnnkern.fold import fold
     from cnnkern.memory import tune_malloc

@@ -16,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from cnnkern import reference
 from cnnkern.nn import batchnorm, layer_norm, sync
 from cnnkern.nn.conv import GroupedConv2d
+from cnnkern.nn.folded_conv import FoldedConv
 from cnnkern.ops.add_relu import add_relu
 from cnnkern.ops.bn_act import batch_norm_act
 
@@ -140,12 +141,15 @@ class Replacement:
 
 @dataclass
 class ConversionReport:
-    """What :func:`convert` did, an entry for each layer and each addition that it replaced or had to leave alone.
+    """What :func:`convert` or :func:`fold` did, an entry for each layer and each addition that it replaced or
+    had to leave alone.
 
     ``print`` shows it; ``counts`` adds it up.
     """
 
     entries: list[Replacement] = field(default_factory=list)
+    made_by: str = "cnnkern.convert"
+    nothing: str = "no norm and no grouped convolution in this model, nothing to convert"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -153,24 +157,39 @@ class ConversionReport:
 
     def __str__(self) -> str:
         if not self.entries:
-            return "cnnkern.convert: no norm and no grouped convolution in this model, nothing to convert"
+            return f"{self.made_by}: {self.nothing}"
         width = max(len(e.path) for e in self.entries)
         lines = [
             f"{e.path:{width}}  {e.kind or 'left alone'}{f' ({e.reason})' if e.reason else ''}" for e in self.entries
         ]
         total = ", ".join(f"{n} {kind}" for kind, n in sorted(self.counts.items()))
-        return "\n".join([f"cnnkern.convert: {total}", *lines])
+        return "\n".join([f"{self.made_by}: {total}", *lines])
 
 
 class _Absorbed(nn.Identity):
-    """Stands where an activation stood that the batch norm before it now applies."""
+    """Stands where an activation stood that the layer before it now applies."""
+
+    inplace = False
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self._original = (original,)  # in a tuple, so that it is no submodule
 
     def extra_repr(self) -> str:
-        return f"{self._original[0]!r} in the batch norm before"
+        return f"{self._original[0]!r} in the layer before"
+
+
+class _Moved(nn.Identity):
+    """Stands where a convolution stood that is now computed where the batch norm behind it stood."""
+
+    inplace = False
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self._text = repr(original)
+
+    def extra_repr(self) -> str:
+        return f"{self._text} in the layer behind"
 
 
 class _Rewritten:
@@ -261,6 +280,10 @@ def _verify(model: nn.Module, inputs: tuple) -> None:
 def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
     """Undoes :func:`convert`: the model as it was, with the parameters and statistics that it has now."""
     _check_module("revert", model)
+    if any(isinstance(m, FoldedConv) for m in model.modules()):
+        raise TypeError(
+            "cnnkern.revert: a folded model has no batch norms to go back to; the model that was folded has"
+        )
     if not inplace:
         model = _sharing_copy(model)
     for module in list(model.modules()):
@@ -297,7 +320,20 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo=shared)
 
 
-def _convert(model: nn.Module) -> ConversionReport:
+class _Folder(Protocol):
+    """What cnnkern.fold does with the convolutions of a model before its norms are converted."""
+
+    def fold(self, holder: nn.Module, graph: fx.Graph | None, alone: Callable[[nn.Module], bool]) -> set[fx.Node]:
+        """Exchanges a holder's convolutions, read from its trace or, without one, in their order in a sequential.
+
+        Returns the additions that they take over. A module is `alone` if nobody but its holder can see it.
+        """
+
+    def finish(self, model: nn.Module) -> dict[int, str]:
+        """Exchanges the convolutions that are left, and returns what was made of which, by id."""
+
+
+def _convert(model: nn.Module, folder: _Folder | None = None) -> ConversionReport:
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
@@ -305,34 +341,42 @@ def _convert(model: nn.Module) -> ConversionReport:
         (path, m) for path, m in model.named_modules() if m._modules and not isinstance(m, torch.jit.ScriptModule)
     ]
     traces = {id(m): _trace(m) for _, m in holders if not isinstance(m, nn.Sequential) or _overrides_forward(m)}
-    # A batch norm that a module further up calls by itself has callers that its holder's trace does not show.
+    # A layer that a module further up calls, or whose parameters it reads, has users that its holder's trace does not
+    # show.
     reached = {
         id(holder.get_submodule(node.target))
         for _, holder in holders
         for node in _calls(traces.get(id(holder)))
         if "." in node.target
+    } | {
+        id(holder.get_submodule(node.target.rpartition(".")[0]))
+        for _, holder in holders
+        for node in (traces.get(id(holder)) or fx.Graph()).nodes
+        if node.op == "get_attr"
     }
     became: dict[int, str] = {}  # batch norms by what they became
     adds: list[Replacement] = []
+
+    def alone(module: nn.Module) -> bool:
+        return not _has_hooks(module) and len(paths[id(module)]) == 1 and id(module) not in reached
+
+    def fusable(norm: nn.Module) -> bool:
+        return type(norm) in _DIMENSIONS and alone(norm)
+
     for path, holder in holders:
-
-        def fusable(norm: nn.Module) -> bool:
-            return (
-                type(norm) in _DIMENSIONS
-                and not _has_hooks(norm)
-                and len(paths[id(norm)]) == 1
-                and id(norm) not in reached
-            )
-
         graph = traces.get(id(holder))
-        if graph is None:
-            if id(holder) not in traces:
-                became |= _convert_sequential(holder, fusable)
+        if graph is None and id(holder) in traces:
             continue
-        for fusion in _fusions(holder, graph, fusable):
+        added = set() if folder is None else folder.fold(holder, graph, alone)
+        if graph is None:
+            became |= _convert_sequential(holder, fusable)
+            continue
+        for fusion in _fusions(holder, graph, fusable, added):
             _exchange(fusion.norm, (_ADD_CLASSES if fusion.add else _ACT_CLASSES)[fusion.act])
             became[id(fusion.norm)] = _kind(fusion.act, fusion.add is not None)
         adds += [Replacement(f"{path}.{node.name}".lstrip("."), "add + ReLU") for node in _rewrite(holder, graph)]
+    if folder is not None:
+        became |= folder.finish(model)
     report, plain = ConversionReport(), _plain()
     for path, module in model.named_modules():
         if id(module) in became:
@@ -424,7 +468,8 @@ def _act_of(holder: nn.Module, node: fx.Node) -> str | None:
     """The activation that this call applies to its first argument, if it is one of ours with its usual parameters."""
     if node.op == "call_module":
         return _act_of_module(holder.get_submodule(node.target))
-    plain = len(node.args) == 1 and not node.kwargs.keys() - {"inplace"}
+    usual = {"negative_slope": 0.01}
+    plain = len(node.args) == 1 and all(k == "inplace" or (k, v) in usual.items() for k, v in node.kwargs.items())
     if node.op == "call_function" and plain:
         return _FUNCTIONS.get(node.target)
     return _METHODS.get(node.target) if node.op == "call_method" and plain else None
@@ -451,7 +496,8 @@ def _is_add(node: fx.Node) -> bool:
 def _may_write(holder: nn.Module, node: fx.Node) -> bool:
     """Whether the call may change one of its arguments in place."""
     if node.op == "call_module":
-        return getattr(holder.get_submodule(node.target), "inplace", True)
+        module = holder.get_submodule(node.target)
+        return getattr(module, "inplace", not isinstance(module, _FRESH))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
     return (
         name.endswith("_") or name.startswith("__i") or node.target is operator.iadd or bool(node.kwargs.get("inplace"))
@@ -491,7 +537,7 @@ def _can_wait(holder: nn.Module, call: fx.Node, add: fx.Node) -> bool:
     if len(call.args) != 1 or call.kwargs or not isinstance(call.args[0], fx.Node):
         return False
     source = call.args[0]
-    if _only_user(source) is call and source.op == "call_module" and _is_fresh(holder.get_submodule(source.target)):
+    if _is_unseen(holder, source):
         return True
     node = call.next
     while node is not add:
@@ -501,10 +547,13 @@ def _can_wait(holder: nn.Module, call: fx.Node, add: fx.Node) -> bool:
     return True
 
 
-def _fusions(holder: nn.Module, graph: fx.Graph, fusable) -> list[_Fusion]:
+def _fusions(
+    holder: nn.Module, graph: fx.Graph, fusable: Callable[[nn.Module], bool], added: set[fx.Node]
+) -> list[_Fusion]:
+    """Of the batch norms that are `fusable`; additions are put into `added`, and those there already left alone."""
     calls = _calls(graph)
     count = Counter(n.target for n in calls)
-    found, added = [], set()
+    found = []
     for call in calls:
         if count[call.target] != 1 or not fusable(holder.get_submodule(call.target)):
             continue
@@ -531,14 +580,27 @@ def _convert_sequential(holder: nn.Sequential, fusable) -> dict[int, str]:
     return became
 
 
-_FRESH = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)
+# The last stands for a convolution whose input has been seen to stay as it is.
+_FRESH = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, FoldedConv, _Moved)
 
 
 def _is_fresh(module: nn.Module) -> bool:
-    """Whether the module's output is a tensor of its own, no view of its input."""
+    """Whether the module's output is a tensor of its own, no view of its input, that no hook has seen."""
+    if _has_hooks(module):
+        return False
     if type(module) is nn.Sequential and len(module):
         return _is_fresh(module[-1])
     return isinstance(module, _FRESH)
+
+
+def _is_unseen(holder: nn.Module, node: fx.Node) -> bool:
+    """Whether the tensor is one that a layer of this holder made, perhaps activated since, and has one reader."""
+    if len(node.users) != 1:
+        return False
+    module = holder.get_submodule(node.target) if node.op == "call_module" else None
+    if isinstance(module, _Absorbed) or _act_of(holder, node) is not None:
+        return isinstance(node.args[0], fx.Node) and _is_unseen(holder, node.args[0])
+    return module is not None and _is_fresh(module)
 
 
 def _add_relu_at(holder: nn.Module, node: fx.Node) -> fx.Node | None:
@@ -556,23 +618,45 @@ def _add_relu_at(holder: nn.Module, node: fx.Node) -> fx.Node | None:
     return relu
 
 
-def _rewrite(holder: nn.Module, graph: fx.Graph | None) -> list[fx.Node]:
-    """Takes out what the exchanged batch norms of this module compute by now, and joins additions with their ReLUs.
+def _is_view(holder: nn.Module, node: fx.Node) -> bool:
+    """Whether this is a ``view`` of another shape that nobody writes to: ``reshape`` takes channels_last as well."""
+    if node.op != "call_method" or node.target != "view" or any(isinstance(a, torch.dtype) for a in node.args):
+        return False
 
-    Returns the additions that were joined. What to do is read off the graph and the classes of the batch norms, so
+    def writes(user: fx.Node) -> bool:
+        if user.op == "call_module":
+            return getattr(holder.get_submodule(user.target), "inplace", False)
+        return _may_write(holder, user)
+
+    return not node.kwargs and not any(writes(user) for user in node.users)
+
+
+def _absorbed_by(layer: nn.Module) -> tuple[str, bool] | None:
+    """The activation and whether an addition, that the code around a layer spells out and the layer computes."""
+    if isinstance(layer, FoldedConv):
+        return layer.absorbs
+    if "_cnnkern_converted" not in layer.__dict__ or type(layer) not in _ORIGINAL:
+        return None
+    adds = isinstance(layer, _AddsWhatFits)
+    return None if layer.act == "none" and not adds else (layer.act, adds)
+
+
+def _rewrite(holder: nn.Module, graph: fx.Graph | None) -> list[fx.Node]:
+    """Takes out what the exchanged layers of this module compute by now, and joins additions with their ReLUs.
+
+    Returns the additions that were joined. What to do is read off the graph and the exchanged layers, so
     that it can be done again on a copy.
     """
     assert graph is not None, f"the forward pass of {type(holder).__name__} could be traced before"
     count = Counter(n.target for n in _calls(graph))
     changed, joined = False, []
     for call in _calls(graph):
-        norm = holder.get_submodule(call.target)
-        if "_cnnkern_converted" not in norm.__dict__ or type(norm) not in _ORIGINAL:
+        absorbs = _absorbed_by(holder.get_submodule(call.target))
+        if absorbs is None:
             continue
-        if norm.act == "none" and not isinstance(norm, _AddsWhatFits):
-            continue
-        fusion = _fusion_at(holder, call, with_add=isinstance(norm, _AddsWhatFits))
-        if fusion.act != norm.act:
+        act, adds = absorbs
+        fusion = _fusion_at(holder, call, with_add=adds)
+        if fusion.act != act:
             continue
         if fusion.add is None:
             if fusion.activation is None:
@@ -585,13 +669,15 @@ def _rewrite(holder: nn.Module, graph: fx.Graph | None) -> list[fx.Node]:
                 graph.erase_node(fusion.activation)
                 changed = True
             continue
-        last = fusion.activation or fusion.add
-        with graph.inserting_before(last):
+        with graph.inserting_before(fusion.add):  # where the residual is what it was
             fused = graph.call_module(call.target, (*call.args, fusion.residual))
-        last.replace_all_uses_with(fused)
+        (fusion.activation or fusion.add).replace_all_uses_with(fused)
         for node in filter(None, (fusion.activation, fusion.add, call)):
             graph.erase_node(node)
         changed = True
+    for node in graph.nodes if "_cnnkern_reshapes" in holder.__dict__ else ():
+        if _is_view(holder, node):
+            node.target, changed = "reshape", True
     for node in list(graph.nodes):
         relu = _add_relu_at(holder, node)
         if relu is None:

@@ -391,6 +391,7 @@ def test_large_models_have_more_contenders(monkeypatch):
         ("eager", "ok"),
         ("ours", "ok"),
         ("torch.compile", "out of time"),
+        (models.CONVERTED_AND_COMPILED, "out of time"),
         (models.GROUPED_ALONE, "ok"),
     }, tables.refused_lines(measured)
     header, lines = tables.model_table(measured)

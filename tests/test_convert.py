@@ -176,6 +176,13 @@ def in_place_on_the_residual(self, y, x):
     return F.relu(r) + r
 
 
+def residual_overwritten_after_the_add(self, y, x):
+    r = x * 1
+    z = y + r
+    r.mul_(3)
+    return F.relu(z) + r
+
+
 def used_twice_after_the_add(self, y, x):
     z = y + x
     return F.relu(z) * z
@@ -253,6 +260,7 @@ WRITTEN = {
     },
     "leaky relu of another slope": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.2)), {"BatchNorm": 1}),
     "F.leaky_relu of another slope": (lambda: Functional(lambda x: F.leaky_relu(x, 0.2)), {"BatchNorm": 1}),
+    "F.leaky_relu": (lambda: Functional(F.leaky_relu), {"BatchNorm + LeakyReLU": 1}),
     "F.silu": (lambda: Functional(F.silu), {"BatchNorm + SiLU": 1}),
     "gelu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.GELU()), {"BatchNorm": 1}),
     "bn + x, relu": (lambda: Residual(lambda self, y, x: F.relu(y + x)), {ADD: 1}),
@@ -270,6 +278,7 @@ WRITTEN = {
         {"BatchNorm": 1, "add + ReLU": 1},
     ),
     "in place on the residual": (lambda: Residual(in_place_on_the_residual), {"BatchNorm": 1}),
+    "residual overwritten after the add": (lambda: Residual(residual_overwritten_after_the_add), {ADD: 1}),
     "sum used twice": (lambda: Residual(used_twice_after_the_add), {"BatchNorm + add": 1}),
     "dropout between": (
         lambda: Residual(lambda self, y, x: F.relu(self.drop(y) + x)),

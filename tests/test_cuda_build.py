@@ -76,6 +76,21 @@ STRAIGHT_KERNELS = {
     "add_relu forward bfloat16": Hot("add_relu_fwd_kernel<c10::BFloat16, 8>", 16, 8),
     "add_relu backward bfloat16": Hot("add_relu_bwd_kernel<c10::BFloat16, 8>", 8, 8),
 }
+# 16-byte accesses of the whole code: x, dy, the result; parameters, in either type that they may have; partial sums.
+LAYER_NORM_KERNELS = {
+    f"{name} {dtype}": Hot(f"ln_{kernel}_kernel<{scalar}, {vector}>", *accesses[which])
+    for which, dtype, scalar, vector in ((0, "float32", "float", 4), (1, "bfloat16", "c10::BFloat16", 8))
+    for name, kernel, *accesses in (
+        ("layer_norm forward", "rows_fwd", (12, 4), (28, 4)),
+        ("layer_norm backward", "rows_bwd", (10, 6), (7, 5)),
+        ("layer_norm forward slices", "slices_fwd", (16, 4), (32, 4)),
+        ("layer_norm forward join", "slices_join", (12, 4), (28, 4)),
+        ("layer_norm backward slices", "slices_bwd", (6, 0), (10, 0)),
+        ("layer_norm backward tiles", "tiles_bwd", (9, 4), (11, 6)),
+        ("layer_norm2d forward", "planes_fwd", (18, 6), (18, 6)),
+        ("layer_norm2d backward", "planes_bwd", (18, 4), (20, 4)),
+    )
+}
 # Kernels whose loops hold less regular accesses too; they must not spill.
 OTHER_KERNELS = (
     "own_planes_kernel<BnActForward<float, Relu>, false>",
@@ -93,6 +108,22 @@ OTHER_KERNELS = (
     "finish_kernel<Statistics<float>>",
     "add_relu_fwd_kernel<float, 1>",
     "add_relu_bwd_kernel<double, 2>",
+    "ln_rows_fwd_kernel<double, 2>",
+    "ln_rows_fwd_kernel<float, 1>",
+    "ln_rows_bwd_kernel<double, 1>",
+    "ln_rows_bwd_kernel<c10::Half, 1>",
+    "ln_slices_fwd_kernel<double, 1>",
+    "ln_slices_join_kernel<c10::Half, 1>",
+    "ln_slices_bwd_kernel<float, 1>",
+    "ln_slices_means_kernel<double>",
+    "ln_tiles_bwd_kernel<double, 2>",
+    "ln_finish_kernel<float>",
+    "ln_planes_fwd_kernel<double, 2>",
+    "ln_planes_fwd_kernel<double, 1>",
+    "ln_planes_fwd_kernel<c10::BFloat16, 4>",
+    "ln_planes_bwd_kernel<double, 2>",
+    "ln_planes_bwd_kernel<c10::BFloat16, 4>",
+    "ln_planes_bwd_kernel<c10::Half, 1>",
 )
 PARAMETERS = {
     "reduce_planes": "{}, PlaneCut, double*",
@@ -103,6 +134,16 @@ PARAMETERS = {
     "finish": "{}, int64_t, const double*",
     "add_relu_fwd": "const {0}*, const {0}*, {0}*, unsigned*, int64_t",
     "add_relu_bwd": "const {0}*, BitReader, {0}*, int64_t",
+    "ln_rows_fwd": "LayerNormForward<{}>, RowGroups",
+    "ln_rows_bwd": "LayerNormBackward<{0}>, LayerNormParameterGradients<{0}>, RowGroups, compute_t<{0}>*",
+    "ln_slices_fwd": "LayerNormForward<{}>, RowSlices, Moments*",
+    "ln_slices_join": "LayerNormForward<{}>, RowSlices, const Moments*",
+    "ln_slices_bwd": "LayerNormBackward<{}>, RowSlices, double*",
+    "ln_slices_means": "const {0}*, const double*, Means<{0}>*, RowSlices",
+    "ln_tiles_bwd": "LayerNormBackward<{0}>, RowTiles, const Means<compute_t<{0}>>*, compute_t<{0}>*",
+    "ln_finish": "LayerNormParameterGradients<{0}>, const compute_t<{0}>*, int64_t, int64_t, int",
+    "ln_planes_fwd": "LayerNormForward<{}>, PixelCut",
+    "ln_planes_bwd": "LayerNormBackward<{0}>, PixelCut, compute_t<{0}>*",
 }
 
 
@@ -154,11 +195,12 @@ def kernels(request, tmp_path_factory) -> dict[str, Kernel]:
             f"needs nvcc and cuobjdump, which `pip install -r requirements.txt` brings; found {nvcc}, {cuobjdump}"
         )
     folder = tmp_path_factory.mktemp(request.param)
-    wanted = list(dict.fromkeys(hot.kernel for hot in (HOT_KERNELS | STRAIGHT_KERNELS).values())) + list(OTHER_KERNELS)
+    judged = (HOT_KERNELS | STRAIGHT_KERNELS | LAYER_NORM_KERNELS).values()
+    wanted = list(dict.fromkeys(hot.kernel for hot in judged)) + list(OTHER_KERNELS)
     lines = [instantiation(kernel) for kernel in wanted]
     source, cubin = folder / "kernels.cu", folder / "kernels.cubin"
     body = "\n".join(lines)
-    headers = "".join(f'#include "cuda/{name}.cuh"\n' for name in ("bn_act", "bn_add_act", "add_relu"))
+    headers = "".join(f'#include "cuda/{name}.cuh"\n' for name in ("bn_act", "bn_add_act", "add_relu", "layer_norm2d"))
     source.write_text(f"{headers}namespace cnnkern::gpu {{\n{body}\n}}\n")
     home = nvcc.parent.parent
     includes = [ROOT / "csrc", Path(torch.__file__).parent / "include", home / "include", home / "include" / "cccl"]
@@ -244,6 +286,25 @@ def test_kernels_without_a_loop_access_16_bytes_and_do_not_divide(kernels, name)
     assert wide == (hot.loads, hot.stores)
 
 
+@pytest.mark.parametrize("name", LAYER_NORM_KERNELS)
+def test_layer_norms_access_16_bytes_and_do_not_divide(kernels, name):
+    hot = LAYER_NORM_KERNELS[name]
+    kernel = kernels[hot.kernel]
+    wide = [text for _, text in kernel.code if re.search(r"\b(LDG|STG)\S*\.128", text)]
+    assert tuple(sum(access in text for text in wide) for access in ("LDG", "STG")) == (hot.loads, hot.stores)
+    for body in kernel.loops():
+        if any(re.search(r"\bSTG\S*\.128", text) for text in body):
+            assert not [text for text in body if re.search(r"\b(CALL|MUFU)\b", text)]
+
+
+@pytest.mark.parametrize("direction", ["fwd", "bwd"])
+def test_half_vectors_are_8_bytes(kernels, direction):
+    code = [text for _, text in kernels[f"ln_planes_{direction}_kernel<c10::BFloat16, 4>"].code]
+    wide = sum(bool(re.search(r"\bLDG\S*\.64", text)) for text in code)
+    assert wide >= 24  # what a thread holds of one tensor or two, and the same again from L2
+    assert sum(bool(re.search(r"\bSTG\S*\.64", text)) for text in code) == (8 if direction == "fwd" else 6)
+
+
 def test_every_kernel_that_ships_fits_the_registers_of_a_multiprocessor():
     """All instantiations in the built extension, of all its architectures."""
     if not cnnkern._C.build_info()["cuda"]:
@@ -264,9 +325,10 @@ def test_every_kernel_that_ships_fits_the_registers_of_a_multiprocessor():
 def test_kernels_are_registered():
     if not cnnkern._C.build_info()["cuda"]:
         pytest.skip("the extension was built without CUDA")
-    for name in ("bn_act", "bn_add_act", "add_relu", "grouped_conv2d"):
-        for operator in (name, f"{name}_backward"):
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{operator}", "CUDA")
+    operators = [name for name, case in testing.CASES.items() if "cuda" in case.devices]
+    assert operators
+    for name in itertools.chain(operators, (f"{name}_backward" for name in operators)):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{name}", "CUDA")
 
 
 def on_gpu(shape, dtype, generator, layout="contiguous", **variant) -> tuple[dict, torch.Tensor]:

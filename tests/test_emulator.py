@@ -56,6 +56,25 @@ LARGER = (
     ((2, 2, 97, 101), "contiguous"),  # slices of a channel
     ((5, 8, 31, 33), "channels_last"),  # strips of rows
 )
+LARGER_OF = {
+    "layer_norm": (
+        ((17000, 8), "contiguous"),  # a strip has several rows for a group of threads,
+        ((140, 2056), "contiguous"),  # or for a block
+        ((3, 8200), "contiguous"),  # rows in slices, by vectors
+        ((2, 8197), "contiguous"),  # and by elements
+        ((270, 8200), "contiguous"),  # a block a row, in stretches
+    ),
+    "layer_norm2d": (
+        ((2, 3, 48, 96), "contiguous"),  # strips of tiles
+        ((1, 1100, 2, 4), "contiguous"),  # channels in chunks
+        ((1, 1100, 3, 3), "contiguous"),
+        ((2, 100, 14, 14), "contiguous"),  # half a vector of 16 bits
+    ),
+}
+
+
+def larger(case: testing.Case) -> tuple:
+    return LARGER + LARGER_OF.get(case.name, ())
 
 
 def drawn(case: testing.Case, shape, layout: str, dtype: torch.dtype, generator) -> tuple[dict, torch.Tensor]:
@@ -74,7 +93,7 @@ def drawn(case: testing.Case, shape, layout: str, dtype: torch.dtype, generator)
 def test_larger_shapes(case, dtype, generator, device, pytestconfig):
     if pytestconfig.getoption("--device") != "emulator":
         pytest.skip("test_battery runs this with each tool")
-    for shape, layout in LARGER:
+    for shape, layout in larger(case):
         inputs, dy = drawn(case, shape, layout, dtype, generator)
         testing.check(case, inputs, dy)
 
@@ -85,7 +104,7 @@ def test_larger_shapes(case, dtype, generator, device, pytestconfig):
 @pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
 def test_results_do_not_depend_on_the_order_of_blocks_and_threads(case, generator, monkeypatch):
     with emulator.Emulator():
-        for shape, layout in LARGER:
+        for shape, layout in larger(case):
             inputs, dy = drawn(case, shape, layout, torch.float32, generator)
             results = []
             for order in ("forward", "reverse", "random:1", "random:2"):

@@ -4,11 +4,13 @@ import copy
 import itertools
 import pickle
 
+import emulator
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cnnkern
 from cnnkern import functional, testing
@@ -21,12 +23,31 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 either = pytest.mark.parametrize("case", [ROWS, IMAGES], ids=lambda c: c.name)
 
 
+@pytest.fixture(params=["device", "emulator"])
+def on(request, device):
+    """Where a test puts its tensors: on --device, or on the CPU while the emulated CUDA kernels answer there."""
+    if request.param == "device":
+        yield device.tensors
+    elif request.config.getoption("--device") == "emulator":
+        pytest.skip("--device is the emulator already")
+    else:
+        with emulator.Emulator():
+            yield "cpu"
+
+
 def arguments(case, x, generator, **more):
     """Arguments of either operator around a given x: the last dimension is normalised, or the channels."""
     size = (x.shape[-1] if case is ROWS else x.shape[1],)
-    weight, bias = (testing.randn(size, generator, x.dtype) for _ in range(2))
+    weight, bias = (testing.randn(size, generator, x.dtype).to(x.device) for _ in range(2))
     shape = {"normalized_shape": size} if case is ROWS else {}
     return {"input": x, "weight": weight, "bias": bias, "eps": 1e-5} | shape | more
+
+
+def placed_on(tensors, case, shape, dtype, generator):
+    """(inputs, dy)"""
+    inputs = case.inputs(shape, dtype, generator=generator)
+    inputs = {n: v.to(tensors) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+    return inputs, testing.randn(shape, generator, dtype).to(tensors)
 
 
 def layouts(case, x):
@@ -35,20 +56,20 @@ def layouts(case, x):
 
 @either
 @pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
-def test_mean_far_above_the_deviation(case, ratio, generator):
-    for shape in ((64, 33), (20, 300), (3, 4100)) if case is ROWS else ((2, 40, 9, 11), (1, 300, 8, 8)):
-        x = (testing.randn(shape, generator, torch.float64) + ratio).float()
-        dy = testing.randn(shape, generator, torch.float32)
+def test_mean_far_above_the_deviation(case, ratio, generator, on):
+    for shape in ((64, 33), (20, 300), (3, 4100), (2, 9000)) if case is ROWS else ((2, 40, 9, 11), (1, 300, 8, 8)):
+        x = (testing.randn(shape, generator, torch.float64) + ratio).float().to(on)
+        dy = testing.randn(shape, generator, torch.float32).to(on)
         for placed in layouts(case, x):
             testing.check(case, arguments(case, placed, generator), dy, slack=False)
 
 
 @either
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e-3, 1e4, 16777217.0, 1e-20, 1e30])
-def test_constant_rows(case, value, generator):
+def test_constant_rows(case, value, generator, on):
     for dtype in (torch.float32, torch.float64):
-        for n in (1, 5, 257):
-            x = torch.full((6, n) if case is ROWS else (2, n, 3, 7), value, dtype=dtype)
+        for n in (1, 5, 257, *((8200,) if case is ROWS else ())):
+            x = torch.full((6, n) if case is ROWS else (2, n, 3, 7), value, dtype=dtype, device=on)
             for placed in layouts(case, x):
                 a = arguments(case, placed, generator)
                 y = case.function(**a)
@@ -58,10 +79,10 @@ def test_constant_rows(case, value, generator):
 
 @either
 @pytest.mark.parametrize("scale", [1e30, 1e18, 1e-18, 1e-30, 1e-42])
-def test_extreme_scales(case, scale, generator):
-    for shape in ((7, 40), (9, 700)) if case is ROWS else ((2, 40, 5, 7), (2, 70, 8, 8)):
-        x = (testing.randn(shape, generator, torch.float64) * scale).float()
-        dy = testing.randn(shape, generator, torch.float32)
+def test_extreme_scales(case, scale, generator, on):
+    for shape in ((7, 40), (9, 700), (2, 8200)) if case is ROWS else ((2, 40, 5, 7), (2, 70, 8, 8)):
+        x = (testing.randn(shape, generator, torch.float64) * scale).float().to(on)
+        dy = testing.randn(shape, generator, torch.float32).to(on)
         for placed, eps in itertools.product(layouts(case, x), (1e-5, 1e-30)):
             a = arguments(case, placed, generator, eps=eps)
             ours, eager = (testing.run(f, case, a, dy) for f in (case.function, case.reference))
@@ -72,22 +93,22 @@ def test_extreme_scales(case, scale, generator):
 
 @either
 @pytest.mark.parametrize("outlier", [1e3, 1e6, 1e12, 1e19, 1e30])
-def test_one_outlier_a_row(case, outlier, generator):
+def test_one_outlier_a_row(case, outlier, generator, on):
     shape, first = ((9, 260), (slice(None), 0)) if case is ROWS else ((2, 60, 9, 9), (slice(None), 0))
-    x = testing.randn(shape, generator, torch.float32)
+    x = testing.randn(shape, generator, torch.float32).to(on)
     x[first] = outlier
     for placed in layouts(case, x):
-        dy = testing.randn(shape, generator, torch.float32)
+        dy = testing.randn(shape, generator, torch.float32).to(on)
         testing.check(case, arguments(case, placed, generator), dy, slack=False)
 
 
 @either
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_nan_and_infinity_stay_in_their_row(case, bad, generator):
+def test_nan_and_infinity_stay_in_their_row(case, bad, generator, on):
     rows, images = ((9, 37), (4, 5), (4,)), ((2, 9, 5, 13), (1, 2, 3, 4), (1, slice(None), 3, 4))
     shape, at, where = rows if case is ROWS else images
     for dtype in DTYPES:
-        x = testing.randn(shape, generator, dtype)
+        x = testing.randn(shape, generator, dtype).to(on)
         spoilt = x.clone()
         spoilt[at] = bad
         for clean, placed in zip(layouts(case, x), layouts(case, spoilt), strict=True):
@@ -104,11 +125,11 @@ def test_nan_and_infinity_stay_in_their_row(case, bad, generator):
 
 @either
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=str)
-def test_one_and_two_values_a_row(case, dtype, generator):
+def test_one_and_two_values_a_row(case, dtype, generator, on):
     """One value has no deviation and no gradient, whatever the rounding; two leave what rounding makes."""
     for n in (1, 2):
         shape = (37, n) if case is ROWS else (3, n, 5, 9)
-        x, dy = (testing.randn(shape, generator, dtype) for _ in range(2))
+        x, dy = (testing.randn(shape, generator, dtype).to(on) for _ in range(2))
         for placed in layouts(case, x):
             a = arguments(case, placed, generator)
             y, dx, dweight, dbias = testing.run(case.function, case, a, dy).values()
@@ -122,19 +143,19 @@ def test_one_and_two_values_a_row(case, dtype, generator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_long_rows_few_rows_and_many(dtype, generator):
+def test_long_rows_few_rows_and_many(dtype, generator, device):
     """Columns shared out between threads, pieces of rows, sums flushed to double, stores past the caches."""
     for shape in ((1, 65536), (3, 65535), (63, 1100), (64, 1056), (200, 4096), (100_000, 1), (70_001, 3), (5003, 130)):
-        inputs = ROWS.inputs(shape, dtype, generator=generator)
-        testing.check(ROWS, inputs, testing.randn(shape, generator, dtype))
+        inputs, dy = placed_on(device.tensors, ROWS, shape, dtype, generator)
+        testing.check(ROWS, inputs, dy)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_large_images_and_single_pixels(layout, generator):
+def test_large_images_and_single_pixels(layout, generator, device):
     for shape in ((2, 96, 64, 64), (4, 130, 56, 56), (300, 129, 1, 1), (70, 40, 2, 3), (1, 2000, 9, 9)):
-        inputs = IMAGES.inputs(shape, torch.float32, generator=generator)
+        inputs, dy = placed_on(device.tensors, IMAGES, shape, torch.float32, generator)
         inputs["input"] = testing.with_layout(inputs["input"], layout)
-        testing.check(IMAGES, inputs, testing.randn(shape, generator, torch.float32))
+        testing.check(IMAGES, inputs, dy)
 
 
 @either
@@ -217,6 +238,19 @@ def test_autocast_as_eager_has_it(dtype, parameter_dtype, generator):
             y = call(CASES[name].function)
         assert y.dtype == expected.dtype
         torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast_on_a_gpu_as_eager_has_it(dtype):
+    enabled = torch.is_autocast_enabled("cuda")
+    with FakeTensorMode():  # which needs no GPU
+        x, w = torch.empty(3, 8, 4, 4, dtype=dtype, device="cuda"), torch.empty(8, dtype=dtype, device="cuda")
+        try:
+            torch.set_autocast_enabled("cuda", True)
+            for name, arguments in (("layer_norm", (x.transpose(1, 3), (8,), w, w)), ("layer_norm2d", (x, w, w))):
+                assert CASES[name].function(*arguments).dtype == CASES[name].reference(*arguments).dtype
+        finally:
+            torch.set_autocast_enabled("cuda", enabled)
 
 
 def test_errors_name_the_operator_and_what_came():

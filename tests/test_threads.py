@@ -3,9 +3,11 @@
 import copy
 import threading
 
+import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import cnnkern
@@ -22,9 +24,21 @@ def trained(model, seed: int) -> list[torch.Tensor]:
     return [t.detach().clone() for t in model.state_dict().values()]
 
 
-def test_two_threads_train_two_models_as_one_thread_would():
+def resnext() -> nn.Module:
+    block = torchvision.models.resnet.Bottleneck
+    return torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=4, groups=8, width_per_group=4)
+
+
+def convnext() -> nn.Module:
+    """Depthwise convolutions and both layer norms."""
+    stage = torchvision.models.convnext.CNBlockConfig
+    return torchvision.models.ConvNeXt([stage(32, 64, 2), stage(64, None, 2)], num_classes=4)
+
+
+@pytest.mark.parametrize("make", [lambda: torchvision.models.resnet18(num_classes=4), resnext, convnext])
+def test_two_threads_train_two_models_as_one_thread_would(make):
     torch.manual_seed(0)
-    models = [cnnkern.convert(torchvision.models.resnet18(num_classes=4)) for _ in range(2)]
+    models = [cnnkern.convert(make()) for _ in range(2)]
     alone = [trained(copy.deepcopy(m), seed) for seed, m in enumerate(models)]
     together: dict[int, list[torch.Tensor]] = {}
     threads = [
@@ -40,8 +54,8 @@ def test_two_threads_train_two_models_as_one_thread_would():
             torch.testing.assert_close(mine, one, rtol=1e-5, atol=1e-6)
 
 
-class Normalised(Dataset):
-    """Samples that went through a fused layer in the worker process."""
+class Through(Dataset):
+    """Samples that went through a layer in the worker process."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -51,14 +65,24 @@ class Normalised(Dataset):
 
     def __getitem__(self, index):
         with torch.no_grad():
-            return self.layer(torch.full((2, 3, 64, 64), float(index)) + torch.arange(64.0))
+            return self.layer(torch.full((2, 8, 64, 64), float(index)) + torch.arange(64.0))
 
 
-def test_fork_after_use():
-    layer = cnnkern.nn.BatchNormReLU2d(3)
-    layer(torch.randn(8, 3, 128, 128))  # threads are up before the workers are forked
-    layer.eval()
-    expected = [Normalised(layer)[i] for i in range(8)]
-    loader = DataLoader(Normalised(layer), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        cnnkern.nn.BatchNormReLU2d(8),
+        cnnkern.nn.GroupedConv2d(8, 8, 3, groups=2),
+        cnnkern.nn.GroupedConv2d(8, 8, 3, groups=8),
+        cnnkern.nn.LayerNorm(64),
+        cnnkern.nn.LayerNorm2d(8),
+    ],
+    ids=str,
+)
+def test_fork_after_use(layer):
+    layer(torch.randn(8, 8, 128, 64)).sum().backward()  # threads are up before the workers are forked
+    layer = copy.deepcopy(layer).eval()
+    expected = [Through(layer)[i] for i in range(8)]
+    loader = DataLoader(Through(layer), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
     for mine, one in zip(loader, expected, strict=True):
         assert torch.equal(mine, one)

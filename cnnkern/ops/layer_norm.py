@@ -1,4 +1,4 @@
-"""Layer norm over the last dimensions. Kernels: csrc/cpu, triton_kernels; autograd: csrc/autograd."""
+"""Layer norm over the last dimensions. Kernels: csrc, triton_kernels; autograd: csrc/autograd."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Layer norm over the channels of images. Kernels: csrc/cpu, triton_kernels; autograd: csrc/autograd."""
+"""Layer norm over the channels of images. Kernels: csrc, triton_kernels; autograd: csrc/autograd."""
 
 import torch
 from torch import Tensor

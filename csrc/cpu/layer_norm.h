@@ -3,19 +3,16 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
-#include <array>
 #include <bit>
 #include <cmath>
 #include <limits>
 #include <memory>
 #include <tuple>
 
-#include "check.h"
 #include "cpu/sweep.h"
+#include "layer_norm_tensors.h"
 
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
@@ -28,38 +25,6 @@ void layer_norm_rows(const Tensor& x, int64_t cols, const Tensor& weight, const 
 // An undefined gradient is not wanted.
 void layer_norm_rows_backward(const Tensor& dy, const Tensor& x, int64_t cols, const Tensor& weight, const Tensor& mean,
                               const Tensor& rstd, const Tensor& dx, const Tensor& dweight, const Tensor& dbias);
-
-// mean and rstd have x's shape, with dimensions [first, last) of one element.
-inline c10::SmallVector<int64_t, 6> statistics_shape(const Tensor& x, int64_t first, int64_t last) {
-  c10::SmallVector<int64_t, 6> shape(x.sizes().begin(), x.sizes().end());
-  std::fill(shape.begin() + first, shape.begin() + last, 1);
-  return shape;
-}
-
-inline std::array<Tensor, 2> empty_statistics(const Tensor& x, int64_t first, int64_t last) {
-  const auto shape = statistics_shape(x, first, last);
-  const auto options = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  return {at::empty(shape, options), at::empty(shape, options)};
-}
-
-// The gradients of a layer norm: those that are wanted defined, the others empty when they are handed out.
-struct LayerNormGradients {
-  Tensor dx, dweight, dbias;
-  LayerNormGradients(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, std::array<bool, 3> wanted) {
-    if (wanted[0]) dx = at::empty_like(x);
-    if (wanted[1]) dweight = at::empty(weight->sizes(), weight->options());
-    if (wanted[2]) dbias = at::empty(bias->sizes(), bias->options());
-  }
-  std::tuple<Tensor, Tensor, Tensor> zeros(const Tensor& x) const {
-    for (const Tensor* t : {&dx, &dweight, &dbias})
-      if (t->defined()) t->zero_();
-    return tuple(x);
-  }
-  std::tuple<Tensor, Tensor, Tensor> tuple(const Tensor& x) const {
-    const auto given = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
-    return {given(dx), given(dweight), given(dbias)};
-  }
-};
 
 // A parameter's n values in the arithmetic type: its own memory where that will do, else a copy; `otherwise` where
 // there is none.

@@ -102,11 +102,6 @@ __global__ void __launch_bounds__(kAddThreads) add_relu_bwd_kernel(const T* dy, 
     add_relu_backward_block<true, V>(dy, mask, dx, first, numel);
 }
 
-template <typename T>
-bool aligned_to_vectors(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % (sizeof(T) * kVector<T>) == 0;
-}
-
 inline dim3 add_relu_grid(int64_t numel, int vector) {
   return dim3(static_cast<unsigned>(divup(numel, int64_t{kAddThreads} * vector * kAddVectors)));
 }

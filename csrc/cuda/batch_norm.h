@@ -15,25 +15,9 @@
 #include "check.h"
 #include "cuda/batch_norm.cuh"
 #include "cuda/launch.cuh"
-#include "memory_layout.h"
+#include "cuda/layout.h"
 
 namespace cnnkern {
-
-inline gpu::Layout layout_of(const Tensor& x) {  // x from in_layout
-  const int64_t N = x.size(0), C = x.size(1), HW = x.numel() / (N * C);
-  return {HW == 1 || !x.is_contiguous(), N, C, HW};
-}
-
-template <typename T>
-gpu::ChannelVector<T> channel_vector(const Tensor& t) {
-  if (!t.defined()) return {nullptr, 0, false};
-  return {t.data_ptr(), t.stride(0), t.scalar_type() == at::kFloat};
-}
-
-template <typename T>
-gpu::ChannelVector<T> channel_vector(const OptionalTensor& t) {
-  return channel_vector<T>(tensor_or_undefined(t));
-}
 
 // The forward pass of any batch-norm operator, without what is its own. y and the others were allocated for x.
 template <typename T>

@@ -51,6 +51,8 @@ using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <typename T>
 constexpr int kVector = 16 / sizeof(T);
 
+inline bool aligned_to_vectors(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
 // Elements [first, last) of a vector exist; `aligned` if a vector that exists as a whole may be accessed as one.
 struct Lanes {
   int first, last;
@@ -62,17 +64,26 @@ struct alignas(sizeof(T) * N) Vector {
   T lane[N];
 };
 
-// One access of 16 bytes, or of one element.
+// One access of 16 or 8 bytes, or of one element.
 template <typename V>
-using access_t = std::conditional_t<sizeof(V) == 16, uint4, V>;
+using access_t = std::conditional_t<sizeof(V) == 16, uint4, std::conditional_t<sizeof(V) == 8, uint2, V>>;
+
+// Has what will be read at p fetched into L2, and waits for nothing.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* p) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
+#endif
+}
 
 template <typename V>
 __device__ __forceinline__ void store_access(V* p, V v) {
 #ifdef __CUDA_ARCH__
-  // A plain store of a uint4 is split in four where nvcc cannot tell that several of them do not overlap.
+  // A plain store of a uint4 is split in four where nvcc cannot tell that several of them do not overlap; a uint2 in two.
   if constexpr (sizeof(V) == 16)
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
+  else if constexpr (sizeof(V) == 8)
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y) : "memory");
   else
 #endif
     *p = v;

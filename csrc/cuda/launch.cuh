@@ -103,11 +103,9 @@ void reduce_and_map(const P& p, const Cut<typename P::Scalar>& cut, double* work
   int64_t C, slices;
   if (cut.by_rows) {
     C = cut.rows.C, slices = cut.rows.strips;
-    const int lanes = cut.rows.vector ? V : 1;
-    const size_t shared = sizeof(double) * 2 * lanes * (cut.rows.thread_rows / 2) * cut.rows.columns;
     const dim3 grid(static_cast<unsigned>(cut.rows.tiles * slices));
-    launch(cut.rows.vector ? reduce_rows_kernel<R, V> : reduce_rows_kernel<R, 1>, grid, dim3(kThreads), shared, stream, reduction,
-           cut.rows, workspace);
+    launch(cut.rows.vector ? reduce_rows_kernel<R, V> : reduce_rows_kernel<R, 1>, grid, dim3(kThreads),
+           cut.rows.scratch_bytes(cut.rows.vector ? V : 1), stream, reduction, cut.rows, workspace);
   } else {
     C = cut.planes.C, slices = cut.planes.slices;
     if constexpr (!P::kWritesWhileReducing)

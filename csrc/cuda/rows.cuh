@@ -15,6 +15,8 @@ struct RowCut {
   int64_t tiles, strips, strip;  // tiles of channels; strips of rows; rows of a strip
   int columns, thread_rows;
   bool vector;                   // whole aligned vectors of channels
+
+  size_t scratch_bytes(int lanes) const { return sizeof(double) * 2 * lanes * (thread_rows / 2) * columns; }  // of a block
 };
 
 template <int V>
@@ -33,6 +35,7 @@ struct RowPlace {
   }
 };
 
+// f(offsets of vectors in rows r, r + thread_rows, ...; r)
 template <int V, int kVectors, typename F>
 __device__ __forceinline__ void for_rows(const RowCut& cut, const RowPlace<V>& place, const F& f) {
   const int64_t end = smaller(cut.rows, (place.strip + 1) * cut.strip);
@@ -42,11 +45,24 @@ __device__ __forceinline__ void for_rows(const RowCut& cut, const RowPlace<V>& p
     int64_t at[U];
 #pragma unroll
     for (int u = 0; u < U; ++u) at[u] = (r + u * cut.thread_rows) * cut.C + place.channel;
-    f(at);
+    f(at, r);
     r += U * cut.thread_rows;
   };
   while (r + (kVectors - 1) * cut.thread_rows < end) batch(std::integral_constant<int, kVectors>{});
   while (r < end) batch(std::integral_constant<int, 1>{});
+}
+
+// Two sums a channel over the rows of a strip, from those of its threads. partial: (C, strips, 2).
+template <int V>
+__device__ __forceinline__ void write_column_sums(double (&sums)[2 * V], const RowCut& cut, const RowPlace<V>& place,
+                                                  double* scratch, double* partial) {
+  column_sum(sums, place.row, cut.thread_rows, place.column, cut.columns, scratch);
+  if (place.active && place.row == 0)
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      double* const out = partial + 2 * ((place.channel + k) * cut.strips + place.strip);
+      out[0] = sums[k], out[1] = sums[V + k];
+    }
 }
 
 template <typename P, int V>
@@ -62,16 +78,10 @@ __global__ void __launch_bounds__(kThreads, 2) reduce_rows_kernel(P p, RowCut cu
     for (int k = 0; k < V; ++k) constants[k] = shared[place.column * V + k];
     // Of eight lanes fewer vectors, if results are under way too, or much arithmetic: two blocks have to fit.
     constexpr int kVectors = V < 8 ? kUnroll : kUnroll >> (int{P::kWritesWhileReducing} + int{P::kCostly});
-    for_rows<V, kVectors>(cut, place, [&](const auto& at) { mine.template add<false>(p, at, Lanes{}, constants); });
+    for_rows<V, kVectors>(cut, place, [&](const auto& at, int64_t) { mine.template add<false>(p, at, Lanes{}, constants); });
     mine.flush();
   }
-  column_sum(mine.wide, place.row, cut.thread_rows, place.column, cut.columns, scratch);
-  if (place.active && place.row == 0)
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      double* const out = partial + 2 * ((place.channel + k) * cut.strips + place.strip);
-      out[0] = mine.wide[k], out[1] = mine.wide[V + k];
-    }
+  write_column_sums<V>(mine.wide, cut, place, scratch, partial);
 }
 
 template <typename P, int V>
@@ -83,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) map_rows_kernel(P p, RowCut cut) {
   typename P::After constants[V];
 #pragma unroll
   for (int k = 0; k < V; ++k) constants[k] = shared[place.column * V + k];
-  for_rows<V, kUnroll>(cut, place, [&](const auto& at) { map_batch<false, V>(p, at, Lanes{}, constants); });
+  for_rows<V, kUnroll>(cut, place, [&](const auto& at, int64_t) { map_batch<false, V>(p, at, Lanes{}, constants); });
 }
 
 }  // namespace cnnkern::gpu

@@ -1,0 +1,65 @@
+// layer_norm and layer_norm_backward on CUDA tensors. The kernels stand in layer_norm.cuh.
+#include "cuda/layer_norm.cuh"
+
+#include <torch/library.h>
+
+#include "cuda/layer_norm.h"
+
+namespace cnnkern {
+
+void launch_layer_norm_rows(const Tensor& x, int64_t cols, const Tensor& weight, const Tensor& bias, double eps, const Tensor& y,
+                            const Tensor& mean, const Tensor& rstd) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "layer_norm", [&] {
+    const auto forward = layer_norm_forward<scalar_t>(x, weight, bias, eps, y, mean, rstd);
+    const gpu::LayerNormForwardCut<scalar_t> cut(forward, x.numel() / cols, cols);
+    const Tensor workspace = workspace_of(cut.doubles(), x);
+    gpu::layer_norm_forward(forward, cut, workspace.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+void launch_layer_norm_rows_backward(const Tensor& dy, const Tensor& x, int64_t cols, const Tensor& weight, const Tensor& mean,
+                                     const Tensor& rstd, const LayerNormGradients& gradients) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "layer_norm_backward", [&] {
+    const auto backward = layer_norm_backward<scalar_t>(dy, x, weight, mean, rstd, gradients.dx);
+    const gpu::LayerNormBackwardCut<scalar_t> cut(backward, gradients.of_parameters(), x.numel() / cols, cols);
+    const Tensor workspace = workspace_of(cut.doubles(), x);
+    gpu::layer_norm_backward(backward, parameter_gradients<scalar_t>(gradients), cut, workspace.mutable_data_ptr<double>(),
+                             c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_cuda(const Tensor& x, at::IntArrayRef normalized_shape,
+                                                   const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  check_layer_norm("cnnkern::layer_norm", x, normalized_shape, weight, bias);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor x_ = x.contiguous(), y = at::empty_like(x_);
+  const auto [mean, rstd] = empty_statistics(x_, x.dim() - static_cast<int64_t>(normalized_shape.size()), x.dim());
+  if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
+  launch_layer_norm_rows(x_, c10::multiply_integers(normalized_shape), dense(weight), dense(bias), eps, y, mean, rstd);
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(const Tensor& dy, const Tensor& x,
+                                                            at::IntArrayRef normalized_shape, const OptionalTensor& weight,
+                                                            const OptionalTensor& bias, const Tensor& mean,
+                                                            const Tensor& rstd, std::array<bool, 3> output_mask) {
+  const char* op = "cnnkern::layer_norm_backward";
+  check_layer_norm(op, x, normalized_shape, weight, bias);
+  const int64_t first = x.dim() - static_cast<int64_t>(normalized_shape.size());
+  check_layer_norm_saved(op, dy, x, statistics_shape(x, first, x.dim()), weight, bias, mean, rstd, output_mask);
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor x_ = x.contiguous(), dy_ = dy.contiguous();
+  const LayerNormGradients gradients(x_, weight, bias, output_mask);
+  if (x.numel() == 0) return gradients.zeros(x);
+  launch_layer_norm_rows_backward(dy_, x_, c10::multiply_integers(normalized_shape), dense(weight), mean, rstd, gradients);
+  return gradients.tuple(x);
+}
+
+}  // namespace cnnkern
+
+TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) {
+  m.impl("layer_norm", &cnnkern::layer_norm_cuda);
+  m.impl("layer_norm_backward", &cnnkern::layer_norm_backward_cuda);
+}

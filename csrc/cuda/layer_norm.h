@@ -1,0 +1,68 @@
+// Tensors as the layer-norm kernels take them.
+#pragma once
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "check.h"
+#include "cuda/layer_norm_terms.cuh"
+#include "cuda/layout.h"
+#include "layer_norm_tensors.h"
+
+namespace cnnkern {
+
+// Over dense rows of `cols` elements; parameters are dense or undefined.
+void launch_layer_norm_rows(const Tensor& x, int64_t cols, const Tensor& weight, const Tensor& bias, double eps, const Tensor& y,
+                            const Tensor& mean, const Tensor& rstd);
+void launch_layer_norm_rows_backward(const Tensor& dy, const Tensor& x, int64_t cols, const Tensor& weight, const Tensor& mean,
+                                     const Tensor& rstd, const LayerNormGradients& gradients);
+
+inline Tensor dense(const OptionalTensor& t) {
+  return tensor_or_undefined(t).defined() ? t->contiguous() : Tensor();
+}
+
+template <typename T>
+gpu::ParameterVector<T> parameter_vector(const Tensor& t) {
+  if (!t.defined()) return {nullptr, false};
+  return {t.const_data_ptr(), t.scalar_type() == at::kFloat};
+}
+
+template <typename T>
+gpu::LayerNormForward<T> layer_norm_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
+                                            const Tensor& y, const Tensor& mean, const Tensor& rstd) {
+  using S = gpu::compute_t<T>;
+  return {.x = x.const_data_ptr<T>(),
+          .y = y.mutable_data_ptr<T>(),
+          .mean = mean.mutable_data_ptr<S>(),
+          .rstd = rstd.mutable_data_ptr<S>(),
+          .weight = parameter_vector<T>(weight),
+          .bias = parameter_vector<T>(bias),
+          .eps = eps};
+}
+
+template <typename T>
+gpu::LayerNormBackward<T> layer_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean,
+                                              const Tensor& rstd, const Tensor& dx) {
+  using S = gpu::compute_t<T>;
+  return {.dy = dy.const_data_ptr<T>(),
+          .x = x.const_data_ptr<T>(),
+          .dx = dx.defined() ? dx.mutable_data_ptr<T>() : nullptr,
+          .mean = mean.const_data_ptr<S>(),
+          .rstd = rstd.const_data_ptr<S>(),
+          .weight = parameter_vector<T>(weight)};
+}
+
+template <typename T>
+gpu::LayerNormParameterGradients<T> parameter_gradients(const LayerNormGradients& gradients) {
+  const auto flat = [](const Tensor& t) { return t.defined() ? t.view({-1}) : t; };
+  return {channel_vector<T>(flat(gradients.dweight)), channel_vector<T>(flat(gradients.dbias))};
+}
+
+inline Tensor workspace_of(int64_t doubles, const Tensor& x) {
+  return at::empty({doubles}, x.options().dtype(at::kDouble));
+}
+
+}  // namespace cnnkern

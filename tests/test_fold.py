@@ -1,0 +1,436 @@
+"""`cnnkern.fold`: what it folds, that results stay, and what does not change."""
+
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import cnnkern
+from cnnkern import testing
+from cnnkern.nn.folded_conv import FoldedConv, prefers_own
+
+CONV, RELU, ADD = "Conv + BatchNorm", "Conv + BatchNorm + ReLU", "Conv + BatchNorm + add + ReLU"
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+FAMILIES = {
+    "alexnet": {"Conv + ReLU": 5},
+    "vgg11": {"Conv + ReLU": 8},
+    "vgg11_bn": {RELU: 8},
+    "squeezenet1_1": {"Conv + ReLU": 26},
+    "resnet18": {RELU: 9, ADD: 8, CONV: 3},
+    "resnet50": {RELU: 33, ADD: 16, CONV: 4},
+    "resnext50_32x4d": {RELU: 33, ADD: 16, CONV: 4},
+    "densenet121": {RELU: 59, "BatchNorm + ReLU": 61, "BatchNorm": 1, "Conv": 61},
+    "googlenet": {RELU: 57},
+    "inception_v3": {RELU: 94},
+    "mnasnet0_5": {RELU: 35, CONV: 17},
+    "mobilenet_v2": {"Conv + BatchNorm + ReLU6": 35, CONV: 17},
+    "mobilenet_v3_small": {"Conv + BatchNorm + Hardswish": 18, RELU: 5, CONV: 11, "Conv + ReLU": 9, "Conv": 9},
+    "efficientnet_b0": {"Conv + BatchNorm + SiLU": 33, CONV: 16, "Conv + SiLU": 16, "Conv + Sigmoid": 16},
+    "regnet_y_400mf": {RELU: 33, CONV: 20, "add + ReLU": 16, "Conv + ReLU": 16, "Conv + Sigmoid": 16},
+    "shufflenet_v2_x0_5": {RELU: 37, CONV: 19},
+    "convnext_tiny": {"Conv": 22, "LayerNorm": 18, "LayerNorm2d": 5},
+    "swin_t": {"Conv": 1, "LayerNorm": 29},
+    "vit_b_16": {"Conv": 1, "LayerNorm": 25},
+}
+SIZES = {"inception_v3": 96, "alexnet": 64}
+
+
+def build(name: str) -> nn.Module:
+    """In eval mode, with random statistics."""
+    torch.manual_seed(0)
+    extra: dict = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    if name == "vit_b_16":
+        extra["image_size"] = 64
+    model = torchvision.models.get_model(name, weights=None, num_classes=10, **extra)
+    return randomised(model)
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
+            if m.affine:
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias, 0, 0.1)
+    return model.eval()
+
+
+def judged(folded: nn.Module, model: nn.Module, *inputs: torch.Tensor) -> None:
+    """The folded model is as good as its original at the dtype of the inputs."""
+
+    def run(m: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return {"output": m(*(x.to(dtype) for x in inputs))}
+
+    dtype = inputs[0].dtype
+    testing.assert_as_good_as(run(folded, dtype), run(model, dtype), run(copy.deepcopy(model).double(), torch.float64))
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    return cnnkern.conversion_report(model).counts
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_as_good_as_eager_in_both_layouts(name):
+    model = build(name)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    folded = cnnkern.fold(model)
+    assert counts(folded) == FAMILIES[name]
+    x = torch.randn(2, 3, *[SIZES.get(name, 64)] * 2)
+    for layout in LAYOUTS:
+        judged(folded, model, x.to(memory_format=layout))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(isinstance(m, FoldedConv) for m in model.modules())
+    theirs = {p.data_ptr() for p in (*model.parameters(), *model.buffers()) if p.numel()}
+    assert not theirs & {p.data_ptr() for p in (*folded.parameters(), *folded.buffers()) if p.numel()}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "efficientnet_b0", "resnext50_32x4d"])
+def test_bfloat16(name):
+    model = build(name).to(torch.bfloat16)
+    folded = cnnkern.fold(model)
+    x = torch.randn(4, 3, 64, 64, dtype=torch.bfloat16)
+    for layout in LAYOUTS:
+        judged(folded, model, x.to(memory_format=layout))
+    judged(cnnkern.fold(build(name)).to(torch.bfloat16), model, x)  # cast afterwards
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "googlenet", "shufflenet_v2_x0_5"])
+def test_copies_pickles_and_state(name):
+    folded = cnnkern.fold(build(name))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        y = folded(x)
+        assert torch.equal(copy.deepcopy(folded)(x), y)
+        assert torch.equal(pickle.loads(pickle.dumps(folded))(x), y)
+        file = io.BytesIO()
+        torch.save(folded.state_dict(), file)
+        file.seek(0)
+        other = build(name)
+        for p in other.parameters():
+            p.data.mul_(1.1)
+        other = cnnkern.fold(other)
+        assert not torch.equal(other(x), y)  # and weights have been packed
+        other.load_state_dict(torch.load(file))
+        assert torch.equal(other(x), y)
+    assert not any(p.requires_grad for m in folded.modules() if isinstance(m, FoldedConv) for p in m.parameters())
+
+
+def test_a_result_does_not_depend_on_what_was_computed_before():
+    model = build("resnet18")
+    x = torch.randn(8, 3, 64, 64)
+    with torch.no_grad():
+        alone = {n: cnnkern.fold(model)(x[:n]) for n in (1, 3, 8)}
+        folded = cnnkern.fold(model)
+        for n in (8, 1, 3, 8):
+            assert torch.equal(folded(x[:n]), alone[n])
+        for size in range(33, 65):  # more shapes than packed weights are kept for
+            folded(x[:1, :, :size, :size])
+        assert torch.equal(folded(x[:1]), alone[1])
+        assert folded(x[:0]).shape == (0, 10)
+    packed = folded.bn1._packed[1]
+    assert 1 < len(packed) <= 8
+    assert len({id(p) for p in packed.values()}) < len(packed)  # shapes that want one order share it
+
+
+def test_weights_that_change_are_packed_anew():
+    folded = cnnkern.fold(nn.Sequential(nn.Conv2d(3, 16, 3), randomised(nn.BatchNorm2d(16)), nn.ReLU()).eval())
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        y = folded(x)
+        folded[1].weight.mul_(2)
+        folded[1].bias.mul_(2)
+        torch.testing.assert_close(folded(x), 2 * y)
+        folded[1].weight.data = folded[1].weight.data * 0
+        torch.testing.assert_close(folded(x), folded[1].bias.relu().view(1, -1, 1, 1).expand_as(y))
+    with torch.inference_mode():
+        folded[1].weight = nn.Parameter(torch.ones(16, 3, 3, 3), requires_grad=False)
+        assert folded(x).shape == y.shape
+
+
+class Written(nn.Module):
+    """Two convolutions with batch norms, and a forward pass that is given."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4, affine=False)
+        self._written = forward
+
+    def forward(self, x):
+        return self._written(self, x)
+
+
+class Flattened(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = F.relu(self.bn(self.conv(x)) + x)
+        return y.view(-1, 120)
+
+
+def in_place_before_the_add(self, x):
+    z = x * 2
+    y = self.bn(self.conv(z))
+    z.mul_(3)
+    return F.relu(y + z)
+
+
+def in_place_behind_the_add(self, x):
+    z = x * 2
+    y = self.bn(self.conv(z)) + z
+    z.mul_(3)
+    return F.relu(y) + z
+
+
+def in_place_between(self, x):
+    z = x * 2
+    y = self.conv(z)
+    z.mul_(3)
+    return self.bn(y)
+
+
+def weight_read_elsewhere(self, x):
+    return self.bn(self.conv(x)) + self.conv.weight.sum()
+
+
+def onto_the_branch(self, x):
+    y = self.bn2(self.conv2(x))
+    return self.act(self.bn(self.conv(x)) + y)
+
+
+def residual_read_again(self, x):
+    y = self.bn2(self.conv2(x))
+    return F.relu(self.bn(self.conv(x)) + y) * y
+
+
+WRITTEN = {
+    "F.relu": (lambda self, x: F.relu(self.bn(self.conv(x))), {RELU: 1, CONV: 0}),
+    "one relu, two calls": (lambda self, x: self.act(self.bn2(self.conv2(self.act(self.bn(self.conv(x)))))), {RELU: 2}),
+    "sigmoid": (lambda self, x: torch.sigmoid(self.bn(self.conv(x))), {"Conv + BatchNorm + Sigmoid": 1}),
+    "leaky_relu": (lambda self, x: F.leaky_relu(self.bn(self.conv(x))), {"Conv + BatchNorm + LeakyReLU": 1}),
+    "gelu": (lambda self, x: F.gelu(self.bn(self.conv(x))), {CONV: 1}),
+    "no norm": (lambda self, x: F.relu(self.conv(x)), {"Conv + ReLU": 1}),
+    "no norm, residual": (lambda self, x: F.relu(self.conv(x) + x), {"Conv + add + ReLU": 1}),
+    "residual": (lambda self, x: F.relu(x + self.bn(self.conv(x))), {ADD: 1}),
+    "residual, no relu": (lambda self, x: self.bn(self.conv(x)).add(x) * 2, {"Conv + BatchNorm + add": 1}),
+    "broadcast": (lambda self, x: F.relu(self.bn(self.conv(x)) + x.mean((2, 3), keepdim=True)), {ADD: 1}),
+    "two branches": (onto_the_branch, {ADD: 1, CONV: 1}),
+    "residual read again": (residual_read_again, {ADD: 1, CONV: 1}),
+    "output read twice": (lambda self, x: (lambda y: F.relu(self.bn(y)) + y)(self.conv(x)), {"BatchNorm + ReLU": 1}),
+    "norm first": (lambda self, x: self.conv(F.relu(self.bn(x))), {"BatchNorm + ReLU": 1, "Conv": 2}),
+    "called twice": (lambda self, x: self.bn(self.conv(self.bn(self.conv(x)))), {"BatchNorm": 2}),
+    "input changed between conv and norm": (in_place_between, {"BatchNorm": 2}),
+    "input changed before the add": (in_place_before_the_add, {CONV: 1, "add + ReLU": 1}),
+    "input changed behind the add": (in_place_behind_the_add, {ADD: 1}),
+    "weight read": (weight_read_elsewhere, {"Conv": 2}),
+    "untraceable": (lambda self, x: self.bn(self.conv(x)) if x.sum() < 1e9 else x, {"BatchNorm": 2, "Conv": 2}),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_however_it_is_written(name):
+    forward, expected = WRITTEN[name]
+    torch.manual_seed(1)
+    model = randomised(Written(forward))
+    folded = cnnkern.fold(model)
+    found = counts(folded)
+    assert {k: found.get(k, 0) for k in expected} == expected
+    x = torch.randn(3, 4, 9, 7)
+    for layout in LAYOUTS:
+        judged(folded, model, x.to(memory_format=layout))
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(folded)(x), folded(x))
+
+
+def test_views_take_what_the_convolutions_return():
+    """Which is channels_last, for contiguous input too."""
+    model = randomised(Written(lambda self, x: (lambda y: y.view(y.size(0), -1))(self.bn(self.conv(x)))))
+    folded = cnnkern.fold(model)
+    x = torch.randn(2, 4, 5, 6)
+    judged(folded, model, x)
+    model = randomised(Flattened())
+    judged(pickle.loads(pickle.dumps(cnnkern.fold(model))), model, x)
+    bits = randomised(Written(lambda self, x: self.bn(self.conv(x)).view(torch.int32)))
+    assert cnnkern.fold(bits)(x).dtype == torch.int32
+
+
+def test_a_residual_is_overwritten_only_where_nobody_reads_it_again():
+    for forward, expected in ((onto_the_branch, True), (residual_read_again, False)):
+        folded = cnnkern.fold(randomised(Written(forward)))
+        assert any(m.overwrites for m in folded.modules() if isinstance(m, FoldedConv)) is expected
+    model = randomised(Written(onto_the_branch))
+    seen = []
+    model.bn2.register_forward_hook(lambda module, args, output: seen.append(output))
+    folded = cnnkern.fold(model)
+    with torch.no_grad():
+        x = torch.randn(1, 4, 5, 5)
+        folded(x)
+        torch.testing.assert_close(seen[0], model.bn2(model.conv2(x)))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # of eager's
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(), nn.Sigmoid(), nn.SiLU(), nn.Hardswish()])
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv1d(8, 16, 3, padding=1),
+        nn.Conv3d(8, 16, (1, 3, 3), stride=2, padding=(0, 1, 1), bias=False),
+        nn.Conv2d(8, 16, (3, 5), padding=(2, 0), dilation=(2, 1)),
+        nn.Conv2d(8, 16, 4, padding="same"),
+        nn.Conv2d(8, 16, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(8, 8, 3, stride=2, groups=4),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+        nn.Conv2d(8, 16, 3, groups=2),
+    ],
+    ids=str,
+)
+def test_every_kind_of_convolution(conv, act):
+    dims = conv.weight.dim() - 2
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](conv.out_channels)
+    model = randomised(nn.Sequential(copy.deepcopy(conv), norm, act))
+    folded = cnnkern.fold(model)
+    assert counts(folded) == {f"Conv + BatchNorm + {type(act).__name__}": 1}
+    x = torch.randn(2, 8, *(11, 12, 9)[:dims])
+    judged(folded, model, x)
+    judged(folded, model, x.flip(-1)[..., ::2])
+    judged(cnnkern.fold(copy.deepcopy(model).double()), copy.deepcopy(model).double(), x.double())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        mine, theirs = folded(x), model(x)
+    testing.assert_as_good_as(
+        {"output": mine.float()}, {"output": theirs.float()}, {"output": copy.deepcopy(model).double()(x.double())}
+    )
+
+
+def test_our_layers_and_converted_models_fold_as_their_originals():
+    for model in (cnnkern.convert(build("resnet18")), randomised(cnnkern.models.create_model("resnet18"))):
+        folded = cnnkern.fold(model)
+        assert counts(folded) == FAMILIES["resnet18"]
+        judged(folded, model, torch.randn(2, 3, 64, 64))
+    synced = randomised(cnnkern.nn.convert_sync_batchnorm(cnnkern.models.create_model("resnet18")))
+    judged(cnnkern.fold(synced), synced, torch.randn(2, 3, 64, 64))
+    assert counts(cnnkern.fold(synced)) == FAMILIES["resnet18"]
+    again = cnnkern.fold(folded)
+    assert counts(again) == counts(folded)
+    assert cnnkern.conversion_report(cnnkern.convert(folded)).counts == counts(folded)
+    with pytest.raises(TypeError, match=r"cnnkern.revert: a folded model has no batch norms to go back to"):
+        cnnkern.revert(folded)
+
+
+def test_what_cannot_be_folded_says_so():
+    with pytest.raises(TypeError, match=r"cnnkern.fold: expected a torch.nn.Module; got int"):
+        cnnkern.fold(3)
+    with pytest.raises(ValueError, match=r"cnnkern.fold: the model is in training mode, call eval\(\) first"):
+        cnnkern.fold(nn.Conv2d(1, 1, 1))
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).eval()
+    model[1].train()
+    with pytest.raises(ValueError, match=r"cnnkern.fold: batch norm '1' is in training mode, call eval\(\) first"):
+        cnnkern.fold(model)
+    linear = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    same = cnnkern.fold(linear)
+    assert [type(m) for m in same.modules()] == [type(m) for m in linear.modules()]
+    assert str(cnnkern.conversion_report(same)) == "cnnkern.fold: no convolution in this model, nothing to fold"
+    batch = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, track_running_stats=False)).eval()
+    assert counts(cnnkern.fold(batch)) == {"Conv": 1, "BatchNorm": 1}  # its statistics are the batch's
+    judged(cnnkern.fold(batch), batch, torch.randn(2, 2, 3, 3))
+
+
+def test_hooks_and_parametrizations_see_what_they_saw():
+    model = randomised(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)))
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    torch.nn.utils.parametrizations.weight_norm(model[3])
+    folded = cnnkern.fold(model)
+    assert counts(folded) == {}
+    x = torch.randn(1, 4, 3, 3)
+    judged(folded, model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(seen[0], model[0](x))
+
+
+def test_errors_are_those_of_the_convolution():
+    model = randomised(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    folded = cnnkern.fold(model)
+    for x in (torch.randn(1, 3, 5, 5), torch.randn(1, 4, 2, 2), torch.randn(1, 4, 5, 5).double()):
+        with torch.no_grad(), pytest.raises(RuntimeError) as theirs:
+            model(x)
+        with torch.no_grad(), pytest.raises(RuntimeError) as ours:
+            folded(x)
+        assert str(ours.value) == str(theirs.value)
+    with pytest.raises(TypeError, match="FoldedConv: expected no residual behind the input"):
+        folded[1](torch.randn(1, 4, 5, 5), torch.randn(1, 4, 3, 3))
+
+
+def test_infinities_stay_and_a_fused_relu_makes_zero_of_nan():
+    model = randomised(nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.ReLU()))
+    x = torch.tensor([float("inf"), -float("inf"), 1.0, float("nan")]).view(1, 1, 1, 4)
+    with torch.no_grad():
+        mine, theirs = cnnkern.fold(model)(x), model(x)
+    torch.testing.assert_close(mine[..., :3], theirs[..., :3])
+    assert (mine[..., 3] == 0).all()
+    assert theirs[..., 3].isnan().all()
+
+
+def test_gradients_and_transforms_of_the_input():
+    """Where a gradient with respect to the input is asked for, it is the original's."""
+    model = build("resnet18").double()
+    folded = cnnkern.fold(build("resnet18"))
+    x = torch.randn(1, 3, 64, 64, requires_grad=True)
+    (mine,) = torch.autograd.grad(folded(x).square().sum(), x)
+    (theirs,) = torch.autograd.grad(model(x.double()).square().sum(), x)
+    assert (mine - theirs).abs().max() < 1e-3 * theirs.abs().max()
+    batch = torch.randn(2, 1, 64, 5, 5)
+    expected = torch.stack([model.layer1[0](b.double()) for b in batch]).detach()
+    torch.testing.assert_close(torch.func.vmap(folded.layer1[0])(batch), expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_compiles_and_exports():
+    folded = cnnkern.fold(randomised(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())))
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        y = folded(x)
+        compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), y)
+        torch.testing.assert_close(torch.export.export(folded, (x,)).module()(x), y)
+
+
+def test_two_threads_share_a_folded_model():
+    folded = cnnkern.fold(build("resnet18"))
+    inputs = [torch.randn(n, 3, 64, 64) for n in (1, 2, 3, 4)]
+    with torch.no_grad():
+        expected = [copy.deepcopy(folded)(x) for x in inputs]
+    results: dict[tuple[int, int], torch.Tensor] = {}
+
+    def work(thread: int) -> None:
+        with torch.no_grad():
+            for i, x in enumerate(inputs):
+                results[thread, i] = folded(x)
+
+    threads = [threading.Thread(target=work, args=(t,)) for t in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert all(torch.equal(results[t, i], expected[i]) for t in range(2) for i in range(4))
+
+
+def test_the_rule_for_grouped_convolutions():
+    def own(width, pixels, dtype=torch.float32, groups=4):
+        return prefers_own(torch.empty(groups * width, width, 3, 3), groups, dtype, pixels)
+
+    assert all(own(w, 49) for w in (2, 4, 8))
+    assert own(16, 28 * 28)
+    assert not own(16, 14 * 14)
+    assert not any(own(w, 56 * 56) for w in (1, 32))
+    assert not own(4, 56 * 56, torch.bfloat16)
+    assert not own(4, 56 * 56, groups=1)
