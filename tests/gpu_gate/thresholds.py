@@ -166,6 +166,8 @@ RULES = (
     cuda("^ln_.*, 1>$", "for tensors that are not aligned: elements one by one", narrow=ANY),
     # ---- Triton ----
     triton("^bn_add_act", "the bytes of a mask, a few to a thread", narrow=32),
+    triton("^bn_add_act planes", "the number of a tile is divided into plane and place, once a round", divisions=1),
+    triton("^width", "loops unrolled: a program's number is divided, once, into image, place and group", divisions=5),
     triton(
         "^layer norm",
         "statistics of a line in float64, and its parameters, between the loads of a line and its stores",
