@@ -3,6 +3,7 @@
 docs/emulator.md says how it works. `pytest --device emulator tests/test_battery.py` is the battery on it.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -30,7 +31,7 @@ else:  # make test: variants that reach every kernel; of the others what two dty
     RUNS = {
         "plain": f"(({MEMORY}) and {EVERY_KERNEL}) or (as_good_as and (float32 or bfloat16)) or (gradcheck and alone)"
         " or larger",
-        "thread": f"(as_good_as and {EVERY_KERNEL}) or larger",
+        "thread": f"(as_good_as and ({EVERY_KERNEL} or depthwise or stride or dilated)) or larger",
     }
 RUNS = {tool: f"({chosen}) and {DTYPES[tool]}" if tool in DTYPES else chosen for tool, chosen in RUNS.items()}
 
@@ -143,6 +144,71 @@ def test_the_emulator_answers_and_stands_aside():
     with emulator.Emulator():
         assert "tests/emulator/registration.cpp" in registered()
     assert registered() == before
+
+
+# ---- grouped convolutions: kernels and library ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("variant", "planes", "rows"),  # ours in contiguous layout and in channels_last, but for float64, where all are
+    [
+        ({}, True, True),
+        ({"kernel": (4, 9), "padding": (0, 5), "stride": 2}, True, True),
+        ({"width": 8}, True, False),
+        ({"width": 2, "stride": 2}, True, False),
+        ({"width": 12}, False, False),
+        ({"width": 4, "kernel": 5, "padding": 2}, False, False),
+        ({"width": 4, "dilation": 2, "padding": 2}, False, False),
+        ({"multiplier": 2}, False, False),
+    ],
+    ids=str,
+)
+def test_who_answers_for_a_grouped_convolution(variant, planes, rows, layout, dtype, generator, monkeypatch):
+    case = CASES["grouped_conv2d"]
+    inputs = case.inputs((2, 24, 7, 8), dtype, generator=generator, **variant)
+    inputs["input"] = testing.with_layout(inputs["input"], layout)
+    forward, arguments = case.forward_call(inputs)
+    dy = testing.randn(forward(*arguments).shape, generator, dtype)
+    monkeypatch.setenv("EMULATOR_ORDER", "sideways")  # whatever is launched fails
+    with emulator.Emulator():
+        for operator, given in ((forward, arguments), case.backward_call(inputs, dy)):
+            if (planes if layout == "contiguous" else rows) or dtype == torch.float64:
+                with pytest.raises(RuntimeError, match="forward, reverse or random:SEED; got sideways"):
+                    operator(*given)
+            else:
+                operator(*given)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("width", "kernel"), [(1, 3), (1, 5), (1, 7), (3, 3), (8, 3)])
+def test_convolutions_of_any_padding_and_stride(width, kernel, layout, generator):
+    case = CASES["grouped_conv2d"]
+    for stride, padding in itertools.product((1, 2), ((0, 1), (kernel // 2, kernel - 1), (kernel, 2 * kernel + 1))):
+        variant = {"width": width, "kernel": kernel, "stride": stride, "padding": padding}
+        inputs = case.inputs((2, 8, 9, 16), generator=generator, **variant)
+        inputs["input"] = testing.with_layout(inputs["input"], layout)
+        dy = testing.randn(case.reference(**inputs).shape, generator, torch.float32)
+        with emulator.Emulator():
+            testing.check(case, inputs, dy)
+
+
+@pytest.mark.parametrize("width", [1, 8, 16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gradients_of_a_convolution_do_not_depend_on_dy_s_layout(layout, width, generator):
+    case = CASES["grouped_conv2d"]
+    inputs = case.inputs((5, 32, 23, 21), generator=generator, width=width)
+    inputs["input"] = testing.with_layout(inputs["input"], layout)
+    dy = testing.randn(inputs["input"].shape, generator, torch.float32)
+    with emulator.Emulator():
+        results = []
+        for given in ("contiguous", "channels_last", "sliced"):
+            operator, arguments = case.backward_call(inputs, testing.with_layout(dy, given))
+            results.append(operator(*arguments))
+    for other in results[1:]:
+        for one, another in zip(results[0], other, strict=True):
+            assert torch.equal(one, another)
 
 
 # ---- planted faults ---------------------------------------------------------------------------------------------

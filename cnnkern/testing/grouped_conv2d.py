@@ -102,7 +102,6 @@ GROUPED_CONV2D = Case(
     bench_variant="depthwise 3x3",
     forward_traffic=(1, 1),
     backward_traffic=(2, 1),
-    devices=("cpu", "triton"),
     output_shape=output_shape,
     ranks=(4,),
     empty_shapes=((0, 3, 4, 5),),

@@ -1,0 +1,170 @@
+// grouped_conv2d and grouped_conv2d_backward on CUDA tensors. The kernels stand in grouped_conv2d.cuh.
+#include <ATen/Dispatch.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "check.h"
+#include "cuda/grouped_conv2d.cuh"
+#include "memory_layout.h"
+
+namespace cnnkern {
+namespace {
+
+using gpu::ConvGeometry;
+
+constexpr int64_t kWidest = 32;   // channels a group
+constexpr int64_t kLongest = 31;  // rows or columns of a kernel
+
+// What the kernels can do. ATen answers for everything else, errors included.
+bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+             at::IntArrayRef dilation, int64_t groups) {
+  if (x.dim() != 4 || weight.dim() != 4 || stride.size() != 2 || padding.size() != 2 || dilation.size() != 2) return false;
+  const auto type = x.scalar_type();
+  if ((type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf) || weight.scalar_type() != type) return false;
+  const int64_t C = x.size(1), O = weight.size(0), width = weight.size(1);
+  if (groups < 2 || x.numel() == 0 || weight.numel() == 0 || width * groups != C || O % groups != 0 || weight.device() != x.device()) return false;
+  if (bias.defined() && (bias.dim() != 1 || bias.size(0) != O || bias.scalar_type() != type || bias.device() != x.device())) return false;
+  if (width > kWidest || O / groups > kWidest) return false;
+  int64_t y = x.size(0) * O, sums = O * width;
+  for (int d = 0; d < 2; ++d) {
+    const int64_t size = x.size(2 + d), kernel = weight.size(2 + d), span = dilation[d] * (kernel - 1) + 1;
+    constexpr int64_t kMost = 1 << 16;
+    if (kernel > kLongest || stride[d] < 1 || dilation[d] < 1 || padding[d] < 0 || std::max({stride[d], dilation[d], padding[d]}) > kMost) return false;
+    if (size + 2 * padding[d] < span) return false;
+    y *= (size + 2 * padding[d] - span) / stride[d] + 1, sums *= kernel;
+  }
+  // Kernels count blocks and outputs in 31 bits, and address in 64.
+  constexpr int64_t kMost = int64_t{1} << 30;
+  return std::max({x.numel(), y, (sums + O) * (y / O / gpu::kAnyPart + 1)}) < kMost;
+}
+
+// The rule of dispatch among what is covered. Measured on an H100 (docs/results.md): depthwise kernels of 3x3 and 5x5 are ahead
+// of eager but in inference in channels_last, where the two are close; cuDNN does wider groups well in channels_last and loses
+// time in contiguous layout, which it converts. Guessed: that ours are ahead of it there, up to kMostWide channels, and
+// in all other depthwise convolutions.
+bool left_to_library(const ConvGeometry& g, at::ScalarType type) {
+  const bool depthwise = g.inputs() == 1 && g.outputs() == 1;
+  return type != at::kDouble && !depthwise && !gpu::grouped_planes_take(g);
+}
+
+ConvGeometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                      int64_t groups, bool rows) {
+  const auto size = [&](int d) { return (x.size(2 + d) + 2 * padding[d] - dilation[d] * (weight.size(2 + d) - 1) - 1) / stride[d] + 1; };
+  const auto small = [](int64_t n) { return static_cast<int>(n); };
+  return {.rows = rows,
+          .N = x.size(0),
+          .C = x.size(1),
+          .H = x.size(2),
+          .W = x.size(3),
+          .O = weight.size(0),
+          .OH = size(0),
+          .OW = size(1),
+          .groups = groups,
+          .kh = small(weight.size(2)),
+          .kw = small(weight.size(3)),
+          .sh = small(stride[0]),
+          .sw = small(stride[1]),
+          .ph = small(padding[0]),
+          .pw = small(padding[1]),
+          .dh = small(dilation[0]),
+          .dw = small(dilation[1])};
+}
+
+// The memory format of results, chosen as ATen's convolutions choose it.
+at::MemoryFormat result_format(const Tensor& x, const Tensor& weight) {
+  for (const auto format : {at::MemoryFormat::ChannelsLast, at::MemoryFormat::ChannelsLast3d})
+    if (x.suggest_memory_format() == format || weight.suggest_memory_format() == format) return format;
+  return at::MemoryFormat::Contiguous;
+}
+
+}  // namespace
+
+Tensor grouped_conv2d_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
+                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const Tensor& b = tensor_or_undefined(bias);
+  const auto by_library = [&] {
+    return at::convolution(x, weight, bias, stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, groups);
+  };
+  if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
+  const auto format = result_format(x, weight);
+  const ConvGeometry g = geometry(x, weight, stride, padding, dilation, groups, format == at::MemoryFormat::ChannelsLast);
+  if (left_to_library(g, x.scalar_type())) return by_library();
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor x_ = x.contiguous(format), weight_ = in_layout(weight), bias_ = b.defined() ? b.contiguous() : b;
+  const Tensor y = at::empty({g.N, g.O, g.OH, g.OW}, x.options().memory_format(format));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "grouped_conv2d", [&] {
+    gpu::grouped_conv2d_forward(g, x_.const_data_ptr<scalar_t>(), weight_.const_data_ptr<scalar_t>(), weight_.strides().data(),
+                                b.defined() ? bias_.const_data_ptr<scalar_t>() : nullptr, y.mutable_data_ptr<scalar_t>(),
+                                c10::cuda::getCurrentCUDAStream());
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cuda(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                                at::IntArrayRef stride, at::IntArrayRef padding,
+                                                                at::IntArrayRef dilation, int64_t groups,
+                                                                std::array<bool, 3> output_mask) {
+  const auto format = result_format(x, weight);
+  const Tensor none = at::empty({0}, x.options());
+  const auto by_library = [&] {
+    // A bias's gradient is summed in the order of dy's memory, which differs between autograd and torch.compile.
+    const bool alike = dy.dim() == x.dim() && weight.dim() == x.dim();
+    const auto grads = at::convolution_backward(alike ? dy.contiguous(format) : dy, x, weight,
+                                                /*bias_sizes=*/at::IntArrayRef{weight.size(0)}, stride, padding, dilation,
+                                                /*transposed=*/false, /*output_padding=*/{0, 0}, groups, output_mask);
+    const auto asked = [&](int i, const Tensor& t) { return output_mask[i] ? t : none; };
+    return std::tuple(asked(0, std::get<0>(grads)), asked(1, std::get<1>(grads)), asked(2, std::get<2>(grads)));
+  };
+  if (!covered(x, weight, {}, stride, padding, dilation, groups)) return by_library();
+  const ConvGeometry g = geometry(x, weight, stride, padding, dilation, groups, format == at::MemoryFormat::ChannelsLast);
+  TORCH_CHECK(dy.sizes() == at::IntArrayRef({g.N, g.O, g.OH, g.OW}) && dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
+              "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.O, g.OH, g.OW}), " on ",
+              x.device(), " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
+  if (left_to_library(g, x.scalar_type())) return by_library();
+  const c10::cuda::CUDAGuard guard(x.device());
+  const Tensor dy_ = dy.contiguous(format), weight_ = in_layout(weight);
+  const Tensor dx = output_mask[0] ? at::empty(x.sizes(), x.options().memory_format(format)) : none;
+  const Tensor dweight = output_mask[1] ? at::empty(weight.sizes(), weight.options().memory_format(format)) : none;
+  Tensor dbias = output_mask[2] && output_mask[1] ? at::empty({g.O}, weight.options()) : none;
+  if (output_mask[2] && !output_mask[1]) dbias = at::sum(dy_, at::IntArrayRef{0, 2, 3});
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "grouped_conv2d_backward", [&] {
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    const scalar_t* const dy_data = dy_.const_data_ptr<scalar_t>();
+    if (output_mask[0]) {
+      gpu::grouped_conv2d_input_gradient(g, dy_data, weight_.const_data_ptr<scalar_t>(), weight_.strides().data(),
+                                         dx.mutable_data_ptr<scalar_t>(), stream);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+    if (output_mask[1]) {
+      using S = gpu::compute_t<scalar_t>;
+      const Tensor x_ = x.contiguous(format);
+      const scalar_t* const x_data = x_.const_data_ptr<scalar_t>();
+      auto sums = gpu::partial_sums(g, dy_data, x_data);
+      const Tensor workspace = at::empty({sums.parts * sums.values()}, x.options().dtype(c10::CppTypeToScalarType<S>::value));
+      sums.data = workspace.mutable_data_ptr<S>();
+      gpu::WeightGradient<scalar_t> gradient = {dweight.mutable_data_ptr<scalar_t>(), output_mask[2] ? dbias.mutable_data_ptr<scalar_t>() : nullptr,
+                                                {}, g.kh, g.kw};
+      std::copy_n(dweight.strides().data(), 4, gradient.strides);
+      gpu::grouped_conv2d_weight_gradient(g, dy_data, x_data, sums, gradient, stream);
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+  });
+  return {dx, dweight, dbias};
+}
+
+}  // namespace cnnkern
+
+TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) {
+  m.impl("grouped_conv2d", &cnnkern::grouped_conv2d_cuda);
+  m.impl("grouped_conv2d_backward", &cnnkern::grouped_conv2d_backward_cuda);
+}
