@@ -170,17 +170,11 @@ RULES = (
     ),
     cuda("^grouped_planes", "weights go to shared memory first, whose places are divided", divisions=4),
     cuda("^depthwise_rows_(?:gradient_)?kernel<float", "four channels a lane; weights go to shared memory", narrow=16),
-    cuda("^depthwise_rows_(?:gradient_)?kernel<float", "a row of taps in a round", round=(5, 0), whole=(5, 7)),
+    cuda("^depthwise_rows_(?:gradient_)?kernel<float", "a row of taps in a round", round=(5, 0), whole=(5, 4)),
     cuda("^depthwise_rows_(?:gradient_)?kernel<c10", "four channels a lane, which are 8 bytes", narrow=ANY),
     cuda("^depthwise_rows_sums", "every tap is an accumulator: registers for one or two channels a lane", narrow=ANY),
     cuda("^any_conv", "for shapes that no other kernel takes, an element at a time", narrow=ANY, divisions=1, fp64=4),
     cuda("^sum_parts", "partial sums of the weight's gradient, added up in float64", narrow=8, fp64=16),
-    cuda(
-        "^depthwise_planes_kernel<c10::BFloat16, 3, 2>|^depthwise_rows_kernel<float, 7, 2>",
-        "a few values kept on the stack rather than one block less",
-        spills=8,
-        stack=16,
-    ),
     # ---- Triton ----
     triton("^bn_add_act", "the bytes of a mask, a few to a thread", narrow=32),
     triton("^bn_add_act planes", "the number of a tile is divided into plane and place, once a round", divisions=1),
