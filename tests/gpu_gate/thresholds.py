@@ -52,6 +52,10 @@ SECTORS_OF_ALL = {
         1.35,
         "a strip's two sums of a channel go to memory 8 bytes to a sector; long strips hide it",
     ),
+    "^(?:depthwise|grouped)_planes_": (
+        1.85,
+        "a tap beside a pixel begins beside a sector; both are in the first-level cache",
+    ),
 }
 
 SWEEPS = "^(?:reduce|map|own)_(?:planes|rows)_kernel<"
