@@ -134,7 +134,7 @@ def traffic_rows(calls: list[traffic.Call]) -> Iterable[Sequence[object]]:
         wide = max(ratio for ratio, _, _ in per_kernel)
         yield (
             f"{call.operator} {call.direction}",
-            f"{size(call.shape)} {call.layout}",
+            " ".join([size(call.shape), call.layout, *(f"{n} {v}" for n, v in call.arguments.items())]),
             f"{call.asked():.2f}",
             f"{call.least:.2f}",
             f"{wide:.3f}",

@@ -52,6 +52,10 @@ SECTORS_OF_ALL = {
         1.35,
         "a strip's two sums of a channel go to memory 8 bytes to a sector; long strips hide it",
     ),
+    "^(?:depthwise|grouped)_planes_": (
+        1.85,
+        "a tap beside a pixel begins beside a sector; both are in the first-level cache",
+    ),
 }
 
 SWEEPS = "^(?:reduce|map|own)_(?:planes|rows)_kernel<"
@@ -164,8 +168,21 @@ RULES = (
         whole=(0, 0),
     ),
     cuda("^ln_.*, 1>$", "for tensors that are not aligned: elements one by one", narrow=ANY),
+    # ---- grouped convolution ----
+    cuda(
+        "^(?:depthwise|grouped)_planes", "a lane is a pixel, neighbouring lanes neighbours: an element each", narrow=ANY
+    ),
+    cuda("^grouped_planes", "weights go to shared memory first, whose places are divided", divisions=4),
+    cuda("^depthwise_rows_(?:gradient_)?kernel<float", "four channels a lane; weights go to shared memory", narrow=16),
+    cuda("^depthwise_rows_(?:gradient_)?kernel<float", "a row of taps in a round", round=(5, 0), whole=(5, 4)),
+    cuda("^depthwise_rows_(?:gradient_)?kernel<c10", "four channels a lane, which are 8 bytes", narrow=ANY),
+    cuda("^depthwise_rows_sums", "every tap is an accumulator: registers for one or two channels a lane", narrow=ANY),
+    cuda("^any_conv", "for shapes that no other kernel takes, an element at a time", narrow=ANY, divisions=1, fp64=4),
+    cuda("^sum_parts", "partial sums of the weight's gradient, added up in float64", narrow=8, fp64=16),
     # ---- Triton ----
     triton("^bn_add_act", "the bytes of a mask, a few to a thread", narrow=32),
+    triton("^bn_add_act planes", "the number of a tile is divided into plane and place, once a round", divisions=1),
+    triton("^width", "loops unrolled: a program's number is divided, once, into image, place and group", divisions=5),
     triton(
         "^layer norm",
         "statistics of a line in float64, and its parameters, between the loads of a line and its stores",

@@ -24,6 +24,11 @@ CALLS: dict[str, tuple[tuple[str, tuple[int, ...], dict[str, object]], ...]] = {
         ("contiguous", (256, 512), {}),  # rows that a group of threads holds
         ("contiguous", (4, 32768), {}),  # slices of a row
     ),
+    # In channels_last cuDNN has the groups of several channels.
+    "grouped_conv2d": (
+        *(("contiguous", (2, 64, 32, 32), more) for more in ({}, {"kernel": 7, "padding": 3}, {"width": 8})),
+        *(("channels_last", (2, 64, 32, 32), more) for more in ({}, {"kernel": 7, "padding": 3})),
+    ),
     "layer_norm2d": (("contiguous", (2, 96, 32, 32), {}), ("channels_last", (2, 96, 32, 32), {})),
 }
 
@@ -34,6 +39,7 @@ class Call(NamedTuple):
     operator: str
     layout: str
     shape: tuple[int, ...]
+    arguments: dict[str, object]  # what else Case.inputs was told
     direction: str  # forward or backward
     elements: int  # of x
     least: float  # bytes an element that have to be moved
@@ -79,5 +85,5 @@ def calls(operators: Iterable[str] | None = None) -> list[Call]:
                     operator(*given)
                     least = read + written * ratio if direction == "forward" else read - 1 + ratio + written
                     traffic = tuple(machine.profile())
-                    found.append(Call(name, layout, tuple(shape), direction, x.numel(), 4 * least, traffic))
+                    found.append(Call(name, layout, tuple(shape), arguments, direction, x.numel(), 4 * least, traffic))
     return found
