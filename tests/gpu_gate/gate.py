@@ -63,6 +63,8 @@ def judge(kernels: Iterable[Kernel], kind: str, rules: Iterable[Rule] = RULES) -
 
 
 def unused_rules(kernels: Iterable[Kernel], kind: str) -> list[str]:
-    """The patterns of rules that no kernel matches."""
+    """The patterns of rules that no kernel matches, of those that hold for an architecture the kernels are for."""
     every = list(kernels)
-    return [r.kernels for r in RULES if r.kind == kind and not any(applies(r, k, kind) for k in every)]
+    architectures = {k.architecture for k in every}
+    meant = [r for r in RULES if r.kind == kind and (not r.architectures or architectures & set(r.architectures))]
+    return [r.kernels for r in meant if not any(applies(r, k, kind) for k in every)]
