@@ -126,7 +126,7 @@ class FoldedConv(nn.Module):
         """Whether oneDNN's operators compute this call."""
         tensors = (x, self.weight) if residual is None else (x, self.weight, residual)
         dtype = _computed_in(x)
-        return (
+        return bool(
             _has_kernels(dtype)
             and torch.backends.mkldnn.enabled
             and dtype == _computed_in(self.weight)
