@@ -63,6 +63,8 @@ def judge(kernels: Iterable[Kernel], kind: str, rules: Iterable[Rule] = RULES) -
 
 
 def unused_rules(kernels: Iterable[Kernel], kind: str) -> list[str]:
-    """The patterns of rules that no kernel matches."""
+    """The patterns of rules, for any of the kernels' architectures, that no kernel matches."""
     every = list(kernels)
-    return [r.kernels for r in RULES if r.kind == kind and not any(applies(r, k, kind) for k in every)]
+    compiled = {kernel.architecture for kernel in every}
+    rules = [r for r in RULES if r.kind == kind and (not r.architectures or compiled & set(r.architectures))]
+    return [rule.kernels for rule in rules if not any(applies(rule, kernel, kind) for kernel in every)]

@@ -167,6 +167,13 @@ RULES = (
         round=(0, 0),
         whole=(0, 0),
     ),
+    cuda(
+        r"^ln_planes_fwd_kernel<c10::\w+, 1>",
+        "tensors that are not aligned: two values on the stack",
+        "sm_100",
+        spills=7,
+        stack=8,
+    ),
     cuda("^ln_.*, 1>$", "for tensors that are not aligned: elements one by one", narrow=ANY),
     # ---- grouped convolution ----
     cuda(
@@ -189,6 +196,14 @@ RULES = (
         narrow=8,
         divisions=16,
         fp64=64,
+    ),
+    triton("^layer norm backward planes fp32", "ptxas keeps two values on the stack", "sm_90", spills=2, stack=8),
+    triton(
+        "^width 8 dweight planes fp32",
+        "products of all pairs of a group's channels, in registers",
+        "sm_90",
+        registers=160,
+        occupancy=0.18,
     ),
     triton(
         "^layer norm wide rows",
