@@ -130,7 +130,15 @@ def extension():
     return ext
 
 
-packages = ["cnnkern", "cnnkern.models", "cnnkern.nn", "cnnkern.ops", "cnnkern.testing", "cnnkern.triton_kernels"]
+packages = [
+    "cnnkern",
+    "cnnkern.conversion",
+    "cnnkern.models",
+    "cnnkern.nn",
+    "cnnkern.ops",
+    "cnnkern.testing",
+    "cnnkern.triton_kernels",
+]
 setup(
     packages=[*packages, "cnnkern.csrc"],
     # The bare name `triton_kernels` belongs to another distribution.

@@ -47,6 +47,6 @@ except ImportError as error:
 else:
     from cnnkern import backends, functional, models, nn
     from cnnkern.backends import backend
-    from cnnkern.convert import ConversionError, ConversionReport, conversion_report, convert, revert
-    from cnnkern.fold import fold
+    from cnnkern.conversion.convert import ConversionError, ConversionReport, conversion_report, convert, revert
+    from cnnkern.conversion.fold import fold
     from cnnkern.memory import tune_malloc

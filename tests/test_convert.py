@@ -10,6 +10,7 @@ import torchvision
 from torch import nn
 
 import cnnkern
+from cnnkern.conversion.layers import ADD_CLASSES
 
 ADD, RELU = "BatchNorm + add + ReLU", "BatchNorm + ReLU"
 TORCHVISION = {
@@ -386,7 +387,7 @@ def test_verify_passes_what_is_right_and_refuses_what_is_not(monkeypatch):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     cnnkern.convert(model, verify=torch.randn(2, 3, 32, 32))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    wrong = cnnkern.convert.__globals__["_ADD_CLASSES"]["relu"][nn.BatchNorm2d]
+    wrong = ADD_CLASSES["relu"][nn.BatchNorm2d]
     monkeypatch.setattr(wrong, "forward", lambda self, x, r: type(self).__mro__[1].forward(self, x, -r))
     with pytest.raises(cnnkern.ConversionError, match=r"training: output 0 differs by .* the model is left as it was"):
         cnnkern.convert(model, inplace=True, verify=(torch.randn(2, 3, 32, 32),))

@@ -62,15 +62,16 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def judged(folded: nn.Module, model: nn.Module, *inputs: torch.Tensor) -> None:
+def judged(folded: nn.Module, model: nn.Module, *inputs: torch.Tensor, layouts=(torch.preserve_format,)) -> None:
     """The folded model is as good as its original at the dtype of the inputs."""
 
-    def run(m: nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def run(m: nn.Module, dtype: torch.dtype, layout=torch.preserve_format) -> dict[str, torch.Tensor]:
         with torch.no_grad():
-            return {"output": m(*(x.to(dtype) for x in inputs))}
+            return {"output": m(*(x.to(dtype, memory_format=layout) for x in inputs))}
 
-    dtype = inputs[0].dtype
-    testing.assert_as_good_as(run(folded, dtype), run(model, dtype), run(copy.deepcopy(model).double(), torch.float64))
+    dtype, exact = inputs[0].dtype, run(copy.deepcopy(model).double(), torch.float64)
+    for layout in layouts:
+        testing.assert_as_good_as(run(folded, dtype, layout), run(model, dtype, layout), exact)
 
 
 def counts(model: nn.Module) -> dict[str, int]:
@@ -84,8 +85,7 @@ def test_every_family_is_as_good_as_eager_in_both_layouts(name):
     folded = cnnkern.fold(model)
     assert counts(folded) == FAMILIES[name]
     x = torch.randn(2, 3, *[SIZES.get(name, 64)] * 2)
-    for layout in LAYOUTS:
-        judged(folded, model, x.to(memory_format=layout))
+    judged(folded, model, x, layouts=LAYOUTS)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(isinstance(m, FoldedConv) for m in model.modules())
     theirs = {p.data_ptr() for p in (*model.parameters(), *model.buffers()) if p.numel()}
@@ -97,8 +97,7 @@ def test_bfloat16(name):
     model = build(name).to(torch.bfloat16)
     folded = cnnkern.fold(model)
     x = torch.randn(4, 3, 64, 64, dtype=torch.bfloat16)
-    for layout in LAYOUTS:
-        judged(folded, model, x.to(memory_format=layout))
+    judged(folded, model, x, layouts=LAYOUTS)
     judged(cnnkern.fold(build(name)).to(torch.bfloat16), model, x)  # cast afterwards
 
 
@@ -247,8 +246,7 @@ def test_however_it_is_written(name):
     found = counts(folded)
     assert {k: found.get(k, 0) for k in expected} == expected
     x = torch.randn(3, 4, 9, 7)
-    for layout in LAYOUTS:
-        judged(folded, model, x.to(memory_format=layout))
+    judged(folded, model, x, layouts=LAYOUTS)
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(folded)(x), folded(x))
 

@@ -1,11 +1,15 @@
-"""`cnnkern.tune_malloc`: fewer page faults where the C library is glibc, a clear sentence where it is not."""
+"""`cnnkern.tune_malloc`: fewer page faults where the C library is glibc, a clear sentence where it is not; no leaks."""
 
 import ctypes
 import subprocess
 import sys
 
+import pytest
+import torch
+
 import cnnkern
 from cnnkern import memory
+from tests.leaks import MAY_STAY, leaked_by_ten_thousand
 
 FAULTS = """
 import resource, sys, torch, cnnkern
@@ -48,3 +52,38 @@ def test_a_refusal_is_named(monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Refusing)
     assert memory.tune_malloc() == "cnnkern: malloc left partly as it is: glibc 9.9 refused mallopt option -3"
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        cnnkern.nn.AddReLU(),
+        cnnkern.nn.GroupedConv2d(8, 8, 3, padding=1, groups=8),
+        cnnkern.nn.GroupedConv2d(8, 8, 3, padding=1, groups=2),
+        cnnkern.nn.GroupedConv2d(8, 16, 3, groups=2),  # the library's
+        cnnkern.nn.LayerNorm(8),
+        cnnkern.nn.LayerNorm2d(8),
+    ],
+    ids=str,
+)
+def test_ten_thousand_calls_leak_nothing_errors_included(layer):
+    x = torch.randn(2, 8, 8, 8, requires_grad=True)
+    wrong = torch.randn(2, 5, 7, 7)
+    more = (torch.randn(2, 8, 8, 8, requires_grad=True),) if isinstance(layer, cnnkern.nn.AddReLU) else ()
+
+    def call(i):
+        layer(x, *more).sum().backward()
+        if i % 10 == 0:
+            with pytest.raises(RuntimeError):
+                layer(wrong, *more)
+
+    assert leaked_by_ten_thousand(call) < MAY_STAY
+
+
+def test_ten_thousand_calls_of_a_folded_model_leak_nothing():
+    """Of more shapes than weights are kept packed for."""
+    norm = torch.nn.BatchNorm2d(16)
+    folded = cnnkern.fold(torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), norm, torch.nn.ReLU()).eval())
+    inputs = [torch.randn(1, 8, n, n) for n in range(8, 20)]
+    with torch.no_grad():
+        assert leaked_by_ten_thousand(lambda i: folded(inputs[i % len(inputs)])) < MAY_STAY

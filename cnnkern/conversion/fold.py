@@ -1,6 +1,6 @@
 """Folds batch norm into convolutions for inference, with the activation and the residual addition behind them.
 
-Chains of convolution, batch norm, addition and activation are found as :mod:`cnnkern.convert` finds what follows a
+Chains of convolution, batch norm, addition and activation are found as :func:`cnnkern.convert` finds what follows a
 batch norm, in the same traces. A chain becomes one :class:`~cnnkern.nn.folded_conv.FoldedConv`. It stands where the
 batch norm stood, which is where the residual is known, and an identity where the convolution stood.
 """
@@ -12,24 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
-from cnnkern.convert import (
-    _DIMENSIONS,
-    _NAMES,
-    ConversionReport,
-    _Absorbed,
-    _act_of_module,
-    _calls,
-    _can_wait,
-    _check_module,
-    _convert,
-    _Fusion,
-    _fusion_at,
-    _has_hooks,
-    _is_unseen,
-    _is_view,
-    _Moved,
-    _only_user,
-    revert,
+from cnnkern.conversion.convert import ConversionReport, check_module, convert_layers, revert
+from cnnkern.conversion.layers import DIMENSIONS, NAMES, Absorbed, Moved, has_hooks
+from cnnkern.conversion.patterns import (
+    Fusion,
+    act_of_module,
+    can_wait,
+    fusion_at,
+    is_unseen,
+    is_view,
+    module_calls,
+    only_user,
 )
 from cnnkern.nn import batchnorm, sync
 from cnnkern.nn.conv import GroupedConv2d
@@ -62,7 +55,7 @@ def fold(model: nn.Module) -> nn.Module:
     Raises TypeError for what is no ``nn.Module`` or is a ``torch.jit`` module, ValueError for a model, or a batch norm
     of it, in training mode.
     """
-    _check_module("fold", model)
+    check_module("fold", model)
     if model.training:
         raise ValueError("cnnkern.fold: the model is in training mode, call eval() first")
     for path, module in model.named_modules():
@@ -73,7 +66,7 @@ def fold(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         folded = revert(copy.deepcopy(model), inplace=True)
         folder = _Folder()
-        report = _convert(folded, folder)
+        report = convert_layers(folded, folder)
         if not folder.became:
             folded, report = copy.deepcopy(model), ConversionReport()
     report.made_by, report.nothing = "cnnkern.fold", "no convolution in this model, nothing to fold"
@@ -101,22 +94,22 @@ class _Folder:
             if not _is_convolution(conv) or not alone(conv) or norm is None:
                 continue
             if not _folds(norm, conv) or not alone(norm) or _adds(norm):
-                act = _act_of_module(norm)
+                act = act_of_module(norm)
                 if act is not None:
                     holder._modules[name] = self._exchange(conv, None, act)
-                    holder._modules[behind] = _Absorbed(norm)
+                    holder._modules[behind] = Absorbed(norm)
                 continue
             act = getattr(norm, "act", None)
             if act is None:
                 activation = holder._modules.get(further)
-                act = None if activation is None else _act_of_module(activation)
+                act = None if activation is None else act_of_module(activation)
                 if act is not None:
-                    holder._modules[further] = _Absorbed(activation)
+                    holder._modules[further] = Absorbed(activation)
             holder._modules[behind] = self._exchange(conv, norm, act or "none")
-            holder._modules[name] = _Moved(conv)
+            holder._modules[name] = Moved(conv)
 
     def _fold_graph(self, holder: nn.Module, graph: fx.Graph, alone: Callable[[nn.Module], bool]) -> set[fx.Node]:
-        calls = _calls(graph)
+        calls = module_calls(graph)
         count = Counter(n.target for n in calls)
         added: set[fx.Node] = set()
 
@@ -127,11 +120,11 @@ class _Folder:
             conv = _module(holder, call)
             if not _is_convolution(conv) or not ours(call) or len(call.args) != 1 or call.kwargs:
                 continue
-            behind = _only_user(call)
+            behind = only_user(call)
             norm = _module(holder, behind) if ours(behind) and behind.args[:1] == (call,) else None
             chain = None
             if norm is not None and _folds(norm, conv) and len(behind.args) == 1 + _adds(norm) and not behind.kwargs:
-                chain = self._chain(holder, behind, added, lambda until, call=call: _can_wait(holder, call, until))
+                chain = self._chain(holder, behind, added, lambda until, call=call: can_wait(holder, call, until))
             if chain is None:
                 norm, chain = None, self._chain(holder, call, added, lambda until: True)
             absorbs = (chain.act, chain.add is not None)
@@ -147,33 +140,33 @@ class _Folder:
                 norm.act if spelled else chain.act,
                 adds=last is not None,
                 absorbs=None if spelled or absorbs == ("none", False) else absorbs,
-                overwrites=last is not None and _is_unseen(holder, last),
+                overwrites=last is not None and is_unseen(holder, last),
             )
-            _set(holder, call.target, _Moved(conv) if norm is not None else folded)
+            _set(holder, call.target, Moved(conv) if norm is not None else folded)
             if norm is not None:
                 _set(holder, behind.target, folded)
-        if any(_is_view(holder, node) for node in graph.nodes):
+        if any(is_view(holder, node) for node in graph.nodes):
             holder.__dict__["_cnnkern_reshapes"] = True
         return added
 
     def _chain(
-        self, holder: nn.Module, call: fx.Node, added: set[fx.Node], can_wait: Callable[[fx.Node], bool]
-    ) -> _Fusion | None:
+        self, holder: nn.Module, call: fx.Node, added: set[fx.Node], waits: Callable[[fx.Node], bool]
+    ) -> Fusion | None:
         """What one kernel computes from this convolution or batch norm on, if its input stays as it is until then."""
-        if not can_wait(call):
+        if not waits(call):
             return None
         if hasattr(_module(holder, call), "act"):  # the batch norm is one of ours, which computes the rest by itself
-            return _Fusion(_module(holder, call), call, None, None, None, "none")
-        chain = _fusion_at(holder, call)
-        if chain.add is not None and (chain.add in added or not can_wait(chain.add)):
-            chain = _fusion_at(holder, call, with_add=False)
+            return Fusion(_module(holder, call), call, None, None, None, "none")
+        chain = fusion_at(holder, call)
+        if chain.add is not None and (chain.add in added or not waits(chain.add)):
+            chain = fusion_at(holder, call, with_add=False)
         return chain
 
     def finish(self, model: nn.Module) -> dict[int, str]:
         alone: dict[int, FoldedConv] = {}
         for module in list(model.modules()):
             for name, conv in module._modules.items():
-                if _is_convolution(conv) and not _has_hooks(conv):
+                if _is_convolution(conv) and not has_hooks(conv):
                     if id(conv) not in alone:
                         alone[id(conv)] = self._exchange(conv, None, "none")
                     module._modules[name] = alone[id(conv)]
@@ -190,7 +183,7 @@ class _Folder:
     ) -> FoldedConv:
         weight, bias = _weights(conv, norm)
         folded = FoldedConv(conv, weight, bias, act, adds=adds, absorbs=absorbs, overwrites=overwrites)
-        parts = ("BatchNorm" * (norm is not None), "add" * adds, _NAMES.get(act, ""))
+        parts = ("BatchNorm" * (norm is not None), "add" * adds, NAMES.get(act, ""))
         self.became[id(folded)] = " + ".join(["Conv", *filter(None, parts)])
         self.exchanged += [conv] if norm is None else [conv, norm]
         return folded
@@ -216,7 +209,7 @@ def _adds(norm: nn.Module) -> bool:
 
 def _folds(norm: nn.Module, conv: nn.modules.conv._ConvNd) -> bool:
     """Whether this is a batch norm with statistics that were taken of as many channels."""
-    known = type(norm) in (*_DIMENSIONS, nn.SyncBatchNorm) or (
+    known = type(norm) in (*DIMENSIONS, nn.SyncBatchNorm) or (
         isinstance(norm, batchnorm._FusedBatchNorm) and type(norm).forward in _FORWARDS
     )
     return known and norm.running_mean is not None and norm.num_features == conv.out_channels

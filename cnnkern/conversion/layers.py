@@ -1,0 +1,127 @@
+"""What a converted model's layers are exchanged for, and what stands where a layer stood."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from cnnkern import reference
+from cnnkern.nn import batchnorm, layer_norm, sync
+from cnnkern.nn.conv import GroupedConv2d
+from cnnkern.ops.bn_act import batch_norm_act
+
+DIMENSIONS = {nn.BatchNorm1d: "1d", nn.BatchNorm2d: "2d", nn.BatchNorm3d: "3d"}
+NAMES = {"relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "sigmoid": "Sigmoid", "silu": "SiLU"}
+NAMES |= {"hardswish": "Hardswish"}
+
+
+def _classes(kind: type, name: str, namespace: dict[str, Any]) -> dict[type, type]:
+    """torch's batch norms -> ours of the same dimensions with `kind` before them and a class attribute or two."""
+    found = {}
+    for plain, dimensions in DIMENSIONS.items():
+        cls = type(f"{name}{dimensions}", (kind, plain), {"__module__": __name__, **namespace})
+        globals()[cls.__name__] = cls  # where pickle looks for it
+        found[plain] = cls
+    return found
+
+
+class AddsWhatFits(batchnorm._FusedBatchNormAdd):
+    """A residual that the fused operator does not take, one that is broadcast or promoted, is added as it was."""
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        if isinstance(residual, Tensor) and alike(input, residual):
+            return super().forward(input, residual)
+        y = self._normalize(input, lambda *arguments: batch_norm_act(*arguments[:-1], "none"))
+        return reference.ACTIVATIONS[self.act](y + residual)
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+ACT_CLASSES = {
+    "none": {plain: getattr(batchnorm, f"BatchNorm{d}") for plain, d in DIMENSIONS.items()},
+    "relu": {plain: getattr(batchnorm, f"BatchNormReLU{d}") for plain, d in DIMENSIONS.items()},
+    **{
+        act: _classes(batchnorm._FusedBatchNorm, f"BatchNorm{NAMES[act]}", {"act": act})
+        for act in ("relu6", "leaky_relu", "sigmoid", "silu", "hardswish")
+    },
+}
+ADD_CLASSES = {
+    act: _classes(AddsWhatFits, f"BatchNormAdd{NAMES.get(act, '')}", {"act": act}) for act in ("none", "relu")
+}
+ORIGINAL = {
+    fused: plain for tables in (ACT_CLASSES, ADD_CLASSES) for table in tables.values() for plain, fused in table.items()
+}
+# A converted model may have been synchronised since; torch's own synchronised one is what stays.
+ORIGINAL |= dict.fromkeys((sync.SyncBatchNorm, sync.SyncBatchNormReLU, sync.SyncBatchNormAddReLU), nn.SyncBatchNorm)
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+
+
+def exchanged_alone() -> dict[type, tuple[type, Callable[[Any], bool]]]:
+    """Layers that are exchanged alone -> what for, and whether to.
+
+    torchvision's layer norm is no part of torch; a model that has one has imported it.
+    """
+
+    def always(_: nn.Module) -> bool:
+        return True
+
+    convnext = sys.modules.get("torchvision.models.convnext")
+    theirs = {} if convnext is None else {convnext.LayerNorm2d: (layer_norm.LayerNorm2d, always)}
+    return theirs | {
+        nn.Conv2d: (GroupedConv2d, lambda conv: conv.groups > 1),
+        nn.LayerNorm: (layer_norm.LayerNorm, always),
+    }
+
+
+def originals() -> dict[type, type]:
+    """Our layers -> those that they were."""
+    return ORIGINAL | {ours: plain for plain, (ours, _) in exchanged_alone().items()}
+
+
+class Absorbed(nn.Identity):
+    """Stands where an activation stood that the layer before it now applies."""
+
+    inplace = False
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self._original = (original,)  # in a tuple, so that it is no submodule
+
+    def extra_repr(self) -> str:
+        return f"{self._original[0]!r} in the layer before"
+
+
+class Moved(nn.Identity):
+    """Stands where a convolution stood that is now computed where the batch norm behind it stood."""
+
+    inplace = False
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self._text = repr(original)
+
+    def extra_repr(self) -> str:
+        return f"{self._text} in the layer behind"
+
+
+def kind_of(act: str, add: bool) -> str:
+    return "BatchNorm" + " + add" * add + (f" + {NAMES[act]}" if act != "none" else "")
+
+
+def exchange(module: nn.Module, table: dict[type, type]) -> None:
+    module.__class__ = table[type(module)]
+    module.__dict__["_cnnkern_converted"] = True
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+    )

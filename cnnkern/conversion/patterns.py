@@ -1,0 +1,238 @@
+"""What a module's own forward pass does with its layers: runs of operations that one operator of ours computes.
+
+They are read from a `torch.fx` trace of that forward pass with every child a leaf.
+"""
+
+import operator
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from cnnkern.conversion.layers import Absorbed, Moved, has_hooks
+from cnnkern.nn.folded_conv import FoldedConv
+
+# act -> modules and functions that compute it, and nothing else, for any arguments they may have been given.
+_MODULES = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Sigmoid: "sigmoid",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+_FUNCTIONS = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_), "relu"),
+    F.relu6: "relu6",
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "leaky_relu"),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, torch.sigmoid_), "sigmoid"),
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+}
+_METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid"}
+_ADDS = {operator.add, operator.iadd, torch.add}
+_ADD_METHODS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+_IN_PLACE_ADDS = {operator.iadd, "add_", "__iadd__"}
+# The last stands for a convolution whose input has been seen to stay as it is.
+_FRESH = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, FoldedConv, Moved)
+
+
+class _Proxy(fx.Proxy):
+    """A proxy that records ``a += b`` as what it is; torch.fx's own would make it ``a = a + b``."""
+
+
+def _recorded(function: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], fx.Proxy]:
+    return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
+
+
+for _name in fx.graph.inplace_methods:
+    setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
+
+
+class _OwnForward(fx.Tracer):
+    """Traces a module's own forward pass; every child is a leaf."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def trace(module: nn.Module) -> fx.Graph | None:
+    """The graph of the module's forward pass, or None where it cannot be traced or differs between train and eval."""
+    graphs, state = [], dict(module.__dict__)
+    try:
+        for mode in (True, False):
+            module.training = mode  # of this module alone: its children are leaves
+            graphs.append(_OwnForward().trace(module))
+    except Exception:  # whatever a forward pass does with a proxy that a tensor would have allowed
+        return None
+    finally:
+        module.__dict__.clear()  # a forward pass may leave proxies behind
+        module.__dict__.update(state)
+    return graphs[0] if graphs[0].python_code("self").src == graphs[1].python_code("self").src else None
+
+
+def module_calls(graph: fx.Graph | None) -> list[fx.Node]:
+    return [] if graph is None else [n for n in graph.nodes if n.op == "call_module"]
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def act_of_module(module: nn.Module) -> str | None:
+    if has_hooks(module) or (type(module) is nn.LeakyReLU and module.negative_slope != 0.01):
+        return None
+    return _MODULES.get(type(module))
+
+
+def _act_of(holder: nn.Module, node: fx.Node) -> str | None:
+    """The activation that this call applies to its first argument, if it is one of ours with its usual parameters."""
+    if node.op == "call_module":
+        return act_of_module(holder.get_submodule(node.target))
+    usual = {"negative_slope": 0.01}
+    plain = len(node.args) == 1 and all(k == "inplace" or (k, v) in usual.items() for k, v in node.kwargs.items())
+    if node.op == "call_function" and plain:
+        return _FUNCTIONS.get(node.target)
+    return _METHODS.get(node.target) if node.op == "call_method" and plain else None
+
+
+def _activation_after(holder: nn.Module, node: fx.Node) -> tuple[fx.Node | None, str]:
+    """The activation that is the one user of a node, and its name; (None, "none") without."""
+    user = only_user(node)
+    act = _act_of(holder, user) if user is not None and user.args and user.args[0] is node else None
+    return (None, "none") if act is None else (user, act)
+
+
+def _is_add(node: fx.Node) -> bool:
+    called = (node.op == "call_function" and node.target in _ADDS) or (
+        node.op == "call_method" and node.target in _ADD_METHODS
+    )
+    return called and not node.kwargs and len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args)
+
+
+def _may_write(holder: nn.Module, node: fx.Node) -> bool:
+    """Whether the call may change one of its arguments in place."""
+    if node.op == "call_module":
+        module = holder.get_submodule(node.target)
+        return getattr(module, "inplace", not isinstance(module, _FRESH))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
+    return (
+        name.endswith("_") or name.startswith("__i") or node.target is operator.iadd or bool(node.kwargs.get("inplace"))
+    )
+
+
+@dataclass
+class Fusion:
+    """A batch norm with what follows it in the holder's graph."""
+
+    norm: nn.Module
+    call: fx.Node
+    add: fx.Node | None
+    residual: fx.Node | None
+    activation: fx.Node | None
+    act: str
+
+
+def fusion_at(holder: nn.Module, call: fx.Node, with_add: bool = True) -> Fusion:
+    """The longest run of operations from this batch norm on that one operator computes."""
+    norm = holder.get_submodule(call.target)
+    add = only_user(call)
+    if with_add and add is not None and _is_add(add) and add.args[0] is not add.args[1]:
+        residual = add.args[1] if add.args[0] is call else add.args[0]
+        # An addition in place changes its first argument: the batch norm's output, which nobody else sees.
+        if not (add.target in _IN_PLACE_ADDS and add.args[0] is residual) and can_wait(holder, call, add):
+            activation, act = _activation_after(holder, add)
+            if act in ("relu", "none"):
+                return Fusion(norm, call, add, residual, activation, act)
+            return Fusion(norm, call, add, residual, None, "none")
+    activation, act = _activation_after(holder, call)
+    return Fusion(norm, call, None, None, activation, act)
+
+
+def can_wait(holder: nn.Module, call: fx.Node, add: fx.Node) -> bool:
+    """Whether the batch norm may be computed where its output is added: its input is still the same there."""
+    if len(call.args) != 1 or call.kwargs or not isinstance(call.args[0], fx.Node):
+        return False
+    source = call.args[0]
+    if is_unseen(holder, source):
+        return True
+    node = call.next
+    while node is not add:
+        if _may_write(holder, node):
+            return False
+        node = node.next
+    return True
+
+
+def fusions(
+    holder: nn.Module, graph: fx.Graph, fusable: Callable[[nn.Module], bool], added: set[fx.Node]
+) -> list[Fusion]:
+    """Of the batch norms that are `fusable`; additions are put into `added`, and those there already left alone."""
+    calls = module_calls(graph)
+    count = Counter(n.target for n in calls)
+    found = []
+    for call in calls:
+        if count[call.target] != 1 or not fusable(holder.get_submodule(call.target)):
+            continue
+        fusion = fusion_at(holder, call)
+        if fusion.add in added:  # the sum of two batch norms: the first has it
+            fusion = fusion_at(holder, call, with_add=False)
+        if fusion.add is not None:
+            added.add(fusion.add)
+        if fusion.add is not None or fusion.activation is not None:
+            found.append(fusion)
+    return found
+
+
+def _is_fresh(module: nn.Module) -> bool:
+    """Whether the module's output is a tensor of its own, no view of its input, that no hook has seen."""
+    if has_hooks(module):
+        return False
+    if type(module) is nn.Sequential and len(module):
+        return _is_fresh(module[-1])
+    return isinstance(module, _FRESH)
+
+
+def is_unseen(holder: nn.Module, node: fx.Node) -> bool:
+    """Whether the tensor is one that a layer of this holder made, perhaps activated since, and has one reader."""
+    if len(node.users) != 1:
+        return False
+    module = holder.get_submodule(node.target) if node.op == "call_module" else None
+    if isinstance(module, Absorbed) or _act_of(holder, node) is not None:
+        return isinstance(node.args[0], fx.Node) and is_unseen(holder, node.args[0])
+    return module is not None and _is_fresh(module)
+
+
+def add_relu_at(holder: nn.Module, node: fx.Node) -> fx.Node | None:
+    """The ReLU behind this addition, if both may become one call."""
+    if not _is_add(node):
+        return None
+    relu, act = _activation_after(holder, node)
+    if act != "relu":
+        return None
+    if node.target in _IN_PLACE_ADDS:
+        target = node.args[0]
+        own = target.op == "call_module" and _is_fresh(holder.get_submodule(target.target))
+        if not own or only_user(target) is not node:
+            return None
+    return relu
+
+
+def is_view(holder: nn.Module, node: fx.Node) -> bool:
+    """Whether this is a ``view`` of another shape that nobody writes to: ``reshape`` takes channels_last as well."""
+    if node.op != "call_method" or node.target != "view" or any(isinstance(a, torch.dtype) for a in node.args):
+        return False
+
+    def writes(user: fx.Node) -> bool:
+        if user.op == "call_module":
+            return getattr(holder.get_submodule(user.target), "inplace", False)
+        return _may_write(holder, user)
+
+    return not node.kwargs and not any(writes(user) for user in node.users)

@@ -1,0 +1,107 @@
+"""Exchanges a module's forward pass for its trace without what the layers before compute by now."""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from cnnkern.conversion.layers import ORIGINAL, Absorbed, AddsWhatFits, alike
+from cnnkern.conversion.patterns import add_relu_at, fusion_at, is_view, module_calls, trace
+from cnnkern.nn.folded_conv import FoldedConv
+from cnnkern.ops.add_relu import add_relu
+
+
+class Rewritten:
+    """Marks the class of a module whose forward pass is its own trace without the absorbed calls."""
+
+    _original_class: type
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class is made at run time: a copy or a pickle carries the original class and is rewritten anew.
+        return _restore, (self._original_class, self.__dict__)
+
+
+def _restore(original_class: type, state: dict[str, Any]) -> nn.Module:
+    module = original_class.__new__(original_class)
+    module.__dict__.update(state)
+    rewrite(module, trace(module))
+    return module
+
+
+def rewrite(holder: nn.Module, graph: fx.Graph | None) -> list[fx.Node]:
+    """Takes out what the exchanged layers of this module compute by now, and joins additions with their ReLUs.
+
+    Returns the additions that were joined. What to do is read off the graph and the exchanged layers, so
+    that it can be done again on a copy.
+    """
+    assert graph is not None, f"the forward pass of {type(holder).__name__} could be traced before"
+    count = Counter(n.target for n in module_calls(graph))
+    changed, joined = False, []
+    for call in module_calls(graph):
+        absorbs = _absorbed_by(holder.get_submodule(call.target))
+        if absorbs is None:
+            continue
+        act, adds = absorbs
+        fusion = fusion_at(holder, call, with_add=adds)
+        if fusion.act != act:
+            continue
+        if fusion.add is None:
+            if fusion.activation is None:
+                continue
+            target = fusion.activation.target
+            if fusion.activation.op == "call_module" and count[target] == 1 and "." not in target:
+                holder._modules[target] = Absorbed(holder._modules[target])
+            else:
+                fusion.activation.replace_all_uses_with(call)
+                graph.erase_node(fusion.activation)
+                changed = True
+            continue
+        with graph.inserting_before(fusion.add):  # where the residual is what it was
+            fused = graph.call_module(call.target, (*call.args, fusion.residual))
+        (fusion.activation or fusion.add).replace_all_uses_with(fused)
+        for node in filter(None, (fusion.activation, fusion.add, call)):
+            graph.erase_node(node)
+        changed = True
+    for node in graph.nodes if "_cnnkern_reshapes" in holder.__dict__ else ():
+        if is_view(holder, node):
+            node.target, changed = "reshape", True
+    for node in list(graph.nodes):
+        relu = add_relu_at(holder, node)
+        if relu is None:
+            continue
+        with graph.inserting_before(relu):
+            fused = graph.call_function(_add_relu, node.args)
+        relu.replace_all_uses_with(fused)
+        graph.erase_node(relu)
+        graph.erase_node(node)
+        joined.append(node)
+        changed = True
+    if changed:
+        cls = type(holder)
+        forward = type(fx.GraphModule(holder, graph)).forward
+        names = {
+            "forward": forward,
+            "_original_class": cls,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+        }
+        holder.__class__ = type(cls.__name__, (Rewritten, cls), names)
+    return joined
+
+
+def _absorbed_by(layer: nn.Module) -> tuple[str, bool] | None:
+    """The activation and whether an addition, that the code around a layer spells out and the layer computes."""
+    if isinstance(layer, FoldedConv):
+        return layer.absorbs
+    if "_cnnkern_converted" not in layer.__dict__ or type(layer) not in ORIGINAL:
+        return None
+    adds = isinstance(layer, AddsWhatFits)
+    return None if layer.act == "none" and not adds else (layer.act, adds)
+
+
+def _add_relu(a: Any, b: Any) -> Any:
+    """``relu(a + b)``: fused where the operator takes both, else as it was."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and alike(a, b):
+        return add_relu(a, b)
+    return torch.relu(a + b)

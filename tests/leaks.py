@@ -1,0 +1,31 @@
+"""How much memory many calls leave behind."""
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+MAY_STAY = 2**19  # bytes: 65 a call
+
+
+def _resident() -> int:
+    """Bytes in memory now: the largest so far would hide a leak behind whatever the tests before have used."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def leaked_by_ten_thousand(call: Callable[[int], object]) -> int:
+    """Bytes that ``call(0)`` to ``call(9999)`` leave behind, from the two thousandth on: caches have filled by then."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for i in range(2000):
+            call(i)
+        before = _resident()
+        for i in range(2000, 10000):
+            call(i)
+        return _resident() - before
+    finally:
+        torch.set_num_threads(threads)

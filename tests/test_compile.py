@@ -1,0 +1,159 @@
+"""Converted models under torch.compile: one graph, no recompilation, any batch; exported, saved and loaded again."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+import cnnkern
+
+NAMES = ["resnet18", "resnext50_32x4d", "convnext_tiny"]
+BATCHES = (4, 4, 3, 6)
+
+
+def converted(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return cnnkern.convert(torchvision.models.get_model(name, weights=None, num_classes=10))
+
+
+def shortened(name: str) -> nn.Module:
+    """The network with one block of each stage, which its others repeat: tracing a backward pass takes its time."""
+    torch.manual_seed(0)
+    if name == "convnext_tiny":
+        stages = [CNBlockConfig(a, b, 1) for a, b in ((96, 192), (192, 384), (384, 768), (768, None))]
+        # Stochastic depth would draw random numbers.
+        return cnnkern.convert(torchvision.models.ConvNeXt(stages, stochastic_depth_prob=0.0, num_classes=10))
+    block, extra = BasicBlock, {}
+    if name == "resnext50_32x4d":
+        block, extra = Bottleneck, {"groups": 32, "width_per_group": 4}
+    return cnnkern.convert(torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=10, **extra))
+
+
+def images(batch: int) -> torch.Tensor:
+    x = torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(batch))
+    torch._dynamo.mark_dynamic(x, 0)
+    return x
+
+
+class Graphs:
+    """Counts what dynamo hands to the backend."""
+
+    def __init__(self, backend: str) -> None:
+        self.count, self.backend = 0, torch._dynamo.lookup_backend(backend)
+
+    def __call__(self, graph, inputs):
+        self.count += 1
+        return self.backend(graph, inputs)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inference_is_one_graph_for_every_batch(name):
+    model = converted(name).eval()
+    graphs = Graphs("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    with torch.no_grad():
+        for batch in BATCHES:
+            x = images(batch)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert graphs.count == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_is_one_graph_for_every_batch(name):
+    """In float64, where a sum in another order does not take an activation to the other side of a ReLU's kink."""
+    model = shortened(name).double()
+    twin = copy.deepcopy(model)
+    graphs = Graphs("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    optimisers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, twin)]
+    for batch in BATCHES:
+        x, target = images(batch).double(), torch.arange(batch)
+        torch._dynamo.mark_dynamic(x, 0)
+        losses = []
+        for m, optimiser in zip((compiled, twin), optimisers, strict=True):
+            optimiser.zero_grad()
+            loss = F.cross_entropy(m(x), target)
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-8)
+    assert graphs.count == 1
+    for (n, mine), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-8, msg=n)
+
+
+class Small(nn.Module):
+    """Every operator that convert puts into a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.block = BasicBlock(16, 16)
+        self.grouped = nn.Conv2d(16, 16, 3, groups=4)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x):
+        y = self.grouped(self.block(self.stem(x)))
+        return self.norm(F.relu(y + y.flip(-1)).mean((2, 3)))
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    model = cnnkern.convert(Small())
+    assert len(cnnkern.conversion_report(model).counts) == 5
+    return model
+
+
+def test_inductor_trains_and_infers():
+    model = small()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True)
+    for batch in (4, 4):
+        x = images(batch)[..., :12, :12]
+        for m in (compiled, twin):
+            m.zero_grad()
+            m(x).square().sum().backward()
+        for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-3)
+    model.eval()
+    twin.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-4)
+
+
+def test_export_save_and_load():
+    model = converted("resnet18").eval()
+    x = images(2)
+    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
+    called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    assert {"cnnkern.bn_act.default", "cnnkern.bn_add_act.default"} <= called
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    with torch.no_grad():
+        for batch in BATCHES:
+            torch.testing.assert_close(loaded(images(batch)), model(images(batch)))
+
+
+def test_ahead_of_time_inductor(tmp_path):
+    model = small().eval()
+    x = images(2)[..., :12, :12].contiguous()
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,))
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "small.pt2"))
+        loaded = torch._inductor.aoti_load_package(path)
+        torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
