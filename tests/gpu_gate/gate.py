@@ -63,8 +63,8 @@ def judge(kernels: Iterable[Kernel], kind: str, rules: Iterable[Rule] = RULES) -
 
 
 def unused_rules(kernels: Iterable[Kernel], kind: str) -> list[str]:
-    """The patterns of rules that no kernel matches, of those that hold for an architecture the kernels are for."""
+    """The patterns of rules, for any of the kernels' architectures, that no kernel matches."""
     every = list(kernels)
-    architectures = {k.architecture for k in every}
-    meant = [r for r in RULES if r.kind == kind and (not r.architectures or architectures & set(r.architectures))]
-    return [r.kernels for r in meant if not any(applies(r, k, kind) for k in every)]
+    compiled = {kernel.architecture for kernel in every}
+    rules = [r for r in RULES if r.kind == kind and (not r.architectures or compiled & set(r.architectures))]
+    return [rule.kernels for rule in rules if not any(applies(rule, kernel, kind) for kernel in every)]

@@ -145,13 +145,6 @@ RULES = (
     ),
     cuda(r"^ln_planes_fwd_kernel<(?:float|double), [24]>", "six vectors of x and of y", round=(6, 6), whole=(18, 6)),
     cuda(r"^ln_planes_fwd_kernel<c10::\w+, 8>", "six vectors of x and of y", round=(6, 6), whole=(18, 6)),
-    cuda(
-        r"^ln_planes_fwd_kernel<c10::Half, 1>",
-        "of storage that begins off a vector: ptxas keeps a value on the stack to fit three blocks",
-        "sm_100",
-        spills=8,
-        stack=8,
-    ),
     cuda(r"^ln_planes_bwd_kernel<.*, [248]>", "vectors of x, dy and dx", whole=(18, 4)),
     cuda(
         "^ln_planes_fwd",
@@ -173,6 +166,13 @@ RULES = (
         narrow=ANY,
         round=(0, 0),
         whole=(0, 0),
+    ),
+    cuda(
+        r"^ln_planes_fwd_kernel<c10::\w+, 1>",
+        "tensors that are not aligned: two values on the stack",
+        "sm_100",
+        spills=7,
+        stack=8,
     ),
     cuda("^ln_.*, 1>$", "for tensors that are not aligned: elements one by one", narrow=ANY),
     # ---- grouped convolution ----
@@ -196,6 +196,14 @@ RULES = (
         narrow=8,
         divisions=16,
         fp64=64,
+    ),
+    triton("^layer norm backward planes fp32", "ptxas keeps two values on the stack", "sm_90", spills=2, stack=8),
+    triton(
+        "^width 8 dweight planes fp32",
+        "products of all pairs of a group's channels, in registers",
+        "sm_90",
+        registers=160,
+        occupancy=0.18,
     ),
     triton(
         "^layer norm wide rows",
