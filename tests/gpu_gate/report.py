@@ -53,25 +53,31 @@ def families(kernels: list[Kernel]) -> dict[str, list[Kernel]]:
     found: dict[str, list[Kernel]] = {}
     for kernel in kernels:
         function = kernel.name.split("<")[0]
-        elements = re.search(r", (?:true|1)>$", kernel.name) and not kernel.name.startswith("finish")
+        elements = re.search(r"^(?:add_relu|map|own|reduce|ln)_.*, (?:true|1)>$", kernel.name)
         found.setdefault(f"`{function}`" + (", not aligned" if elements else ""), []).append(kernel)
     return dict(sorted(found.items()))
 
 
 def family_rows(kernels: dict[str, list[Kernel]], kind: str) -> Iterable[Sequence[object]]:
-    for architecture, compiled in kernels.items():
-        for name, members in families(compiled).items():
-            occupancies = [k.occupancy(gate.limits_of(k, kind).dynamic_shared) for k in members]
-            yield (
-                name,
-                architecture,
-                len(members),
-                span(k.registers for k in members),
-                span(occupancies, "{:.0%}"),
-                max(k.whole.local + k.spills for k in members),
-                max(k.stack for k in members),
-                max(k.shared for k in members),
-            )
+    by_family = [families(compiled) for compiled in kernels.values()]
+    for name, members in by_family[0].items():
+        same = [compiled[name] for compiled in by_family]
+        occupancies = [[k.occupancy(gate.limits_of(k, kind).dynamic_shared) for k in group] for group in same]
+        yield (
+            name,
+            len(members),
+            each(span(k.registers for k in group) for group in same),
+            each(span(group, "{:.0%}") for group in occupancies),
+            each(max(k.whole.local + k.spills for k in group) for group in same),
+            each(max(k.stack for k in group) for group in same),
+            each(max(k.shared for k in group) for group in same),
+        )
+
+
+def each(values: Iterable[object]) -> str:
+    """Of each architecture, or once where they are the same."""
+    found = [str(value) for value in values]
+    return found[0] if len(set(found)) == 1 else " · ".join(found)
 
 
 def round_of(kernel: Kernel) -> str:
@@ -99,14 +105,10 @@ def shown_rows(kernels: dict[str, list[Kernel]]) -> Iterable[Sequence[object]]:
         occupancies = [k.occupancy(gate.limits_of(k, "cuda").dynamic_shared) for k in same]
         yield (
             f"`{kernel.name}`",
-            " · ".join(str(k.registers) for k in same),
-            " · ".join(f"{o:.0%}" for o in occupancies),
-            span_text(round_of(k) for k in same),
+            each(k.registers for k in same),
+            each(f"{o:.0%}" for o in occupancies),
+            each(round_of(k) for k in same),
         )
-
-
-def span_text(values: Iterable[str]) -> str:
-    return " · ".join(dict.fromkeys(values))
 
 
 def triton_rows(kernels: dict[str, list[Kernel]]) -> Iterable[Sequence[object]]:
@@ -137,7 +139,7 @@ def traffic_rows(calls: list[traffic.Call]) -> Iterable[Sequence[object]]:
             " ".join([size(call.shape), call.layout, *(f"{n} {v}" for n, v in call.arguments.items())]),
             f"{call.asked():.2f}",
             f"{call.least:.2f}",
-            f"{wide:.3f}",
+            f"{wide:.3f}" if wide else "-",
             f"{sectors:.3f}",
         )
 
@@ -168,7 +170,7 @@ def page(
 ) -> str:
     timed = "gpu.md" if (ROOT / "docs" / "gpu.md").exists() else "results.md#on-a-gpu"
     count = len(next(iter(cuda_kernels.values())))
-    usage = ("kernel", "architecture", "instantiations", "registers", "occupancy", "spills", "stack", "shared")
+    usage = ("kernel", "instantiations", "registers", "occupancy", "spills", "stack", "shared")
     sheets = " and ".join(f"{name} ({m / 1e9:.0f} GB/s, {a / 1e12:.1f} TFLOP/s)" for name, (m, a) in GPUS.items())
     return f"""# GPU kernels: what is known without a GPU
 
@@ -186,16 +188,17 @@ of them for the other architectures, this command all of them for all.
 All {count} instantiations in the built extension; for architectures that it holds no machine code for, compiled from
 its PTX, as a driver does. Spills are accesses to local memory; stack and shared memory are in bytes (static shared
 memory of a block). Occupancy is what registers, shared memory and threads of a block allow of the threads of a
-multiprocessor. "Not aligned" are the instantiations for tensors that do not begin, or whose planes do not end, with
-whole vectors of 16 bytes.
+multiprocessor; what layer norms and convolutions ask for at launch, as their shapes need it, is left out. Three values
+are those for {" · ".join(cuda_kernels)}; from sm_90 on shared memory has the 1024 bytes of every block that the system
+keeps. "Not aligned" are the instantiations for tensors that do not begin, or whose planes do not end, with whole
+vectors of 16 bytes.
 
-{table(usage, family_rows(cuda_kernels, "cuda"), 2)}
+{table(usage, family_rows(cuda_kernels, "cuda"))}
 ## CUDA C++: the hot loops
 
-Aligned kernels of float32 and bfloat16, with ReLU, in training. Registers and occupancy are for
-{" · ".join(cuda_kernels)}. The last column has loads / stores of global memory in one round of the loop that moves
-most, by number and width in bits; the loads of a round are under way together. 8-bit accesses are bytes of a ReLU's
-mask.
+Aligned kernels of float32 and bfloat16, with ReLU, in training. The last column has loads / stores of global
+memory in one round of the loop that moves most, by number and width in bits; the loads of a round are under way
+together. 8-bit accesses are bytes of a ReLU's mask.
 
 {table(("kernel", "registers", "occupancy", "loads / stores of a round"), shown_rows(cuda_kernels))}
 ## Triton: registers and occupancy

@@ -114,6 +114,7 @@ RULES = (
         atomics=4,
         round=(0, 0),
     ),
+    cuda("^reduce_rows", "sums of half a block's threads: what a launch asks for at most", dynamic_shared=16 << 10),
     # ---- add_relu ----
     cuda(
         "^add_relu_fwd_kernel<.*, [248]>", "four vectors of either input and of y, whole and at the end", whole=(16, 8)
@@ -202,6 +203,7 @@ RULES = (
         "^width 8 dweight planes fp32",
         "products of all pairs of a group's channels, in registers",
         "sm_90",
+        "sm_100",
         registers=160,
         occupancy=0.18,
     ),
