@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "emulator"
@@ -153,17 +155,23 @@ def environment(tool: str) -> dict[str, str]:
 
 
 class Emulator:
-    """A context in which the emulated CUDA kernels answer for CPU tensors."""
+    """A context in which the emulated CUDA kernels answer for CPU tensors.
+
+    What they leave to PyTorch its CPU kernels compute without oneDNN, whose 16-bit gradients of small grouped weights
+    depend on what its memory held before (torch 2.14.1).
+    """
 
     def __init__(self, tool: str = "plain") -> None:
         self.library = ctypes.CDLL(str(build(f"{tool}/kernels.so")))
 
     def __enter__(self) -> "Emulator":
+        self.onednn = torch.backends.mkldnn.set_flags(False)
         self.library.emulator_install()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.library.emulator_uninstall()
+        torch.backends.mkldnn.set_flags(*self.onednn)
 
     def profile(self) -> list[Traffic]:
         """The memory traffic of what ran since the last call. For the tool ``profile`` alone."""
