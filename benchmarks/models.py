@@ -16,7 +16,7 @@ import cnnkern
 from benchmarks.groups import LAYOUTS, Contender, Group, Unavailable, first_line
 from benchmarks.judge import assert_as_good_as
 from benchmarks.options import Options
-from cnnkern.nn import GroupedConv2d
+from cnnkern.conversion.layers import exchange, exchanged_alone
 
 BATCH_SIZES = {"resnet18": 8, "vgg11_bn": 4}
 # With --networks all, training alone: a model, and the seconds that one image of a step takes here.
@@ -113,13 +113,11 @@ def build(name: str) -> nn.Module:
 
 
 def with_grouped_convolutions(model: nn.Module) -> nn.Module:
-    """The model with a GroupedConv2d in the place of every convolution that has groups; parameters are shared."""
-    for name, conv in list(model.named_modules()):
-        if type(conv) is nn.Conv2d and conv.groups > 1:
-            sizes = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-            ours = GroupedConv2d(*sizes, conv.groups, conv.bias is not None, conv.padding_mode, device="meta")
-            ours.weight, ours.bias = conv.weight, conv.bias
-            model.set_submodule(name, ours)
+    """The model with its grouped convolutions exchanged as `cnnkern.convert` does it, and nothing else."""
+    ours, has_groups = exchanged_alone()[nn.Conv2d]
+    for module in model.modules():
+        if type(module) is nn.Conv2d and has_groups(module):
+            exchange(module, {nn.Conv2d: ours})
     return model
 
 

@@ -42,7 +42,7 @@ class Row:
     dtype: str
     machine: str
     device: str
-    cpu_capability: str
+    cpu_capability: str  # whose kernels answered: an instruction set, or on a GPU a backend
     threads: int
     torch: str
     cnnkern: str

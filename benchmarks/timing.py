@@ -73,20 +73,20 @@ def interleave(
     return samples
 
 
-Round = list[tuple[Key, Callable[[], object], int]]
+Round = list[tuple[Key, Callable[[], object], int]]  # with the calls a sample
 
 
-def _on_cpu(round: Round) -> Iterator[tuple[Key, float]]:
-    for key, step, loops in round:
+def _on_cpu(steps: Round) -> Iterator[tuple[Key, float]]:
+    for key, step, loops in steps:
         start = time.perf_counter()
         for _ in range(loops):
             step()
         yield key, (time.perf_counter() - start) / loops
 
 
-def _on_gpu(round: Round) -> Iterator[tuple[Key, float]]:
+def _on_gpu(steps: Round) -> Iterator[tuple[Key, float]]:
     events = []
-    for key, step, _ in round:
+    for key, step, _ in steps:
         _flushed().zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

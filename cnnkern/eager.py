@@ -101,9 +101,11 @@ def _batch_norm_backward(dy, x, weight, bias, mean, rstd, training, output_mask)
         return _zeros(output_mask, parameters, x)
     wide = _wide(x)
     mean, rstd, var = mean.to(wide), rstd.to(wide), rstd.pow(-2).to(wide)
+    # PyTorch 2.11's CUDA kernels give a bias that has no weight beside it a wrong gradient in eval, or crash.
+    ones_or_weight = torch.ones_like(mean) if weight is None else weight.to(wide)
     # In eval the statistics are the running ones, and eps is part of this variance.
     grads = _aten.native_batch_norm_backward(
-        in_layout_of(dy, x), x, _to(wide, weight), mean, var, mean, rstd, training, 0.0, list(output_mask)
+        in_layout_of(dy, x), x, ones_or_weight, mean, var, mean, rstd, training, 0.0, list(output_mask)
     )
     dx, dweight, dbias = _asked(grads, output_mask, parameters, x)
     return in_layout_of(dx, x) if output_mask[0] else dx, dweight, dbias

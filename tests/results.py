@@ -1,7 +1,8 @@
-"""Rows of a run that never was, for the tests of reports."""
+"""Rows of a run that never was and of plans timed in this process, for the tests of benchmarks and reports."""
 
 from benchmarks import bandwidth, machine, rows
 from benchmarks.bandwidth import Bandwidth
+from benchmarks.groups import Refused, Session
 from benchmarks.options import Options
 
 WHERE = machine.describe(Options(threads=1)) | {"machine": "some-machine", "commit": "abc1234-dirty"}
@@ -50,3 +51,17 @@ def assert_one_line(text, words):
     assert text.count("\n") == 1, text
     assert text.startswith("benchmarks: ")
     assert words in text
+
+
+def measure(plan, options=None, malloc="tuned"):
+    """(rows, events) of a plan, timed in this process."""
+    events = []
+    session = Session(plan, options or Options(seconds=60.0), events.append)
+    records = [
+        {"extra_info": group.identity(contender), "stats": {"data": result}}
+        for group in plan
+        for contender, result in session.results_of(group).items()
+        if not isinstance(result, Refused)
+    ]
+    refused = [event["refused"] for event in events if "refused" in event]
+    return rows.from_records(records, refused, BANDWIDTHS, malloc, WHERE), events

@@ -25,7 +25,6 @@ from benchmarks import (
     bandwidth,
     judge,
     machine,
-    models,
     operators,
     overhead,
     passes,
@@ -37,11 +36,11 @@ from benchmarks import (
     worker,
 )
 from benchmarks.bandwidth import Bandwidth
-from benchmarks.groups import Contender, Group, Refused, Session, Unavailable, select
+from benchmarks.groups import Contender, Group, Unavailable, select
 from benchmarks.options import Options
 from cnnkern import testing
 from cnnkern.testing import Layer
-from tests.results import BANDWIDTHS, WHERE, assert_one_line, some_rows
+from tests.results import assert_one_line, measure, some_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOCK = timing.ReplayClock()
@@ -206,20 +205,6 @@ def test_filter_keeps_the_baseline_of_what_it_finds(tiny_case):
     assert {g.shape for g in select(plan, "torch.compile", "tuned")} == {"2x8x4x4"}
 
 
-def measure(plan, options=None, malloc="tuned"):
-    """(rows, events) of a plan, timed in this process."""
-    events = []
-    session = Session(plan, options or Options(seconds=60.0), events.append)
-    records = [
-        {"extra_info": group.identity(contender), "stats": {"data": result}}
-        for group in plan
-        for contender, result in session.results_of(group).items()
-        if not isinstance(result, Refused)
-    ]
-    refused = [event["refused"] for event in events if "refused" in event]
-    return rows.from_records(records, refused, BANDWIDTHS, malloc, WHERE), events
-
-
 def test_quick_run_on_a_tiny_case_from_plan_to_files(tiny_case, tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     options = Options(quick=True, filter="toy", seconds=60.0)
@@ -336,81 +321,6 @@ def test_the_driver_runs_workers_and_writes(monkeypatch, tmp_path, capsys):
     assert "A call on a kilobyte" in printed.out
     assert report.main([str(published / "tiny.json"), "--markdown"]) == 0
     assert "| batch_norm_relu 2x8x4x4, module | training |" in capsys.readouterr().out
-
-
-def test_photographs_are_patches_normalised_as_imagenet():
-    pytest.importorskip("sklearn")
-    x = models.photographs(12)
-    assert x.shape == (12, 3, 224, 224)
-    assert x.dtype == torch.float32
-    assert len({patch.sum().item() for patch in x}) == 12
-    pixels = x * torch.tensor(models.STD).view(3, 1, 1) + torch.tensor(models.MEAN).view(3, 1, 1)
-    assert torch.allclose(pixels * 255, (pixels * 255).round(), atol=1e-3)
-    assert pixels.min() >= -1e-5
-    assert pixels.max() <= 1 + 1e-5
-
-
-class ConvReLU(torch.nn.Sequential):
-    def __init__(self):
-        super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten())
-        self.append(torch.nn.AdaptiveAvgPool1d(3))
-
-
-def test_models_are_compared_with_eager_before_they_are_timed(monkeypatch):
-    monkeypatch.setattr(models, "build", lambda name: ConvReLU())
-    monkeypatch.setattr(models, "photographs", lambda batch: torch.rand(batch, 3, 32, 32))
-    monkeypatch.setattr(models.cnnkern, "convert", lambda model: model)
-    options = Options(quick=True)
-    measured, _ = measure(models.groups(options), options)
-    assert {(r.mode, r.contender, r.status) for r in measured} == set(
-        itertools.product(("training", "inference"), ("eager", "ours"), ("ok",))
-    ), tables.refused_lines(measured)
-    header, lines = tables.model_table(measured)
-    assert header == tables.MODELS
-    assert len(lines) == 2
-
-    monkeypatch.setattr(models.cnnkern, "convert", lambda model: torch.nn.Sequential(model, torch.nn.Softplus()))
-    measured, _ = measure(models.groups(options), options)
-    assert {r.status for r in measured if r.contender == "ours"} == {"wrong"}
-
-
-def test_large_models_have_more_contenders(monkeypatch):
-    class Grouped(ConvReLU):
-        def __init__(self):
-            super().__init__()
-            self[0] = torch.nn.Conv2d(3, 6, 3, groups=3)
-            self[1] = torch.nn.BatchNorm2d(6)
-
-    monkeypatch.setattr(models, "LARGE", {"mobilenet_v2": 0.1})
-    monkeypatch.setattr(models, "LARGE_BATCH_SIZE", 2)
-    monkeypatch.setattr(models, "build", lambda name: Grouped())
-    monkeypatch.setattr(models, "photographs", lambda batch: torch.rand(batch, 3, 32, 32))
-    options = Options(networks="all", compile_seconds=0.0)  # compiling is not what is tested
-    measured, _ = measure(models.groups(options), options)
-    assert {(r.contender, r.status) for r in measured} == {
-        ("eager", "ok"),
-        ("ours", "ok"),
-        ("torch.compile", "out of time"),
-        (models.CONVERTED_AND_COMPILED, "out of time"),
-        (models.GROUPED_ALONE, "ok"),
-    }, tables.refused_lines(measured)
-    header, lines = tables.model_table(measured)
-    assert header == [*tables.MODELS, "others to eager"]
-    assert [line[-1].startswith(models.GROUPED_ALONE) for line in lines] == [True, True]
-    swapped = models.with_grouped_convolutions(Grouped())
-    assert type(swapped[0]) is cnnkern.nn.GroupedConv2d
-    assert swapped.state_dict().keys() == Grouped().state_dict().keys()
-
-
-def test_without_scikit_learn_models_are_not_available(monkeypatch):
-    models.photographs.cache_clear()
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    monkeypatch.setattr(models, "build", lambda name: ConvReLU())
-    measured, _ = measure(models.groups(Options(quick=True)))
-    assert {r.status for r in measured} == {"not available"}
-    lines = tables.refused_lines(measured)
-    assert len(lines) == 2
-    assert all("scikit-learn" in line and "\n" not in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,9 @@ def test_the_emulator_answers_and_stands_aside():
     before = registered()
     with emulator.Emulator():
         assert "tests/emulator/registration.cpp" in registered()
+        assert not torch.backends.mkldnn.enabled
     assert registered() == before
+    assert torch.backends.mkldnn.enabled
 
 
 # ---- grouped convolutions: kernels and library ------------------------------------------------------------------

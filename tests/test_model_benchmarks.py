@@ -1,0 +1,87 @@
+"""Benchmarks of whole models: their photographs, their contenders, and what is compared before it is timed."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+
+import cnnkern
+from benchmarks import models, tables
+from benchmarks.options import Options
+from tests.results import measure
+
+
+def test_photographs_are_patches_normalised_as_imagenet():
+    pytest.importorskip("sklearn")
+    x = models.photographs(12)
+    assert x.shape == (12, 3, 224, 224)
+    assert x.dtype == torch.float32
+    assert len({patch.sum().item() for patch in x}) == 12
+    pixels = x * torch.tensor(models.STD).view(3, 1, 1) + torch.tensor(models.MEAN).view(3, 1, 1)
+    assert torch.allclose(pixels * 255, (pixels * 255).round(), atol=1e-3)
+    assert pixels.min() >= -1e-5
+    assert pixels.max() <= 1 + 1e-5
+
+
+class ConvReLU(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten())
+        self.append(torch.nn.AdaptiveAvgPool1d(3))
+
+
+def test_models_are_compared_with_eager_before_they_are_timed(monkeypatch):
+    monkeypatch.setattr(models, "build", lambda name: ConvReLU())
+    monkeypatch.setattr(models, "photographs", lambda batch: torch.rand(batch, 3, 32, 32))
+    monkeypatch.setattr(models.cnnkern, "convert", lambda model: model)
+    options = Options(quick=True)
+    measured, _ = measure(models.groups(options), options)
+    assert {(r.mode, r.contender, r.status) for r in measured} == set(
+        itertools.product(("training", "inference"), ("eager", "ours"), ("ok",))
+    ), tables.refused_lines(measured)
+    header, lines = tables.model_table(measured)
+    assert header == tables.MODELS
+    assert len(lines) == 2
+
+    monkeypatch.setattr(models.cnnkern, "convert", lambda model: torch.nn.Sequential(model, torch.nn.Softplus()))
+    measured, _ = measure(models.groups(options), options)
+    assert {r.status for r in measured if r.contender == "ours"} == {"wrong"}
+
+
+def test_large_models_have_more_contenders(monkeypatch):
+    class Grouped(ConvReLU):
+        def __init__(self):
+            super().__init__()
+            self[0] = torch.nn.Conv2d(3, 6, 3, groups=3)
+            self[1] = torch.nn.BatchNorm2d(6)
+
+    monkeypatch.setattr(models, "LARGE", {"mobilenet_v2": 0.1})
+    monkeypatch.setattr(models, "LARGE_BATCH_SIZE", 2)
+    monkeypatch.setattr(models, "build", lambda name: Grouped())
+    monkeypatch.setattr(models, "photographs", lambda batch: torch.rand(batch, 3, 32, 32))
+    options = Options(networks="all", compile_seconds=0.0)  # compiling is not what is tested
+    measured, _ = measure(models.groups(options), options)
+    assert {(r.contender, r.status) for r in measured} == {
+        ("eager", "ok"),
+        ("ours", "ok"),
+        ("torch.compile", "out of time"),
+        (models.CONVERTED_AND_COMPILED, "out of time"),
+        (models.GROUPED_ALONE, "ok"),
+    }, tables.refused_lines(measured)
+    header, lines = tables.model_table(measured)
+    assert header == [*tables.MODELS, "others to eager"]
+    assert [line[-1].startswith(models.GROUPED_ALONE) for line in lines] == [True, True]
+    swapped = models.with_grouped_convolutions(Grouped())
+    assert type(swapped[0]) is cnnkern.nn.GroupedConv2d
+    assert swapped.state_dict().keys() == Grouped().state_dict().keys()
+
+
+def test_without_scikit_learn_models_are_not_available(monkeypatch):
+    models.photographs.cache_clear()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setattr(models, "build", lambda name: ConvReLU())
+    measured, _ = measure(models.groups(Options(quick=True)))
+    assert {r.status for r in measured} == {"not available"}
+    lines = tables.refused_lines(measured)
+    assert len(lines) == 2
+    assert all("scikit-learn" in line and "\n" not in line for line in lines)
