@@ -2,13 +2,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <array>
 #include <tuple>
 
+#include "aten.h"
 #include "check.h"
 
 namespace cnnkern {
@@ -23,16 +22,16 @@ inline c10::SmallVector<int64_t, 6> statistics_shape(const Tensor& x, int64_t fi
 inline std::array<Tensor, 2> empty_statistics(const Tensor& x, int64_t first, int64_t last) {
   const auto shape = statistics_shape(x, first, last);
   const auto options = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  return {at::empty(shape, options), at::empty(shape, options)};
+  return {aten::empty(shape, options), aten::empty(shape, options)};
 }
 
 // The gradients of a layer norm: those that are wanted defined, the others empty when they are handed out.
 struct LayerNormGradients {
   Tensor dx, dweight, dbias;
   LayerNormGradients(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, std::array<bool, 3> wanted) {
-    if (wanted[0]) dx = at::empty_like(x);
-    if (wanted[1]) dweight = at::empty(weight->sizes(), weight->options());
-    if (wanted[2]) dbias = at::empty(bias->sizes(), bias->options());
+    if (wanted[0]) dx = aten::empty_like(x);
+    if (wanted[1]) dweight = aten::empty(weight->sizes(), weight->options());
+    if (wanted[2]) dbias = aten::empty(bias->sizes(), bias->options());
   }
   bool of_parameters() const { return dweight.defined() || dbias.defined(); }
   std::tuple<Tensor, Tensor, Tensor> zeros(const Tensor& x) const {
@@ -41,7 +40,7 @@ struct LayerNormGradients {
     return tuple(x);
   }
   std::tuple<Tensor, Tensor, Tensor> tuple(const Tensor& x) const {
-    const auto given = [&](const Tensor& t) { return t.defined() ? t : at::empty({0}, x.options()); };
+    const auto given = [&](const Tensor& t) { return t.defined() ? t : aten::empty({0}, x.options()); };
     return {given(dx), given(dweight), given(dbias)};
   }
 };

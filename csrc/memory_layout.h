@@ -2,7 +2,9 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
+
+#include "aten.h"
+
 
 namespace cnnkern {
 
@@ -26,7 +28,7 @@ inline at::Tensor in_layout(const at::Tensor& x) {
 
 // t, or a copy of it, with the strides of x.
 inline at::Tensor in_layout_of(const at::Tensor& t, const at::Tensor& x) {
-  return same_strides(t, x) ? t : at::empty_like(x).copy_(t);
+  return same_strides(t, x) ? t : aten::empty_like(x).copy_(t);
 }
 
 // t, or a copy of it, with channels innermost.

@@ -1,5 +1,5 @@
-// The table of contents: the schema of every operator. Each backend registers its kernels under the same
-// name at the foot of its own file (csrc/cpu, csrc/cuda, triton_kernels), autograd in csrc/autograd.
+// The table of contents: the schema of every operator. Kernels of the same name are registered by register_cpu.cpp,
+// register_cuda.cpp and cnnkern/backends.py (Triton's), derivatives at the foot of csrc/autograd/<op>.cpp.
 #include <torch/library.h>
 
 TORCH_LIBRARY(cnnkern, m) {

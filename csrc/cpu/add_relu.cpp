@@ -4,14 +4,12 @@
 // the mask.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <tuple>
 
+#include "aten.h"
 #include "check.h"
 #include "cpu/bits.h"
-#include "cpu/dispatch.h"
 #include "cpu/sweep.h"
 #include "memory_layout.h"
 
@@ -74,7 +72,7 @@ std::tuple<Tensor, Tensor> add_relu_cpu(const Tensor& x, const Tensor& residual)
   check_floating("cnnkern::add_relu", x);
   check_same_shape("cnnkern::add_relu", "residual", residual, x);
   const Tensor x_ = in_layout(x), residual_ = in_layout_of(residual, x_);
-  Tensor y = at::empty_like(x_), mask = at::empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte));
+  Tensor y = aten::empty_like(x_), mask = aten::empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte));
   // Only the bytes that bits are added to one by one have to be zero: with fewer than 8 lanes every one.
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "add_relu", [&] {
     uint8_t* bits = mask.mutable_data_ptr<uint8_t>();
@@ -93,7 +91,7 @@ Tensor add_relu_backward_cpu(const Tensor& dy, const Tensor& mask, bool channels
   check_mask(op, mask, mask_bytes(dy.numel()), dy);
   check_channels_last(op, dy, channels_last);
   const Tensor dy_ = channels_last ? in_rows(dy) : dy.contiguous();
-  Tensor dx = at::empty_like(dy_);
+  Tensor dx = aten::empty_like(dy_);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dy.scalar_type(), "add_relu_backward", [&] {
     backward(dy_.const_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>(),
              BitReader{mask.const_data_ptr<uint8_t>(), mask.numel()}, dy.numel());
@@ -103,6 +101,3 @@ Tensor add_relu_backward_cpu(const Tensor& dy, const Tensor& mask, bool channels
 
 }  // namespace CPU_CAPABILITY
 }  // namespace cnnkern
-
-CNNKERN_REGISTER_CPU(add_relu, add_relu_cpu)
-CNNKERN_REGISTER_CPU(add_relu_backward, add_relu_backward_cpu)

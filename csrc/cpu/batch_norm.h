@@ -2,13 +2,12 @@
 #pragma once
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <cmath>
 #include <limits>
 #include <tuple>
 
+#include "aten.h"
 #include "check.h"
 #include "cpu/bits.h"
 #include "cpu/layout.h"
@@ -264,7 +263,7 @@ void run(Policy&& policy, const Layout& layout) {
 
 // A gradient of t, or an empty tensor where it is not wanted.
 inline Tensor gradient_like(bool wanted, const OptionalTensor& t, const Tensor& x) {
-  return wanted ? at::empty_like(*t) : at::empty({0}, x.options());
+  return wanted ? aten::empty_like(*t) : aten::empty({0}, x.options());
 }
 
 // Calls f with a value of the element type.

@@ -10,7 +10,6 @@
 #include <array>
 
 #include "cpu/batch_norm.h"
-#include "cpu/dispatch.h"
 
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
@@ -40,8 +39,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_cpu(const Tensor& x, const OptionalTen
   check_activation("cnnkern::bn_act", act);
   const Tensor x_ = in_layout(x);
   const Layout layout = layout_of(x_);
-  Tensor y = at::empty_like(x_);
-  Tensor mean = at::empty({layout.C}, x.options().dtype(at::kDouble)), rstd = at::empty_like(mean);
+  Tensor y = aten::empty_like(x_);
+  Tensor mean = aten::empty({layout.C}, x.options().dtype(at::kDouble)), rstd = aten::empty_like(mean);
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
   with_type(x_, [&](auto scalar) {
     using T = decltype(scalar);
@@ -92,6 +91,3 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_cpu(const Tensor& dy, const T
 
 }  // namespace CPU_CAPABILITY
 }  // namespace cnnkern
-
-CNNKERN_REGISTER_CPU(bn_act, bn_act_cpu)
-CNNKERN_REGISTER_CPU(bn_act_backward, bn_act_backward_cpu)

@@ -4,12 +4,11 @@
 // Traffic in tensors read or written, while a channel (planes) or the tensor (rows) stays in cache: 3 forward,
 // 4 backward; rows beyond the last-level cache 4 and 6. A thread owns blocks of channels, or pieces of rows.
 // Accumulators: the arithmetic type for 64 additions, then double (see sweep.h).
-#include <ATen/ops/zeros.h>
 
 #include <array>
 
+#include "aten.h"
 #include "cpu/batch_norm.h"
-#include "cpu/dispatch.h"
 
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
@@ -54,9 +53,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_cpu(const Tensor& x, const
   check_relu_or_none("cnnkern::bn_add_act", act);
   const Tensor x_ = in_layout(x), residual_ = in_layout_of(residual, x_);
   const Layout layout = layout_of(x_);
-  Tensor y = at::empty_like(x_);
-  Tensor mean = at::empty({layout.C}, x.options().dtype(at::kDouble)), rstd = at::empty_like(mean);
-  Tensor mask = at::zeros({act == "relu" ? mask_bytes(x.numel()) : 0}, x.options().dtype(at::kByte));
+  Tensor y = aten::empty_like(x_);
+  Tensor mean = aten::empty({layout.C}, x.options().dtype(at::kDouble)), rstd = aten::empty_like(mean);
+  Tensor mask = aten::zeros({act == "relu" ? mask_bytes(x.numel()) : 0}, x.options().dtype(at::kByte));
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1), mask};
   with_type(x_, [&](auto scalar) {
     using T = decltype(scalar);
@@ -115,6 +114,3 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward_cpu(const Tensor&
 
 }  // namespace CPU_CAPABILITY
 }  // namespace cnnkern
-
-CNNKERN_REGISTER_CPU(bn_add_act, bn_add_act_cpu)
-CNNKERN_REGISTER_CPU(bn_add_act_backward, bn_add_act_backward_cpu)

@@ -7,16 +7,13 @@
 // chunks, in their order; chunks depend on the shape alone, so results do not depend on the number of threads.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
 
 #include <array>
 #include <tuple>
 
+#include "aten.h"
 #include "check.h"
 #include "cpu/conv_blocks.h"
-#include "cpu/dispatch.h"
 #include "memory_layout.h"
 
 namespace cnnkern {
@@ -428,14 +425,14 @@ Tensor grouped_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalT
                           at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const Tensor& b = tensor_or_undefined(bias);
   const auto by_library = [&] {
-    return at::convolution(x, weight, bias, stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, groups);
+    return aten::convolution(x, weight, bias, stride, padding, dilation, groups);
   };
   if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
   const Geometry g = geometry(x, weight, stride, padding);
   const auto format = result_format(x, weight);
   if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast)) return by_library();
   const Tensor x_ = in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
-  const Tensor y = at::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(format));
+  const Tensor y = aten::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(format));
   with_dtype(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     forward(image<T>(x_), weight_.const_data_ptr<T>(), b.defined() ? bias_.const_data_ptr<T>() : nullptr, output<T>(y), g);
@@ -447,14 +444,12 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
                                                                at::IntArrayRef stride, at::IntArrayRef padding,
                                                                at::IntArrayRef dilation, int64_t groups,
                                                                std::array<bool, 3> output_mask) {
-  const Tensor none = at::empty({0}, x.options());
+  const Tensor none = aten::empty({0}, x.options());
   const auto by_library = [&](std::array<bool, 3> mask) {
     // oneDNN's 16-bit gradients of small grouped weights depend on what its memory held before (torch 2.14.1).
     const bool widen = groups > 1 && x.is_floating_point() && x.element_size() == 2;
     const auto wide = [&](const Tensor& t) { return widen ? t.to(at::kFloat) : t; };
-    const auto grads = at::convolution_backward(wide(dy), wide(x), wide(weight), /*bias_sizes=*/at::IntArrayRef{weight.size(0)},
-                                                stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0, 0},
-                                                groups, mask);
+    const auto grads = aten::convolution_backward(wide(dy), wide(x), wide(weight), stride, padding, dilation, groups, mask);
     const auto asked = [&](bool wanted, const Tensor& t) { return wanted ? t.to(x.scalar_type()) : none; };
     return std::tuple(asked(mask[0], std::get<0>(grads)), asked(mask[1], std::get<1>(grads)), asked(mask[2], std::get<2>(grads)));
   };
@@ -466,9 +461,9 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
   const auto format = result_format(x, weight);
   if (!output_mask[0] && left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast)) return by_library(output_mask);
   const Tensor x_ = in_layout(x), dy_ = in_layout(dy), weight_ = weight.contiguous();
-  const Tensor dx = output_mask[0] ? at::empty(x.sizes(), x.options().memory_format(format)) : none;
-  const Tensor dweight = output_mask[1] ? at::empty(weight.sizes(), weight.options().memory_format(format)) : none;
-  const Tensor dbias = output_mask[2] ? at::empty({g.C}, weight.options()) : none;
+  const Tensor dx = output_mask[0] ? aten::empty(x.sizes(), x.options().memory_format(format)) : none;
+  const Tensor dweight = output_mask[1] ? aten::empty(weight.sizes(), weight.options().memory_format(format)) : none;
+  const Tensor dbias = output_mask[2] ? aten::empty({g.C}, weight.options()) : none;
   if (!output_mask[0] && !output_mask[1] && !output_mask[2]) return {dx, dweight, dbias};
   with_dtype(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -483,6 +478,3 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
 
 }  // namespace CPU_CAPABILITY
 }  // namespace cnnkern
-
-CNNKERN_REGISTER_CPU(grouped_conv2d, grouped_conv2d_cpu)
-CNNKERN_REGISTER_CPU(grouped_conv2d_backward, grouped_conv2d_backward_cpu)

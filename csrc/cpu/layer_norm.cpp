@@ -11,11 +11,9 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/macros/Macros.h>
 
-#include "cpu/dispatch.h"
+#include "aten.h"
 
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
@@ -368,7 +366,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(const Tensor& x, at::IntArrayR
                                                   const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   check_layer_norm("cnnkern::layer_norm", x, normalized_shape, weight, bias);
   const Tensor x_ = x.contiguous();
-  Tensor y = at::empty_like(x_);
+  Tensor y = aten::empty_like(x_);
   auto [mean, rstd] = empty_statistics(x_, x.dim() - static_cast<int64_t>(normalized_shape.size()), x.dim());
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
   layer_norm_rows(x_, c10::multiply_integers(normalized_shape), tensor_or_undefined(weight), tensor_or_undefined(bias), eps,
@@ -394,6 +392,3 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(const Tensor& dy, con
 
 }  // namespace CPU_CAPABILITY
 }  // namespace cnnkern
-
-CNNKERN_REGISTER_CPU(layer_norm, layer_norm_cpu)
-CNNKERN_REGISTER_CPU(layer_norm_backward, layer_norm_backward_cpu)

@@ -11,7 +11,6 @@
 #include <ATen/Parallel.h>
 #include <c10/macros/Macros.h>
 
-#include "cpu/dispatch.h"
 #include "cpu/layer_norm.h"
 #include "cpu/layout.h"
 
@@ -247,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_cpu(const Tensor& x, const Optio
                                                     const OptionalTensor& bias, double eps) {
   check_layer_norm2d("cnnkern::layer_norm2d", x, weight, bias);
   const Tensor x_ = in_layout(x), &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
-  Tensor y = at::empty_like(x_);
+  Tensor y = aten::empty_like(x_);
   auto [mean, rstd] = empty_statistics(x_, 1, 2);
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
   const Layout layout = layout_of(x_);
@@ -306,6 +305,3 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_backward_cpu(const Tensor& dy, c
 
 }  // namespace CPU_CAPABILITY
 }  // namespace cnnkern
-
-CNNKERN_REGISTER_CPU(layer_norm2d, layer_norm2d_cpu)
-CNNKERN_REGISTER_CPU(layer_norm2d_backward, layer_norm2d_backward_cpu)

@@ -1,14 +1,12 @@
 // add_relu and add_relu_backward on CUDA tensors. The kernels stand in add_relu.cuh.
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <tuple>
 
+#include "aten.h"
 #include "check.h"
 #include "cuda/add_relu.cuh"
 #include "cuda/mask.h"
@@ -20,8 +18,8 @@ std::tuple<Tensor, Tensor> add_relu_cuda(const Tensor& x, const Tensor& residual
   check_floating("cnnkern::add_relu", x);
   check_same_shape("cnnkern::add_relu", "residual", residual, x);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor x_ = in_layout(x), residual_ = in_layout_of(residual, x_), y = at::empty_like(x_);
-  const Tensor mask = words_of_mask(x, [](int64_t n, const auto& options) { return at::empty({n}, options); });
+  const Tensor x_ = in_layout(x), residual_ = in_layout_of(residual, x_), y = aten::empty_like(x_);
+  const Tensor mask = words_of_mask(x, [](int64_t n, const auto& options) { return aten::empty({n}, options); });
   if (x.numel() == 0) return {y, mask.zero_()};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "add_relu", [&] {
     gpu::add_relu_forward(x_.const_data_ptr<scalar_t>(), residual_.const_data_ptr<scalar_t>(),
@@ -37,7 +35,7 @@ Tensor add_relu_backward_cuda(const Tensor& dy, const Tensor& mask, bool channel
   check_mask(op, mask, mask_bytes(dy.numel()), dy);
   check_channels_last(op, dy, channels_last);
   const c10::cuda::CUDAGuard guard(dy.device());
-  const Tensor dy_ = channels_last ? in_rows(dy) : dy.contiguous(), dx = at::empty_like(dy_);
+  const Tensor dy_ = channels_last ? in_rows(dy) : dy.contiguous(), dx = aten::empty_like(dy_);
   if (dy.numel() == 0) return dx;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dy.scalar_type(), "add_relu_backward", [&] {
     gpu::add_relu_backward(dy_.const_data_ptr<scalar_t>(), gpu::BitReader{mask.const_data_ptr<uint8_t>()},
@@ -48,8 +46,3 @@ Tensor add_relu_backward_cuda(const Tensor& dy, const Tensor& mask, bool channel
 }
 
 }  // namespace cnnkern
-
-TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) {
-  m.impl("add_relu", &cnnkern::add_relu_cuda);
-  m.impl("add_relu_backward", &cnnkern::add_relu_backward_cuda);
-}

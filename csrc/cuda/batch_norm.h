@@ -3,8 +3,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -12,6 +10,7 @@
 #include <array>
 #include <tuple>
 
+#include "aten.h"
 #include "check.h"
 #include "cuda/batch_norm.cuh"
 #include "cuda/launch.cuh"
@@ -40,7 +39,7 @@ gpu::BatchNormForward<T> batch_norm_forward(const Tensor& x, const OptionalTenso
 
 template <typename T, typename P>
 void reduce_and_map(const P& p, const gpu::Cut<T>& cut, const Tensor& x) {
-  const Tensor workspace = at::empty({cut.workspace()}, x.options().dtype(at::kDouble));
+  const Tensor workspace = aten::empty({cut.workspace()}, x.options().dtype(at::kDouble));
   gpu::reduce_and_map(p, cut, workspace.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream());
 }
 
@@ -66,7 +65,7 @@ void launch_backward(const Gate& gate, const Tensor& dy, const Tensor& x, const 
                      const BatchNormGradients& gradients) {
   using S = gpu::compute_t<T>;
   const gpu::Layout layout = layout_of(x);
-  const Tensor coefficients = at::empty({layout.C, 2}, x.options().dtype(c10::CppTypeToScalarType<S>::value));
+  const Tensor coefficients = aten::empty({layout.C, 2}, x.options().dtype(c10::CppTypeToScalarType<S>::value));
   const auto pointer = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<T>() : nullptr; };
   const auto run = [&](auto is_training) {
     const gpu::BatchNormBackward<T, Gate, decltype(is_training)::value> backward{
@@ -92,11 +91,11 @@ void launch_backward(const Gate& gate, const Tensor& dy, const Tensor& x, const 
 }
 
 // A gradient of t where it is wanted.
-inline Tensor gradient_like(bool wanted, const OptionalTensor& t) { return wanted ? at::empty_like(*t) : Tensor(); }
+inline Tensor gradient_like(bool wanted, const OptionalTensor& t) { return wanted ? aten::empty_like(*t) : Tensor(); }
 
 // What the operator returns of it.
 inline Tensor or_empty(const Tensor& gradient, const Tensor& x) {
-  return gradient.defined() ? gradient : at::empty({0}, x.options());
+  return gradient.defined() ? gradient : aten::empty({0}, x.options());
 }
 
 inline void zero(const BatchNormGradients& gradients) {

@@ -1,6 +1,4 @@
 // bn_act and bn_act_backward on CUDA tensors. The kernels stand in bn_act.cuh.
-#include <torch/library.h>
-
 #include "cuda/batch_norm.h"
 #include "cuda/bn_act.cuh"
 
@@ -12,8 +10,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_cuda(const Tensor& x, const OptionalTe
   check_batch_norm("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, eps);
   check_activation("cnnkern::bn_act", act);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor x_ = in_layout(x), y = at::empty_like(x_);
-  const Tensor mean = at::empty({x.size(1)}, x.options().dtype(at::kDouble)), rstd = at::empty_like(mean);
+  const Tensor x_ = in_layout(x), y = aten::empty_like(x_);
+  const Tensor mean = aten::empty({x.size(1)}, x.options().dtype(at::kDouble)), rstd = aten::empty_like(mean);
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "bn_act", [&] {
     with_activation("cnnkern::bn_act", act, [&](auto activation) {
@@ -50,8 +48,3 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_cuda(const Tensor& dy, const 
 }
 
 }  // namespace cnnkern
-
-TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) {
-  m.impl("bn_act", &cnnkern::bn_act_cuda);
-  m.impl("bn_act_backward", &cnnkern::bn_act_backward_cuda);
-}

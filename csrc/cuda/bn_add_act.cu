@@ -1,7 +1,5 @@
 // bn_add_act and bn_add_act_backward on CUDA tensors. The kernels stand in bn_add_act.cuh.
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
+#include "aten.h"
 #include "cuda/batch_norm.h"
 #include "cuda/bn_add_act.cuh"
 #include "cuda/mask.h"
@@ -18,11 +16,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_cuda(const Tensor& x, cons
   check_same_shape(op, "residual", residual, x);
   check_relu_or_none(op, act);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor x_ = in_layout(x), residual_ = in_layout_of(residual, x_), y = at::empty_like(x_);
-  const Tensor mean = at::empty({x.size(1)}, x.options().dtype(at::kDouble)), rstd = at::empty_like(mean);
+  const Tensor x_ = in_layout(x), residual_ = in_layout_of(residual, x_), y = aten::empty_like(x_);
+  const Tensor mean = aten::empty({x.size(1)}, x.options().dtype(at::kDouble)), rstd = aten::empty_like(mean);
   // Zeros: vectors that share a byte add their bits to it.
-  const Tensor mask = act == "relu" ? words_of_mask(x, [](int64_t n, const auto& options) { return at::zeros({n}, options); })
-                                    : at::empty({0}, x.options().dtype(at::kByte));
+  const Tensor mask = act == "relu" ? words_of_mask(x, [](int64_t n, const auto& options) { return aten::zeros({n}, options); })
+                                    : aten::empty({0}, x.options().dtype(at::kByte));
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1), mask};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "bn_add_act", [&] {
     with_relu_or_none(op, act, [&](auto activation) {
@@ -68,8 +66,3 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward_cuda(const Tensor
 }
 
 }  // namespace cnnkern
-
-TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) {
-  m.impl("bn_add_act", &cnnkern::bn_add_act_cuda);
-  m.impl("bn_add_act_backward", &cnnkern::bn_add_act_backward_cuda);
-}

@@ -1,17 +1,13 @@
 // grouped_conv2d and grouped_conv2d_backward on CUDA tensors. The kernels stand in grouped_conv2d.cuh.
 #include <ATen/Dispatch.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <array>
 #include <tuple>
 
+#include "aten.h"
 #include "check.h"
 #include "cuda/grouped_conv2d.cuh"
 #include "memory_layout.h"
@@ -92,7 +88,7 @@ Tensor grouped_conv2d_cuda(const Tensor& x, const Tensor& weight, const Optional
                            at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   const Tensor& b = tensor_or_undefined(bias);
   const auto by_library = [&] {
-    return at::convolution(x, weight, bias, stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, groups);
+    return aten::convolution(x, weight, bias, stride, padding, dilation, groups);
   };
   if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
   const auto format = result_format(x, weight);
@@ -100,7 +96,7 @@ Tensor grouped_conv2d_cuda(const Tensor& x, const Tensor& weight, const Optional
   if (left_to_library(g, x.scalar_type())) return by_library();
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor x_ = x.contiguous(format), weight_ = in_layout(weight), bias_ = b.defined() ? b.contiguous() : b;
-  const Tensor y = at::empty({g.N, g.O, g.OH, g.OW}, x.options().memory_format(format));
+  const Tensor y = aten::empty({g.N, g.O, g.OH, g.OW}, x.options().memory_format(format));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "grouped_conv2d", [&] {
     gpu::grouped_conv2d_forward(g, x_.const_data_ptr<scalar_t>(), weight_.const_data_ptr<scalar_t>(), weight_.strides().data(),
                                 b.defined() ? bias_.const_data_ptr<scalar_t>() : nullptr, y.mutable_data_ptr<scalar_t>(),
@@ -115,13 +111,12 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cuda(const Tensor& dy
                                                                 at::IntArrayRef dilation, int64_t groups,
                                                                 std::array<bool, 3> output_mask) {
   const auto format = result_format(x, weight);
-  const Tensor none = at::empty({0}, x.options());
+  const Tensor none = aten::empty({0}, x.options());
   const auto by_library = [&] {
     // A bias's gradient is summed in the order of dy's memory, which differs between autograd and torch.compile.
     const bool alike = dy.dim() == x.dim() && weight.dim() == x.dim();
-    const auto grads = at::convolution_backward(alike ? dy.contiguous(format) : dy, x, weight,
-                                                /*bias_sizes=*/at::IntArrayRef{weight.size(0)}, stride, padding, dilation,
-                                                /*transposed=*/false, /*output_padding=*/{0, 0}, groups, output_mask);
+    const auto grads = aten::convolution_backward(alike ? dy.contiguous(format) : dy, x, weight, stride, padding, dilation,
+                                                  groups, output_mask);
     const auto asked = [&](int i, const Tensor& t) { return output_mask[i] ? t : none; };
     return std::tuple(asked(0, std::get<0>(grads)), asked(1, std::get<1>(grads)), asked(2, std::get<2>(grads)));
   };
@@ -133,10 +128,10 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cuda(const Tensor& dy
   if (left_to_library(g, x.scalar_type())) return by_library();
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor dy_ = dy.contiguous(format), weight_ = in_layout(weight);
-  const Tensor dx = output_mask[0] ? at::empty(x.sizes(), x.options().memory_format(format)) : none;
-  const Tensor dweight = output_mask[1] ? at::empty(weight.sizes(), weight.options().memory_format(format)) : none;
-  Tensor dbias = output_mask[2] && output_mask[1] ? at::empty({g.O}, weight.options()) : none;
-  if (output_mask[2] && !output_mask[1]) dbias = at::sum(dy_, at::IntArrayRef{0, 2, 3});
+  const Tensor dx = output_mask[0] ? aten::empty(x.sizes(), x.options().memory_format(format)) : none;
+  const Tensor dweight = output_mask[1] ? aten::empty(weight.sizes(), weight.options().memory_format(format)) : none;
+  Tensor dbias = output_mask[2] && output_mask[1] ? aten::empty({g.O}, weight.options()) : none;
+  if (output_mask[2] && !output_mask[1]) dbias = aten::sum(dy_, at::IntArrayRef{0, 2, 3});
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "grouped_conv2d_backward", [&] {
     const auto stream = c10::cuda::getCurrentCUDAStream();
     const scalar_t* const dy_data = dy_.const_data_ptr<scalar_t>();
@@ -150,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cuda(const Tensor& dy
       const Tensor x_ = x.contiguous(format);
       const scalar_t* const x_data = x_.const_data_ptr<scalar_t>();
       auto sums = gpu::partial_sums(g, dy_data, x_data);
-      const Tensor workspace = at::empty({sums.parts * sums.values()}, x.options().dtype(c10::CppTypeToScalarType<S>::value));
+      const Tensor workspace = aten::empty({sums.parts * sums.values()}, x.options().dtype(c10::CppTypeToScalarType<S>::value));
       sums.data = workspace.mutable_data_ptr<S>();
       gpu::WeightGradient<scalar_t> gradient = {dweight.mutable_data_ptr<scalar_t>(), output_mask[2] ? dbias.mutable_data_ptr<scalar_t>() : nullptr,
                                                 {}, g.kh, g.kw};
@@ -163,8 +158,3 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cuda(const Tensor& dy
 }
 
 }  // namespace cnnkern
-
-TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) {
-  m.impl("grouped_conv2d", &cnnkern::grouped_conv2d_cuda);
-  m.impl("grouped_conv2d_backward", &cnnkern::grouped_conv2d_backward_cuda);
-}

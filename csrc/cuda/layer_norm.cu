@@ -1,8 +1,6 @@
 // layer_norm and layer_norm_backward on CUDA tensors. The kernels stand in layer_norm.cuh.
 #include "cuda/layer_norm.cuh"
 
-#include <torch/library.h>
-
 #include "cuda/layer_norm.h"
 
 namespace cnnkern {
@@ -34,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cuda(const Tensor& x, at::IntArray
                                                    const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   check_layer_norm("cnnkern::layer_norm", x, normalized_shape, weight, bias);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor x_ = x.contiguous(), y = at::empty_like(x_);
+  const Tensor x_ = x.contiguous(), y = aten::empty_like(x_);
   const auto [mean, rstd] = empty_statistics(x_, x.dim() - static_cast<int64_t>(normalized_shape.size()), x.dim());
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
   launch_layer_norm_rows(x_, c10::multiply_integers(normalized_shape), dense(weight), dense(bias), eps, y, mean, rstd);
@@ -58,8 +56,3 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(const Tensor& dy, co
 }
 
 }  // namespace cnnkern
-
-TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) {
-  m.impl("layer_norm", &cnnkern::layer_norm_cuda);
-  m.impl("layer_norm_backward", &cnnkern::layer_norm_backward_cuda);
-}

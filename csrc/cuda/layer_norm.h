@@ -62,7 +62,7 @@ gpu::LayerNormParameterGradients<T> parameter_gradients(const LayerNormGradients
 }
 
 inline Tensor workspace_of(int64_t doubles, const Tensor& x) {
-  return at::empty({doubles}, x.options().dtype(at::kDouble));
+  return aten::empty({doubles}, x.options().dtype(at::kDouble));
 }
 
 }  // namespace cnnkern

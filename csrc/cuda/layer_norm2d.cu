@@ -1,8 +1,6 @@
 // layer_norm2d and layer_norm2d_backward on CUDA tensors. The kernels stand in layer_norm2d.cuh.
 #include "cuda/layer_norm2d.cuh"
 
-#include <torch/library.h>
-
 #include "cuda/layer_norm.h"
 
 namespace cnnkern {
@@ -11,7 +9,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_cuda(const Tensor& x, const Opti
                                                      const OptionalTensor& bias, double eps) {
   check_layer_norm2d("cnnkern::layer_norm2d", x, weight, bias);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor x_ = in_layout(x), y = at::empty_like(x_), w = dense(weight), b = dense(bias);
+  const Tensor x_ = in_layout(x), y = aten::empty_like(x_), w = dense(weight), b = dense(bias);
   const auto [mean, rstd] = empty_statistics(x_, 1, 2);
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
   const gpu::Layout layout = layout_of(x_);
@@ -46,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_backward_cuda(const Tensor& dy, 
     const auto backward = layer_norm_backward<scalar_t>(dy_, x_, w, mean, rstd, gradients.dx);
     const gpu::PixelCut cut = gpu::layer_norm2d_backward_cut(backward, layout);
     const bool sums = gradients.of_parameters();
-    const Tensor workspace = at::empty({sums ? 2 * cut.C * cut.strips : 0}, mean.options());
+    const Tensor workspace = aten::empty({sums ? 2 * cut.C * cut.strips : 0}, mean.options());
     gpu::layer_norm2d_backward(backward, parameter_gradients<scalar_t>(gradients), cut,
                                sums ? workspace.mutable_data_ptr<gpu::compute_t<scalar_t>>() : nullptr,
                                c10::cuda::getCurrentCUDAStream());
@@ -56,8 +54,3 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_backward_cuda(const Tensor& dy, 
 }
 
 }  // namespace cnnkern
-
-TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) {
-  m.impl("layer_norm2d", &cnnkern::layer_norm2d_cuda);
-  m.impl("layer_norm2d_backward", &cnnkern::layer_norm2d_backward_cuda);
-}

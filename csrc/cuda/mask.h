@@ -7,7 +7,7 @@
 
 namespace cnnkern {
 
-// mask_bytes(numel) bytes of storage for whole 32-bit words, which is what kernels write. `allocate`: at::zeros or at::empty.
+// mask_bytes(numel) bytes of storage for whole 32-bit words, which is what kernels write. `allocate`: aten::zeros or aten::empty.
 template <typename F>
 Tensor words_of_mask(const Tensor& x, const F& allocate) {
   const int64_t bytes = mask_bytes(x.numel());

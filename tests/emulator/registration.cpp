@@ -1,6 +1,10 @@
 // Puts the emulated kernels on the CPU key of the operators, over the CPU's own, and takes them away again.
 #include "registration.h"
 
+#include "aten.cpp"
+#define CNNKERN_CUDA
+#include "register_cuda.cpp"
+
 #include <memory>
 #include <vector>
 

@@ -1,0 +1,56 @@
+// The functions that answer for the operators on a device: op_cpu for each instruction set, op_cuda.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <tuple>
+
+#include "check.h"
+
+// f(op) for every operator of ops.cpp.
+#define CNNKERN_OPERATORS(f)                        \
+  f(bn_act) f(bn_act_backward)                      \
+  f(bn_add_act) f(bn_add_act_backward)              \
+  f(add_relu) f(add_relu_backward)                  \
+  f(grouped_conv2d) f(grouped_conv2d_backward)      \
+  f(layer_norm) f(layer_norm_backward)              \
+  f(layer_norm2d) f(layer_norm2d_backward)
+
+namespace cnnkern::signature {
+
+using One = Tensor;
+using Two = std::tuple<Tensor, Tensor>;
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Optional = const OptionalTensor&;
+using Sizes = at::IntArrayRef;
+
+using bn_act = Three(const Tensor& x, Optional weight, Optional bias, Optional running_mean, Optional running_var,
+                     bool training, double momentum, double eps, c10::string_view act);
+using bn_act_backward = Three(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
+                              const Tensor& rstd, bool training, c10::string_view act, std::array<bool, 3> output_mask);
+
+using bn_add_act = Four(const Tensor& x, const Tensor& residual, Optional weight, Optional bias, Optional running_mean,
+                        Optional running_var, bool training, double momentum, double eps, c10::string_view act);
+using bn_add_act_backward = Four(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
+                                 const Tensor& rstd, const Tensor& mask, bool training, c10::string_view act,
+                                 std::array<bool, 4> output_mask);
+
+using add_relu = Two(const Tensor& x, const Tensor& residual);
+using add_relu_backward = One(const Tensor& dy, const Tensor& mask, bool channels_last);
+
+using grouped_conv2d = One(const Tensor& x, const Tensor& weight, Optional bias, Sizes stride, Sizes padding, Sizes dilation,
+                           int64_t groups);
+using grouped_conv2d_backward = Three(const Tensor& dy, const Tensor& x, const Tensor& weight, Sizes stride, Sizes padding,
+                                      Sizes dilation, int64_t groups, std::array<bool, 3> output_mask);
+
+using layer_norm = Three(const Tensor& x, Sizes normalized_shape, Optional weight, Optional bias, double eps);
+using layer_norm_backward = Three(const Tensor& dy, const Tensor& x, Sizes normalized_shape, Optional weight, Optional bias,
+                                  const Tensor& mean, const Tensor& rstd, std::array<bool, 3> output_mask);
+
+using layer_norm2d = Three(const Tensor& x, Optional weight, Optional bias, double eps);
+using layer_norm2d_backward = Three(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
+                                    const Tensor& rstd, std::array<bool, 3> output_mask);
+
+}  // namespace cnnkern::signature
