@@ -18,6 +18,7 @@ from cnnkern.testing import Case
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 import guarded_triton
+import triton
 
 KERNELS = Path(__file__).parent.parent / "triton_kernels"
 CASES = {name: case for name, case in testing.CASES.items() if (KERNELS / f"{name}.py").exists()}
@@ -263,3 +264,73 @@ def test_compiles_to_one_graph_equal_to_eager(case):
     inputs, dy = draw(case, (2, 3, 4, 4))
     plain, traced = testing.run(case.function, case, inputs, dy), testing.run(compiled, case, inputs, dy)
     assert all(torch.equal(value, traced[name]) for name, value in plain.items())
+
+
+class Timed:
+    """In place of `triton.autotune`'s clock: runs what it is given, and says that so many warps were the fastest."""
+
+    def __init__(self, monkeypatch, kernels, fastest: int) -> None:
+        self.fastest, self.launches = fastest, []
+        for kernel in (v for module in vars(kernels).values() for v in vars(module).values()):
+            if isinstance(kernel, kernels.tuning.Tunable):
+                kernel.tuners.clear()
+        monkeypatch.setenv("CNNKERN_TRITON_AUTOTUNE", "1")
+        monkeypatch.setattr(triton.runtime.Autotuner, "_bench", lambda *a, **k: self.bench(*a, **k))
+
+    def bench(self, tuner, *arguments, config, **constants):
+        self.launches.append(config.num_warps)
+        tuner.fn.run(*arguments, **constants, **config.all_kwargs())
+        return abs(config.num_warps - self.fastest)
+
+
+@cases
+def test_choosing_warps_by_time_changes_no_result(case, kernels, monkeypatch):
+    """Every kernel is launched five times on the same arguments then: it must not read what it writes."""
+    for layout in LAYOUTS[:2]:
+        inputs, dy = draw(case, shape_in(layout, case), layout=layout)
+        expected = testing.run(case.function, case, copied(inputs), dy)
+        with monkeypatch.context() as patch:
+            timed = Timed(patch, kernels, fastest=8)
+            got = testing.run(case.function, case, copied(inputs), dy)
+        assert set(timed.launches) == set(kernels.tuning.WARPS)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[n], expected[n]) for n in got if isinstance(got[n], Tensor))
+
+
+def test_what_was_fastest_is_timed_once_for_a_choice_and_kept(kernels, monkeypatch):
+    timed, run = Timed(monkeypatch, kernels, fastest=2), kernels.add_relu.add_relu
+    kernel, tile = kernels.add_relu.add_relu_kernel, kernels.layout.TILE
+    for numel, dtype, choices in (
+        (100, torch.float32, 1),
+        (tile - 1, torch.float32, 1),  # one program too
+        (tile + 1, torch.float32, 2),
+        (tile + 1, torch.float64, 3),
+        (2 * tile, torch.float64, 3),
+    ):
+        x = testing.randn((numel,), torch.Generator().manual_seed(0), dtype)
+        assert torch.equal(run(x, x)[0], torch.relu(2 * x))
+        assert len(kernel.tuners) == choices
+        assert len(timed.launches) == choices * len(kernels.tuning.WARPS)
+    assert {tuner.best_config.num_warps for tuner in kernel.tuners.values()} == {2}
+
+
+def test_the_key_of_a_choice_has_all_that_it_depends_on(kernels):
+    kernel = kernels.lines.gradient_kernel
+    assert {"UNIT", "ROWS", "P", "B"} == set(kernel.constants)
+    x = torch.empty(2)
+    given = dict.fromkeys(kernel.names, x) | {"UNIT": 16, "ROWS": True, "P": 4, "B": 64, "pixels": 7, "C": 64}
+    key = kernel.key(8, given)
+    assert key == kernel.key(15, given | {"x": torch.empty(9), "pixels": 8})  # sizes are not in it
+    for change in ({"UNIT": 8}, {"ROWS": False}, {"P": 8}, {"B": 32}, {"dx": None}, {"x": x.half()}):
+        assert key != kernel.key(8, given | change), change
+    assert key != kernel.key(16, given)
+    full = kernels.layout.PROGRAMS
+    assert kernel.key(full, given) == kernel.key(100 * full, given)
+
+
+def test_without_the_switch_the_rule_chooses(kernels, monkeypatch):
+    monkeypatch.delenv("CNNKERN_TRITON_AUTOTUNE", raising=False)
+    kernel = kernels.add_relu.add_relu_backward_kernel
+    kernel.tuners.clear()
+    kernels.add_relu.add_relu_backward(torch.ones(8), torch.zeros(4, dtype=torch.uint8), False)
+    assert not kernel.tuners

@@ -11,9 +11,11 @@ from cnnkern.triton_kernels import check, layout
 from cnnkern.triton_kernels.activations import act_value, rounds_to_zero
 from cnnkern.triton_kernels.bits import above, grid_of, packed, stretch, unpacked
 from cnnkern.triton_kernels.layout import in_layout, in_layout_of, in_rows, mask_bytes, on_device_of
+from cnnkern.triton_kernels.tuning import Tunable
 from torch import Tensor
 
 
+@Tunable
 @triton.jit
 def add_relu_kernel(x, residual, y, mask, numel, size, BYTES: tl.constexpr):
     S: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
@@ -23,6 +25,7 @@ def add_relu_kernel(x, residual, y, mask, numel, size, BYTES: tl.constexpr):
     tl.store(mask + byte, packed(above(v, rounds_to_zero(x.dtype.element_ty))), byte < size)
 
 
+@Tunable
 @triton.jit
 def add_relu_backward_kernel(dy, mask, dx, numel, BYTES: tl.constexpr):
     byte, at, inside = stretch(numel, BYTES)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from cnnkern.triton_kernels.layout import COMBINE, Cut, dense
 from cnnkern.triton_kernels.reduce import store_rounded
+from cnnkern.triton_kernels.tuning import Tunable
 from torch import Tensor
 
 
@@ -104,6 +105,7 @@ def affine(mean, rstd, weight, bias, c, mask, S: tl.constexpr):
     return center, scale.to(S), offset.to(S)
 
 
+@Tunable
 @triton.jit(do_not_specialize=["outer", "C", "units", "steps", "chunk"])
 def moments_kernel(
     x, partial, outer, C, units, steps, chunk, UNIT: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, B: tl.constexpr

@@ -25,6 +25,7 @@ from cnnkern.triton_kernels.batch_norm import (
 from cnnkern.triton_kernels.bits import bit_at
 from cnnkern.triton_kernels.layout import COMBINE, Cut, dense, in_layout, in_layout_of, on_device_of
 from cnnkern.triton_kernels.reduce import store_rounded
+from cnnkern.triton_kernels.tuning import Tunable
 from torch import Tensor
 
 
@@ -39,6 +40,7 @@ def gradient(dy, x, bits, at, mask, center, scale, offset, ACT: tl.constexpr, S:
         return tl.where(bit_at(bits, at, mask), g, 0.0), centered
 
 
+@Tunable
 @triton.jit(do_not_specialize=["outer", "C", "units", "steps", "chunk"])
 def backward_sums_kernel(
     dy,
@@ -128,6 +130,7 @@ def backward_finalise_kernel(
         tl.store(table + C + c, (-scale * s1 / n - slope * lost).to(S), mask)
 
 
+@Tunable
 @triton.jit(do_not_specialize=["outer", "C", "units", "steps", "chunk"])
 def backward_apply_kernel(
     dy,

@@ -15,9 +15,11 @@ from cnnkern.triton_kernels.batch_norm import affine, program, statistics, tile
 from cnnkern.triton_kernels.batch_norm_backward import backward
 from cnnkern.triton_kernels.bits import above, pack_positive, packed
 from cnnkern.triton_kernels.layout import Cut, dense, in_layout, in_layout_of, mask_bytes, on_device_of
+from cnnkern.triton_kernels.tuning import Tunable
 from torch import Tensor
 
 
+@Tunable
 @triton.jit(do_not_specialize=["outer", "C", "units", "steps", "chunk"])
 def bn_add_act_apply_kernel(
     x,

@@ -17,6 +17,7 @@ import triton.language as tl
 from cnnkern.triton_kernels import layout
 from cnnkern.triton_kernels.layout import ceil_power, dense, in_layout, on_device_of
 from cnnkern.triton_kernels.reduce import sum_chunks
+from cnnkern.triton_kernels.tuning import Tunable
 from torch import Tensor
 
 WIDEST = 64  # channels a group; wider ones are products that cuDNN is made for
@@ -59,6 +60,7 @@ def offsets(n, q, c, C, pixels, ROWS: tl.constexpr):
         return n * pixels * C + c.to(tl.int64)[None, :] * pixels + q[:, None]
 
 
+@Tunable
 @triton.jit(do_not_specialize=["tiles", "H", "W", "OH", "OW", "ph", "pw"])
 def convolution_kernel(
     x,
@@ -120,6 +122,7 @@ def convolution_kernel(
     tl.store(y + offsets(n, q, c, C, OH * OW, ROWS), total.to(y.dtype.element_ty), exist[:, None] & there[None, :])
 
 
+@Tunable
 @triton.jit(do_not_specialize=["tiles", "chunk", "H", "W", "OH", "OW", "ph", "pw"])
 def weight_gradient_kernel(
     dy,

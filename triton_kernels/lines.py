@@ -18,6 +18,7 @@ import triton.language as tl
 from cnnkern.triton_kernels import layout
 from cnnkern.triton_kernels.layout import ceil_power, on_device_of
 from cnnkern.triton_kernels.reduce import sum_chunks
+from cnnkern.triton_kernels.tuning import Tunable
 from torch import Tensor
 
 
@@ -57,6 +58,7 @@ def parameter(p, c, C, default: tl.constexpr, S: tl.constexpr):
         return tl.load(p + c, c < C, other=0.0).to(S)[None, :]
 
 
+@Tunable
 @triton.jit(do_not_specialize=["pixels", "C", "units"])
 def normalize_kernel(
     x,
@@ -131,6 +133,7 @@ def normalized(dy, x, at, inside, m, r, S: tl.constexpr):
     return g, tl.where(inside, (v - m[:, None]) * r[:, None], 0.0)
 
 
+@Tunable
 @triton.jit(do_not_specialize=["pixels", "C", "units"])
 def gradient_sums_kernel(
     dy,
@@ -167,6 +170,7 @@ def gradient_sums_kernel(
     tl.store(sums + lines + line, tl.sum(s2, axis=1), exist)
 
 
+@Tunable
 @triton.jit(do_not_specialize=["lines", "tiles", "chunk", "pixels", "C", "units"])
 def gradient_kernel(
     dy,

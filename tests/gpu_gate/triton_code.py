@@ -34,6 +34,10 @@ class Launch(NamedTuple):
     writes: int = 0
     warps: int = 4
 
+    @property
+    def jit(self):
+        return getattr(self.function, "kernel", self.function)  # of a Tunable
+
 
 def of_batch_norms(rows: bool) -> dict[str, Launch]:
     """For ResNet-50's (32, 64, 56, 56)."""
@@ -129,7 +133,7 @@ def compile_kernel(launch: Launch, name: str, dtype: str, architecture: str):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = launch.function.arg_names
+    names = launch.jit.arg_names
     statistics = "*fp32" if "layer norm" in name else "*fp64"
     finalises = "finalise" in name
     types = dict.fromkeys(TENSORS, f"*{dtype}")
@@ -139,7 +143,7 @@ def compile_kernel(launch: Launch, name: str, dtype: str, architecture: str):
     signature = {n: "constexpr" if n in launch.constants else types.get(n, "i32") for n in names}
     constexprs = {(names.index(n),): value for n, value in launch.constants.items()}
     # What the launcher's arguments are divisible by: memory, and sizes that are specialised.
-    plain = set(range(len(names))) - {p.num for p in launch.function.params if p.do_not_specialize}
+    plain = set(range(len(names))) - {p.num for p in launch.jit.params if p.do_not_specialize}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
@@ -147,7 +151,7 @@ def compile_kernel(launch: Launch, name: str, dtype: str, architecture: str):
     }
     target = ARCHITECTURES[architecture]
     return triton.compile(
-        ASTSource(launch.function, signature=signature, constexprs=constexprs, attrs=aligned),
+        ASTSource(launch.jit, signature=signature, constexprs=constexprs, attrs=aligned),
         target=GPUTarget("cuda", int(target), 32) if target.isdigit() else GPUTarget("hip", target, 64),
         options={"num_warps": launch.warps},
     )
