@@ -46,8 +46,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--filter",
         default="",
-        metavar="TEXT",
-        help="only what has TEXT in its name: operator, shape, network, contender, ...",
+        metavar="TEXT[,TEXT]",
+        help="only what has TEXT, or one of several, in its name: operator, shape, network, contender, ...",
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--backend", default="cuda", choices=("cuda", "triton"), help="whose kernels, on a GPU")

@@ -81,6 +81,20 @@ def _steps(size: int, device: str, threads: int, pool: ThreadPoolExecutor) -> di
     return steps
 
 
+def copy_probe(device: str, touched: int = 2**26) -> Callable[[], float]:
+    """A function that says what a plain copy beyond the caches reaches just now, in GB/s: neighbours on the machine
+    take their part, and do not always want the same."""
+    x, y = (torch.ones(touched // 8, device=device) for _ in range(2))
+
+    def gb_s() -> float:
+        samples = timing.interleave(
+            {"copy": lambda: y.copy_(x)}, deadline=0.0, min_rounds=3, max_rounds=3, device=device
+        )["copy"]
+        return touched / statistics.median(samples) / 1e9
+
+    return gb_s
+
+
 def least_seconds(bandwidths: Iterable[Bandwidth], bytes_read: int, bytes_written: int) -> float:
     """max(read / B_read, written / B_write, all / B_mix), bandwidths taken at the measured size nearest to the whole.
 

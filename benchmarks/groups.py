@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from benchmarks import timing
+from benchmarks import bandwidth, memory, timing
 from benchmarks.options import Options
 
 LAYOUTS = ("contiguous", "channels_last")
@@ -54,6 +54,7 @@ class Group:
     bytes_written: int = 0
     min_rounds: int = 5
     max_rounds: int = 50
+    peaks: bool = False  # whether the most memory that a call holds is measured
     on_host: bool = False  # timed is what the host does, also where it does so for a GPU
     # Contenders by name that need torch.compile's compile time.
     compiled: frozenset[str] = field(default=frozenset({"torch.compile"}))
@@ -73,11 +74,13 @@ class Group:
 
 
 def select(groups: Iterable[Group], text: str, malloc: str) -> list[Group]:
-    """The groups cut down to the contenders whose name contains `text`, and the eager ones they are compared with."""
+    """The groups cut down to the contenders whose name contains `text`, or one of several between commas, and the eager
+    ones they are compared with."""
+    wanted = [part.strip() for part in text.lower().split(",")]
     chosen = []
     for group in groups:
         names = {c: f"{group.name_of(c)} {malloc} malloc".lower() for c in group.contenders}
-        hit = {c for c, name in names.items() if text.lower() in name}
+        hit = {c for c, name in names.items() if any(part in name for part in wanted)}
         layouts = {c.layout for c in hit}
         kept = tuple(c for c in group.contenders if c in hit or (c.name == "eager" and c.layout in layouts))
         if kept:
@@ -93,6 +96,8 @@ class Session:
         self.total = self.weight_left = sum(g.weight for g in plan)
         self.deadline = time.perf_counter() + options.seconds
         self.compile_left = options.compile_seconds
+        self.copy_gb_s = bandwidth.copy_probe(options.device)
+        self.conditions: dict[Contender, dict[str, Any]] = {}  # of the current group: more columns of its rows
         self.current: Group | None = None
         self.results: dict[Contender, list[float] | Refused] = {}
 
@@ -127,6 +132,7 @@ class Session:
         for contender in group.contenders:
             made = self._step(group, bench, contender)
             (refused if isinstance(made, Refused) else steps)[contender] = made
+        before = self.copy_gb_s()
         samples = timing.interleave(
             steps,
             deadline=until,
@@ -134,6 +140,11 @@ class Session:
             max_rounds=group.max_rounds,
             device="cpu" if group.on_host else self.options.device,
         )
+        copy_gb_s = (before + self.copy_gb_s()) / 2
+        self.conditions = {contender: {"copy_gb_s": copy_gb_s} for contender in steps}
+        if group.peaks:
+            for contender, step in steps.items():
+                self.conditions[contender]["peak_bytes"] = memory.peak_bytes(step, self.options.device)
         return refused | samples
 
     def _step(self, group: Group, bench: Bench, contender: Contender) -> Callable[[], object] | Refused:

@@ -61,6 +61,7 @@ def groups(options: Options) -> list[Group]:
             open=lambda name=name, batch=batch, mode=mode: ModelBench(name, batch, mode == "training", options.device),
             weight=weight(name, batch, mode, len(names)),
             compiled=COMPILED,
+            peaks=True,
             min_rounds=3,
             max_rounds=15,
         )

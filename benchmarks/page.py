@@ -154,13 +154,14 @@ def _model_bars(rows: list[Row]) -> list[Bars]:
 
 
 def _models(rows: list[Row]) -> list[list[str]]:
-    """Lines of every contender of the models: what, median, images a second, ratio."""
+    """Lines of every contender of the models: what, median, images a second, the most memory of a call, ratio."""
     lines = []
     for r in rows:
         if r.suite == "models" and r.median_ms is not None and r.ratio is not None:
             images = int(r.shape.split("x")[0]) / r.median_ms * 1e3
             what = [r.operator, r.shape, r.mode, r.layout, r.malloc, r.contender]
-            lines.append([*what, tables.duration(r.median_ms), f"{images:.1f}", tables.times(r.ratio)])
+            held = tables.mebibytes(r.peak_bytes)
+            lines.append([*what, tables.duration(r.median_ms), f"{images:.1f}", held, tables.times(r.ratio)])
     return lines
 
 

@@ -1,8 +1,8 @@
 """Each pass of the grouped convolutions of six networks by itself: forward, dx, dweight, and dx with dweight.
 
 `python -m benchmarks.passes [--batch N] [--threads N] [--only TEXT] [--seconds S] [--default-malloc]` prints a table of
-eager's and our milliseconds, the ratios, and our GFLOP/s, with those of a large matrix product in the same run.
-Geometric means follow.
+eager's and our milliseconds, the ratios, and our GFLOP/s in forward, dx and dweight. Geometric means follow, of the
+ratios and of our share of what a large matrix product reached before and after all of it.
 """
 
 import argparse
@@ -80,6 +80,10 @@ def matrix_gflops(seconds: float = 1.0) -> float:
     return 2 * 1024**3 / statistics.median(samples["mm"]) / 1e9
 
 
+def listed(values: list[float], form: str) -> str:
+    return ", ".join(format(v, form) for v in values)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.passes", description=__doc__)
     parser.add_argument("--batch", type=int, default=16)
@@ -90,10 +94,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     malloc = "malloc's defaults" if arguments.default_malloc else cnnkern.tune_malloc()
-    print(f"threads: {arguments.threads}; {malloc}; a matrix product of 1024: {matrix_gflops():.0f} GFLOP/s\n")
+    before = matrix_gflops()
+    print(f"threads: {arguments.threads}; {malloc}; a matrix product of 1024: {before:.0f} GFLOP/s\n")
     print(f"| layer | layout | {' | '.join(f'{p}: eager, ours (ms), ratio' for p in PASSES)} | GFLOP/s of ours |")
     print(f"|---|---|{'---:|' * (len(PASSES) + 1)}")
     ratios: dict[tuple[str, str], list[float]] = {}
+    rates: dict[tuple[str, str], list[list[float]]] = {}
     lost = []
     for layer, layout in itertools.product(layers(arguments.batch), LAYOUTS):
         if arguments.only not in f"{layer} {layout} {kind(layer)}":
@@ -108,15 +114,22 @@ def main(argv: list[str] | None = None) -> int:
             cells.append(f"{theirs:.2f}, {mine:.2f}, {theirs / mine:.2f}x")
             if theirs < mine:
                 lost.append(f"{layer} {layout} {name}: {theirs / mine:.2f}x")
-        rate = ", ".join(f"{flops(layer) / ms['ours', name] / 1e6:.0f}" for name in ("forward", "dx", "dweight"))
-        print(f"| {kind(layer)}: {layer} | {layout} | {' | '.join(cells)} | {rate} |", flush=True)
+        rate = [flops(layer) / ms["ours", name] / 1e6 for name in ("forward", "dx", "dweight")]
+        rates.setdefault((kind(layer), layout), []).append(rate)
+        print(f"| {kind(layer)}: {layer} | {layout} | {' | '.join(cells)} | {listed(rate, '.0f')} |", flush=True)
         both = ("forward", "dx and dweight")
         step = sum(ms["eager", p] for p in both) / sum(ms["ours", p] for p in both)
         ratios.setdefault((kind(layer), layout), []).append(step)
-    print("\n| kind | layout | layers | forward and backward | worst layer |\n|---|---|---:|---:|---:|")
+    after = matrix_gflops()
+    print(f"\na matrix product of 1024 afterwards: {after:.0f} GFLOP/s; shares are of the larger")
+    share = "share of it: forward, dx, dweight"
+    print(f"\n| kind | layout | layers | forward and backward | worst layer | {share} |\n|---|---|---:|---:|---:|---:|")
     for (name, layout), values in sorted(ratios.items()):
         mean = statistics.geometric_mean(values)
-        print(f"| {name} | {layout} | {len(values)} | {mean:.2f}x | {min(values):.2f}x |")
+        shares = [
+            statistics.geometric_mean(passed) / max(before, after) for passed in zip(*rates[name, layout], strict=True)
+        ]
+        print(f"| {name} | {layout} | {len(values)} | {mean:.2f}x | {min(values):.2f}x | {listed(shares, '.0%')} |")
     print(f"\nSlower than eager: {len(lost)} of {4 * sum(map(len, ratios.values()))} passes", *lost, sep="\n- ")
     return 0
 

@@ -47,6 +47,8 @@ class Row:
     torch: str
     cnnkern: str
     commit: str
+    copy_gb_s: float | None = None  # of a plain copy of 64 MiB, before and after the rounds of this row's group
+    peak_bytes: int | None = None  # that a call of a model holds at once, beyond its weights
 
 
 def from_records(

@@ -52,6 +52,10 @@ def percent(value: float | None) -> str:
     return MISSING if value is None else f"{value:.0%}"
 
 
+def mebibytes(count: int | None) -> str:
+    return MISSING if count is None else f"{count / 2**20:.0f}"
+
+
 def name(row: Row) -> str:
     api = row.api if row.suite == "overhead" else "none"  # elsewhere the suite says which it is
     parts = [row.operator, row.network, row.shape, row.mode, api, row.layout, f"{row.malloc} malloc"]
@@ -166,21 +170,25 @@ def against_eager(rows: Iterable[Row], suite: str) -> list[tuple[Row, Row]]:
 
 
 def model_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
-    """(header, lines): a line a model and setting, with a last cell for what else was timed, if anything."""
+    """(header, lines): a line a model and setting, with cells for the most memory that a call holds, and for what else
+    was timed, if anything."""
     rows = list(rows)
 
     def setting(r: Row) -> tuple[str, ...]:
         return r.operator, r.shape, r.mode, r.layout, r.malloc
 
+    pairs = against_eager(rows, "models")
+    peaks = ["MiB, eager/ours"] * any(r.peak_bytes is not None for pair in pairs for r in pair)
     others: dict[tuple[str, ...], list[str]] = {}
     for r in rows:
         if r.suite == "models" and r.status == "ok" and r.contender not in ("eager", "ours"):
             others.setdefault(setting(r), []).append(f"{r.contender} {times(r.ratio)}")
     lines = []
-    for e, r in against_eager(rows, "models"):
+    for e, r in pairs:
+        held = [f"{mebibytes(e.peak_bytes)}/{mebibytes(r.peak_bytes)}"] if peaks else []
         rest = [", ".join(others.get(setting(r), [MISSING]))] if others else []
-        lines.append([*setting(r), duration(e.median_ms), duration(r.median_ms), times(r.ratio), *rest])
-    return MODELS + ["others to eager"] * bool(others), lines
+        lines.append([*setting(r), duration(e.median_ms), duration(r.median_ms), times(r.ratio), *held, *rest])
+    return MODELS + peaks + ["others to eager"] * bool(others), lines
 
 
 def overhead_lines(rows: Iterable[Row]) -> list[list[str]]:

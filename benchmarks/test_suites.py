@@ -18,5 +18,5 @@ def test_contender(benchmark, bench_session, group, contender):
             pytest.fail(message, pytrace=False)
         pytest.skip(message)
     benchmark.group = group.label
-    benchmark.extra_info.update(group.identity(contender))
+    benchmark.extra_info.update(group.identity(contender) | bench_session.conditions[contender])
     CLOCK.replay(benchmark, result)

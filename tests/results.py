@@ -58,7 +58,7 @@ def measure(plan, options=None, malloc="tuned"):
     events = []
     session = Session(plan, options or Options(seconds=60.0), events.append)
     records = [
-        {"extra_info": group.identity(contender), "stats": {"data": result}}
+        {"extra_info": group.identity(contender) | session.conditions[contender], "stats": {"data": result}}
         for group in plan
         for contender, result in session.results_of(group).items()
         if not isinstance(result, Refused)

@@ -202,6 +202,7 @@ def test_filter_keeps_the_baseline_of_what_it_finds(tiny_case):
     assert set(group.contenders) == {Contender("ours", "channels_last"), Contender("eager", "channels_last")}
     assert len(select(plan, "default malloc", "default")) == len(plan)
     assert select(plan, "default malloc", "tuned") == []
+    assert len(select(plan, "default malloc, toy", "tuned")) == len(plan)
     assert {g.shape for g in select(plan, "torch.compile", "tuned")} == {"2x8x4x4"}
 
 

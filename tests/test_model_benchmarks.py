@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cnnkern
-from benchmarks import models, tables
+from benchmarks import memory, models, tables
 from benchmarks.options import Options
 from tests.results import measure
 
@@ -40,8 +40,10 @@ def test_models_are_compared_with_eager_before_they_are_timed(monkeypatch):
         itertools.product(("training", "inference"), ("eager", "ours"), ("ok",))
     ), tables.refused_lines(measured)
     header, lines = tables.model_table(measured)
-    assert header == tables.MODELS
+    assert header == [*tables.MODELS, "MiB, eager/ours"]
     assert len(lines) == 2
+    assert all(r.peak_bytes > 0 for r in measured)
+    assert all(r.copy_gb_s > 0 for r in measured)
 
     monkeypatch.setattr(models.cnnkern, "convert", lambda model: torch.nn.Sequential(model, torch.nn.Softplus()))
     measured, _ = measure(models.groups(options), options)
@@ -69,7 +71,7 @@ def test_large_models_have_more_contenders(monkeypatch):
         (models.GROUPED_ALONE, "ok"),
     }, tables.refused_lines(measured)
     header, lines = tables.model_table(measured)
-    assert header == [*tables.MODELS, "others to eager"]
+    assert header == [*tables.MODELS, "MiB, eager/ours", "others to eager"]
     assert [line[-1].startswith(models.GROUPED_ALONE) for line in lines] == [True, True]
     swapped = models.with_grouped_convolutions(Grouped())
     assert type(swapped[0]) is cnnkern.nn.GroupedConv2d
@@ -85,3 +87,23 @@ def test_without_scikit_learn_models_are_not_available(monkeypatch):
     lines = tables.refused_lines(measured)
     assert len(lines) == 2
     assert all("scikit-learn" in line and "\n" not in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_the_most_memory_that_a_call_holds(device):
+    kept = []
+
+    def step() -> None:
+        kept.clear()
+        first = torch.zeros(2**20, device=device)  # 4 MiB of float32
+        second = torch.zeros(2**21, device=device)
+        del first
+        kept.append(torch.zeros(2**19, device=device))
+        del second
+
+    for _ in range(2):  # the second time 2 MiB are freed first
+        peak = memory.peak_bytes(step, device)
+    assert peak == 10 * 2**20
