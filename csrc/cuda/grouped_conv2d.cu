@@ -45,11 +45,12 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
 
 // The rule of dispatch among what is covered. Measured on an H100 (docs/results.md): depthwise kernels of 3x3 and 5x5 are ahead
 // of eager but in inference in channels_last, where the two are close; cuDNN does wider groups well in channels_last and loses
-// time in contiguous layout, which it converts. Guessed: that ours are ahead of it there, up to kMostWide channels, and
-// in all other depthwise convolutions.
+// time in contiguous layout, which it converts: it did groups of 16 at 13 TFLOP/s there. Guessed: that ours, which need half the
+// 67 TFLOP/s of its fp32 units to be ahead twice, are ahead up to 16 channels, in 16 bits, where tensor cores do twice as
+// much, up to 8; and in all other depthwise convolutions.
 bool left_to_library(const ConvGeometry& g, at::ScalarType type) {
-  const bool depthwise = g.inputs() == 1 && g.outputs() == 1;
-  return type != at::kDouble && !depthwise && !gpu::grouped_planes_take(g);
+  if (type == at::kDouble || (g.inputs() == 1 && g.outputs() == 1)) return false;
+  return !gpu::grouped_planes_take(g) || (type != at::kFloat && g.inputs() > 8);
 }
 
 ConvGeometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
