@@ -31,6 +31,7 @@ else:  # make test: variants that reach every kernel; of the others what two dty
     RUNS = {
         "plain": f"(({MEMORY}) and {EVERY_KERNEL}) or (as_good_as and (float32 or bfloat16)) or (gradcheck and alone)"
         " or larger",
+        "address+undefined": f"(({MEMORY}) and {EVERY_KERNEL}) or larger",
         "thread": f"(as_good_as and ({EVERY_KERNEL} or depthwise or stride or dilated)) or larger",
     }
 RUNS = {tool: f"({chosen}) and {DTYPES[tool]}" if tool in DTYPES else chosen for tool, chosen in RUNS.items()}
@@ -160,7 +161,7 @@ def test_the_emulator_answers_and_stands_aside():
         ({"kernel": (4, 9), "padding": (0, 5), "stride": 2}, True, True),
         ({"width": 8}, True, False),
         ({"width": 2, "stride": 2}, True, False),
-        ({"width": 12}, False, False),
+        ({"width": 24}, False, False),
         ({"width": 4, "kernel": 5, "padding": 2}, False, False),
         ({"width": 4, "dilation": 2, "padding": 2}, False, False),
         ({"multiplier": 2}, False, False),
@@ -183,8 +184,25 @@ def test_who_answers_for_a_grouped_convolution(variant, planes, rows, layout, dt
                 operator(*given)
 
 
+@pytest.mark.parametrize(("width", "types"), [(8, 3), (12, 1), (16, 1), (24, 0)])  # of float32, bfloat16 and float16
+def test_how_wide_groups_may_be_for_our_kernels_in_contiguous_layout(width, types, generator, monkeypatch):
+    case = CASES["grouped_conv2d"]
+    ours = 0
+    monkeypatch.setenv("EMULATOR_ORDER", "sideways")  # whatever is launched fails
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        operator, arguments = case.forward_call(case.inputs((2, 48, 7, 8), dtype, generator=generator, width=width))
+        with emulator.Emulator():
+            try:
+                operator(*arguments)
+            except RuntimeError as error:
+                if "got sideways" not in str(error):
+                    raise
+                ours += 1
+    assert ours == types
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(("width", "kernel"), [(1, 3), (1, 5), (1, 7), (3, 3), (8, 3)])
+@pytest.mark.parametrize(("width", "kernel"), [(1, 3), (1, 5), (1, 7), (3, 3), (8, 3), (16, 3)])
 def test_convolutions_of_any_padding_and_stride(width, kernel, layout, generator):
     case = CASES["grouped_conv2d"]
     for stride, padding in itertools.product((1, 2), ((0, 1), (kernel // 2, kernel - 1), (kernel, 2 * kernel + 1))):
