@@ -67,6 +67,46 @@ def test_input_weight_and_gradient_each_in_any_layout(generator):
             assert ours.stride() == eager.stride()
 
 
+# (shape, how it differs from depthwise 3x3, layout) -> who answers: forward, dx with or without dweight, dweight alone
+OURS, LIBRARY = "ours", "library"
+RULE = [
+    ((2, 64, 7, 7), {}, "channels_last", (LIBRARY, OURS, LIBRARY)),
+    ((2, 64, 7, 7), {}, "contiguous", (OURS, OURS, OURS)),
+    ((2, 64, 7, 8), {}, "channels_last", (OURS, OURS, OURS)),
+    ((2, 64, 14, 14), {"stride": 2}, "channels_last", (LIBRARY, OURS, LIBRARY)),
+    ((2, 64, 7, 7), {"kernel": 5, "padding": 2}, "channels_last", (OURS, OURS, OURS)),
+    ((2, 64, 7, 7), {"width": 8}, "channels_last", (OURS, OURS, OURS)),
+    ((2, 64, 7, 7), {"width": 16}, "channels_last", (LIBRARY, OURS, LIBRARY)),
+    ((2, 64, 7, 7), {"width": 16}, "contiguous", (OURS, OURS, OURS)),
+    ((2, 64, 7, 7), {"width": 32}, "channels_last", (OURS, OURS, OURS)),
+    ((1, 64, 7, 7), {"width": 32}, "channels_last", (LIBRARY, LIBRARY, LIBRARY)),
+    ((1, 64, 14, 14), {"width": 32}, "channels_last", (OURS, OURS, OURS)),
+    ((1, 64, 7, 7), {"width": 32}, "contiguous", (OURS, OURS, OURS)),
+]
+
+
+def who_answers(operator, *arguments) -> str:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        operator(*arguments)
+    called = {event.key for event in profile.key_averages()}
+    return LIBRARY if called & {"aten::convolution", "aten::convolution_backward"} else OURS
+
+
+@pytest.mark.parametrize(("shape", "settings", "layout", "answers"), RULE, ids=str)
+def test_the_rule_of_dispatch(shape, settings, layout, answers, generator):
+    inputs = CASE.inputs(shape, generator=generator, **settings, bias=False)
+    inputs["input"] = testing.with_layout(inputs["input"], layout)
+    forward, arguments = CASE.forward_call(inputs)
+    backward, given = CASE.backward_call(inputs, testing.with_layout(forward(*arguments), layout))
+    passes = {which: (*given[:-1], [*which, False]) for which in itertools.product((False, True), repeat=2)}
+    assert who_answers(forward, *arguments) == answers[0]
+    assert who_answers(backward, *passes[True, True]) == who_answers(backward, *passes[True, False]) == answers[1]
+    assert who_answers(backward, *passes[False, True]) == answers[2]
+    wide = {n: v.bfloat16() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+    forward, arguments = CASE.forward_call(wide)
+    assert who_answers(forward, *arguments) == OURS
+
+
 def test_dense_convolution_is_pytorch_s(generator):
     x, weight = (
         testing.randn((2, 6, 9, 8), generator, torch.float32),

@@ -371,10 +371,15 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
   return x.size(2) + 2 * padding[0] >= kh && x.size(3) + 2 * padding[1] >= kw;
 }
 
-// Where the library is faster, on float32: small depthwise kernels on planes of at most 7x7 in channels_last, which it
-// reads in place; the forward pass, and the gradient of the weight if that of the input is not asked for.
-bool left_to_library(const Geometry& g, at::ScalarType type, bool channels_last) {
-  return type == at::kFloat && channels_last && g.width == 1 && g.taps() <= 9 && g.OH * g.OW <= 49;
+// Where the library is faster (docs/grouped_conv.md has what was measured): in float32 and channels_last, which it reads in
+// place, on planes of at most 7x7. The forward pass, and the gradient of the weight if that of the input is not asked for,
+// of small depthwise kernels and of groups of 16 channels; all passes of wider groups on a single image, where packing
+// the weight takes longer than what it is packed for.
+enum class Pass { forward, weight_gradient, input_gradient };  // the last with or without the weight's
+bool left_to_library(const Geometry& g, at::ScalarType type, bool channels_last, Pass pass) {
+  if (type != at::kFloat || !channels_last || g.OH * g.OW > 49) return false;
+  if (g.width > 16) return g.N == 1;
+  return pass != Pass::input_gradient && (g.width == 16 || (g.width == 1 && g.taps() <= 9));
 }
 
 Geometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding) {
@@ -430,7 +435,7 @@ Tensor grouped_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalT
   if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
   const Geometry g = geometry(x, weight, stride, padding);
   const auto format = result_format(x, weight);
-  if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast)) return by_library();
+  if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, Pass::forward)) return by_library();
   const Tensor x_ = in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
   const Tensor y = aten::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(format));
   with_dtype(x.scalar_type(), [&](auto type) {
@@ -459,7 +464,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
               "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.C, g.OH, g.OW}),
               " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
   const auto format = result_format(x, weight);
-  if (!output_mask[0] && left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast)) return by_library(output_mask);
+  const Pass pass = output_mask[0] ? Pass::input_gradient : Pass::weight_gradient;
+  if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, pass)) return by_library(output_mask);
   const Tensor x_ = in_layout(x), dy_ = in_layout(dy), weight_ = weight.contiguous();
   const Tensor dx = output_mask[0] ? aten::empty(x.sizes(), x.options().memory_format(format)) : none;
   const Tensor dweight = output_mask[1] ? aten::empty(weight.sizes(), weight.options().memory_format(format)) : none;
