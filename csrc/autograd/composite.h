@@ -49,7 +49,10 @@ inline void bump_version(const OptionalTensor& t) {
 inline std::tuple<Tensor, Tensor, Tensor> batch_norm_by_pytorch(
     const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, bool training, double momentum, double eps, c10::string_view act) {
-  const Tensor pre = at::batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, /*cudnn_enabled=*/false);
+  // PyTorch's CUDA kernels give a bias that has no weight beside it a wrong gradient in eval, or crash (seen in 2.11).
+  const bool bias_alone = x.is_cuda() && tensor_or_undefined(bias).defined() && !tensor_or_undefined(weight).defined();
+  const OptionalTensor scale = bias_alone ? at::ones_like(*bias) : weight;
+  const Tensor pre = at::batch_norm(x, scale, bias, running_mean, running_var, training, momentum, eps, /*cudnn_enabled=*/false);
   const Tensor none = at::empty({0}, x.options().dtype(at::kDouble));
   return {activation_by_pytorch(pre, act), none, none.clone()};
 }
