@@ -158,6 +158,13 @@ def test_options_reach_the_run(tiny, tmp_path, monkeypatch):
     assert len(rows(tmp_path / "steps.csv")) == 3 * (1437 // 32)
 
 
+@pytest.mark.slow
+def test_a_compiled_run_follows_an_eager_one(tmp_path):
+    assert train.main([*CALM, str(tmp_path / "plain"), "--epochs", "1", "--float64"]) == 0
+    assert train.main([*CALM, str(tmp_path / "compiled"), "--epochs", "1", "--float64", "--compile"]) == 0
+    torch.testing.assert_close(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-7, atol=0)
+
+
 def test_compare_prints_both_rates(tiny, capsys):
     assert train.main([tiny, "--compare", "--batch-size", "16"]) == 0
     said = capsys.readouterr().out
