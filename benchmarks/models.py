@@ -19,7 +19,7 @@ from benchmarks.options import Options
 from cnnkern.conversion.layers import exchange, exchanged_alone
 
 BATCH_SIZES = {"resnet18": 8, "vgg11_bn": 4}
-# With --networks all, training alone: a model, and the seconds that one image of a step takes here.
+# With --networks all: a model, and the seconds that one image of a training step takes here.
 LARGE = {
     "resnet50": 0.3,
     "resnext50_32x4d": 0.45,
@@ -30,11 +30,13 @@ LARGE = {
     "convnext_tiny": 0.45,
 }
 LARGE_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
+LARGE_INFERENCE = (1, 16)  # batch sizes
 SIZE = 224
-# Contenders: the converted model compiled; the model with its grouped convolutions exchanged, and nothing else.
+# Contenders: the converted model compiled; the model with its grouped convolutions exchanged, and nothing else; the
+# model folded for inference.
 CONVERTED_AND_COMPILED = "torch.compile, converted"
 COMPILED = frozenset({"torch.compile", CONVERTED_AND_COMPILED})
-GROUPED_ALONE = "GroupedConv2d alone"
+GROUPED_ALONE, FOLDED = "GroupedConv2d alone", "cnnkern.fold"
 WITH_GROUPS = ("resnext50_32x4d", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "convnext_tiny")
 CHECKED, SMALL = 2, 64  # images that are compared, and the side of the patches that gradients are compared on
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each colour
@@ -48,7 +50,17 @@ def groups(options: Options) -> list[Group]:
     )
     if options.device == "cuda":
         batch_sizes = dict.fromkeys(batch_sizes, GPU_BATCH_SIZE)
-    names = ("eager", "ours", *(("torch.compile", CONVERTED_AND_COMPILED, GROUPED_ALONE) if everything else ()))
+    more = ("torch.compile", CONVERTED_AND_COMPILED, GROUPED_ALONE, FOLDED) if everything else ()
+
+    def contenders(name: str, mode: str) -> list[str]:
+        left_out = {GROUPED_ALONE} if mode == "inference" or name not in WITH_GROUPS else set()
+        left_out |= {FOLDED} if mode == "training" else set()
+        return [c for c in ("eager", "ours", *more) if c not in left_out]
+
+    def runs(batch: int) -> list[tuple[str, int]]:
+        sizes = LARGE_INFERENCE if everything else (batch,)
+        return [("training", batch), *(("inference", size) for size in sizes)]
+
     return [
         Group(
             suite="models",
@@ -57,23 +69,23 @@ def groups(options: Options) -> list[Group]:
             shape=f"{batch}x3x{SIZE}x{SIZE}",
             mode=mode,
             api="module",
-            contenders=tuple(Contender(c, layout) for c in names if c != GROUPED_ALONE or name in WITH_GROUPS),
+            contenders=tuple(Contender(c, layout) for c in contenders(name, mode)),
             open=lambda name=name, batch=batch, mode=mode: ModelBench(name, batch, mode == "training", options.device),
-            weight=weight(name, batch, mode, len(names)),
+            weight=weight(name, batch, mode, 2 + len(more)),
             compiled=COMPILED,
             peaks=True,
             min_rounds=3,
             max_rounds=15,
         )
-        for name, batch in batch_sizes.items()
+        for name, size in batch_sizes.items()
         for layout in LAYOUTS[: 1 if options.quick else 2]
-        for mode in ("training", "inference")[: 1 if everything else 2]
+        for mode, batch in runs(size)
     ]
 
 
 def weight(name: str, batch: int, mode: str, contenders: int) -> float:
     if name in LARGE:
-        return batch * LARGE[name] * contenders * 4
+        return batch * LARGE[name] * contenders * (4 if mode == "training" else 1.5)
     return batch * (1.0 if mode == "training" else 0.4) * (1 if name == "resnet18" else 3.5)
 
 
@@ -129,14 +141,16 @@ def placed(tensor_or_module, layout: str, device: str):
 
 
 def results(model: nn.Module, x: Tensor, target: Tensor, backward: bool) -> dict[str, Tensor]:
-    """Output and running statistics of one call in the mode the model is in, and the parameters' gradients."""
+    """Output of one call in the model's mode, in training with running statistics, and parameters' gradients."""
     with torch.set_grad_enabled(backward):
         y = model(x)
     found = {"output": y.detach()}
     if backward:
         names, parameters = zip(*model.named_parameters(), strict=True)
         found |= dict(zip(names, torch.autograd.grad(F.cross_entropy(y, target), parameters), strict=True))
-    return found | {n: b.clone() for n, b in model.named_buffers() if b.is_floating_point()}
+    if model.training:  # a folded model has no statistics any more
+        found |= {n: b.clone() for n, b in model.named_buffers() if b.is_floating_point()}
+    return found
 
 
 class ModelBench:
@@ -150,6 +164,8 @@ class ModelBench:
         model = copy.deepcopy(self.base)
         if contender.name == GROUPED_ALONE:
             return with_grouped_convolutions(model)
+        if contender.name == FOLDED:
+            return cnnkern.fold(model)
         return cnnkern.convert(model) if contender.name in ("ours", CONVERTED_AND_COMPILED) else model
 
     def step(self, contender: Contender, verify: bool) -> Callable[[], object]:

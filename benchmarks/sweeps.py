@@ -1,7 +1,8 @@
 """What each sweep of batch norm + ReLU costs by itself, in time and bytes: where a training step's time goes.
 
-`python -m benchmarks.sweeps [--threads N]` prints a table. Inputs change from call to call, so that none is in cache;
-malloc keeps large blocks (`cnnkern.tune_malloc`).
+`python -m benchmarks.sweeps [--threads N] [--dtype TYPE] [--cached]` prints a table. Inputs change from call to call,
+so that none is in cache; malloc keeps large blocks (`cnnkern.tune_malloc`). With `--cached` one image, always the same,
+stays in the caches: what arithmetic costs without waiting for memory.
 """
 
 import argparse
@@ -21,12 +22,12 @@ MINIMUM_BYTES = 2**28  # of inputs that take turns
 forward, backward = torch.ops.cnnkern.bn_act, torch.ops.cnnkern.bn_act_backward
 
 
-def steps(shape: tuple[int, ...], layout: str) -> dict[str, tuple]:
+def steps(shape: tuple[int, ...], layout: str, dtype: torch.dtype, cached: bool) -> dict[str, tuple]:
     """name -> (call, tensors read, tensors written), tensors of the input's size and each counted once."""
     generator = torch.Generator().manual_seed(0)
-    count = max(2, MINIMUM_BYTES // (8 * math.prod(shape)))
+    count = 1 if cached else max(2, MINIMUM_BYTES // (2 * dtype.itemsize * math.prod(shape)))
     pairs = [
-        tuple(testing.with_layout(torch.randn(shape, generator=generator), layout) for _ in range(2))
+        tuple(testing.with_layout(testing.randn(shape, generator, dtype), layout) for _ in range(2))
         for _ in range(count)
     ]
     turns = itertools.cycle(pairs)
@@ -52,12 +53,17 @@ def steps(shape: tuple[int, ...], layout: str) -> dict[str, tuple]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweeps", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    torch.set_num_threads(parser.parse_args(argv).threads)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
+    parser.add_argument("--cached", action="store_true", help="one image, always the same")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
     print(cnnkern.tune_malloc())
     print(f"threads: {torch.get_num_threads()}; GB/s count each tensor once, whatever a kernel reads twice\n")
     print("| shape | layout | sweeps | ms | GB/s |\n|---|---|---|---:|---:|")
     for shape, layout in itertools.product(SHAPES, LAYOUTS):
-        found = steps(shape, layout)
+        shape = (1, *shape[1:]) if arguments.cached else shape
+        found = steps(shape, layout, dtype, arguments.cached)
         samples = timing.interleave(
             {name: call for name, (call, _, _) in found.items()},
             deadline=time.perf_counter() + 2.0,
@@ -67,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         for name, (_, read, written) in found.items():
             seconds = sorted(samples[name])[len(samples[name]) // 2]
-            rate = (read + written) * 4 * math.prod(shape) / seconds / 1e9
-            print(f"| {'x'.join(map(str, shape))} | {layout} | {name} | {seconds * 1e3:.2f} | {rate:.1f} |")
+            rate = (read + written) * dtype.itemsize * math.prod(shape) / seconds / 1e9
+            print(f"| {'x'.join(map(str, shape))} | {layout} | {name} | {seconds * 1e3:.3f} | {rate:.1f} |")
     return 0
 
 

@@ -458,13 +458,18 @@ def test_sweeps_count_every_tensor_once(monkeypatch, capsys):
     monkeypatch.setattr(sweeps, "SHAPES", ((2, 8, 16, 16),))
     monkeypatch.setattr(sweeps, "MINIMUM_BYTES", 2**16)
     monkeypatch.setattr(cnnkern, "tune_malloc", lambda: "malloc left alone")
-    clock = {name: [2e-6] for name in sweeps.steps((2, 8, 16, 16), "contiguous")}
+    clock = {name: [2e-6] for name in sweeps.steps((2, 8, 16, 16), "contiguous", torch.float32, False)}
     monkeypatch.setattr(sweeps.timing, "interleave", lambda steps, **limits: {name: clock[name] for name in steps})
     assert sweeps.main(["--threads", str(torch.get_num_threads())]) == 0
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "2x8x16x16" in line]
-    assert [line[3] for line in lines[:4]] == ["0.00"] * 4
+    assert [line[3] for line in lines[:4]] == ["0.002"] * 4
     # 16 KiB a tensor in two microseconds
     assert [float(line[4].rstrip(" |")) for line in lines[:4]] == [16.4, 16.4, 16.4, 24.6]
+
+    threads = ["--threads", str(torch.get_num_threads())]
+    assert sweeps.main([*threads, "--dtype", "bfloat16", "--cached"]) == 0  # one image, of half the bytes
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "1x8x16x16" in line]
+    assert [float(line[4].rstrip(" |")) for line in lines[:4]] == [4.1, 4.1, 4.1, 6.1]
 
 
 def test_passes_print_a_row_a_layer_and_the_lost_ones(monkeypatch, capsys):

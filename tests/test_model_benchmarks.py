@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import cnnkern
-from benchmarks import memory, models, tables
+from benchmarks import memory, models, steps, tables
+from benchmarks.groups import Contender
 from benchmarks.options import Options
 from tests.results import measure
 
@@ -63,14 +64,20 @@ def test_large_models_have_more_contenders(monkeypatch):
     monkeypatch.setattr(models, "photographs", lambda batch: torch.rand(batch, 3, 32, 32))
     options = Options(networks="all", compile_seconds=0.0)  # compiling is not what is tested
     measured, _ = measure(models.groups(options), options)
-    assert {(r.contender, r.status) for r in measured} == {
+    both = {
         ("eager", "ok"),
         ("ours", "ok"),
         ("torch.compile", "out of time"),
         (models.CONVERTED_AND_COMPILED, "out of time"),
-        (models.GROUPED_ALONE, "ok"),
-    }, tables.refused_lines(measured)
-    header, lines = tables.model_table(measured)
+    }
+    for mode, more, shapes in (
+        ("training", models.GROUPED_ALONE, {"2x3x224x224"}),
+        ("inference", models.FOLDED, {"1x3x224x224", "16x3x224x224"}),
+    ):
+        found = [r for r in measured if r.mode == mode]
+        assert {(r.contender, r.status) for r in found} == both | {(more, "ok")}, tables.refused_lines(measured)
+        assert {r.shape for r in found} == shapes
+    header, lines = tables.model_table([r for r in measured if r.mode == "training"])
     assert header == [*tables.MODELS, "MiB, eager/ours", "others to eager"]
     assert [line[-1].startswith(models.GROUPED_ALONE) for line in lines] == [True, True]
     swapped = models.with_grouped_convolutions(Grouped())
@@ -87,6 +94,26 @@ def test_without_scikit_learn_models_are_not_available(monkeypatch):
     lines = tables.refused_lines(measured)
     assert len(lines) == 2
     assert all("scikit-learn" in line and "\n" not in line for line in lines)
+
+
+def test_where_the_time_of_a_step_goes(monkeypatch, capsys):
+    class Both(ConvReLU):
+        def __init__(self):
+            super().__init__()
+            self.insert(3, torch.nn.Conv2d(4, 4, 3, groups=4))
+
+    monkeypatch.setattr(models, "build", lambda name: Both())
+    monkeypatch.setattr(models, "photographs", lambda batch: torch.rand(batch, 3, 64, 64))
+    bench = models.ModelBench("both", 8, training=True, device="cpu")
+    for who in ("eager", "ours"):
+        found = steps.milliseconds(bench, Contender(who, "contiguous"), 1)
+        assert all(found[kind] > 0 for kind in steps.KINDS)
+    assert steps.main(["both", "--batch", "2", "--steps", "1", "--default-malloc"]) == 0
+    header, _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:3] for line in lines] == [
+        ["| both", layout, who] for layout in ("contiguous", "channels_last") for who in ("eager", "ours")
+    ]
+    assert all(line.count("|") == header.count("|") for line in lines)
 
 
 @pytest.mark.parametrize(
