@@ -104,7 +104,7 @@ def test_where_the_time_of_a_step_goes(monkeypatch, capsys):
 
     monkeypatch.setattr(models, "build", lambda name: Both())
     monkeypatch.setattr(models, "photographs", lambda batch: torch.rand(batch, 3, 64, 64))
-    bench = models.ModelBench("both", 8, training=True, device="cpu")
+    bench = models.ModelBench("both", 3, training=True, device="cpu")
     for who in ("eager", "ours"):
         found = steps.milliseconds(bench, Contender(who, "contiguous"), 1)
         assert all(found[kind] > 0 for kind in steps.KINDS)
