@@ -17,11 +17,11 @@ namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// f(stream, begin, end) over stretches of a tensor of numel elements of type T; all begin at whole vectors.
+// f(stream, begin, end) over stretches of a result of numel elements; all begin at whole vectors.
 template <typename T, typename F>
-void over_stretches(int64_t numel, const F& f) {
+void over_stretches(const T* out, int64_t numel, const F& f) {
   constexpr int64_t kStretchLength = 1024;
-  const bool stream = beyond_cache(numel * sizeof(T));
+  const bool stream = beyond_cache(out, numel * sizeof(T));
   const auto stretches = [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(numel, end * kStretchLength);
     f(stream, begin * kStretchLength, last);
@@ -38,7 +38,7 @@ template <typename T>
 void forward(const T* x, const T* residual, T* y, BitWriter mask, int64_t numel) {
   using V = Vec<T>;
   constexpr int64_t L = V::size(), ahead = kAhead / static_cast<int64_t>(sizeof(T));
-  over_stretches<T>(numel, [&](bool stream, int64_t i, int64_t end) {
+  over_stretches(y, numel, [&](bool stream, int64_t i, int64_t end) {
     const V bound(rounds_to_zero<T>());
     for (; i + L <= end; i += L) {
       if (stream) __builtin_prefetch(x + i + ahead, 0, 2), __builtin_prefetch(residual + i + ahead, 0, 2);
@@ -57,7 +57,7 @@ void forward(const T* x, const T* residual, T* y, BitWriter mask, int64_t numel)
 template <typename T>
 void backward(const T* dy, T* dx, BitReader mask, int64_t numel) {
   constexpr int64_t L = kLanes<T>, ahead = kAhead / static_cast<int64_t>(sizeof(T));
-  over_stretches<T>(numel, [&](bool stream, int64_t i, int64_t end) {
+  over_stretches(dx, numel, [&](bool stream, int64_t i, int64_t end) {
     for (; i + L <= end; i += L) {
       if (stream) __builtin_prefetch(dy + i + ahead, 0, 2);
       vput(dx + i, zero_unless(vload(dy + i), mask.from(i)), stream);

@@ -140,7 +140,7 @@ void forward(const Image<const T>& x, const T* weight, const T* bias, const Imag
   const Blocks blocks(g, narrow_planes<T>(x.channels_last));
   const int64_t count = blocks.count(), copies = g.copies(), pixel = copies * kPlane;
   const int64_t cols = (g.OW - 1) * g.stride + g.kw;
-  const bool stream = beyond_cache(g.N * g.C * g.OH * g.OW * sizeof(T));
+  const bool stream = beyond_cache(y.data, g.N * g.C * g.OH * g.OW * sizeof(T));
   const int64_t tiles = count_tiles(g.OH, blocks.planes * (g.stride * cols * pixel + g.OW * kPlane) * 4, g.N * count, g.kh);
   // Weights and, behind them, the bias of a block, one value a lane of its planes.
   const int64_t block_floats = blocks.weights() + blocks.planes * kPlane + kPlane;
@@ -208,7 +208,7 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
   const Blocks blocks(g, narrow_planes<T>(x.channels_last));
   const bool dx = grads.dx.data != nullptr, dweight = grads.dweight.defined(), dbias = grads.dbias.defined();
   const int64_t count = blocks.count(), copies = g.copies(), pixel = copies * kPlane, s = g.stride, L = g.lanes();
-  const bool stream = beyond_cache(g.N * g.C * g.H * g.W * sizeof(T));
+  const bool stream = beyond_cache(grads.dx.data, g.N * g.C * g.H * g.W * sizeof(T));
   // Columns of dy that a tile holds: those that dx needs, and all for dweight.
   const int64_t dy_col = std::min<int64_t>(g.pw / s - divup(g.kw, s) + 1, 0);
   const int64_t dy_cols = std::max((g.W - 1 + g.pw) / s + 1, g.OW) - dy_col, x_cols = (g.OW - 1) * s + g.kw;

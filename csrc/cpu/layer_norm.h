@@ -71,11 +71,11 @@ void store_gradient(const Tensor& gradient, int64_t begin, int64_t end, const Va
 }
 
 // Whether a result, of which whole vectors begin every `length` elements, is written past the caches: where the four
-// tensors of a training step do not fit into the last of them.
+// tensors of a training step do not fit into the last of them, and its own memory has been in use.
 template <typename T>
 bool streams(const T* out, int64_t numel, int64_t length) {
   return 4 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes() && length % kLanes<T> == 0 &&
-         short_of_alignment(out) == 0;
+         short_of_alignment(out) == 0 && is_mapped(out + numel / 2);
 }
 
 // Into how many pieces `units` of work are cut over which gradients of parameters are summed: a power of two that

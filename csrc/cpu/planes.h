@@ -65,7 +65,7 @@ void map_span(const Policy& policy, const Planes& s, int64_t begin, int64_t end,
     // Without a branch that depends on where planes begin: such branches cannot be foreseen.
     for (; i + L <= end; i += L) {
       if (ahead != 0) policy.prefetch(i + ahead);
-      const int64_t next = c + 1 == s.C ? 0 : c + 1;
+      const int64_t next = i + L == end ? c : c + 1 == s.C ? 0 : c + 1;  // behind `end` constants may be another thread's
       policy.map(K::joined(K::broadcast(policy, c), K::broadcast(policy, next), std::min(left, L)), i, stream);
       left -= L;
       const bool over = left <= 0;
@@ -203,8 +203,9 @@ struct PlaneSweepsOf final : SweepsOf<Policy, PlaneSweeps<compute_t<typename Pol
 template <typename S>
 void map_planes(PlaneSweeps<S>& sweeps, int64_t ahead, bool stream) {
   const Planes s = sweeps.s;
-  sweeps.prepare(0, s.C);
+  if (s.N > 1) sweeps.prepare(0, s.C);
   const auto planes = [&](int64_t begin, int64_t end) {
+    if (s.N == 1) sweeps.prepare(begin, end);  // planes are channels; on few elements these take a good part of the time
     sweeps.map(begin * s.HW, end * s.HW, ahead, stream);
     stream_fence();
   };
@@ -219,7 +220,7 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S>& sweeps) {
   const Planes s = sweeps.s;
   const int64_t threads = s.numel() < kSerial ? 1 : at::get_num_threads();
   const PlaneCut cut(s, sweeps.element_bytes, threads);
-  const bool stream = beyond_cache(s.numel() * sweeps.element_bytes);
+  const bool stream = beyond_cache(sweeps.output, s.numel() * sweeps.element_bytes);
   const int64_t far = kAhead / sweeps.element_bytes;
   if (!sweeps.reduces) return map_planes(sweeps, far, stream);
   const auto end_of = [&](int64_t block) { return std::min(s.C, (block + 1) * cut.block); };

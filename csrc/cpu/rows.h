@@ -74,7 +74,6 @@ void map_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, b
 template <typename S>
 struct RowSweeps : Sweeps {
   Rows s;
-  const void* output;
   virtual void resize(int64_t width) = 0;
   virtual void replicate() = 0;
   virtual void reduce(int64_t width, int64_t begin, int64_t end, double* sums, S* acc) const = 0;
@@ -111,7 +110,7 @@ C10_NOINLINE void sweep_rows(RowSweeps<S>& sweeps) {
   const int64_t pieces = std::clamp<int64_t>(numel / kSerial, 1, 64);
   const int64_t piece = std::max<int64_t>(divup(divup(numel, width), pieces), 1) * width;
   const int64_t units = std::max<int64_t>(divup(numel, piece), 1);
-  const bool stream = beyond_cache(numel * sweeps.element_bytes) && width % L == 0 &&
+  const bool stream = beyond_cache(sweeps.output, numel * sweeps.element_bytes) && width % L == 0 &&
                       reinterpret_cast<uintptr_t>(sweeps.output) % (L * sweeps.element_bytes) == 0;
   const auto parallel = [&](int64_t n, const auto& f) {
     if (numel < kSerial || n == 1)
@@ -157,7 +156,7 @@ C10_NOINLINE void sweep_rows(RowSweeps<S>& sweeps) {
 template <typename Policy>
 void run_rows(Policy& policy, const Rows& s) {
   RowSweepsOf<Policy> sweeps(policy);
-  sweeps.s = s, sweeps.output = policy.output();
+  sweeps.s = s;
   sweep_rows<compute_t<typename Policy::Scalar>>(sweeps);
 }
 

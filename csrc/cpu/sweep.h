@@ -24,6 +24,11 @@
 #include <fstream>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/vec.h"
 
 namespace cnnkern {
@@ -63,9 +68,24 @@ inline int64_t last_level_cache_bytes() {
   return bytes;
 }
 
-// Whether a tensor is written past the caches: faster where nothing is in cache yet, as when an operator follows others
-// on other tensors, while a small result is found in cache by who reads it next.
-inline bool beyond_cache(int64_t bytes) { return 16 * bytes > last_level_cache_bytes(); }
+// Whether the page at p has been written to since the system gave it out. Its first touch makes the system clear it, by way
+// of the caches, where it is then at once.
+inline bool is_mapped(const void* p) {
+#ifdef __linux__
+  static const uintptr_t page = sysconf(_SC_PAGESIZE);
+  unsigned char resident = 1;
+  void* const begin = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(p) / page * page);
+  return mincore(begin, 1, &resident) != 0 || (resident & 1) != 0;
+#else
+  return true;
+#endif
+}
+
+// Whether a result of so many bytes is written past the caches: faster where nothing is in cache yet, as when an operator
+// follows others on other tensors, while a small result is found in cache by who reads it next.
+inline bool beyond_cache(const void* out, int64_t bytes) {
+  return 16 * bytes > last_level_cache_bytes() && is_mapped(static_cast<const char*>(out) + bytes / 2);
+}
 
 struct Planes {  // contiguous: (N, C, HW)
   int64_t N, C, HW;
@@ -156,6 +176,7 @@ struct Layout {
 struct Sweeps {
   int64_t element_bytes;
   bool reduces, maps;
+  const void* output;
   virtual void prepare(int64_t begin, int64_t end) = 0;
   virtual void finish(int64_t begin, int64_t end, const double* sums) = 0;  // sums: (end - begin, 2)
 
@@ -169,7 +190,7 @@ struct SweepsOf : Interface {
   Policy& policy;
   explicit SweepsOf(Policy& policy) : policy(policy) {
     this->element_bytes = sizeof(typename Policy::Scalar);
-    this->reduces = policy.reduces(), this->maps = policy.maps();
+    this->reduces = policy.reduces(), this->maps = policy.maps(), this->output = policy.output();
   }
   void prepare(int64_t begin, int64_t end) override {
     for (int64_t c = begin; c < end; ++c) policy.prepare(c);
