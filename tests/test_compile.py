@@ -134,6 +134,36 @@ def test_inductor_trains_and_infers():
         torch.testing.assert_close(compiled(x), twin(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_who_computes_batch_norms_in_a_compiled_graph(training):
+    """Ours where gradients are recorded or statistics taken; else they are left to Inductor (ops/compiled.py)."""
+    called = set()
+
+    def backend(graph, inputs):
+        called.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    model = small().train(training)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x = images(4)[..., :12, :12]
+    ours = {f"cnnkern.{name}.default" for name in ("bn_act", "bn_add_act", "add_relu")}
+    with torch.no_grad():
+        compiled(x)
+    assert called & ours == ({"cnnkern.bn_act.default", "cnnkern.bn_add_act.default"} if training else set())
+    assert {"cnnkern.grouped_conv2d.default", "cnnkern.layer_norm.default"} <= called
+    compiled(x)
+    assert ours <= called
+
+
+def test_errors_are_ours_in_a_compiled_graph_too():
+    x, vector = torch.randn(2, 3, 4, 4), torch.ones(3)
+    compiled = torch.compile(cnnkern.functional.batch_norm_add_act, backend="eager")
+    with torch.no_grad():
+        for residual, act in ((x, "silu"), (x[:1], "relu")):
+            with pytest.raises(Exception, match="cnnkern::bn_add_act"):
+                compiled(x, residual, vector, vector, act=act)
+
+
 def test_export_save_and_load():
     model = converted("resnet18").eval()
     x = images(2)

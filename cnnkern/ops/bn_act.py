@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from cnnkern import reference
 from cnnkern.ops import fake
+from cnnkern.ops.compiled import left_to_inductor
 
 _bn_act = torch.ops.cnnkern.bn_act.default
 
@@ -36,6 +38,8 @@ def batch_norm_act(
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167).
     """
+    if not training and act in reference.ACTIVATIONS and left_to_inductor():
+        return reference.batch_norm_act(input, running_mean, running_var, weight, bias, False, momentum, eps, act)
     return _bn_act(input, weight, bias, running_mean, running_var, training, momentum, eps, act)[0]
 
 
@@ -50,7 +54,7 @@ def batch_norm_relu(
     eps: float = 1e-5,
 ) -> Tensor:
     """Batch normalisation, then ReLU: :func:`batch_norm_act` with ``act="relu"``."""
-    return _bn_act(input, weight, bias, running_mean, running_var, training, momentum, eps, "relu")[0]
+    return batch_norm_act(input, running_mean, running_var, weight, bias, training, momentum, eps, "relu")
 
 
 @torch.library.register_fake("cnnkern::bn_act")

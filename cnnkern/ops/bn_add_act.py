@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from cnnkern import reference
 from cnnkern.ops import fake
+from cnnkern.ops.compiled import left_to_inductor
 
 _bn_add_act = torch.ops.cnnkern.bn_add_act.default
 
@@ -36,6 +38,9 @@ def batch_norm_add_act(
 
     Source: He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385), figure 2.
     """
+    if not training and act in ("none", "relu") and input.shape == residual.shape and left_to_inductor():
+        vectors = (running_mean, running_var, weight, bias)
+        return reference.batch_norm_add_act(input, residual, *vectors, False, momentum, eps, act)
     return _bn_add_act(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, act)[0]
 
 
@@ -51,7 +56,8 @@ def batch_norm_add_relu(
     eps: float = 1e-5,
 ) -> Tensor:
     """Batch normalisation, plus a residual, then ReLU: :func:`batch_norm_add_act` with ``act="relu"``."""
-    return _bn_add_act(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, "relu")[0]
+    vectors = (running_mean, running_var, weight, bias)
+    return batch_norm_add_act(input, residual, *vectors, training, momentum, eps, "relu")
 
 
 @torch.library.register_fake("cnnkern::bn_add_act")
