@@ -36,7 +36,9 @@ class Launch(NamedTuple):
 
     @property
     def jit(self):
-        return getattr(self.function, "kernel", self.function)  # of a Tunable
+        from cnnkern.triton_kernels.tuning import Tunable
+
+        return self.function.kernel if isinstance(self.function, Tunable) else self.function
 
 
 def of_batch_norms(rows: bool) -> dict[str, Launch]:
