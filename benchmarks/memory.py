@@ -19,10 +19,9 @@ def peak_bytes(step: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
-    kineto = (
-        profile.profiler.kineto_results
-    )  # the public summary adds up an operator's allocations and loses their order
-    changes = sorted((e.start_ns(), e.nbytes()) for e in kineto.events() if e.name() == "[memory]")
+    # The public summary adds up an operator's allocations and loses their order.
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = most = 0
     for _, change in changes:
         held += change

@@ -1,5 +1,5 @@
 // Puts the kernels of csrc/cuda on the CUDA key, where they are built. (Not at the foot of their own files: nvcc would
-// take nine seconds more for each.)
+// take seconds longer for each.)
 #include <torch/library.h>
 
 #include "kernels.h"

@@ -18,7 +18,7 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
 
     Raises RuntimeError for shapes, dtypes or devices that differ: nothing is broadcast or promoted.
     """
-    if input.shape == other.shape and left_to_inductor():
+    if left_to_inductor(input, other):
         return reference.add_relu(input, other)
     return _add_relu(input, other)[0]
 
