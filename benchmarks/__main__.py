@@ -59,6 +59,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile-seconds", type=float, default=60.0, metavar="N", help="of those, for torch.compile (default 60)"
     )
+    parser.add_argument(
+        "--compile-shapes", default="one", choices=("one", "all"), help="of a network, that operators are compiled for"
+    )
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="what is faster or slower than in that run")
     arguments = parser.parse_args(argv)
     arguments.before = []
@@ -83,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         *(arguments.quick, arguments.filter, arguments.device, arguments.backend),
         *(arguments.threads, arguments.dtype, arguments.networks),
         compile_seconds=arguments.compile_seconds,
+        compile_shapes=arguments.compile_shapes,
     )
     seconds = arguments.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS)
     settings = [setting for setting in machine.malloc_settings(options.device) if make_plan(options, setting)]

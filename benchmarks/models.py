@@ -21,6 +21,7 @@ from cnnkern.conversion.layers import exchange, exchanged_alone
 BATCH_SIZES = {"resnet18": 8, "vgg11_bn": 4}
 # With --networks all: a model, and the seconds that one image of a training step takes here.
 LARGE = {
+    "resnet18": 0.15,
     "resnet50": 0.3,
     "resnext50_32x4d": 0.45,
     "densenet121": 0.4,
@@ -30,13 +31,15 @@ LARGE = {
     "convnext_tiny": 0.45,
 }
 LARGE_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
+TRAINED_TWICE = {"resnet50": 16, "densenet121": 16}  # at this batch size as well
 LARGE_INFERENCE = (1, 16)  # batch sizes
 SIZE = 224
-# Contenders: the converted model compiled; the model with its grouped convolutions exchanged, and nothing else; the
-# model folded for inference.
+# Contenders: the converted model compiled; the model with its grouped convolutions exchanged, and nothing else, as it is
+# and compiled; the model folded for inference.
 CONVERTED_AND_COMPILED = "torch.compile, converted"
-COMPILED = frozenset({"torch.compile", CONVERTED_AND_COMPILED})
 GROUPED_ALONE, FOLDED = "GroupedConv2d alone", "cnnkern.fold"
+GROUPED_AND_COMPILED = "torch.compile, GroupedConv2d alone"
+COMPILED = frozenset({"torch.compile", CONVERTED_AND_COMPILED, GROUPED_AND_COMPILED})
 WITH_GROUPS = ("resnext50_32x4d", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "convnext_tiny")
 CHECKED, SMALL = 2, 64  # images that are compared, and the side of the patches that gradients are compared on
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each colour
@@ -50,16 +53,18 @@ def groups(options: Options) -> list[Group]:
     )
     if options.device == "cuda":
         batch_sizes = dict.fromkeys(batch_sizes, GPU_BATCH_SIZE)
-    more = ("torch.compile", CONVERTED_AND_COMPILED, GROUPED_ALONE, FOLDED) if everything else ()
 
     def contenders(name: str, mode: str) -> list[str]:
-        left_out = {GROUPED_ALONE} if mode == "inference" or name not in WITH_GROUPS else set()
-        left_out |= {FOLDED} if mode == "training" else set()
-        return [c for c in ("eager", "ours", *more) if c not in left_out]
+        if not everything:
+            return ["eager", "ours"]
+        groups = [GROUPED_ALONE, GROUPED_AND_COMPILED] if name in WITH_GROUPS else []
+        more = groups if mode == "training" else [FOLDED]
+        return ["eager", "ours", "torch.compile", CONVERTED_AND_COMPILED, *more]
 
-    def runs(batch: int) -> list[tuple[str, int]]:
+    def runs(name: str, batch: int) -> list[tuple[str, int]]:
+        twice = [("training", TRAINED_TWICE[name])] if batch == LARGE_BATCH_SIZE and name in TRAINED_TWICE else []
         sizes = LARGE_INFERENCE if everything else (batch,)
-        return [("training", batch), *(("inference", size) for size in sizes)]
+        return [("training", batch), *twice, *(("inference", size) for size in sizes)]
 
     return [
         Group(
@@ -71,7 +76,7 @@ def groups(options: Options) -> list[Group]:
             api="module",
             contenders=tuple(Contender(c, layout) for c in contenders(name, mode)),
             open=lambda name=name, batch=batch, mode=mode: ModelBench(name, batch, mode == "training", options.device),
-            weight=weight(name, batch, mode, 2 + len(more)),
+            weight=weight(name, batch, mode, len(contenders(name, mode))),
             compiled=COMPILED,
             peaks=True,
             min_rounds=3,
@@ -79,7 +84,7 @@ def groups(options: Options) -> list[Group]:
         )
         for name, size in batch_sizes.items()
         for layout in LAYOUTS[: 1 if options.quick else 2]
-        for mode, batch in runs(size)
+        for mode, batch in runs(name, size)
     ]
 
 
@@ -162,7 +167,7 @@ class ModelBench:
 
     def model(self, contender: Contender) -> nn.Module:
         model = copy.deepcopy(self.base)
-        if contender.name == GROUPED_ALONE:
+        if contender.name in (GROUPED_ALONE, GROUPED_AND_COMPILED):
             return with_grouped_convolutions(model)
         if contender.name == FOLDED:
             return cnnkern.fold(model)

@@ -19,8 +19,8 @@ from cnnkern.testing import Case, Layer
 
 
 def groups(options: Options, compiled: bool) -> list[Group]:
-    """Training and inference of every case on every shape; torch.compile, if at all, on one shape a network, of the
-    reference and of each other form of it that the case names.
+    """Training and inference of every case on every shape; torch.compile, if at all, on one shape a network, or on all
+    with --compile-shapes all, of the reference and of each other form of it that the case names.
 
     Cases take turns, so that a run which has no time for everything has times for each.
     """
@@ -35,7 +35,8 @@ def groups(options: Options, compiled: bool) -> list[Group]:
             for layer in layers:
                 drawn = Drawn(case, layer, getattr(torch, options.dtype), variant, options.device)
                 for mode in ("training", "inference"):
-                    with_compile = compiled and not options.quick and layer == middle and variant == case.bench_variant
+                    with_compile = compiled and not options.quick and variant == case.bench_variant
+                    with_compile &= layer == middle or options.compile_shapes == "all"
                     column.append(_group(network, mode, drawn, with_compile))
             columns.append(column)
     longest = max(map(len, columns), default=0)

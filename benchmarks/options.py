@@ -18,6 +18,7 @@ class Options:
     networks: str = "resnet50"  # whose shapes: this one's, or "all"
     seconds: float = 150.0  # for all groups of one worker; groups that find them spent are reported as not timed
     compile_seconds: float = 60.0  # of those, for torch.compile
+    compile_shapes: str = "one"  # of the operators': one of a network, or "all"
     # Contenders whose results this run has checked already, on the same inputs under the other malloc setting.
     verified: tuple[str, ...] = ()
 

@@ -25,6 +25,7 @@ from benchmarks import (
     bandwidth,
     judge,
     machine,
+    onednn,
     operators,
     overhead,
     passes,
@@ -191,6 +192,8 @@ def test_plan_has_both_layouts_and_both_modes(tiny_case):
     assert (training.bytes_read, training.bytes_written) == (3 * 210 * 4, 2 * 210 * 4)
     with_compile = {g.shape for g in plan if Contender("torch.compile", "contiguous") in g.contenders}
     assert with_compile == {"2x8x4x4"}
+    plan = operators.groups(Options(compile_shapes="all"), compiled=True)
+    assert all(Contender("torch.compile", "contiguous") in g.contenders for g in plan)
     quick = operators.groups(Options(quick=True), compiled=True)
     assert not any(c.name == "torch.compile" for g in quick for c in g.contenders)
 
@@ -484,3 +487,24 @@ def test_passes_print_a_row_a_layer_and_the_lost_ones(monkeypatch, capsys):
     assert "| depthwise 3x3 | contiguous | 1 | 2.00x | 2.00x |" in out
     assert "dx: 0.50x" in out
     assert "2.00, 1.00, 2.00x" in out
+
+
+def test_onednn_tells_what_it_chose(monkeypatch, capfd):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch was built without oneDNN")
+    layer = testing.CASES["grouped_conv2d"].bench_layers["mobilenet_v2"][0]
+    monkeypatch.setattr(onednn, "layers", lambda batch: [Layer((batch, 8, 20, 20), layer.arguments)])
+    assert onednn.main(["--batch", "2", "--threads", str(torch.get_num_threads())]) == 0
+    _, _, *lines = capfd.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[1:3] for row in rows] == [[a, b] for a in ("channels_last", "contiguous") for b in onednn.PASSES]
+    assert all(row[0] == "depthwise 3x3" and row[3].endswith(" (1)") for row in rows)
+
+
+def test_an_account_of_onednn_adds_up():
+    line = "onednn_verbose,v1,primitive,exec,cpu,{},{},forward,a:b,attr-x:y,,16x8x4x4,{}"
+    account = onednn.Account()
+    account.add("\n".join([line.format("reorder", "jit:uni", 1.5), line.format("convolution", "jit:avx512_core", 2.0)]))
+    account.add(line.format("convolution", "jit:avx512_core", 0.5))
+    account.add("onednn_verbose,v1,info,cpu,runtime:OpenMP,nthr:2")
+    assert account == onednn.Account({"jit:avx512_core": 2, "not oneDNN": 1}, 2.5, 1.5)

@@ -161,7 +161,6 @@ def test_the_emulator_answers_and_stands_aside():
         ({"kernel": (4, 9), "padding": (0, 5), "stride": 2}, True, True),
         ({"width": 8}, True, False),
         ({"width": 2, "stride": 2}, True, False),
-        ({"width": 24}, False, False),
         ({"width": 4, "kernel": 5, "padding": 2}, False, False),
         ({"width": 4, "dilation": 2, "padding": 2}, False, False),
         ({"multiplier": 2}, False, False),
@@ -184,7 +183,7 @@ def test_who_answers_for_a_grouped_convolution(variant, planes, rows, layout, dt
                 operator(*given)
 
 
-@pytest.mark.parametrize(("width", "types"), [(8, 3), (12, 1), (16, 1), (24, 0)])  # of float32, bfloat16 and float16
+@pytest.mark.parametrize(("width", "types"), [(8, 3), (12, 1), (32, 1), (33, 0)])  # of float32, bfloat16 and float16
 def test_how_wide_groups_may_be_for_our_kernels_in_contiguous_layout(width, types, generator, monkeypatch):
     case = CASES["grouped_conv2d"]
     ours = 0
@@ -202,7 +201,7 @@ def test_how_wide_groups_may_be_for_our_kernels_in_contiguous_layout(width, type
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(("width", "kernel"), [(1, 3), (1, 5), (1, 7), (3, 3), (8, 3), (16, 3)])
+@pytest.mark.parametrize(("width", "kernel"), [(1, 3), (1, 5), (1, 7), (3, 3), (8, 3), (18, 3)])
 def test_convolutions_of_any_padding_and_stride(width, kernel, layout, generator):
     case = CASES["grouped_conv2d"]
     for stride, padding in itertools.product((1, 2), ((0, 1), (kernel // 2, kernel - 1), (kernel, 2 * kernel + 1))):
@@ -214,7 +213,7 @@ def test_convolutions_of_any_padding_and_stride(width, kernel, layout, generator
             testing.check(case, inputs, dy)
 
 
-@pytest.mark.parametrize("width", [1, 8, 16])
+@pytest.mark.parametrize("width", [1, 8, 32])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradients_of_a_convolution_do_not_depend_on_dy_s_layout(layout, width, generator):
     case = CASES["grouped_conv2d"]

@@ -17,8 +17,8 @@ namespace {
 
 using gpu::ConvGeometry;
 
-constexpr int64_t kWidest = 32;   // channels a group
-constexpr int64_t kLongest = 31;  // rows or columns of a kernel
+constexpr int64_t kWidest = gpu::kMostWide;  // channels a group
+constexpr int64_t kLongest = 31;             // rows or columns of a kernel
 
 // What the kernels can do. ATen answers for everything else, errors included.
 bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -45,9 +45,9 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
 
 // The rule of dispatch among what is covered. Measured on an H100 (docs/results.md): depthwise kernels of 3x3 and 5x5 are ahead
 // of eager but in inference in channels_last, where the two are close; cuDNN does wider groups well in channels_last and loses
-// time in contiguous layout, which it converts: it did groups of 16 at 13 TFLOP/s there. Guessed: that ours, which need half the
-// 67 TFLOP/s of its fp32 units to be ahead twice, are ahead up to 16 channels, in 16 bits, where tensor cores do twice as
-// much, up to 8; and in all other depthwise convolutions.
+// time in contiguous layout, which it converts: it did groups of 16 at 13 TFLOP/s there, and in the same time would do groups of 32
+// at 26. Guessed: that ours do half of the 67 TFLOP/s of its fp32 units, and so are ahead of both; that in 16 bits, where tensor cores
+// do twice as much and half the bytes are converted, this ends at 8 channels; and that ours are ahead in all other depthwise convolutions.
 bool left_to_library(const ConvGeometry& g, at::ScalarType type) {
   if (type == at::kDouble || (g.inputs() == 1 && g.outputs() == 1)) return false;
   return !gpu::grouped_planes_take(g) || (type != at::kFloat && g.inputs() > 8);

@@ -12,7 +12,7 @@ constexpr int kGroupRun = kStride == 1 ? kRun : 4;
 
 constexpr int kQuad = 4;      // output channels of a thread
 constexpr int kSquare = 9;    // taps of a kernel of 3x3
-constexpr int kMostWide = 16;  // channels of a group
+constexpr int kMostWide = 32;  // channels of a group
 
 // What the kernels below compute.
 inline bool grouped_planes_take(const ConvGeometry& g) {
