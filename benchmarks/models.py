@@ -34,7 +34,7 @@ LARGE_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
 TRAINED_TWICE = {"resnet50": 16, "densenet121": 16}  # at this batch size as well
 LARGE_INFERENCE = (1, 16)  # batch sizes
 SIZE = 224
-# Contenders: the converted model compiled; the model with its grouped convolutions exchanged, and nothing else, as it is
+# Contenders: the converted model compiled; the model with its grouped convolutions exchanged and nothing else, as it is
 # and compiled; the model folded for inference.
 CONVERTED_AND_COMPILED = "torch.compile, converted"
 GROUPED_ALONE, FOLDED = "GroupedConv2d alone", "cnnkern.fold"

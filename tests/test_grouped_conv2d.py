@@ -67,21 +67,29 @@ def test_input_weight_and_gradient_each_in_any_layout(generator):
             assert ours.stride() == eager.stride()
 
 
-# (shape, how it differs from depthwise 3x3, layout) -> who answers: forward, dx with or without dweight, dweight alone
+# (shape, how it differs from depthwise 3x3, layout) -> who answers: forward, dx, dweight, dx with dweight
 OURS, LIBRARY = "ours", "library"
+ALL_OURS, ALL_LIBRARY = (OURS,) * 4, (LIBRARY,) * 4
 RULE = [
-    ((2, 64, 7, 7), {}, "channels_last", (LIBRARY, OURS, LIBRARY)),
-    ((2, 64, 7, 7), {}, "contiguous", (OURS, OURS, OURS)),
-    ((2, 64, 7, 8), {}, "channels_last", (OURS, OURS, OURS)),
-    ((2, 64, 14, 14), {"stride": 2}, "channels_last", (LIBRARY, OURS, LIBRARY)),
-    ((2, 64, 7, 7), {"kernel": 5, "padding": 2}, "channels_last", (OURS, OURS, OURS)),
-    ((2, 64, 7, 7), {"width": 8}, "channels_last", (OURS, OURS, OURS)),
-    ((2, 64, 7, 7), {"width": 16}, "channels_last", (LIBRARY, OURS, LIBRARY)),
-    ((2, 64, 7, 7), {"width": 16}, "contiguous", (OURS, OURS, OURS)),
-    ((2, 64, 7, 7), {"width": 32}, "channels_last", (OURS, OURS, OURS)),
-    ((1, 64, 7, 7), {"width": 32}, "channels_last", (LIBRARY, LIBRARY, LIBRARY)),
-    ((1, 64, 14, 14), {"width": 32}, "channels_last", (OURS, OURS, OURS)),
-    ((1, 64, 7, 7), {"width": 32}, "contiguous", (OURS, OURS, OURS)),
+    ((2, 64, 7, 7), {}, "channels_last", (OURS, OURS, LIBRARY, OURS)),
+    ((2, 64, 7, 7), {}, "contiguous", ALL_OURS),
+    ((2, 64, 7, 8), {}, "channels_last", ALL_OURS),
+    ((2, 64, 14, 14), {"stride": 2}, "channels_last", (OURS, OURS, LIBRARY, OURS)),
+    ((2, 64, 7, 7), {"kernel": 5, "padding": 2}, "channels_last", ALL_OURS),
+    ((2, 64, 7, 7), {"width": 8}, "channels_last", ALL_OURS),
+    ((1, 64, 16, 16), {"width": 8}, "channels_last", ALL_OURS),
+    ((1, 64, 16, 16), {"width": 8, "stride": 2}, "channels_last", (OURS, LIBRARY, OURS, OURS)),
+    ((2, 64, 16, 16), {"width": 8, "stride": 2}, "channels_last", ALL_OURS),
+    ((2, 64, 7, 7), {"width": 16}, "channels_last", ALL_LIBRARY),
+    ((2, 64, 7, 8), {"width": 16}, "channels_last", ALL_OURS),
+    ((2, 64, 14, 14), {"width": 16, "stride": 2}, "channels_last", (LIBRARY, OURS, LIBRARY, OURS)),
+    ((1, 64, 14, 14), {"width": 16}, "channels_last", (OURS, LIBRARY, OURS, OURS)),
+    ((1, 64, 7, 7), {"width": 16}, "contiguous", ALL_OURS),
+    ((2, 64, 7, 7), {"width": 32}, "channels_last", ALL_OURS),
+    ((1, 64, 7, 7), {"width": 32}, "channels_last", ALL_LIBRARY),
+    ((1, 64, 14, 14), {"width": 32}, "channels_last", ALL_OURS),
+    ((1, 64, 7, 7), {"width": 32}, "contiguous", (OURS, LIBRARY, LIBRARY, LIBRARY)),
+    ((1, 64, 14, 14), {"width": 32, "stride": 2}, "contiguous", (OURS, OURS, LIBRARY, OURS)),
 ]
 
 
@@ -98,13 +106,23 @@ def test_the_rule_of_dispatch(shape, settings, layout, answers, generator):
     inputs["input"] = testing.with_layout(inputs["input"], layout)
     forward, arguments = CASE.forward_call(inputs)
     backward, given = CASE.backward_call(inputs, testing.with_layout(forward(*arguments), layout))
-    passes = {which: (*given[:-1], [*which, False]) for which in itertools.product((False, True), repeat=2)}
-    assert who_answers(forward, *arguments) == answers[0]
-    assert who_answers(backward, *passes[True, True]) == who_answers(backward, *passes[True, False]) == answers[1]
-    assert who_answers(backward, *passes[False, True]) == answers[2]
+    masks = ((True, False), (False, True), (True, True))
+    gradients = [who_answers(backward, *given[:-1], [*mask, False]) for mask in masks]
+    assert (who_answers(forward, *arguments), *gradients) == answers
     wide = {n: v.bfloat16() if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
     forward, arguments = CASE.forward_call(wide)
     assert who_answers(forward, *arguments) == OURS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 17, 1, 1), (3, 200, 2, 3), (1, 400, 9, 33), (2, 32, 40, 2)], ids=str)
+def test_depthwise_in_place(shape, dtype, generator):
+    """Channels that are no multiple of a vector or a piece, rows shorter than a kernel, runs of every length."""
+    for stride, padding in itertools.product((1, 2), ((1, 1), (1, 4), (3, 2))):
+        inputs, dy = arguments(shape, generator, dtype, stride=stride, padding=padding)
+        for name in ("input", "weight"):
+            inputs[name] = testing.with_layout(inputs[name], "channels_last")
+        testing.check(CASE, inputs, testing.with_layout(dy, "channels_last"))
 
 
 def test_dense_convolution_is_pytorch_s(generator):

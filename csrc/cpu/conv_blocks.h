@@ -2,9 +2,13 @@
 // order in which a block's weights are read.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <numeric>
+#include <vector>
 
 #include "cpu/conv_kernels.h"
 #include "cpu/sweep.h"
@@ -22,6 +26,12 @@ struct Geometry {  // of a convolution with as many output as input channels, di
   int64_t copies() const { return narrow() ? width : 1; }
   // Lanes of a vector of the wide kernels: as few as waste none.
   int64_t lanes() const { return narrow() || width % kPlane == 0 ? kPlane : 8; }
+};
+
+template <typename T>
+struct Gradients {
+  Image<T> dx;                // data null where it is not wanted
+  at::Tensor dweight, dbias;  // undefined where they are not wanted
 };
 
 // Blocks of channels that are worked on together: some planes of the narrow family; in the wide one a group, or as
@@ -81,37 +91,46 @@ struct Residue {
   }
 };
 
+// Where each tap stands in the order of pack_weights.
+inline std::vector<int64_t> places_of_taps(const Geometry& g, bool of_input) {
+  std::vector<int64_t> place(g.taps());
+  std::iota(place.begin(), place.end(), int64_t{0});
+  if (!of_input) return place;
+  int64_t at = 0;
+  for (int64_t my = 0; my < g.stride; ++my)
+    for (int64_t mx = 0; mx < g.stride; ++mx) {
+      const Residue rows(my, g.stride, g.kh), columns(mx, g.stride, g.kw);
+      for (int64_t a = 0; a < rows.count; ++a)
+        for (int64_t b = 0; b < columns.count; ++b) place[rows.tap(a) * g.kw + columns.tap(b)] = at++;
+    }
+  return place;
+}
+
 // A block's weights in the order in which narrow_sums and wide_sums read them: parts of (taps, width, lanes). With
 // `of_input` for the gradient of the input: parts of residues of (their taps, width, lanes).
 template <typename T>
 void pack_weights(const T* weight, const Blocks& blocks, int64_t block, bool of_input, float* out) {
   const Geometry& g = blocks.g;
-  const int64_t L = g.lanes();
-  for (int64_t part = 0; part < blocks.parts(); ++part) {
-    int64_t lane[kPlane];  // where each lane's channel begins, -1 where there is none
-    const int64_t first = block * blocks.channels + blocks.lane(part);
-    const int64_t last = blocks.end_of_part(first);
-    int64_t step = 0;  // from a group's channel to the next
-    for (int64_t j = 0; j < L; ++j) {
-      lane[j] = first + j < last ? weight_offset(g, first + j, 0, of_input) : -1;
-      if (first + j < last) step = weight_offset(g, first + j, 1, of_input) - lane[j];
-    }
-    const auto tap = [&](int64_t ky, int64_t kx) {
-      for (int64_t i = 0; i < g.width; ++i, out += L)
-        for (int64_t j = 0; j < L; ++j)
-          out[j] = lane[j] < 0 ? 0.0f : static_cast<float>(weight[lane[j] + i * step + ky * g.kw + kx]);
-    };
-    if (!of_input) {
-      for (int64_t ky = 0; ky < g.kh; ++ky)
-        for (int64_t kx = 0; kx < g.kw; ++kx) tap(ky, kx);
-      continue;
-    }
-    for (int64_t my = 0; my < g.stride; ++my)
-      for (int64_t mx = 0; mx < g.stride; ++mx) {
-        const Residue rows(my, g.stride, g.kh), columns(mx, g.stride, g.kw);
-        for (int64_t a = 0; a < rows.count; ++a)
-          for (int64_t b = 0; b < columns.count; ++b) tap(rows.tap(a), columns.tap(b));
+  const int64_t L = g.lanes(), taps = g.taps();
+  const auto place = places_of_taps(g, of_input);
+  for (int64_t part = 0; part < blocks.parts(); ++part, out += blocks.part_weights()) {
+    const int64_t first = block * blocks.channels + blocks.lane(part), valid = std::min(L, blocks.end_of_part(first) - first);
+    // A lane's taps follow one another in memory, and in the forward pass all channels' of its group: squares of them are turned.
+    const int64_t run = of_input ? taps : g.width * taps;
+    for (int64_t start = 0; start < g.width * taps; start += run) {
+      const T* lane[kPlane];
+      for (int64_t j = 0; j < valid; ++j) lane[j] = weight + weight_offset(g, first + j, start / taps, of_input);
+      for (int64_t k = 0; k < run; k += kPlane) {
+        const int64_t count = std::min<int64_t>(kPlane, run - k);
+        Vec<float> v[kPlane];
+        for (int64_t j = 0; j < kPlane; ++j) v[j] = j >= valid ? Vec<float>(0) : count == kPlane ? vload(lane[j] + k) : vload(lane[j] + k, count, Vec<float>(0));
+        transpose(v);
+        for (int64_t m = 0; m < count; ++m) {
+          const int64_t i = (start + k + m) / taps, tap = (start + k + m) % taps;
+          vstore(out + (place[tap] * g.width + i) * L, v[m], L);
+        }
       }
+    }
   }
 }
 

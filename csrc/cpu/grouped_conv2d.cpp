@@ -2,7 +2,8 @@
 //
 // A block of channels of one image is copied into planes of float vectors of channels, padding included, convolved
 // there and copied out (conv_tile.h, conv_kernels.h), so both memory layouts and all dtypes run the same kernels. The
-// backward pass packs dy once for dx and dweight. Traffic in tensors read or written: 2 forward, 3 backward.
+// backward pass packs dy once for dx and dweight. Traffic in tensors read or written: 2 forward, 3 backward. Depthwise 3x3
+// in channels_last is convolved where it lies (conv_in_place.h).
 // The gradient of the weight is summed in float over a tile, over the tiles of a chunk of images, and in double over
 // chunks, in their order; chunks depend on the shape alone, so results do not depend on the number of threads.
 #include <ATen/Dispatch.h>
@@ -14,6 +15,7 @@
 #include "aten.h"
 #include "check.h"
 #include "cpu/conv_blocks.h"
+#include "cpu/conv_in_place.h"
 #include "memory_layout.h"
 
 namespace cnnkern {
@@ -198,12 +200,6 @@ void forward(const Image<const T>& x, const T* weight, const T* bias, const Imag
 }
 
 template <typename T>
-struct Gradients {
-  Image<T> dx;          // data null where it is not wanted
-  Tensor dweight, dbias;  // undefined where they are not wanted
-};
-
-template <typename T>
 void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight, const Gradients<T>& grads, const Geometry& g) {
   const Blocks blocks(g, narrow_planes<T>(x.channels_last));
   const bool dx = grads.dx.data != nullptr, dweight = grads.dweight.defined(), dbias = grads.dbias.defined();
@@ -371,15 +367,18 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
   return x.size(2) + 2 * padding[0] >= kh && x.size(3) + 2 * padding[1] >= kw;
 }
 
-// Where the library is faster (docs/grouped_conv.md has what was measured): in float32 and channels_last, which it reads in
-// place, on planes of at most 7x7. The forward pass, and the gradient of the weight if that of the input is not asked for,
-// of small depthwise kernels and of groups of 16 channels; all passes of wider groups on a single image, where packing
-// the weight takes longer than what it is packed for.
-enum class Pass { forward, weight_gradient, input_gradient };  // the last with or without the weight's
+// Where the library is faster (docs/grouped_conv.md has what was measured), in float32: on small planes, and on single images, where
+// packing a wide group's weight takes long beside what it is packed for.
+enum class Pass { forward, input_gradient, weight_gradient, both_gradients };
 bool left_to_library(const Geometry& g, at::ScalarType type, bool channels_last, Pass pass) {
-  if (type != at::kFloat || !channels_last || g.OH * g.OW > 49) return false;
-  if (g.width > 16) return g.N == 1;
-  return pass != Pass::input_gradient && (g.width == 16 || (g.width == 1 && g.taps() <= 9));
+  if (type != at::kFloat) return false;
+  const bool small = g.OH * g.OW <= 49, one = g.N == 1;
+  const bool gradient_of_input = pass == Pass::input_gradient || pass == Pass::both_gradients;
+  if (g.width > 16) return one && small && (channels_last || pass == Pass::weight_gradient || (gradient_of_input && g.stride == 1));
+  if (!channels_last) return false;
+  if (one && pass == Pass::input_gradient && (g.width == 16 || (g.width >= 8 && g.stride == 2))) return true;
+  if (g.width == 16) return small && (g.stride == 1 || !gradient_of_input);
+  return small && g.width == 1 && g.taps() <= 9 && pass == Pass::weight_gradient;
 }
 
 Geometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding) {
@@ -436,11 +435,15 @@ Tensor grouped_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalT
   const Geometry g = geometry(x, weight, stride, padding);
   const auto format = result_format(x, weight);
   if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, Pass::forward)) return by_library();
-  const Tensor x_ = in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
+  const bool reads_in_place = in_place(g, format == at::MemoryFormat::ChannelsLast);
+  const Tensor x_ = reads_in_place ? x.contiguous(format) : in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
   const Tensor y = aten::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(format));
   with_dtype(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    forward(image<T>(x_), weight_.const_data_ptr<T>(), b.defined() ? bias_.const_data_ptr<T>() : nullptr, output<T>(y), g);
+    const Image<const T> from = image<T>(x_);
+    const Image<T> to = output<T>(y);
+    const T *const w = weight_.const_data_ptr<T>(), *const bias_data = b.defined() ? bias_.const_data_ptr<T>() : nullptr;
+    reads_in_place ? forward_in_place(from, w, bias_data, to, g) : forward(from, w, bias_data, to, g);
   });
   return y;
 }
@@ -464,20 +467,23 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
               "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.C, g.OH, g.OW}),
               " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
   const auto format = result_format(x, weight);
-  const Pass pass = output_mask[0] ? Pass::input_gradient : Pass::weight_gradient;
+  const Pass pass = !output_mask[0] ? Pass::weight_gradient : output_mask[1] ? Pass::both_gradients : Pass::input_gradient;
   if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, pass)) return by_library(output_mask);
-  const Tensor x_ = in_layout(x), dy_ = in_layout(dy), weight_ = weight.contiguous();
+  const bool reads_in_place = in_place(g, format == at::MemoryFormat::ChannelsLast);
+  const auto placed = [&](const Tensor& t) { return reads_in_place ? t.contiguous(format) : in_layout(t); };
+  const Tensor x_ = placed(x), dy_ = placed(dy), weight_ = weight.contiguous();
   const Tensor dx = output_mask[0] ? aten::empty(x.sizes(), x.options().memory_format(format)) : none;
   const Tensor dweight = output_mask[1] ? aten::empty(weight.sizes(), weight.options().memory_format(format)) : none;
   const Tensor dbias = output_mask[2] ? aten::empty({g.C}, weight.options()) : none;
   if (!output_mask[0] && !output_mask[1] && !output_mask[2]) return {dx, dweight, dbias};
   with_dtype(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    backward<T>(image<T>(dy_), image<T>(x_), weight_.const_data_ptr<T>(),
-                {.dx = output_mask[0] ? output<T>(dx) : Image<T>{},
-                 .dweight = output_mask[1] ? dweight : Tensor(),
-                 .dbias = output_mask[2] ? dbias : Tensor()},
-                g);
+    const Image<const T> gradient = image<T>(dy_), from = image<T>(x_);
+    const Gradients<T> wanted{.dx = output_mask[0] ? output<T>(dx) : Image<T>{},
+                              .dweight = output_mask[1] ? dweight : Tensor(),
+                              .dbias = output_mask[2] ? dbias : Tensor()};
+    const T* const w = weight_.const_data_ptr<T>();
+    reads_in_place ? backward_in_place(gradient, from, w, wanted, g) : backward(gradient, from, w, wanted, g);
   });
   return {dx, dweight, dbias};
 }
