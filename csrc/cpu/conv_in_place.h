@@ -15,8 +15,8 @@ constexpr int kTapsInPlace = 3;  // of a kernel row, and kernel rows
 // Channels that are worked on together, at most: their taps stay in the first-level cache, with the sums of their gradient.
 constexpr int64_t kChannelsInPlace = 192;
 constexpr int kRunInPlace = 8;
-constexpr int64_t kPixelsOfPart = 196;  // outputs whose sums are kept apart, at least
-constexpr int64_t kPixelsOfSum = 256;   // that are added to one float, about; sums of so many are then added to those of a part
+constexpr int64_t kPixelsOfPart = 64;  // outputs whose sums are kept apart, at least
+constexpr int64_t kPixelsOfSum = 256;  // that are added to one float, about; sums of so many are then added to those of a part
 
 // Channels cut into pieces of about the same number of whole vectors.
 struct Pieces {
@@ -314,7 +314,7 @@ void backward_in_place(const Image<const T>& dy, const Image<const T>& x, const 
   const bool stream = wants_dx && may_stream(dx, beyond_cache(dx.data, g.N * g.C * g.H * g.W * sizeof(T)));
   const Pieces pieces(g.C);
   const int64_t rows = g.N * g.OH, dx_rows = g.N * g.H, rows_of_sum = divup(kPixelsOfSum, g.OW);
-  const int64_t parts = std::clamp<int64_t>(rows * g.OW / kPixelsOfPart, 1, std::min(rows, divup(kUnits, pieces.count)));
+  const int64_t parts = std::clamp<int64_t>(wants_sums ? rows * g.OW / kPixelsOfPart : rows, 1, std::min(rows, divup(kUnits, pieces.count)));
   const int64_t pitch = pieces.channels, values = (g.taps() + 1) * pitch;  // of a part: sums (taps, channels), and those of dy
   std::unique_ptr<float[]> sums(new float[wants_sums ? parts * pieces.count * values : 0]);
   at::parallel_for(0, parts * pieces.count, 1, [&](int64_t begin, int64_t end) {
