@@ -1,0 +1,203 @@
+"""The benchmarks' command line: the driver and its workers, errors in one line, and the studies beside the suite."""
+
+import errno
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+import cnnkern
+from benchmarks import __main__ as driver
+from benchmarks import accuracy, machine, onednn, passes, report, rows, sweeps, worker
+from benchmarks.options import Options
+from cnnkern import testing
+from cnnkern.testing import Layer
+from tests.results import assert_one_line, some_rows
+
+
+def test_the_driver_runs_workers_and_writes(monkeypatch, tmp_path, capsys):
+    """The real thing, in processes of its own, on the smallest part that there is."""
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+        monkeypatch.delenv(name)  # it would tell the worker's pytest that it shares the machine and must not measure
+    code = driver.main(["--quick", "--filter", "overhead batch_norm_relu", "--save", "tiny", "--threads", "1"])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    published = tmp_path / "published"
+    assert (tmp_path / "report.html").read_text().count("batch_norm_relu") > 4
+    assert {p.name for p in published.iterdir()} == {"tiny.csv", "tiny.json", "tiny.png"}
+    found, _ = rows.from_json((published / "tiny.json").read_text())
+    assert {(r.suite, r.malloc, r.threads, r.status) for r in found} == {
+        ("overhead", "default", 1, "ok"),
+        ("bandwidth", "none", 1, "ok"),
+    }
+    assert {r.operator for r in found if r.suite == "bandwidth"} >= {"read", "write", "copy", "add"}
+    assert "A call on a kilobyte" in printed.out
+    assert report.main([str(published / "tiny.json"), "--markdown"]) == 0
+    assert "| batch_norm_relu 2x8x4x4, module | training |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--threads", "0"], "--threads"),
+        (["--threads", "many"], "--threads"),
+        (["--device", "tpu"], "--device"),
+        (["--save", "../elsewhere"], "--save"),
+        (["--nonsense"], "--nonsense"),
+        (["--filter"], "--filter"),
+        (["--filter", "no such operator"], "no such operator"),
+        pytest.param(
+            ["--device", "cuda"],
+            "no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
+        ),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, words, capsys):
+    try:
+        code = driver.main(arguments)
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert_one_line(capsys.readouterr().err, words)
+
+
+def full_disk(self, data):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_broken_file(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(driver, "run", lambda options, settings, scratch, seconds: (some_rows(), []))
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    assert driver.main(["--quick"]) == 1
+    printed = capsys.readouterr()
+    assert_one_line(printed.err, "No space left on device")
+    assert "Times as fast as eager" in printed.out  # what was measured is shown all the same
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_results_folder_that_cannot_be_made_is_one_line(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "file")
+    assert driver.main(["--quick"]) == 1
+    assert_one_line(capsys.readouterr().err, "cannot write")
+
+
+def test_a_worker_that_dies_is_one_line(monkeypatch, tmp_path):
+    class Dying(subprocess.Popen):
+        def __init__(self, command, **options):
+            super().__init__([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], **options)
+
+    monkeypatch.setattr(worker.subprocess, "Popen", Dying)
+    with worker.progress(Console(file=io.StringIO())) as bar, pytest.raises(worker.Failed) as caught:
+        worker.run(Options(), "tuned", tmp_path, bar)
+    assert str(caught.value) == "tuned malloc: the worker was killed by SIGKILL, at: starting"
+
+
+def test_malloc_settings_are_told_apart_by_the_environment(monkeypatch):
+    for setting in ("tuned", "default"):
+        for variable in machine.TUNED_MALLOC:
+            monkeypatch.delenv(variable, raising=False)
+        for variable, value in machine.malloc_environment(setting).items():
+            monkeypatch.setenv(variable, value)
+        assert machine.malloc_setting() == setting
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    assert machine.malloc_setting() == "custom"
+    assert "MALLOC_TOP_PAD_" not in machine.malloc_environment("default")
+
+
+def test_commit_outside_git_is_unknown(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.commit() == "unknown"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    clean = machine.commit()
+    assert re.fullmatch(r"[0-9a-f]{7,}", clean)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "results" / "new").write_text("")
+    assert machine.commit() == clean  # saving a result does not make the next one dirty
+    (tmp_path / "other").write_text("")
+    assert machine.commit() == f"{clean}-dirty"
+
+
+def test_options_survive_the_file_that_hands_them_over(tmp_path):
+    options = Options(quick=True, filter="x", threads=3, seconds=1.5, verified=("a", "b"))
+    options.save(tmp_path / "options")
+    assert Options.load(tmp_path / "options") == options
+    assert json.loads((tmp_path / "options").read_text())["threads"] == 3
+
+
+# ---- studies ----------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_is_ours_against_float64(monkeypatch):
+    monkeypatch.setattr(accuracy, "SHAPE", (4, 3, 8, 8))
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # what is compiled is another test's matter
+    found = accuracy.errors(testing.CASES["bn_act"], "mean of 1e4 deviations")
+    assert list(found) == ["ours", "eager", "torch.compile"]
+    assert found["torch.compile"] == found["eager"]
+    assert max(found["ours"]) < 1e-6 < max(found["eager"])
+
+
+def test_sweeps_count_every_tensor_once(monkeypatch, capsys):
+    monkeypatch.setattr(sweeps, "SHAPES", ((2, 8, 16, 16),))
+    monkeypatch.setattr(sweeps, "MINIMUM_BYTES", 2**16)
+    monkeypatch.setattr(cnnkern, "tune_malloc", lambda: "malloc left alone")
+    clock = {name: [2e-6] for name in sweeps.steps((2, 8, 16, 16), "contiguous", torch.float32, False)}
+    monkeypatch.setattr(sweeps.timing, "interleave", lambda steps, **limits: {name: clock[name] for name in steps})
+    assert sweeps.main(["--threads", str(torch.get_num_threads())]) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "2x8x16x16" in line]
+    assert [line[3] for line in lines[:4]] == ["0.002"] * 4
+    # 16 KiB a tensor in two microseconds
+    assert [float(line[4].rstrip(" |")) for line in lines[:4]] == [16.4, 16.4, 16.4, 24.6]
+
+    threads = ["--threads", str(torch.get_num_threads())]
+    assert sweeps.main([*threads, "--dtype", "bfloat16", "--cached"]) == 0  # one image, of half the bytes
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "1x8x16x16" in line]
+    assert [float(line[4].rstrip(" |")) for line in lines[:4]] == [4.1, 4.1, 4.1, 6.1]
+
+
+def test_passes_print_a_row_a_layer_and_the_lost_ones(monkeypatch, capsys):
+    layer = testing.CASES["grouped_conv2d"].bench_layers["mobilenet_v2"][0]
+    monkeypatch.setattr(passes, "layers", lambda batch: [Layer((1, 8, 6, 6), layer.arguments)])
+    monkeypatch.setattr(passes, "matrix_gflops", lambda: 100.0)
+    clock = {key: [2e-3 if key[0] == "eager" else 1e-3] for key in itertools.product(("eager", "ours"), passes.PASSES)}
+    clock["ours", "dx"] = [4e-3]
+    monkeypatch.setattr(passes.timing, "interleave", lambda steps, **limits: {key: clock[key] for key in steps})
+    assert passes.main(["--threads", str(torch.get_num_threads())]) == 0
+    out = capsys.readouterr().out
+    assert "| depthwise 3x3 | contiguous | 1 | 2.00x | 2.00x |" in out
+    assert "dx: 0.50x" in out
+    assert "2.00, 1.00, 2.00x" in out
+
+
+def test_onednn_tells_what_it_chose(monkeypatch, capfd):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch was built without oneDNN")
+    layer = testing.CASES["grouped_conv2d"].bench_layers["mobilenet_v2"][0]
+    monkeypatch.setattr(onednn, "layers", lambda batch: [Layer((batch, 8, 20, 20), layer.arguments)])
+    assert onednn.main(["--batch", "2", "--threads", str(torch.get_num_threads())]) == 0
+    _, _, *lines = capfd.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[1:3] for row in rows] == [[a, b] for a in ("channels_last", "contiguous") for b in onednn.PASSES]
+    assert all(row[0] == "depthwise 3x3" and row[3].endswith(" (1)") for row in rows)
+
+
+def test_an_account_of_onednn_adds_up():
+    line = "onednn_verbose,v1,primitive,exec,cpu,{},{},forward,a:b,attr-x:y,,16x8x4x4,{}"
+    account = onednn.Account()
+    account.add("\n".join([line.format("reorder", "jit:uni", 1.5), line.format("convolution", "jit:avx512_core", 2.0)]))
+    account.add(line.format("convolution", "jit:avx512_core", 0.5))
+    account.add("onednn_verbose,v1,info,cpu,runtime:OpenMP,nthr:2")
+    assert account == onednn.Account({"jit:avx512_core": 2, "not oneDNN": 1}, 2.5, 1.5)
