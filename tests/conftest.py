@@ -1,7 +1,9 @@
 """Every test runs with freshly allocated memory filled with NaN, so that an element nobody wrote shows."""
 
+import json
 import math
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 # Two processes of tests share the cores: a thread that spins while it waits would take them from the other. OpenMP
@@ -35,6 +37,11 @@ def pytest_addoption(parser):
         default="plain",
         help="what the emulated kernels are built with: plain, or a sanitizer that Python was started under",
     )
+    parser.addoption(
+        "--emulator-launches",
+        type=Path,
+        help="a file that will list the kernels that the emulator has run (Emulator.launches), in JSON",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -51,10 +58,12 @@ def device(pytestconfig):
         return
     import emulator
 
-    tool = pytestconfig.getoption("--emulator-tool")
-    with emulator.Emulator(tool):
+    tool, launches = pytestconfig.getoption("--emulator-tool"), pytestconfig.getoption("--emulator-launches")
+    with emulator.Emulator(tool) as machine:
         # tests/test_emulator.py has the shapes that it takes to reach what is beyond.
         yield Device("cuda", "cpu", elements=512 if tool == "thread" else 4096)
+    if launches is not None:
+        launches.write_text(json.dumps(machine.launches()))
 
 
 @pytest.fixture(autouse=True)

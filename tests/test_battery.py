@@ -57,11 +57,11 @@ def in_layouts(shapes: Iterable[Shape]) -> Iterator[tuple[Shape, str]]:
 def drawn(case: Case, shape, dtype, generator, variant, layout="contiguous") -> tuple[dict, Tensor]:
     """(inputs, dy). `case.inputs` may round a shape's channels up to what its variant needs."""
     inputs = case.inputs(shape, dtype, generator=generator, **variant)
-    for name, value in inputs.items():  # the input, and what is added to it
-        if isinstance(value, Tensor) and value.shape == inputs["input"].shape:
-            inputs[name] = testing.with_layout(value, layout)
     output = testing.run(case.reference, case, inputs)["output"]
     inputs = {n: v.to(_device.tensors) if isinstance(v, Tensor) else v for n, v in inputs.items()}
+    for name, value in inputs.items():  # the input, and what is added to it: there, as a copy to a device is dense
+        if isinstance(value, Tensor) and value.shape == inputs["input"].shape:
+            inputs[name] = testing.with_layout(value, layout)
     return inputs, testing.randn(output.shape, generator, dtype).to(_device.tensors)
 
 

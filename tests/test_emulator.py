@@ -4,6 +4,7 @@ docs/emulator.md says how it works. `pytest --device emulator tests/test_battery
 """
 
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import emulator
 import pytest
 import torch
+from gpu_gate import gate, machine_code
 
 from cnnkern import testing
 from cnnkern.testing import CASES
@@ -22,105 +24,158 @@ CUDA_CASES = [case for case in CASES.values() if "cuda" in case.devices]
 # ---- the battery ------------------------------------------------------------------------------------------------
 
 # What of the battery runs with which tool: with sanitizers all that reads or writes memory in a way of its own.
-MEMORY = "as_good_as or float32_parameters or any_layout or off_a_vector or memory_format or empty_batch or larger"
+MEMORY = (
+    "as_good_as or float32_parameters or any_layout or off_a_vector or memory_format or empty_batch or every_kernel"
+)
 DTYPES = {"address+undefined": "not float64 and not float16", "thread": "not float64 and not float16 and not bfloat16"}
 if os.environ.get("EMULATOR_FULL") == "1":  # make sanitize
+    SECONDS = None
     RUNS = {"plain": f"{MEMORY} or gradcheck or compiles_to_one_graph or torch_func", **dict.fromkeys(DTYPES, MEMORY)}
-else:  # make test: variants that reach every kernel; of the others what two dtypes make of them
-    EVERY_KERNEL = "(alone or none or silu or plain)"
+else:  # make test: test_every_kernel, and of the battery variants whose kernels differ; of the others what two dtypes make of them
+    SECONDS = 160  # each, so that all three together stay below eight minutes
+    SOME = "(alone or none or silu or plain)"
+    CONVOLUTIONS = "grouped_conv2d and (depthwise or width or dilated)"
     RUNS = {
-        "plain": f"(({MEMORY}) and {EVERY_KERNEL}) or (as_good_as and (float32 or bfloat16)) or (gradcheck and alone)"
-        " or larger",
-        "address+undefined": f"(({MEMORY}) and {EVERY_KERNEL}) or larger",
-        "thread": f"(as_good_as and ({EVERY_KERNEL} or depthwise or stride or dilated)) or larger",
+        "plain": f"(({MEMORY}) and {SOME}) or (as_good_as and (float32 or bfloat16 or grouped_conv2d))"
+        " or (gradcheck and (alone or plain or (grouped_conv2d and (stride or width)))) or every_kernel",
+        "address+undefined": f"(({MEMORY}) and {SOME}) or (as_good_as and {CONVOLUTIONS} and float32) or every_kernel",
+        "thread": f"(as_good_as and ({SOME} or ({CONVOLUTIONS}))) or every_kernel",
     }
 RUNS = {tool: f"({chosen}) and {DTYPES[tool]}" if tool in DTYPES else chosen for tool, chosen in RUNS.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tool", RUNS)
-def test_battery(tool):
+def test_battery(tool, tmp_path):
     emulator.build(f"{tool}/kernels.so")
     # One process, whatever this one is part of: the sanitizers' reports end it.
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
     command += ["--device", "emulator", "--emulator-tool", tool, "-k", RUNS[tool]]
-    command += ["tests/test_battery.py", f"{Path(__file__)}::test_larger_shapes"]
+    command += ["--emulator-launches", str(tmp_path / "launches.json")]
+    command += ["tests/test_battery.py", f"{Path(__file__)}::test_every_kernel"]
     environment = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")} | emulator.environment(tool)
-    done = subprocess.run(command, cwd=emulator.ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=emulator.ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
+    )
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     assert " passed" in done.stdout
+    launched = json.loads((tmp_path / "launches.json").read_text())
+    assert set(launched) == emulator.kernels(tool), "kernels that no test has run: EVERY_KERNEL needs what reaches them"
+    for name, shared in launched.items():
+        counted = gate.limits_of(
+            machine_code.Kernel(name, "sm_80", 0, 0, 0, 0, machine_code.Code()), "cuda"
+        ).dynamic_shared
+        assert shared <= counted, f"{name} was given {shared} bytes; gpu_gate/thresholds.py counts {counted}"
 
 
-# What the battery's shapes are too small for.
-LARGER = (
-    ((3, 17, 7, 7), "contiguous"),  # one block a channel
-    ((2, 2, 97, 101), "contiguous"),  # slices of a channel
-    ((5, 8, 31, 33), "channels_last"),  # strips of rows
+# (shape, layout, variant): what reaches every kernel, among it shapes that are larger than the battery's.
+SHAPES = (
+    ((3, 17, 7, 7), "contiguous", {}),  # one block a channel
+    ((2, 8, 4, 4), "contiguous", {}),  # in whole vectors
+    ((2, 2, 97, 101), "contiguous", {}),  # slices of a channel
+    ((1, 1, 96, 96), "contiguous", {}),  # in whole vectors
+    ((3, 17, 5, 5), "channels_last", {}),  # strips of rows
+    ((5, 8, 31, 33), "channels_last", {}),  # in whole vectors
 )
-LARGER_OF = {
-    "layer_norm": (
-        ((17000, 8), "contiguous"),  # a strip has several rows for a group of threads,
-        ((140, 2056), "contiguous"),  # or for a block
-        ((3, 8200), "contiguous"),  # rows in slices, by vectors
-        ((2, 8197), "contiguous"),  # and by elements
-        ((270, 8200), "contiguous"),  # a block a row, in stretches
-    ),
-    "layer_norm2d": (
-        ((2, 3, 48, 96), "contiguous"),  # strips of tiles
-        ((1, 1100, 2, 4), "contiguous"),  # channels in chunks
-        ((1, 1100, 3, 3), "contiguous"),
-        ((2, 100, 14, 14), "contiguous"),  # half a vector of 16 bits
-    ),
+
+
+def of_activations(*activations: str) -> list[tuple]:
+    variants = [{"act": act, "training": training} for act in activations for training in (True, False)]
+    return [(shape, layout, variant) for variant in variants for shape, layout, _ in SHAPES]
+
+
+EVERY_KERNEL = {
+    "bn_act": of_activations("relu", "none", "silu"),
+    "bn_add_act": of_activations("relu", "none"),
+    "add_relu": [*SHAPES, ((3, 17), "off a vector", {})],
+    "grouped_conv2d": [
+        *SHAPES,
+        *(  # depthwise
+            ((2, 8, 10, 9), layout, {"kernel": k, "padding": k // 2, "stride": stride})
+            for layout in ("contiguous", "channels_last")
+            for k in (3, 5, 7)
+            for stride in (1, 2)
+        ),
+        *(((2, 16, 10, 9), "contiguous", {"width": 8, "stride": stride}) for stride in (1, 2)),
+        ((2, 3, 6, 7), "contiguous", {"dilation": 2, "padding": 2}),  # for any convolution
+    ],
+    "layer_norm": [
+        (shape, "contiguous", {})
+        for shape in (
+            (17000, 8),  # a strip has several rows for a group of threads,
+            (140, 2056),  # or for a block
+            (3, 8200),  # rows in slices, by vectors
+            (2, 8197),  # and by elements
+            (270, 8200),  # a block a row, in stretches
+            (2, 16400),  # in slices of 16 bits
+            (5, 24),  # whole rows
+            (5, 7),
+        )
+    ],
+    "layer_norm2d": [
+        *SHAPES,
+        ((2, 3, 48, 96), "contiguous", {}),  # strips of tiles
+        ((1, 1100, 2, 4), "contiguous", {}),  # channels in chunks
+        ((1, 1100, 3, 3), "contiguous", {}),
+        ((2, 100, 14, 14), "contiguous", {}),  # half a vector of 16 bits
+    ],
 }
 
 
-def larger(case: testing.Case) -> tuple:
-    return LARGER + LARGER_OF.get(case.name, ())
+def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "off a vector":  # begins where no vector does
+        return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    return testing.with_layout(x, layout)
 
 
-def drawn(case: testing.Case, shape, layout: str, dtype: torch.dtype, generator) -> tuple[dict, torch.Tensor]:
+def drawn(case: testing.Case, shape, layout: str, variant: dict, dtype: torch.dtype, generator) -> tuple:
     """(inputs, dy)"""
-    inputs = case.inputs(shape, dtype, generator=generator)
-    inputs = {
-        n: testing.with_layout(v, layout) if isinstance(v, torch.Tensor) and v.shape == shape else v
-        for n, v in inputs.items()
-    }
+    inputs = case.inputs(shape, dtype, generator=generator, **variant)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.shape == inputs["input"].shape:
+            inputs[name] = in_layout(value, layout)
     output = testing.run(case.reference, case, inputs)["output"]
-    return inputs, testing.randn(output.shape, generator, dtype)
+    dy = testing.randn(output.shape, generator, dtype)
+    return inputs, in_layout(dy, layout) if layout == "off a vector" else dy
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float64, torch.bfloat16, torch.float16],
+    ids=lambda d: str(d).removeprefix("torch."),
+)
 @pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
-def test_larger_shapes(case, dtype, generator, device, pytestconfig):
+def test_every_kernel(case, dtype, generator, device, pytestconfig):
     if pytestconfig.getoption("--device") != "emulator":
         pytest.skip("test_battery runs this with each tool")
-    for shape, layout in larger(case):
-        inputs, dy = drawn(case, shape, layout, dtype, generator)
+    for shape, layout, variant in EVERY_KERNEL[case.name]:
+        inputs, dy = drawn(case, shape, layout, variant, dtype, generator)
         testing.check(case, inputs, dy)
 
 
 # ---- thread orders ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
-def test_results_do_not_depend_on_the_order_of_blocks_and_threads(case, generator, monkeypatch):
+def test_results_do_not_depend_on_the_order_of_blocks_and_threads(case, dtype, generator, monkeypatch):
     with emulator.Emulator():
-        for shape, layout in larger(case):
-            inputs, dy = drawn(case, shape, layout, torch.float32, generator)
+        for shape, layout, variant in EVERY_KERNEL[case.name]:
+            inputs, dy = drawn(case, shape, layout, variant, dtype, generator)
             results = []
-            for order in ("forward", "reverse", "random:1", "random:2"):
+            for order in ("forward", "reverse", "random:1"):
                 monkeypatch.setenv("EMULATOR_ORDER", order)
                 results.append(testing.run(case.function, case, inputs, dy))
             for other in results[1:]:
                 for name, value in results[0].items():
-                    assert torch.equal(value, other[name]), f"{shape} {layout}: {name}"
+                    assert torch.equal(value, other[name]), f"{shape} {layout} {variant}: {name}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["add_relu", "bn_add_act"])
 def test_masks_are_those_of_the_cpu_kernels(name, dtype, generator):
-    for shape, layout in (*LARGER, ((3, 5), "contiguous"), ((2, 7, 3, 5), "channels_last")):
-        inputs, _ = drawn(CASES[name], shape, layout, dtype, generator)
+    for shape, layout, variant in (*SHAPES, ((3, 5), "contiguous", {}), ((2, 7, 3, 5), "channels_last", {})):
+        inputs, _ = drawn(CASES[name], shape, layout, variant, dtype, generator)
         operator, arguments = CASES[name].forward_call(inputs)
 
         def mask(operator=operator, arguments=arguments):
@@ -259,6 +314,9 @@ FAULTS = {
     "grid_too_tall": ("plain", "a grid has at most .* blocks"),
     "too_much_shared": ("plain", "at most 49152 bytes of shared memory; got 49153"),
     "too_much_static_shared": ("plain", "shared memory exceeds 49152 bytes"),
+    "another_stream": ("plain", "on a stream that is not the current one"),
+    "missing_guard": ("plain", "no CUDAGuard has chosen the tensors' device"),
+    "missing_launch_check": ("plain", "returned without C10_CUDA_KERNEL_LAUNCH_CHECK"),
 }
 
 

@@ -120,8 +120,9 @@ def build(target: str) -> Path:
         link = ["-shared", f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10"]
     # The runtime itself is compiled without a sanitizer for every tool: it speaks to them by their interfaces.
     objects = [program, _object(HERE / "emulator.cpp", BUILD / "emulator.o")]
-    if tool == "profile":
-        objects.append(_object(HERE / "profile.cpp", BUILD / "profile.o"))
+    if name != "faults":
+        observer = "profile" if tool == "profile" else "launches"
+        objects.append(_object(HERE / f"{observer}.cpp", BUILD / f"{observer}.o"))
     command = ["g++", *([] if tool == "profile" else flags), *map(str, objects), *link, "-o", str(BUILD / target)]
     return _make(BUILD / target, command, lambda: objects)
 
@@ -136,6 +137,23 @@ class Traffic(NamedTuple):
     sectors: int  # of 32 bytes, that these touched
     ideal: int  # as many as the same bytes fill
     bytes: int
+
+
+def _functions(library: str | Path) -> dict[int, str]:
+    """The symbols of a library's functions by their addresses, but for the parts that the compiler cuts from some."""
+    lines = (line.split() for line in _run("nm", str(library)).splitlines())
+    return {int(f[0], 16): f[2] for f in lines if len(f) == 3 and f[1] in "tTwW" and "." not in f[2]}
+
+
+def kernels(tool: str) -> set[str]:
+    """Every kernel in the library of a tool, as C++ spells it, without namespaces and parameters.
+
+    Kernels are known by their names; tests/test_cuda_sources.py holds them to that.
+    """
+    from gpu_gate.machine_code import spelled
+
+    functions = spelled(list(_functions(build(f"{tool}/kernels.so")).values()))
+    return {name for name in functions if re.fullmatch(r"\w+_kernel(<.*>)?", name)}
 
 
 def environment(tool: str) -> dict[str, str]:
@@ -173,15 +191,31 @@ class Emulator:
         self.library.emulator_uninstall()
         torch.backends.mkldnn.set_flags(*self.onednn)
 
-    def profile(self) -> list[Traffic]:
-        """The memory traffic of what ran since the last call. For the tool ``profile`` alone."""
+    def _rows(self, function: str) -> list[tuple[str, list[str]]]:
+        """The lines that a function of the library returns, each of which begins with a kernel's address."""
         from gpu_gate.machine_code import spelled
 
-        take = self.library.emulator_profile
-        take.restype = ctypes.c_char_p
-        rows = [line.split() for line in take().decode().splitlines()]
-        symbols = dict(line.split()[::2] for line in _run("nm", self.library._name).splitlines() if line[0] == "0")
-        kernels = [symbols[f"{int(offset):016x}"] for offset, *_ in rows]
-        names = dict(zip(kernels, spelled(kernels), strict=True)) if kernels else {}
-        found = [Traffic(names[k], kind, *map(int, n)) for k, (_, kind, *n) in zip(kernels, rows, strict=True)]
-        return sorted(found)
+        call = getattr(self.library, function)
+        call.restype = ctypes.c_char_p
+        rows = [line.split() for line in call().decode().splitlines()]
+        functions = _functions(self.library._name)
+        names = spelled([functions[int(offset)] for offset, *_ in rows]) if rows else []
+        return [(name, rest) for name, (_, *rest) in zip(names, rows, strict=True)]
+
+    def launches(self) -> dict[str, int]:
+        """Every kernel that was launched in this process, and the dynamic shared memory that it had at most, in bytes."""
+        return {name: int(most) for name, (most,) in self._rows("emulator_launches")}
+
+    def profile(self) -> list[Traffic]:
+        """The memory traffic of what ran since the last call. For the tool ``profile`` alone."""
+        return sorted(Traffic(name, kind, *map(int, n)) for name, (kind, *n) in self._rows("emulator_profile"))
+
+    def moved(self) -> int:
+        """Bytes of the sectors that the launches since the last call read, and of those that they wrote.
+
+        Each counts once a launch: as where a cache forgets nothing in a launch, and everything between two. For the
+        tool ``profile`` alone.
+        """
+        take = self.library.emulator_moved
+        take.restype = ctypes.c_uint64
+        return take()

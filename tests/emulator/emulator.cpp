@@ -273,6 +273,16 @@ void check_launch(dim3 grid, dim3 block, size_t dynamic_shared) {
                              " bytes of shared memory; got " + std::to_string(dynamic_shared));
 }
 
+char the_stream;  // its address is the stream
+thread_local unsigned guards = 0;
+thread_local bool unchecked = false;  // a launch whose errors nobody has asked for
+
+void check_place(const void* stream) {
+  if (stream != &the_stream)
+    throw std::runtime_error("emulator: invalid launch: on a stream that is not the current one, which getCurrentCUDAStream() gives");
+  if (guards == 0) throw std::runtime_error("emulator: invalid launch: no CUDAGuard has chosen the tensors' device");
+}
+
 // What a failed launch leaves behind is not to be run again.
 void abandon_fibers() {
   for (unsigned i = 0; i < threads; ++i) {
@@ -283,9 +293,11 @@ void abandon_fibers() {
 
 }  // namespace
 
-void launch(dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(const void*), const void* arguments) {
+void launch(dim3 grid, dim3 block, size_t dynamic_shared, void* stream, void (*thread)(const void*), const void* arguments) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
+  check_place(stream);
+  unchecked = true;
   check_launch(grid, block, dynamic_shared);
   read_settings();
   kernel = thread, kernel_arguments = arguments;
@@ -294,7 +306,7 @@ void launch(dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(const v
   if (__tsan_get_current_fiber) host.tsan = __tsan_get_current_fiber();
   launch_token.release();
   // gpu::launch hands over the kernel's address before its arguments.
-  if (observer != nullptr) observer->launch(*static_cast<const void* const*>(arguments));
+  if (observer != nullptr) observer->launch(*static_cast<const void* const*>(arguments), dynamic_shared);
   const uint64_t count = uint64_t{grid.x} * grid.y * grid.z;
   std::vector<uint64_t> shuffled(settings.order == Settings::random ? count : 0);
   std::iota(shuffled.begin(), shuffled.end(), 0);
@@ -314,6 +326,18 @@ void launch(dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(const v
     throw std::runtime_error("emulator: " + std::exchange(failure, {}));
   }
 }
+
+void* current_stream() { return &the_stream; }
+
+void guard_begins() { ++guards; }
+
+void guard_ends(bool unwinding) {
+  --guards;
+  if (std::exchange(unchecked, false) && !unwinding)
+    throw std::runtime_error("emulator: an operator returned without C10_CUDA_KERNEL_LAUNCH_CHECK after its last launch");
+}
+
+void launches_checked() { unchecked = false; }
 
 // ---- what kernels call ------------------------------------------------------------------------------------------
 

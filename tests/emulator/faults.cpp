@@ -3,15 +3,28 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 
 #include "cuda/gpu_compat.cuh"
 
 namespace {
 
-using cnnkern::gpu::launch;
+const c10::Device kDevice(c10::kCPU);
+
+// As an operator launches.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, const Arguments&... arguments) {
+  const c10::cuda::CUDAGuard guard(kDevice);
+  cnnkern::gpu::launch(kernel, grid, block, shared, c10::cuda::getCurrentCUDAStream(), arguments...);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
 
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kThreads = 64;
@@ -55,7 +68,7 @@ void rotate(float* out) {
 template <bool kFault>
 void missing_barrier() {
   Global<float> out(kThreads);
-  launch(rotate<kFault>, 1, kThreads, 0, nullptr, out.data);
+  launch(rotate<kFault>, 1, kThreads, 0, out.data);
   if (!kFault) expect(out, rotated(kThreads));
 }
 
@@ -70,7 +83,7 @@ void broadcast(float* out) {
 template <bool kFault>
 void order_of_threads() {
   Global<float> out(kThreads);
-  launch(broadcast<kFault>, 1, kThreads, 0, nullptr, out.data);
+  launch(broadcast<kFault>, 1, kThreads, 0, out.data);
   expect(out, std::vector<float>(kThreads, 3.0f));
 }
 
@@ -87,7 +100,7 @@ void rotate_in_warps(float* out) {
 template <bool kFault>
 void missing_syncwarp() {
   Global<float> out(kThreads);
-  launch(rotate_in_warps<kFault>, 1, kThreads, 0, nullptr, out.data);
+  launch(rotate_in_warps<kFault>, 1, kThreads, 0, out.data);
   if (!kFault) expect(out, rotated(32));
 }
 
@@ -103,7 +116,7 @@ void shuffle_for_a_barrier(float* out) {
 template <bool kFault>
 void shuffle_as_barrier() {
   Global<float> out(32);
-  launch(shuffle_for_a_barrier<kFault>, 1, 32, 0, nullptr, out.data);
+  launch(shuffle_for_a_barrier<kFault>, 1, 32, 0, out.data);
   expect(out, rotated(32));
 }
 
@@ -117,7 +130,7 @@ void overrun_shared(float* out) {
 template <bool kFault>
 void shared_overrun() {
   Global<float> out(kThreads);
-  launch(overrun_shared<kFault>, 1, kThreads, 0, nullptr, out.data);
+  launch(overrun_shared<kFault>, 1, kThreads, 0, out.data);
 }
 
 template <bool kFault>
@@ -130,7 +143,7 @@ void overrun_dynamic(float* out) {
 template <bool kFault>
 void dynamic_shared_overrun() {
   Global<float> out(kThreads);
-  launch(overrun_dynamic<kFault>, 1, kThreads, sizeof(float) * (kThreads - (kFault ? 1 : 0)), nullptr, out.data);
+  launch(overrun_dynamic<kFault>, 1, kThreads, sizeof(float) * (kThreads - (kFault ? 1 : 0)), out.data);
 }
 
 template <bool kFault>
@@ -141,7 +154,7 @@ void overrun_global(float* out, int n) {
 template <bool kFault>
 void global_overrun() {
   Global<float> out(100);
-  launch(overrun_global<kFault>, 2, kThreads, 0, nullptr, out.data, out.size);
+  launch(overrun_global<kFault>, 2, kThreads, 0, out.data, out.size);
   expect(out, std::vector<float>(100, 1.0f));
 }
 
@@ -157,7 +170,7 @@ void sum_of_all(float* out) {
 template <bool kFault>
 void uninitialised_shared() {
   Global<float> out(kThreads);
-  launch(sum_of_all<kFault>, 1, kThreads, 0, nullptr, out.data);
+  launch(sum_of_all<kFault>, 1, kThreads, 0, out.data);
   expect(out, std::vector<float>(kThreads, static_cast<float>(kThreads)));
 }
 
@@ -176,7 +189,7 @@ void diverge(float* out) {
 template <bool kFault>
 void divergent_barrier() {
   Global<float> out(kThreads);
-  launch(diverge<kFault>, 1, kThreads, 0, nullptr, out.data);
+  launch(diverge<kFault>, 1, kThreads, 0, out.data);
 }
 
 template <bool kFault>
@@ -188,7 +201,7 @@ void leave_early(float* out) {
 template <bool kFault>
 void early_exit() {
   Global<float> out(kThreads);
-  launch(leave_early<kFault>, 1, kThreads, 0, nullptr, out.data);
+  launch(leave_early<kFault>, 1, kThreads, 0, out.data);
 }
 
 // The other half of the warps never comes: a barrier is for all threads of a block.
@@ -202,7 +215,7 @@ void wait_in_one_warp(float* out) {
 template <bool kFault>
 void threads_that_hang() {
   Global<float> out(kThreads);
-  launch(wait_in_one_warp<kFault>, 1, kThreads, 0, nullptr, out.data);
+  launch(wait_in_one_warp<kFault>, 1, kThreads, 0, out.data);
 }
 
 // ---- warps ------------------------------------------------------------------------------------------------------
@@ -217,7 +230,7 @@ void sum_lower_half(float* out) {
 template <bool kFault>
 void wrong_mask() {
   Global<float> out(16);
-  launch(sum_lower_half<kFault>, 1, 32, 0, nullptr, out.data);
+  launch(sum_lower_half<kFault>, 1, 32, 0, out.data);
   expect(out, std::vector<float>(16, 16.0f));
 }
 
@@ -228,7 +241,7 @@ void agree_on_a_mask(float* out) {
 template <bool kFault>
 void lanes_with_different_masks() {
   Global<float> out(32);
-  launch(agree_on_a_mask<kFault>, 1, 32, 0, nullptr, out.data);
+  launch(agree_on_a_mask<kFault>, 1, 32, 0, out.data);
 }
 
 template <bool kFault>
@@ -238,7 +251,7 @@ void read_beyond_mask(float* out) {
 template <bool kFault>
 void source_outside_mask() {
   Global<float> out(16);
-  launch(read_beyond_mask<kFault>, 1, 32, 0, nullptr, out.data);
+  launch(read_beyond_mask<kFault>, 1, 32, 0, out.data);
 }
 
 // ---- blocks -----------------------------------------------------------------------------------------------------
@@ -259,7 +272,7 @@ template <bool kFault>
 void missing_threadfence() {
   Global<float> partial(8), out(1);
   Global<unsigned> counter(1, 0u);
-  launch(last_block_adds<kFault>, 8, kThreads, 0, nullptr, partial.data, counter.data, out.data);
+  launch(last_block_adds<kFault>, 8, kThreads, 0, partial.data, counter.data, out.data);
   expect(out, {28.0f});
 }
 
@@ -275,7 +288,7 @@ void write_own_or_shared(float* out) {
 template <bool kFault>
 void cross_block_race() {
   Global<float> out(4);
-  launch(write_own_or_shared<kFault>, 4, kThreads, 0, nullptr, out.data);
+  launch(write_own_or_shared<kFault>, 4, kThreads, 0, out.data);
 }
 
 // A barrier that one block has passed after its access and the other before its own does not order the two.
@@ -289,7 +302,7 @@ void write_around_a_barrier(float* out) {
 template <bool kFault>
 void cross_block_race_around_a_barrier() {
   Global<float> out(4);
-  launch(write_around_a_barrier<kFault>, 4, kThreads, 0, nullptr, out.data);
+  launch(write_around_a_barrier<kFault>, 4, kThreads, 0, out.data);
 }
 
 // A block that reads what another has written in the same launch.
@@ -301,7 +314,7 @@ void read_neighbour(const float* in, float* out) {
 template <bool kFault>
 void block_reads_another() {
   Global<float> in(4, 1.0f), out(8);
-  launch(read_neighbour<kFault>, 4, kThreads, 0, nullptr, in.data, out.data);
+  launch(read_neighbour<kFault>, 4, kThreads, 0, in.data, out.data);
 }
 
 // ---- arithmetic and accesses ------------------------------------------------------------------------------------
@@ -314,7 +327,7 @@ template <bool kFault>
 void misaligned_vector() {
   Global<float> in(8, 1.0f);
   Global<uint4> out(1);
-  launch(read_vector<kFault>, 1, 1, 0, nullptr, in.data, out.data);
+  launch(read_vector<kFault>, 1, 1, 0, in.data, out.data);
 }
 
 template <bool kFault>
@@ -324,7 +337,7 @@ void index_of_the_last(int64_t* out, int rows, int columns) {
 template <bool kFault>
 void index_overflow() {
   Global<int64_t> out(1);
-  launch(index_of_the_last<kFault>, 1, 1, 0, nullptr, out.data, 1 << 16, 1 << 16);
+  launch(index_of_the_last<kFault>, 1, 1, 0, out.data, 1 << 16, 1 << 16);
 }
 
 // ---- launches ---------------------------------------------------------------------------------------------------
@@ -332,19 +345,19 @@ void index_overflow() {
 void nothing() {}
 template <bool kFault>
 void too_many_threads() {
-  launch(nothing, 1, dim3(kFault ? 1056 : 1024), 0, nullptr);
+  launch(nothing, 1, dim3(kFault ? 1056 : 1024), 0);
 }
 template <bool kFault>
 void empty_grid() {
-  launch(nothing, kFault ? 0 : 1, 32, 0, nullptr);
+  launch(nothing, kFault ? 0 : 1, 32, 0);
 }
 template <bool kFault>
 void grid_too_tall() {
-  launch(nothing, dim3(1, kFault ? 65536 : 2), 32, 0, nullptr);
+  launch(nothing, dim3(1, kFault ? 65536 : 2), 32, 0);
 }
 template <bool kFault>
 void too_much_shared() {
-  launch(nothing, 1, 32, (48 << 10) + (kFault ? 1 : 0), nullptr);
+  launch(nothing, 1, 32, (48 << 10) + (kFault ? 1 : 0));
 }
 template <bool kFault>
 void fill_arrays(float* out) {
@@ -355,7 +368,29 @@ void fill_arrays(float* out) {
 template <bool kFault>
 void too_much_static_shared() {
   Global<float> out(32);
-  launch(fill_arrays<kFault>, 1, 32, 0, nullptr, out.data);
+  launch(fill_arrays<kFault>, 1, 32, 0, out.data);
+}
+
+template <bool kFault>
+void another_stream() {
+  const c10::cuda::CUDAGuard guard(kDevice);
+  cnnkern::gpu::launch(nothing, 1, 32, 0, kFault ? nullptr : c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+template <bool kFault>
+void missing_guard() {
+  std::optional<c10::cuda::CUDAGuard> guard;
+  if (!kFault) guard.emplace(kDevice);
+  cnnkern::gpu::launch(nothing, 1, 32, 0, c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+template <bool kFault>
+void missing_launch_check() {
+  const c10::cuda::CUDAGuard guard(kDevice);
+  for (int i = 0; i < 2; ++i) {
+    cnnkern::gpu::launch(nothing, 1, 32, 0, c10::cuda::getCurrentCUDAStream());
+    if (!kFault || i == 0) C10_CUDA_KERNEL_LAUNCH_CHECK();
+  }
 }
 
 struct Fault {
@@ -391,6 +426,9 @@ const Fault kFaults[] = {
     FAULT(grid_too_tall),
     FAULT(too_much_shared),
     FAULT(too_much_static_shared),
+    FAULT(another_stream),
+    FAULT(missing_guard),
+    FAULT(missing_launch_check),
 };
 
 }  // namespace

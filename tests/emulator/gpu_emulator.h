@@ -44,13 +44,20 @@ enum class Exchange { sync, shuffle, shuffle_up, shuffle_down, shuffle_xor, ball
 extern uint3 thread_index, block_index;
 extern dim3 block_size, grid_size;
 
-// Runs the kernel to its end; throws std::runtime_error for whatever it does that CUDA forbids.
-void launch(dim3 grid, dim3 block, size_t dynamic_shared, void (*thread)(const void*), const void* arguments);
+// Runs the kernel to its end; throws std::runtime_error for whatever it does that CUDA forbids, and for a launch elsewhere
+// than on the current stream of a device that a guard has chosen.
+void launch(dim3 grid, dim3 block, size_t dynamic_shared, void* stream, void (*thread)(const void*), const void* arguments);
 void block_barrier(Place);
 uint64_t warp_exchange(Exchange, unsigned mask, uint64_t value, int argument, int width, Place);
 void fence();
 void* shared_memory(const void* key, size_t bytes, size_t alignment, Place);
 void* dynamic_shared_memory(Place);
+
+// What the stand-ins in c10/cuda are made of.
+void* current_stream();
+void guard_begins();
+void guard_ends(bool unwinding);  // throws where the errors of a launch under it were not checked
+void launches_checked();
 
 template <typename T>
 T exchange(Exchange operation, unsigned mask, T value, int argument, int width, Place place) {
@@ -120,11 +127,11 @@ namespace cnnkern::gpu {
 using Stream = void*;
 
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream, const Arguments&... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Arguments&... arguments) {
   using Call = std::pair<void (*)(Parameters...), std::tuple<Parameters...>>;
   const Call call(kernel, std::tuple<Parameters...>(arguments...));
   emulator::launch(
-      grid, block, shared,
+      grid, block, shared, stream,
       [](const void* data) {
         const Call& call = *static_cast<const Call*>(data);
         std::apply(call.first, call.second);

@@ -1,4 +1,4 @@
-// What the emulator tells somebody who looks on while kernels run: profile.cpp, where that is linked.
+// What the emulator tells somebody who looks on while kernels run: profile.cpp or launches.cpp, whichever is linked.
 #pragma once
 
 #include "gpu_emulator.h"
@@ -6,7 +6,7 @@
 namespace emulator {
 
 struct Observer {
-  virtual void launch(const void* kernel) = 0;  // its address
+  virtual void launch(const void* kernel, size_t dynamic_shared) = 0;  // its address
   virtual void block_ends() = 0;
 };
 extern Observer* observer;  // null where there is none

@@ -1,4 +1,5 @@
-// The memory profile of emulated kernels: how many sectors of 32 bytes each warp-wide access to global memory touches.
+// The memory profile of emulated kernels: how many sectors of 32 bytes each warp-wide access to global memory touches, and
+// how many different ones a launch reads and writes.
 //
 // Kernels are compiled for ThreadSanitizer, which makes every access call a function; these are here instead of in its
 // runtime. The n-th time that a thread of a warp comes by one place in the code belongs to the n-th time that the others do.
@@ -7,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <sstream>
 #include <string>
@@ -44,7 +46,10 @@ struct Totals {
 
 class Profile final : public emulator::Observer {
  public:
-  void launch(const void* address) override { kernel_ = address, places_.clear(); }
+  void launch(const void* address, size_t) override {
+    count_different();
+    kernel_ = address, places_.clear();
+  }
 
   void block_ends() override {
     for (auto& [pc, place] : places_) {
@@ -66,6 +71,12 @@ class Profile final : public emulator::Observer {
     if (visit >= accesses.size()) accesses.resize(visit + 1);
     accesses[visit].address[thread % kWarp] = address;
     accesses[visit].bytes[thread % kWarp] = static_cast<uint8_t>(bytes);
+  }
+
+  // Bytes of the sectors that launches read, and of those that they wrote, each once a launch: since the last call.
+  uint64_t take_moved() {
+    count_different();
+    return std::exchange(moved_, 0);
   }
 
   // A line for each kernel, kind and width: offset in the library, load, store or atomic, bytes of a lane, then Totals.
@@ -97,6 +108,14 @@ class Profile final : public emulator::Observer {
     return emulator::is_global(reinterpret_cast<const void*>(address));
   }
 
+  void count_different() {
+    for (std::vector<uintptr_t>& sectors : {std::ref(read_), std::ref(written_)}) {
+      std::sort(sectors.begin(), sectors.end());
+      moved_ += kSector * static_cast<uint64_t>(std::unique(sectors.begin(), sectors.end()) - sectors.begin());
+      sectors.clear();
+    }
+  }
+
   void add(Kind kind, const Access& access) {
     std::array<std::pair<uintptr_t, uintptr_t>, kWarp> spans;  // [first, end) of each lane
     size_t lanes = 0;
@@ -116,6 +135,10 @@ class Profile final : public emulator::Observer {
       next_byte = std::max(next_byte, end);
       const uintptr_t from = std::max(first / kSector, next_sector), to = (end - 1) / kSector + 1;
       sectors += to - std::min(to, from);
+      for (uintptr_t s = from; s < to; ++s) {
+        if (kind != Kind::store) read_.push_back(s);
+        if (kind != Kind::load) written_.push_back(s);
+      }
       next_sector = std::max(next_sector, to);
     }
     Totals& t = totals_[{kernel_, kind, width}];
@@ -128,6 +151,8 @@ class Profile final : public emulator::Observer {
   const void* kernel_ = nullptr;
   std::unordered_map<const void*, Place> places_;
   std::map<std::tuple<const void*, Kind, unsigned>, Totals> totals_;
+  std::vector<uintptr_t> read_, written_;  // by this launch
+  uint64_t moved_ = 0;
 };
 
 Profile profile;
@@ -144,6 +169,8 @@ extern "C" __attribute__((visibility("default"))) const char* emulator_profile()
   text = profile.take();
   return text.c_str();
 }
+
+extern "C" __attribute__((visibility("default"))) uint64_t emulator_moved() { return profile.take_moved(); }
 
 // ---- ThreadSanitizer's interface --------------------------------------------------------------------------------
 

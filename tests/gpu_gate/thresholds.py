@@ -114,7 +114,20 @@ RULES = (
         atomics=4,
         round=(0, 0),
     ),
-    cuda("^reduce_rows", "sums of half a block's threads: what a launch asks for at most", dynamic_shared=16 << 10),
+    # ---- what launches ask for at most ----
+    cuda("^reduce_rows", "two sums a channel of half a block's threads", dynamic_shared=16 << 10),
+    cuda("^ln_rows_bwd_kernel<.*, 8>", "two sums an element of half a block's threads", dynamic_shared=8 << 10),
+    cuda("^ln_rows_bwd_kernel<.*, 4>", "the same", dynamic_shared=4 << 10),
+    cuda("^ln_rows_bwd_kernel<.*, [12]>", "the same", dynamic_shared=2 << 10),
+    cuda("^ln_planes_.*, 8>", "two sums a pixel from each warp", dynamic_shared=32 << 10),
+    cuda("^ln_planes_.*, 4>", "the same", dynamic_shared=16 << 10),
+    cuda("^ln_planes_.*, [12]>", "the same", dynamic_shared=8 << 10),
+    cuda("^depthwise_rows_(?:gradient_)?kernel<float, 3", "filters of a tile of 32 channels", dynamic_shared=1296),
+    cuda("^depthwise_rows_(?:gradient_)?kernel<float, 5", "the same", dynamic_shared=3600),
+    cuda("^depthwise_rows_(?:gradient_)?kernel<float, 7", "the same", dynamic_shared=7056),
+    cuda(r"^depthwise_rows_(?:gradient_)?kernel<c10::\w+, 3", "of 64 channels", dynamic_shared=2448),
+    cuda(r"^depthwise_rows_(?:gradient_)?kernel<c10::\w+, 5", "the same", dynamic_shared=6800),
+    cuda(r"^depthwise_rows_(?:gradient_)?kernel<c10::\w+, 7", "the same", dynamic_shared=13328),
     # ---- add_relu ----
     cuda(
         "^add_relu_fwd_kernel<.*, [248]>", "four vectors of either input and of y, whole and at the end", whole=(16, 8)
