@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cnnkern
 from cnnkern import functional, testing
@@ -216,41 +215,6 @@ def test_saves_the_input_and_two_numbers_a_row(dtype):
         w, b = (torch.ones(n, dtype=dtype, requires_grad=True) for _ in range(2))
         saved = testing.saved_bytes(lambda function=function, w=w, b=b: function(w, b))
         assert saved == x.nbytes + 2 * number * rows + w.nbytes + b.nbytes
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast_as_eager_has_it(dtype, parameter_dtype, generator):
-    x = testing.randn((3, 8, 4, 4), generator, dtype)
-    w, b = torch.rand(8, dtype=parameter_dtype), torch.rand(8, dtype=parameter_dtype)
-    calls = {
-        "layer_norm": lambda c: c((x.transpose(1, 3)), (8,), w, b),
-        "layer_norm2d": lambda c: c(x, w, b),
-    }
-    for name, call in calls.items():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            try:
-                expected = call(CASES[name].reference)
-            except RuntimeError:
-                with pytest.raises(RuntimeError, match=f"cnnkern::{name}: expected weight in the input's dtype"):
-                    call(CASES[name].function)
-                continue
-            y = call(CASES[name].function)
-        assert y.dtype == expected.dtype
-        torch.testing.assert_close(y, expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_autocast_on_a_gpu_as_eager_has_it(dtype):
-    enabled = torch.is_autocast_enabled("cuda")
-    with FakeTensorMode():  # which needs no GPU
-        x, w = torch.empty(3, 8, 4, 4, dtype=dtype, device="cuda"), torch.empty(8, dtype=dtype, device="cuda")
-        try:
-            torch.set_autocast_enabled("cuda", True)
-            for name, arguments in (("layer_norm", (x.transpose(1, 3), (8,), w, w)), ("layer_norm2d", (x, w, w))):
-                assert CASES[name].function(*arguments).dtype == CASES[name].reference(*arguments).dtype
-        finally:
-            torch.set_autocast_enabled("cuda", enabled)
 
 
 def test_errors_name_the_operator_and_what_came():
