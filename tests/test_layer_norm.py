@@ -1,4 +1,4 @@
-"""Layer norms: modules beside torch's, hard numbers, sizes that the battery has not, what is saved, errors."""
+"""Layer norms: modules beside torch's, hard numbers, sizes that the battery has not, errors."""
 
 import copy
 import itertools
@@ -202,19 +202,6 @@ def test_parameters_in_any_strides_and_frozen_ones(case, generator):
         grads = torch.autograd.grad(case.function(**leaves), [leaves[n] for n in names], dy)
         for name, g in zip(names, grads, strict=True):
             assert torch.equal(g, expected[f"grad of {name}"]), f"{name} where {names} are wanted"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_saves_the_input_and_two_numbers_a_row(dtype):
-    number = 8 if dtype == torch.float64 else 4
-    x = torch.randn(4, 6, 5, 7, dtype=dtype, requires_grad=True)
-    for function, rows, n in (
-        (lambda w, b: functional.layer_norm2d(x, w, b), 4 * 5 * 7, 6),
-        (lambda w, b: functional.layer_norm(x, (7,), w, b), 4 * 6 * 5, 7),
-    ):
-        w, b = (torch.ones(n, dtype=dtype, requires_grad=True) for _ in range(2))
-        saved = testing.saved_bytes(lambda function=function, w=w, b=b: function(w, b))
-        assert saved == x.nbytes + 2 * number * rows + w.nbytes + b.nbytes
 
 
 def test_errors_name_the_operator_and_what_came():
