@@ -216,6 +216,12 @@ def test_a_batch_that_cannot_be_divided_among_processes():
         (["lenet", "--lr", "nan"], "argument --lr: must be above zero; got nan"),
         (["lenet", "--weight-decay", "-1"], "argument --weight-decay: must not be below zero"),
         (["lenet", "--device", "abacus"], "argument --device: 'abacus' cannot be used"),
+        (["lenet", "--seed", "1" + 20 * "0"], "argument --seed: must be at most 2147483647; got 1000"),
+        (["lenet", "--seed", "-1"], "argument --seed: must not be below zero; got -1"),
+        (["lenet", "--resize", "1" + 20 * "0"], "argument --resize: must be at most 2147483647"),
+        (["lenet", "--epochs", "1" + 400 * "0"], "argument --epochs: must be at most 2147483647"),
+        (["lenet", "--threads", "100000"], "argument --threads: must be at most 1024"),
+        (["lenet", "--workers", "100000"], "argument --workers: must be at most 1024"),
         (["lenet", "--workers", "-1"], "argument --workers: must not be below zero"),
         (["lenet", "--dataset", "imagenet"], "argument --dataset: 'imagenet' is none of digits, mnist"),
         (["lenet", "--dataset", "mnist", "here"], "argument --dataset: takes one name"),
@@ -257,6 +263,10 @@ def test_errors_of_a_run_are_one_line(tiny, tmp_path, capsys):
     assert "in step" in error_of(capsys, tiny, "--optimizer", "sgd", "--lr", "1e30", *out)
     assert "there is no checkpoint" in error_of(capsys, tiny, "--resume", *out)
     assert not list(tmp_path.iterdir())
+    said = error_of(capsys, "res_lenet", "--resize", "2000000", *out)
+    assert said == (
+        "cnnkern: cpu has too little memory for res_lenet with --batch-size 64 and --resize 2000000: lower them"
+    )
 
 
 class Evil:
