@@ -11,17 +11,14 @@ import torch
 
 import cnnkern
 from benchmarks.options import Options
-from cnnkern import _C
+from cnnkern import _C, memory
 
 ROOT = Path(__file__).resolve().parent.parent
+CPUINFO = Path("/proc/cpuinfo")
 
 # glibc maps blocks of more than 32 MB afresh on every call: with its defaults a large output costs more in page faults
-# than the kernel that writes it. These keep freed memory with the process.
-TUNED_MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "1073741824",
-}
+# than the kernel that writes it. These are what `cnnkern.tune_malloc` sets, as the environment of a new process.
+TUNED_MALLOC = {f"MALLOC_{option}_": str(value) for option, value in memory.TUNED.items()}
 
 
 def malloc_settings(device: str) -> tuple[str, ...]:
@@ -50,11 +47,14 @@ def slug(text: str) -> str:
 def model_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found[1]
+    if CPUINFO.exists():
+        facts = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE))
+        name = facts.get("model name")
+        if name and not re.search(r"\d", name) and {"cpu family", "model"} <= facts.keys():
+            # Under a hypervisor the name may be the same for every generation.
+            return f"{name} family {facts['cpu family']} model {facts['model']}"
+        if name:
+            return name
     return platform.processor() or platform.machine()
 
 
