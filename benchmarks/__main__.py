@@ -63,6 +63,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--compile-shapes", default="one", choices=("one", "all"), help="of a network, that operators are compiled for"
     )
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="what is faster or slower than in that run")
+    parser.add_argument(
+        "--agree",
+        type=Path,
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="measure nothing; say how nearly two runs of the same code agree",
+    )
     arguments = parser.parse_args(argv)
     arguments.before = []
     if arguments.compare:
@@ -82,6 +89,8 @@ def one_line(message: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
+    if arguments.agree:
+        return compare.main([str(path) for path in arguments.agree])
     options = Options(
         *(arguments.quick, arguments.filter, arguments.device, arguments.backend),
         *(arguments.threads, arguments.dtype, arguments.networks),

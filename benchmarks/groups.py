@@ -11,6 +11,16 @@ from benchmarks import bandwidth, memory, timing
 from benchmarks.options import Options
 
 LAYOUTS = ("contiguous", "channels_last")
+# Contenders of the models: the converted model compiled, and the model with its grouped convolutions exchanged and
+# nothing else, compiled.
+CONVERTED_AND_COMPILED = "torch.compile, converted"
+GROUPED_AND_COMPILED = "torch.compile, GroupedConv2d alone"
+
+
+def compiles_reference(contender: str) -> bool:
+    """Whether this is torch.compile of what eager runs, in one of its forms, and not of a model with our layers."""
+    ours = (CONVERTED_AND_COMPILED, GROUPED_AND_COMPILED)
+    return contender.startswith("torch.compile") and not contender.startswith(ours)
 
 
 @dataclass(frozen=True)

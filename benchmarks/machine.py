@@ -15,6 +15,7 @@ from cnnkern import _C, memory
 
 ROOT = Path(__file__).resolve().parent.parent
 CPUINFO = Path("/proc/cpuinfo")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 # glibc maps blocks of more than 32 MB afresh on every call: with its defaults a large output costs more in page faults
 # than the kernel that writes it. These are what `cnnkern.tune_malloc` sets, as the environment of a new process.
@@ -58,6 +59,15 @@ def model_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
+def cache_bytes(device: str) -> int | None:
+    """The size of the last-level cache; None where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties().L2_cache_size
+    sizes = [path.read_text() for path in CACHES.glob("index*/size")]
+    found = [re.fullmatch(r"(\d+)K", size.strip()) for size in sizes]
+    return max((int(match[1]) * 1024 for match in found if match), default=None)
+
+
 def commit() -> str:
     """Short hash of the source tree, with '-dirty' where it has changes; 'unknown' outside git."""
 
@@ -81,7 +91,7 @@ def kernels(options: Options) -> str:
     return f"CUDA C++ {_C.build_info()['cuda']}"
 
 
-def describe(options: Options) -> dict[str, str | int]:
+def describe(options: Options) -> dict[str, str | int | None]:
     """The columns of a row that say where it was measured."""
     return {
         "machine": slug(model_name(options.device)),
@@ -91,4 +101,5 @@ def describe(options: Options) -> dict[str, str | int]:
         "torch": torch.__version__,
         "cnnkern": cnnkern.__version__,
         "commit": commit(),
+        "cache_bytes": cache_bytes(options.device),
     }

@@ -13,7 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnkern
-from benchmarks.groups import LAYOUTS, Contender, Group, Unavailable, first_line
+from benchmarks.groups import (
+    CONVERTED_AND_COMPILED,
+    GROUPED_AND_COMPILED,
+    LAYOUTS,
+    Contender,
+    Group,
+    Unavailable,
+    first_line,
+)
 from benchmarks.judge import assert_as_good_as
 from benchmarks.options import Options
 from cnnkern.conversion.layers import exchange, exchanged_alone
@@ -34,11 +42,8 @@ LARGE_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
 TRAINED_TWICE = {"resnet50": 16, "densenet121": 16}  # at this batch size as well
 LARGE_INFERENCE = (1, 16)  # batch sizes
 SIZE = 224
-# Contenders: the converted model compiled; the model with its grouped convolutions exchanged and nothing else, as it is
-# and compiled; the model folded for inference.
-CONVERTED_AND_COMPILED = "torch.compile, converted"
+# Contenders: the model with its grouped convolutions exchanged and nothing else; the model folded for inference.
 GROUPED_ALONE, FOLDED = "GroupedConv2d alone", "cnnkern.fold"
-GROUPED_AND_COMPILED = "torch.compile, GroupedConv2d alone"
 COMPILED = frozenset({"torch.compile", CONVERTED_AND_COMPILED, GROUPED_AND_COMPILED})
 WITH_GROUPS = ("resnext50_32x4d", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "convnext_tiny")
 CHECKED, SMALL = 2, 64  # images that are compared, and the side of the patches that gradients are compared on
