@@ -105,6 +105,22 @@ def test_a_worker_that_dies_is_one_line(monkeypatch, tmp_path):
     assert str(caught.value) == "tuned malloc: the worker was killed by SIGKILL, at: starting"
 
 
+def test_progress_is_live_on_a_terminal_and_silent_elsewhere():
+    event = {"start": "operators bn_act", "done": 3.0, "total": 4.0}
+    out = io.StringIO()
+    with worker.progress(Console(file=out, force_terminal=True, width=100)) as bar:
+        task = bar.add_task("tuned malloc", total=None)
+        bar.update(task, description="tuned malloc: operators bn_act", **worker.counts(event))
+        bar.refresh()
+        assert "tuned malloc: operators bn_act" in out.getvalue()
+        assert bar.tasks[0].percentage == 75
+    out = io.StringIO()
+    with worker.progress(Console(file=out)) as bar:
+        bar.add_task("tuned malloc", total=None)
+        bar.refresh()
+    assert out.getvalue() == ""
+
+
 def test_malloc_settings_are_told_apart_by_the_environment(monkeypatch):
     for setting in ("tuned", "default"):
         for variable in machine.TUNED_MALLOC:
@@ -173,6 +189,40 @@ def test_options_survive_the_file_that_hands_them_over(tmp_path):
     options.save(tmp_path / "options")
     assert Options.load(tmp_path / "options") == options
     assert json.loads((tmp_path / "options").read_text())["threads"] == 3
+
+
+def run_pytest(*options, folder):
+    """`python -m pytest benchmarks` as a user starts it."""
+    clean = {n: v for n, v in machine.malloc_environment("default").items() if not n.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", *options]
+    command += [f"--benchmark-storage=file://{folder}", "--bench-threads=1"]
+    return subprocess.run(command, cwd=machine.ROOT, env=clean, capture_output=True, text=True, timeout=240)
+
+
+def test_pytest_saves_and_compares_as_pytest_benchmark_does(tmp_path):
+    chosen = "--bench-filter=overhead batch_norm_relu none 2x8x4x4 inference functional"
+    saved = tmp_path / "saved.json"
+    first = run_pytest(
+        chosen, "--bench-seconds=3", f"--benchmark-json={saved}", "--benchmark-save=first", folder=tmp_path
+    )
+    assert first.returncode == 0, first.stdout + first.stderr
+    found = json.loads(saved.read_text())["benchmarks"]
+    assert {(b["extra_info"]["contender"], len(b["stats"]["data"]) >= 5) for b in found} == {
+        ("eager", True),
+        ("ours", True),
+    }
+    second = run_pytest(chosen, "--bench-seconds=0", "--benchmark-compare=0001", folder=tmp_path)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "2 contenders were not timed: the 0 s for all of them were spent" in second.stdout
+    second = run_pytest(chosen, "--bench-seconds=3", "--benchmark-compare=0001", folder=tmp_path)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "(0001_first)" in second.stdout
+
+
+def test_pytest_refuses_a_filter_that_finds_nothing(tmp_path):
+    done = run_pytest("--bench-filter=no such operator", folder=tmp_path)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "nothing has 'no such operator' in its name" in done.stderr
 
 
 # ---- studies ----------------------------------------------------------------------------------------------------

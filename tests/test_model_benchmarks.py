@@ -51,6 +51,46 @@ def test_models_are_compared_with_eager_before_they_are_timed(monkeypatch):
     assert {r.status for r in measured if r.contender == "ours"} == {"wrong"}
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_bfloat16_is_autocast_in_training_and_the_type_in_inference(training, monkeypatch):
+    seen = set()
+
+    class Watched(ConvReLU):
+        def forward(self, x):
+            out = super().forward(x)
+            seen.add((x.dtype, out.dtype, self[0].weight.dtype))
+            return out
+
+    monkeypatch.setattr(models, "build", lambda name: Watched())
+    monkeypatch.setattr(models, "photographs", lambda batch: torch.rand(batch, 3, 32, 32))
+    bench = models.ModelBench("m", 2, training, "cpu", torch.bfloat16)
+    steps = [bench.step(Contender(name, "contiguous"), verify=name == "ours") for name in ("eager", "ours")]
+    seen.clear()
+    for step in steps:
+        step()
+    stored = torch.float32 if training else torch.bfloat16
+    assert seen == {(stored, torch.bfloat16, stored)}
+    options = Options(quick=True, dtype="bfloat16")
+    assert {g.dtype for g in models.groups(options)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_converted_model_is_compared_with_eager(training, monkeypatch):
+    monkeypatch.setattr(models, "build", lambda name: ConvReLU())
+    monkeypatch.setattr(models, "photographs", lambda batch: torch.rand(batch, 3, 32, 32))
+    off = 0.0
+    monkeypatch.setattr(torch, "compile", lambda model, **options: lambda x: model(x) + off)
+    monkeypatch.setattr(models, "results", lambda model, x, *_: {"output": model(x).detach()})
+    bench = models.ModelBench("m", 3, training, "cpu")
+    converted, plain = (Contender(name, "channels_last") for name in (models.CONVERTED_AND_COMPILED, "torch.compile"))
+    bench.step(converted, verify=True)
+    off = 1e-2
+    with pytest.raises(AssertionError, match="output: error"):
+        bench.step(converted, verify=True)
+    bench.step(converted, verify=False)  # was compared under the other malloc setting
+    bench.step(plain, verify=True)  # what the compiler makes of the reference is PyTorch's
+
+
 def test_large_models_have_more_contenders(monkeypatch):
     class Grouped(ConvReLU):
         def __init__(self):
