@@ -51,7 +51,10 @@ def test_a_refusal_is_named(monkeypatch):
             return b"9.9"
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Refusing)
-    assert memory.tune_malloc() == "cnnkern: malloc left partly as it is: glibc 9.9 refused mallopt option -3"
+    assert (
+        memory.tune_malloc()
+        == "cnnkern: malloc left partly as it is: glibc 9.9 refused mallopt option M_MMAP_THRESHOLD"
+    )
 
 
 @pytest.mark.parametrize(
