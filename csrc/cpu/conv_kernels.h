@@ -220,10 +220,12 @@ void wide_sums(const Sweep& s, int64_t width, int64_t plane) {
   using V = Simd<L>;
   over_runs<kTaps == 0 ? 7 : kRun>(s.columns, [&](auto run, int64_t first) CNNKERN_INLINED {
     constexpr int J = decltype(run)::value;
-    for (int64_t row = 0; row < s.rows; ++row) {
-      V sum[J];
-      for (int j = 0; j < J; ++j) sum[j] = V::load(s.bias);
-      const auto [begin, end] = s.kernel_rows_at(row);
+    const auto rows = [&](auto together, int64_t row) CNNKERN_INLINED {
+      constexpr int R = decltype(together)::value;
+      V sum[R][J];
+      unrolled<R * J>([&](auto i) CNNKERN_INLINED { sum[i / J][i % J] = V::load(s.bias); });
+      // Kernel rows that meet the image from one of the rows; what the others read of them is zero.
+      const int64_t begin = s.kernel_rows_at(row + R - 1).first, end = s.kernel_rows_at(row).second;
       for (int64_t r = begin; r < end; ++r) {
         const float* p = s.in + row * s.in_row + r * s.in_pitch + first * kStep * kPlane;
         const float* w = s.weight + r * s.taps * width * L;
@@ -232,19 +234,26 @@ void wide_sums(const Sweep& s, int64_t width, int64_t plane) {
             if constexpr (kTaps > 0) {
               V tap[kTaps];
               for (int t = 0; t < kTaps; ++t) tap[t] = V::load(w + t * width * L);
-              add_row<J, kStep>(sum, tap, [&](int q) CNNKERN_INLINED { return V::all(p[q * kPlane + i]); });
+              unrolled<R>([&](auto at) CNNKERN_INLINED {
+                const float* const q = p + at * s.in_row + i;
+                add_row<J, kStep>(sum[at], tap, [&](int pixel) CNNKERN_INLINED { return V::all(q[pixel * kPlane]); });
+              });
             } else {
               for (int64_t t = 0; t < s.taps; ++t) {
                 const V tap = V::load(w + t * width * L);
-                for (int j = 0; j < J; ++j) sum[j] = V::fma(V::all(p[(j * kStep + t) * kPlane + i]), tap, sum[j]);
+                for (int j = 0; j < J; ++j) sum[0][j] = V::fma(V::all(p[(j * kStep + t) * kPlane + i]), tap, sum[0][j]);
               }
             }
           }
         }
       }
-      float* out = s.out + row * s.out_row + first * s.out_column;
-      for (int j = 0; j < J; ++j) sum[j].put(out + j * s.out_column, s.stream);
-    }
+      unrolled<R * J>([&](auto i) CNNKERN_INLINED { sum[i / J][i % J].put(s.out + (row + i / J) * s.out_row + (first + i % J) * s.out_column, s.stream); });
+    };
+    // Each sum waits for the one before it: seven are too few to keep the multipliers busy.
+    constexpr int kTogether = kManyRegisters && kTaps > 0 && J == 7 ? 2 : 1;
+    int64_t row = 0;
+    for (; row + kTogether <= s.rows; row += kTogether) rows(std::integral_constant<int, kTogether>{}, row);
+    for (; row < s.rows; ++row) rows(std::integral_constant<int, 1>{}, row);
   });
 }
 

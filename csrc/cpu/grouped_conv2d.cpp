@@ -2,8 +2,8 @@
 //
 // A block of channels of one image is copied into planes of float vectors of channels, padding included, convolved
 // there and copied out (conv_tile.h, conv_kernels.h), so both memory layouts and all dtypes run the same kernels. The
-// backward pass packs dy once for dx and dweight. Traffic in tensors read or written: 2 forward, 3 backward. Depthwise 3x3
-// in channels_last is convolved where it lies (conv_in_place.h).
+// backward pass packs dy once for dx and dweight. Traffic in tensors read or written: 2 forward, 3 backward. Small depthwise
+// kernels are convolved where they lie in channels_last (conv_in_place.h).
 // The gradient of the weight is summed in float over a tile, over the tiles of a chunk of images, and in double over
 // chunks, in their order; chunks depend on the shape alone, so results do not depend on the number of threads.
 #include <ATen/Dispatch.h>
@@ -384,23 +384,37 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
   if (groups < 2 || x.numel() == 0 || weight.size(0) != C || width * groups != C || !weight.device().is_cpu()) return false;
   if (bias.defined() && (bias.dim() != 1 || bias.size(0) != C || bias.scalar_type() != type || !bias.device().is_cpu())) return false;
   if (width != 1 && width != 2 && (width % 4 != 0 || width > 64)) return false;
+  if (width * kh * kw > 8192) return false;  // an output is one sum in float: longer ones are not as accurate as the library's
   if (stride[0] != stride[1] || stride[0] < 1 || stride[0] > 2 || dilation[0] != 1 || dilation[1] != 1) return false;
   if (std::min(kh, kw) < 1 || std::max(kh, kw) > 31 || padding[0] < 0 || padding[1] < 0) return false;
   return x.size(2) + 2 * padding[0] >= kh && x.size(3) + 2 * padding[1] >= kw;
 }
 
-// Where the library is faster (docs/grouped_conv.md has what was measured), in float32: on small planes, and on single images, where
-// packing a wide group's weight takes long beside what it is packed for.
+// Where the library is faster (docs/grouped_conv.md has what was measured), in float32: on small planes, on single images, where
+// packing a wide group's weight takes long beside what it is packed for, and in gradients that are wanted alone, which it reads
+// in place in channels_last.
 enum class Pass { forward, input_gradient, weight_gradient, both_gradients };
 bool left_to_library(const Geometry& g, at::ScalarType type, bool channels_last, Pass pass) {
   if (type != at::kFloat) return false;
-  const bool small = g.OH * g.OW <= 49, one = g.N == 1;
+  const int64_t outputs = g.OH * g.OW;
+  const bool small = outputs <= 49, one = g.N == 1, medium = outputs <= 784;
   const bool gradient_of_input = pass == Pass::input_gradient || pass == Pass::both_gradients;
-  if (g.width > 16) return one && small && (channels_last || pass == Pass::weight_gradient || (gradient_of_input && g.stride == 1));
+  const bool of_weight_alone = pass == Pass::weight_gradient, of_input_alone = pass == Pass::input_gradient;
+  if (g.width > 16) {
+    if (!small) return false;
+    if (channels_last) return one || of_weight_alone;
+    return one && (of_weight_alone || (gradient_of_input && g.stride == 1));
+  }
   if (!channels_last) return false;
-  if (one && pass == Pass::input_gradient && (g.width == 16 || (g.width >= 8 && g.stride == 2))) return true;
-  if (g.width == 16) return small && (g.stride == 1 || !gradient_of_input);
-  return small && g.width == 1 && g.taps() <= 9 && pass == Pass::weight_gradient;
+  if (g.width == 16) {
+    if (of_input_alone && (one || g.stride == 2)) return true;
+    if (of_weight_alone && medium && g.stride == 1) return true;
+    return small && (g.stride == 1 || !gradient_of_input);
+  }
+  if (g.width >= 8) return one && of_input_alone && g.stride == 2;
+  if (g.width > 1) return false;
+  if (g.taps() <= 9) return of_weight_alone && medium;
+  return g.kh == 5 && g.kw == 5 && g.stride == 2 && small && pass == Pass::forward;
 }
 
 Geometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding) {
@@ -457,7 +471,7 @@ Tensor grouped_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalT
   const Geometry g = geometry(x, weight, stride, padding);
   const auto format = result_format(x, weight);
   if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, Pass::forward)) return by_library();
-  const bool reads_in_place = in_place(g, format == at::MemoryFormat::ChannelsLast);
+  const bool reads_in_place = forward_is_in_place(g, format == at::MemoryFormat::ChannelsLast);
   const Tensor x_ = reads_in_place ? x.contiguous(format) : in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
   const Tensor y = aten::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(format));
   with_dtype(x.scalar_type(), [&](auto type) {
@@ -491,7 +505,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
   const auto format = result_format(x, weight);
   const Pass pass = !output_mask[0] ? Pass::weight_gradient : output_mask[1] ? Pass::both_gradients : Pass::input_gradient;
   if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, pass)) return by_library(output_mask);
-  const bool reads_in_place = in_place(g, format == at::MemoryFormat::ChannelsLast);
+  const bool reads_in_place = backward_is_in_place(g, format == at::MemoryFormat::ChannelsLast);
   const auto placed = [&](const Tensor& t) { return reads_in_place ? t.contiguous(format) : in_layout(t); };
   const Tensor x_ = placed(x), dy_ = placed(dy), weight_ = weight.contiguous();
   const Tensor dx = output_mask[0] ? aten::empty(x.sizes(), x.options().memory_format(format)) : none;
