@@ -53,7 +53,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", default="cuda", choices=("cuda", "triton"), help="whose kernels, on a GPU")
     parser.add_argument("--save", type=file_name, metavar="NAME", help="write to results/published/NAME.*")
     parser.add_argument("--threads", type=count, default=torch.get_num_threads(), metavar="N")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16", "float16", "float64"),
+        help="of operators; bfloat16 also of models, which train under autocast (else float32)",
+    )
     parser.add_argument("--networks", default="resnet50", choices=("resnet50", "all"), help="whose shapes")
     parser.add_argument("--seconds", type=float, metavar="N", help="for everything; what comes later is not timed")
     parser.add_argument(
@@ -62,7 +67,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compile-shapes", default="one", choices=("one", "all"), help="of a network, that operators are compiled for"
     )
+    parser.add_argument(
+        "--max-autotune",
+        action="store_true",
+        help="torch.compile with that mode as well, which may take minutes for each shape: see --compile-seconds",
+    )
+    parser.add_argument(
+        "--modes",
+        default="usual",
+        choices=("usual", "all"),
+        help="of operators: training and inference, or also a training step's forward and backward by themselves",
+    )
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="what is faster or slower than in that run")
+    parser.add_argument(
+        "--agree",
+        type=Path,
+        nargs=2,
+        metavar=("A.json", "B.json"),
+        help="measure nothing; say how nearly two runs of the same code agree",
+    )
     arguments = parser.parse_args(argv)
     arguments.before = []
     if arguments.compare:
@@ -82,11 +105,15 @@ def one_line(message: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
+    if arguments.agree:
+        return compare.main([str(path) for path in arguments.agree])
     options = Options(
         *(arguments.quick, arguments.filter, arguments.device, arguments.backend),
         *(arguments.threads, arguments.dtype, arguments.networks),
         compile_seconds=arguments.compile_seconds,
         compile_shapes=arguments.compile_shapes,
+        max_autotune=arguments.max_autotune,
+        modes=arguments.modes,
     )
     seconds = arguments.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS)
     settings = [setting for setting in machine.malloc_settings(options.device) if make_plan(options, setting)]

@@ -95,14 +95,20 @@ def copy_probe(device: str, touched: int = 2**26) -> Callable[[], float]:
     return gb_s
 
 
+def at_size(bandwidths: Iterable[Bandwidth], touched: int) -> dict[str, float]:
+    """GB/s of each mix at the measured size that is nearest to the bytes that a call touches."""
+    bandwidths = list(bandwidths)
+    size = min({b.size for b in bandwidths}, key=lambda s: abs(math.log(s / touched)))
+    return {b.mix: b.gb_s for b in bandwidths if b.size == size}
+
+
 def least_seconds(bandwidths: Iterable[Bandwidth], bytes_read: int, bytes_written: int) -> float:
     """max(read / B_read, written / B_write, all / B_mix), bandwidths taken at the measured size nearest to the whole.
 
     B_mix is the best of the mixes that read and write.
     """
     whole = bytes_read + bytes_written
-    size = min({b.size for b in bandwidths}, key=lambda s: abs(math.log(s / whole)))
-    best = {b.mix: b.gb_s * 1e9 for b in bandwidths if b.size == size}
+    best = {mix: gb_s * 1e9 for mix, gb_s in at_size(bandwidths, whole).items()}
     mixed = max(best[mix] for mix in best if all(MIXES[mix]))
     return max(bytes_read / best["read"], bytes_written / best["write"], whole / mixed)
 

@@ -1,8 +1,15 @@
-"""What became faster or slower between two results, judged by the spread of the rows' own rounds."""
+"""What became faster or slower between two results, judged by the spread of the rows' own rounds; and how nearly two
+runs of the same code agree.
 
+`python -m benchmarks.compare A.json B.json`, also `cnnkern bench --agree A.json B.json`, prints the agreement.
+"""
+
+import argparse
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.rows import Row
 from benchmarks.tables import name, times
@@ -124,3 +131,79 @@ def _notes(old: list[Row], new: list[Row], shared: int) -> Iterator[str]:
         alone = sum(r.contender == "ours" and r.ratio is not None for r in rows) - shared
         if alone:
             yield f"rows timed {where} only: {alone}"
+
+
+AGREED = 0.10  # relative difference of the ratios up to which two runs agree on a row
+FURTHEST = 5  # rows that are named
+AGREEMENT = ["operator", "mode", "rows", "within 10 %", "first run", "second run", "difference"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Our ratios to eager in two runs of the same code."""
+
+    pairs: tuple[tuple[Row, Row], ...]
+
+    @staticmethod
+    def difference(pair: tuple[Row, Row]) -> float:
+        """Relative, of the larger ratio to the smaller one."""
+        first, second = (r.ratio or 0.0 for r in pair)
+        return max(first, second) / min(first, second) - 1
+
+    def share(self, pairs: Iterable[tuple[Row, Row]]) -> float:
+        agreed = [self.difference(pair) <= AGREED for pair in pairs]
+        return sum(agreed) / len(agreed)
+
+    def lines(self) -> Iterator[list[str]]:
+        """A line an operator and mode: the share of rows that agree, and the geometric means in both runs."""
+        grouped: dict[tuple[str, str], list[tuple[Row, Row]]] = {}
+        for pair in self.pairs:
+            grouped.setdefault((pair[0].operator, pair[0].mode), []).append(pair)
+        for (operator, mode), pairs in grouped.items():
+            means = [geometric_mean([pair[i].ratio or 0.0 for pair in pairs]) for i in range(2)]
+            moved = f"{means[1] / means[0] - 1:+.1%}"
+            yield [operator, mode, str(len(pairs)), f"{self.share(pairs):.0%}", *map(times, means), moved]
+
+    def worst_lines(self) -> list[str]:
+        furthest = sorted(self.pairs, key=self.difference, reverse=True)[:FURTHEST]
+        return [f"{name(a)}: {times(a.ratio)} and {times(b.ratio)}" for a, b in furthest]
+
+    def verdict(self) -> str:
+        count = sum(self.difference(pair) <= AGREED for pair in self.pairs)
+        return (
+            f"Ratios to eager of two runs agree within {AGREED:.0%} in {count} of {len(self.pairs)} rows "
+            f"({self.share(self.pairs):.0%})"
+        )
+
+
+def agreement(first: list[Row], second: list[Row]) -> Agreement:
+    """Our rows that have a ratio in both. Raises ValueError where there are none."""
+    one, other = _by_key(first), _by_key(second)
+    pairs = tuple(
+        (row, other[key])
+        for key, row in one.items()
+        if row.contender == "ours" and row.ratio is not None and key in other and other[key].ratio is not None
+    )
+    if not pairs:
+        raise ValueError("no measurement of ours is in both")
+    return Agreement(pairs)
+
+
+def main(argv: list[str] | None = None) -> int:
+    from benchmarks import report, terminal  # which show comparisons, and so need this module
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
+    parser.add_argument("first", type=Path, metavar="A.json", help="JSON that the benchmarks wrote")
+    parser.add_argument("second", type=Path, metavar="B.json", help="of another run of the same code")
+    arguments = parser.parse_args(argv)
+    try:
+        found = agreement(*(report.load(path)[0] for path in (arguments.first, arguments.second)))
+    except ValueError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    terminal.show_agreement(found, terminal.console())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

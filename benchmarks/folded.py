@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.seconds = 1.0 if arguments.grouped else 30.0
     torch.set_num_threads(arguments.threads)
     malloc = "malloc's defaults" if arguments.default_malloc else cnnkern.tune_malloc()
-    print(f"threads: {arguments.threads}; {malloc}; a matrix product of 1024: {passes.matrix_gflops():.0f} GFLOP/s\n")
+    print(f"threads: {arguments.threads}; {malloc}; {passes.PEAK}: {passes.peak_gflops():.0f} GFLOP/s\n")
     if arguments.grouped:
         print("| layer, channels_last | oneDNN (ms) | ours (ms) | ratio | taken |\n|---|---:|---:|---:|---|")
         for batch in arguments.batch:

@@ -1,9 +1,12 @@
 """Groups of contenders that are timed in the same rounds, and the session that times them."""
 
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -11,6 +14,17 @@ from benchmarks import bandwidth, memory, timing
 from benchmarks.options import Options
 
 LAYOUTS = ("contiguous", "channels_last")
+# Contenders of the models: the converted model compiled, and the model with its grouped convolutions exchanged and
+# nothing else, compiled.
+CONVERTED_AND_COMPILED = "torch.compile, converted"
+GROUPED_AND_COMPILED = "torch.compile, GroupedConv2d alone"
+MAX_AUTOTUNE = "torch.compile, max-autotune"  # the reference, compiled as fast as torch can; that may take minutes
+
+
+def compiles_reference(contender: str) -> bool:
+    """Whether this is torch.compile of what eager runs, in one of its forms, and not of a model with our layers."""
+    ours = (CONVERTED_AND_COMPILED, GROUPED_AND_COMPILED)
+    return contender.startswith("torch.compile") and not contender.startswith(ours)
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,7 @@ class Group:
     operator: str  # or the model's name
     network: str  # whose shape it is
     shape: str
-    mode: str  # training (forward and backward) or inference (forward)
+    mode: str  # training (forward and backward), inference (forward), or a part of training: forward, backward
     api: str  # functional or module
     contenders: tuple[Contender, ...]
     open: Callable[[], Bench]
@@ -119,7 +133,7 @@ class Session:
         now = time.perf_counter()
         if self.deadline - now < group.weight / 2:
             spent = Refused(
-                "out of time", f"too little left of the {self.options.seconds:.0f} s of this malloc setting"
+                "out of time", f"too little left of the {self.options.seconds:.0f} s for this malloc setting"
             )
             return dict.fromkeys(group.contenders, spent)
         until = now + (self.deadline - now) * group.weight / self.weight_left
@@ -152,8 +166,15 @@ class Session:
         if compiles and self.compile_left <= 0:
             return Refused("out of time", f"the {self.options.compile_seconds:.0f} s for torch.compile were spent")
         verify = contender.name != "eager" and group.name_of(contender) not in self.options.verified
+        limit = self.compile_left if contender.name == MAX_AUTOTUNE else None
         try:
-            return bench.step(contender, verify)
+            with time_limit(limit):
+                return bench.step(contender, verify)
+        except TimeIsUp:
+            spent = (
+                f"not compiled within the {limit:.0f} s left of {self.options.compile_seconds:.0f} for torch.compile"
+            )
+            return Refused("out of time", spent)
         except Unavailable as error:
             return Refused("not available", str(error))
         except AssertionError as error:
@@ -164,6 +185,29 @@ class Session:
         finally:
             if compiles:
                 self.compile_left -= time.perf_counter() - start
+
+
+class TimeIsUp(BaseException):
+    """Not an Exception: the compiler takes those for a candidate that does not work, and goes on with the next."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raises TimeIsUp in the block once `seconds` have passed, if any; where there are no signals, never."""
+    if seconds is None or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def raise_it(*_: object) -> None:
+        raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, raise_it)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def first_line(error: BaseException) -> str:

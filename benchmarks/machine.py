@@ -11,17 +11,15 @@ import torch
 
 import cnnkern
 from benchmarks.options import Options
-from cnnkern import _C
+from cnnkern import _C, memory
 
 ROOT = Path(__file__).resolve().parent.parent
+CPUINFO = Path("/proc/cpuinfo")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 # glibc maps blocks of more than 32 MB afresh on every call: with its defaults a large output costs more in page faults
-# than the kernel that writes it. These keep freed memory with the process.
-TUNED_MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "1073741824",
-}
+# than the kernel that writes it. These are what `cnnkern.tune_malloc` sets, as the environment of a new process.
+TUNED_MALLOC = {f"MALLOC_{option}_": str(value) for option, value in memory.TUNED.items()}
 
 
 def malloc_settings(device: str) -> tuple[str, ...]:
@@ -50,12 +48,24 @@ def slug(text: str) -> str:
 def model_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
-        if found:
-            return found[1]
+    if CPUINFO.exists():
+        facts = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE))
+        name = facts.get("model name")
+        if name and not re.search(r"\d", name) and {"cpu family", "model"} <= facts.keys():
+            # Under a hypervisor the name may be the same for every generation.
+            return f"{name} family {facts['cpu family']} model {facts['model']}"
+        if name:
+            return name
     return platform.processor() or platform.machine()
+
+
+def cache_bytes(device: str) -> int | None:
+    """The size of the last-level cache; None where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties().L2_cache_size
+    sizes = [path.read_text() for path in CACHES.glob("index*/size")]
+    found = [re.fullmatch(r"(\d+)K", size.strip()) for size in sizes]
+    return max((int(match[1]) * 1024 for match in found if match), default=None)
 
 
 def commit() -> str:
@@ -81,7 +91,7 @@ def kernels(options: Options) -> str:
     return f"CUDA C++ {_C.build_info()['cuda']}"
 
 
-def describe(options: Options) -> dict[str, str | int]:
+def describe(options: Options) -> dict[str, str | int | None]:
     """The columns of a row that say where it was measured."""
     return {
         "machine": slug(model_name(options.device)),
@@ -91,4 +101,5 @@ def describe(options: Options) -> dict[str, str | int]:
         "torch": torch.__version__,
         "cnnkern": cnnkern.__version__,
         "commit": commit(),
+        "cache_bytes": cache_bytes(options.device),
     }

@@ -13,7 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnkern
-from benchmarks.groups import LAYOUTS, Contender, Group, Unavailable, first_line
+from benchmarks.groups import (
+    CONVERTED_AND_COMPILED,
+    GROUPED_AND_COMPILED,
+    LAYOUTS,
+    MAX_AUTOTUNE,
+    Contender,
+    Group,
+    Unavailable,
+    compiles_reference,
+    first_line,
+)
 from benchmarks.judge import assert_as_good_as
 from benchmarks.options import Options
 from cnnkern.conversion.layers import exchange, exchanged_alone
@@ -34,12 +44,9 @@ LARGE_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
 TRAINED_TWICE = {"resnet50": 16, "densenet121": 16}  # at this batch size as well
 LARGE_INFERENCE = (1, 16)  # batch sizes
 SIZE = 224
-# Contenders: the converted model compiled; the model with its grouped convolutions exchanged and nothing else, as it is
-# and compiled; the model folded for inference.
-CONVERTED_AND_COMPILED = "torch.compile, converted"
+# Contenders: the model with its grouped convolutions exchanged and nothing else; the model folded for inference.
 GROUPED_ALONE, FOLDED = "GroupedConv2d alone", "cnnkern.fold"
-GROUPED_AND_COMPILED = "torch.compile, GroupedConv2d alone"
-COMPILED = frozenset({"torch.compile", CONVERTED_AND_COMPILED, GROUPED_AND_COMPILED})
+COMPILED = frozenset({"torch.compile", MAX_AUTOTUNE, CONVERTED_AND_COMPILED, GROUPED_AND_COMPILED})
 WITH_GROUPS = ("resnext50_32x4d", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "convnext_tiny")
 CHECKED, SMALL = 2, 64  # images that are compared, and the side of the patches that gradients are compared on
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each colour
@@ -54,12 +61,16 @@ def groups(options: Options) -> list[Group]:
     if options.device == "cuda":
         batch_sizes = dict.fromkeys(batch_sizes, GPU_BATCH_SIZE)
 
+    tuned = [MAX_AUTOTUNE] * options.max_autotune
+    # Half precision is for bfloat16 alone: models are timed in float32 beside operators of other types.
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+
     def contenders(name: str, mode: str) -> list[str]:
         if not everything:
-            return ["eager", "ours"]
+            return ["eager", "ours", *tuned]
         groups = [GROUPED_ALONE, GROUPED_AND_COMPILED] if name in WITH_GROUPS else []
         more = groups if mode == "training" else [FOLDED]
-        return ["eager", "ours", "torch.compile", CONVERTED_AND_COMPILED, *more]
+        return ["eager", "ours", "torch.compile", *tuned, CONVERTED_AND_COMPILED, *more]
 
     def runs(name: str, batch: int) -> list[tuple[str, int]]:
         twice = [("training", TRAINED_TWICE[name])] if batch == LARGE_BATCH_SIZE and name in TRAINED_TWICE else []
@@ -75,7 +86,10 @@ def groups(options: Options) -> list[Group]:
             mode=mode,
             api="module",
             contenders=tuple(Contender(c, layout) for c in contenders(name, mode)),
-            open=lambda name=name, batch=batch, mode=mode: ModelBench(name, batch, mode == "training", options.device),
+            open=lambda name=name, batch=batch, mode=mode: ModelBench(
+                name, batch, mode == "training", options.device, dtype
+            ),
+            dtype=str(dtype).removeprefix("torch."),
             weight=weight(name, batch, mode, len(contenders(name, mode))),
             compiled=COMPILED,
             peaks=True,
@@ -159,8 +173,10 @@ def results(model: nn.Module, x: Tensor, target: Tensor, backward: bool) -> dict
 
 
 class ModelBench:
-    def __init__(self, name: str, batch: int, training: bool, device: str) -> None:
-        self.training, self.device = training, device
+    """A model in one mode. In bfloat16 it is trained under autocast, and runs inference as a model of that type."""
+
+    def __init__(self, name: str, batch: int, training: bool, device: str, dtype: torch.dtype = torch.float32) -> None:
+        self.training, self.device, self.dtype = training, device, dtype
         self.base = build(name).train(training)
         self.x = photographs(batch)
         self.target = torch.arange(batch)
@@ -173,24 +189,41 @@ class ModelBench:
             return cnnkern.fold(model)
         return cnnkern.convert(model) if contender.name in ("ours", CONVERTED_AND_COMPILED) else model
 
+    @property
+    def stored(self) -> torch.dtype:
+        """Of parameters and input."""
+        return torch.float32 if self.training else self.dtype
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, self.dtype, enabled=self.stored != self.dtype)
+
+    def placed(self, tensor_or_module, layout: str):
+        return placed(tensor_or_module, layout, self.device).to(self.stored)
+
     def step(self, contender: Contender, verify: bool) -> Callable[[], object]:
-        if verify and contender.name not in COMPILED:  # what the compiler makes of them is PyTorch's
+        if verify and contender.name not in COMPILED:
             self.verify(contender)
-        model = placed(self.model(contender), contender.layout, self.device)
-        x = placed(self.x, contender.layout, self.device)
+        model = self.placed(self.model(contender), contender.layout)
+        x = self.placed(self.x, contender.layout)
         target = self.target.to(self.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         if contender.name in COMPILED:
             torch._dynamo.reset()
-            model = torch.compile(model, dynamic=False)
+            mode = "max-autotune-no-cudagraphs" if contender.name == MAX_AUTOTUNE else None
+            model = torch.compile(model, dynamic=False, mode=mode)
             try:
-                results(model, x, target, self.training)
+                with self.autocast():
+                    found = results(model, x, target, self.training)
             except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, for one
                 raise Unavailable(first_line(error)) from error
+            if verify and not compiles_reference(contender.name):  # what the compiler makes of that is PyTorch's
+                self.verify_output(found["output"], contender.layout)
 
         def training() -> None:
             optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(model(x), target).backward()
+            with self.autocast():
+                loss = F.cross_entropy(model(x), target)
+            loss.backward()
             optimizer.step()
 
         def inference() -> None:
@@ -213,8 +246,21 @@ class ModelBench:
             x = placed(self.x[:CHECKED, :, :size, :size].to(dtype), contender.layout, self.device)
             return results(model, x, self.target[:CHECKED].to(self.device), backward)
 
-        single = [run(who, torch.float32, SIZE, False) for who in (contender, eager)]
-        assert_as_good_as(*single, run(eager, torch.float64, SIZE, False))
+        with self.autocast():
+            timed = [run(who, self.stored, SIZE, False) for who in (contender, eager)]
+        assert_as_good_as(*timed, run(eager, torch.float64, SIZE, False))
         if self.training:
             ours = {n: t.float() for n, t in run(contender, torch.float64, SMALL, True).items()}
             assert_as_good_as(ours, run(eager, torch.float32, SMALL, True), run(eager, torch.float64, SMALL, True))
+
+    def verify_output(self, output: Tensor, layout: str) -> None:
+        """Compares what a call at the timed size returned: in inference for some images, which do not depend on the
+        others, in training for all, which share batch norm's statistics."""
+        images = slice(None if self.training else CHECKED)
+        model, x = copy.deepcopy(self.base), self.x[images]
+        with torch.no_grad():
+            with self.autocast():
+                eager = self.placed(copy.deepcopy(model), layout)(self.placed(x, layout))
+            truth = placed(model.double(), layout, self.device)(placed(x.double(), layout, self.device))
+        found = {"output": output[images]}
+        assert_as_good_as(found, {"output": eager}, {"output": truth})

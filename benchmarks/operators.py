@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
@@ -11,19 +12,25 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from benchmarks.groups import LAYOUTS, Contender, Group, Unavailable, first_line
+from benchmarks.groups import LAYOUTS, MAX_AUTOTUNE, Contender, Group, Unavailable, first_line
 from benchmarks.judge import assert_as_good_as
 from benchmarks.options import Options
 from cnnkern import testing
 from cnnkern.testing import Case, Layer
 
+# Seconds an element; forward and backward are training's halves, with a graph that is built and kept.
+WEIGHTS = {"training": 1.5e-7, "inference": 6e-8, "forward": 7e-8, "backward": 1e-7}
+USUAL_MODES = ("training", "inference")
+
 
 def groups(options: Options, compiled: bool) -> list[Group]:
-    """Training and inference of every case on every shape; torch.compile, if at all, on one shape a network, or on all
-    with --compile-shapes all, of the reference and of each other form of it that the case names.
+    """Training and inference of every case on every shape, with --modes all their halves as well; torch.compile, if at
+    all, on one shape a network, or on all with --compile-shapes all, of the reference and of each other form of it that
+    the case names.
 
     Cases take turns, so that a run which has no time for everything has times for each.
     """
+    modes = tuple(WEIGHTS) if options.modes == "all" else USUAL_MODES
     columns = []
     for case in testing.CASES.values():
         for network, layers, variant in _columns(case, options.networks == "all"):
@@ -34,14 +41,14 @@ def groups(options: Options, compiled: bool) -> list[Group]:
             column = []
             for layer in layers:
                 drawn = Drawn(case, layer, getattr(torch, options.dtype), variant, options.device)
-                for mode in ("training", "inference"):
+                for mode in modes:
                     with_compile = compiled and not options.quick and variant == case.bench_variant
                     with_compile &= layer == middle or options.compile_shapes == "all"
-                    column.append(_group(network, mode, drawn, with_compile))
+                    column.append(_group(network, mode, drawn, with_compile, options.max_autotune))
             columns.append(column)
     longest = max(map(len, columns), default=0)
-    pairs = range(0, longest, 2)  # the two modes of a shape share their inputs, and stay together
-    return [group for i in pairs for column in columns for group in column[i : i + 2]]
+    shapes = range(0, longest, len(modes))  # the modes of a shape share their inputs, and stay together
+    return [group for i in shapes for column in columns for group in column[i : i + len(modes)]]
 
 
 def _columns(case: Case, everything: bool) -> Iterator[tuple[str, tuple[Layer, ...], str]]:
@@ -52,14 +59,18 @@ def _columns(case: Case, everything: bool) -> Iterator[tuple[str, tuple[Layer, .
         yield "resnet50", (Layer((32, 256, 28, 28)), Layer((1, 256, 28, 28))), variant
 
 
-def _group(network: str, mode: str, drawn: "Drawn", with_compile: bool) -> Group:
-    case, layer, training = drawn.case, drawn.layer, mode == "training"
+def _group(network: str, mode: str, drawn: "Drawn", with_compile: bool, max_autotune: bool) -> Group:
+    case, layer = drawn.case, drawn.layer
     itemsize = drawn.dtype.itemsize
     layouts = LAYOUTS if len(layer.shape) in (4, 5) else LAYOUTS[:1]
     compiled = ("torch.compile", *(f"torch.compile, {form}" for form in case.bench_forms)) * with_compile
+    compiled += (MAX_AUTOTUNE,) * (with_compile and max_autotune)
     names = ("eager", "ours", *case.bench_forms, *compiled)
     numel = math.prod(layer.shape)
-    read, written = case.elements(layer, training)
+    read, written = case.elements(layer, training=mode in ("training", "backward"))
+    if mode == "backward":
+        forward = case.elements(layer, training=False)
+        read, written = read - forward[0], written - forward[1]
     return Group(
         suite="operators",
         operator=case.name + ("" if drawn.variant == case.bench_variant else f" ({drawn.variant})"),
@@ -68,10 +79,10 @@ def _group(network: str, mode: str, drawn: "Drawn", with_compile: bool) -> Group
         mode=mode,
         api="functional",
         contenders=tuple(Contender(name, layout) for layout in layouts for name in names),
-        open=lambda: OperatorBench(drawn, training),
+        open=lambda: OperatorBench(drawn, mode),
         weight=0.2
-        + numel * (1.5e-7 if training else 6e-8) * (1 + len(case.bench_forms))
-        + (12 if training else 6) * len(layouts) * len(compiled),
+        + numel * WEIGHTS[mode] * (1 + len(case.bench_forms))
+        + (6 if mode == "inference" else 12) * len(layouts) * len(compiled),
         compiled=frozenset(compiled),
         dtype=str(drawn.dtype).removeprefix("torch."),
         bytes_read=read * itemsize,
@@ -102,8 +113,9 @@ def _draw(drawn: Drawn) -> tuple[dict[str, Any], Tensor]:
 
 
 class OperatorBench:
-    def __init__(self, drawn: Drawn, training: bool) -> None:
-        self.case, self.device = drawn.case, drawn.device
+    def __init__(self, drawn: Drawn, mode: str) -> None:
+        self.case, self.device, self.mode = drawn.case, drawn.device, mode
+        training = mode != "inference"
         self.inputs, dy = _draw(drawn)
         if "training" in self.inputs:
             self.inputs = self.inputs | {"training": training}
@@ -129,9 +141,13 @@ class OperatorBench:
         function = case.bench_forms.get(form or name, case.function if name == "ours" else case.reference)
         if name == "torch.compile":
             torch._dynamo.reset()  # else the eighth shape is left to eager
-            function = torch.compile(function, dynamic=False, fullgraph=True)
+            tuned = "max-autotune-no-cudagraphs" if contender.name == MAX_AUTOTUNE else None  # graphs are ours on a GPU
+            function = torch.compile(function, dynamic=False, fullgraph=True, mode=tuned)
+            # A graph that gives its buffers away cannot be run backward again and again.
+            kept = torch._functorch.config.patch(donated_buffer=False) if self.mode == "backward" else nullcontext()
             try:
-                _run(function, case, inputs, dy)
+                with kept:
+                    _run(function, case, inputs, dy)
             except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, for one
                 raise Unavailable(first_line(error)) from error
         if verify:
@@ -139,7 +155,7 @@ class OperatorBench:
                 self.eager[contender.layout] = _run(case.reference, case, inputs, dy)
             out = _run(function, case, inputs, dy)
             assert_as_good_as(out, self.eager[contender.layout], self.reference64)
-        step = _timed(function, case, inputs, dy)
+        step = _timed(function, case, inputs, dy, self.mode)
         return timing.captured(step) if self.device == "cuda" else step
 
 
@@ -149,9 +165,9 @@ def _run(function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], dy
 
 
 def _timed(
-    function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], dy: Tensor | None
+    function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], dy: Tensor | None, mode: str
 ) -> Callable[[], object]:
-    """A call of `function`, forward and, with `dy`, backward; what it returns is freed within the time."""
+    """What `mode` means for `function`; what a call returns is freed within the time."""
     leaves = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):
@@ -167,4 +183,10 @@ def _timed(
         with torch.no_grad():
             function(**leaves)
 
-    return inference if dy is None else training
+    def forward() -> None:
+        function(**leaves)
+
+    if mode == "backward":
+        y = function(**leaves)
+        return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+    return {"training": training, "inference": inference, "forward": forward}[mode]

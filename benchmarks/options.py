@@ -14,11 +14,13 @@ class Options:
     device: str = "cpu"
     backend: str = "cuda"  # whose kernels answer on a GPU: cuda or triton
     threads: int = torch.get_num_threads()
-    dtype: str = "float32"  # of the operators' rows
+    dtype: str = "float32"  # of the operators' rows; bfloat16 also of the models'
     networks: str = "resnet50"  # whose shapes: this one's, or "all"
     seconds: float = 150.0  # for all groups of one worker; groups that find them spent are reported as not timed
     compile_seconds: float = 60.0  # of those, for torch.compile
     compile_shapes: str = "one"  # of the operators': one of a network, or "all"
+    max_autotune: bool = False  # whether torch.compile is timed with that mode as well
+    modes: str = "usual"  # of the operators: training and inference, or "all": forward and backward as well
     # Contenders whose results this run has checked already, on the same inputs under the other malloc setting.
     verified: tuple[str, ...] = ()
 

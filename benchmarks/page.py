@@ -94,8 +94,7 @@ def render(rows: list[Row], created: str, changes: Comparison | None = None) -> 
         bandwidths=_bandwidths(rows),
         best=ranked[:RANKED] if len(ranked) > 2 * RANKED else [],
         worst=ranked[-RANKED:] if len(ranked) > 2 * RANKED else [],
-        lost=tables.lost_lines(rows),
-        refused=tables.refused_lines(rows),
+        listings=tables.listings(rows),
         changes=changes,
         environment=_environment(rows[0], created),
         malloc=TUNED_MALLOC,
@@ -154,14 +153,14 @@ def _model_bars(rows: list[Row]) -> list[Bars]:
 
 
 def _models(rows: list[Row]) -> list[list[str]]:
-    """Lines of every contender of the models: what, median, images a second, the most memory of a call, ratio."""
+    """Lines of every contender of the models: what, median, spread, images a second, the most memory held, ratios."""
     lines = []
     for r in rows:
         if r.suite == "models" and r.median_ms is not None and r.ratio is not None:
-            images = int(r.shape.split("x")[0]) / r.median_ms * 1e3
             what = [r.operator, r.shape, r.mode, r.layout, r.malloc, r.contender]
             held = tables.mebibytes(r.peak_bytes)
-            lines.append([*what, tables.duration(r.median_ms), f"{images:.1f}", held, tables.times(r.ratio)])
+            figures = [tables.duration(r.median_ms), tables.spread(r), tables.images(r), held]
+            lines.append([*what, *figures, tables.times(r.ratio_to_compile), tables.times(r.ratio)])
     return lines
 
 

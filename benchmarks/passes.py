@@ -1,8 +1,10 @@
 """Each pass of the grouped convolutions of six networks by itself: forward, dx, dweight, and dx with dweight.
 
 `python -m benchmarks.passes [--batch N] [--threads N] [--only TEXT] [--seconds S] [--default-malloc]` prints a table of
-eager's and our milliseconds, the ratios, and our GFLOP/s in forward, dx and dweight. Geometric means follow, of the
-ratios and of our share of what a large matrix product reached before and after all of it.
+eager's and our milliseconds, the ratios, and our GFLOP/s in forward, dx and dweight; for depthwise 3x3, which waits for
+memory, the GB/s as well, and their share of what a plain copy of about as many bytes reached in the same run. Geometric
+means follow, of the ratios and of our share of the peak: what the fastest of a matrix product and a dense convolution
+reached before and after all of it.
 """
 
 import argparse
@@ -14,13 +16,15 @@ import time
 import torch
 
 import cnnkern
-from benchmarks import timing
+from benchmarks import bandwidth, timing
+from benchmarks.bandwidth import Bandwidth
 from benchmarks.groups import LAYOUTS
 from cnnkern import testing
 from cnnkern.testing import Layer
 from cnnkern.testing.shapes import GROUPED_LAYERS
 
 CASE = testing.CASES["grouped_conv2d"]
+PEAK = "the fastest of a matrix product and a dense convolution"
 PASSES = {"forward": None, "dx": (True, False), "dweight": (False, True), "dx and dweight": (True, True)}
 
 
@@ -72,12 +76,38 @@ def flops(layer: Layer) -> int:
     return 2 * math.prod(CASE.output_shape(layer)) * layer.arguments["width"] * layer.arguments["kernel"] ** 2
 
 
-def matrix_gflops(seconds: float = 1.0) -> float:
+def traffic(layer: Layer) -> dict[str, int]:
+    """The least bytes that a pass reads and writes; weights are small beside them."""
+    x, y = math.prod(layer.shape) * 4, math.prod(CASE.output_shape(layer)) * 4
+    return dict.fromkeys(("forward", "dx", "dweight"), x + y)  # two of x, y and their gradients each
+
+
+def peak_gflops(seconds: float = 1.0) -> float:
+    """What the fastest of a matrix product and a dense convolution reaches, by PyTorch's libraries.
+
+    On some processors oneDNN's convolution is more than twice as fast as the matrix product.
+    """
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    samples = timing.interleave(
-        {"mm": lambda: a @ b}, deadline=time.perf_counter() + seconds, min_rounds=5, max_rounds=500
-    )
-    return 2 * 1024**3 / statistics.median(samples["mm"]) / 1e9
+    image = torch.randn(16, 256, 28, 28).to(memory_format=torch.channels_last)
+    weight = torch.randn(256, 256, 3, 3).to(memory_format=torch.channels_last)
+    work = {"product": 2 * 1024**3, "convolution": 2 * image.numel() * weight[0].numel()}
+    with torch.no_grad():
+        samples = timing.interleave(
+            {"product": lambda: a @ b, "convolution": lambda: torch.conv2d(image, weight, padding=1)},
+            deadline=time.perf_counter() + seconds,
+            min_rounds=5,
+            max_rounds=500,
+        )
+    return max(work[name] / statistics.median(values) / 1e9 for name, values in samples.items())
+
+
+def copy_shares(layer: Layer, ms: dict[tuple[str, str], float], bandwidths: list[Bandwidth]) -> str:
+    """Our GB/s in each pass, and their share of a copy's."""
+    cells = []
+    for name, moved in traffic(layer).items():
+        gb_s = moved / ms["ours", name] / 1e6
+        cells.append(f"{gb_s:.1f} ({gb_s / bandwidth.at_size(bandwidths, moved)['copy']:.0%})")
+    return ", ".join(cells)
 
 
 def listed(values: list[float], form: str) -> str:
@@ -94,10 +124,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     malloc = "malloc's defaults" if arguments.default_malloc else cnnkern.tune_malloc()
-    before = matrix_gflops()
-    print(f"threads: {arguments.threads}; {malloc}; a matrix product of 1024: {before:.0f} GFLOP/s\n")
-    print(f"| layer | layout | {' | '.join(f'{p}: eager, ours (ms), ratio' for p in PASSES)} | GFLOP/s of ours |")
-    print(f"|---|---|{'---:|' * (len(PASSES) + 1)}")
+    before, bandwidths = peak_gflops(), bandwidth.measure("cpu", arguments.threads, seconds=2.0)
+    print(f"threads: {arguments.threads}; {malloc}; {PEAK}: {before:.0f} GFLOP/s")
+    print("a copy: " + ", ".join(f"{b.gb_s:.1f} GB/s over {b.size >> 20} MiB" for b in bandwidths if b.mix == "copy"))
+    measured = "GFLOP/s of ours | GB/s of ours (of a copy's)"
+    print(f"\n| layer | layout | {' | '.join(f'{p}: eager, ours (ms), ratio' for p in PASSES)} | {measured} |")
+    print(f"|---|---|{'---:|' * (len(PASSES) + 2)}")
     ratios: dict[tuple[str, str], list[float]] = {}
     rates: dict[tuple[str, str], list[list[float]]] = {}
     lost = []
@@ -116,12 +148,13 @@ def main(argv: list[str] | None = None) -> int:
                 lost.append(f"{layer} {layout} {name}: {theirs / mine:.2f}x")
         rate = [flops(layer) / ms["ours", name] / 1e6 for name in ("forward", "dx", "dweight")]
         rates.setdefault((kind(layer), layout), []).append(rate)
-        print(f"| {kind(layer)}: {layer} | {layout} | {' | '.join(cells)} | {listed(rate, '.0f')} |", flush=True)
+        cells += [listed(rate, ".0f"), copy_shares(layer, ms, bandwidths) if kind(layer) == "depthwise 3x3" else "-"]
+        print(f"| {kind(layer)}: {layer} | {layout} | {' | '.join(cells)} |", flush=True)
         both = ("forward", "dx and dweight")
         step = sum(ms["eager", p] for p in both) / sum(ms["ours", p] for p in both)
         ratios.setdefault((kind(layer), layout), []).append(step)
-    after = matrix_gflops()
-    print(f"\na matrix product of 1024 afterwards: {after:.0f} GFLOP/s; shares are of the larger")
+    after = peak_gflops()
+    print(f"\n{PEAK}, afterwards: {after:.0f} GFLOP/s; shares are of the larger")
     share = "share of it: forward, dx, dweight"
     print(f"\n| kind | layout | layers | forward and backward | worst layer | {share} |\n|---|---|---:|---:|---:|---:|")
     for (name, layout), values in sorted(ratios.items()):

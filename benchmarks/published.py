@@ -6,8 +6,9 @@ A document asks for them between two comments:
     ... what stands here is replaced ...
     <!-- end of results -->
 
-`cpu-resnet50` is a file of benchmarks/results/published; the words behind it name PARTS. The command rewrites README.md
-and docs/, --check says which documents differ and fails.
+`cpu-resnet50` is a file of benchmarks/results/published; the words behind it name PARTS, or are `agreement`, which
+compares the file with `cpu-resnet50-again`, a second run of the same. The command rewrites README.md and docs/,
+--check says which documents differ and fails.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-from benchmarks import report, rows, tables
+from benchmarks import breakdown, compare, report, rows, tables
 from benchmarks.machine import ROOT
 from benchmarks.rows import Row
 
@@ -44,13 +45,32 @@ def _overhead(found: list[Row], created: str) -> str:
 
 
 def _lost(found: list[Row], created: str) -> str:
-    lines = tables.lost_lines(found)
-    head = f"{len(lines)} of {len(tables.ours(found))} rows are slower than eager"
-    return "\n".join([head + (":\n" if lines else "."), *(f"- {line}" for line in lines)])
+    ours = tables.ours(found)
+    compared = [r for r in ours if r.ratio_to_compile is not None]
+    parts = [_list(tables.lost_lines(found), f"{{}} of {len(ours)} rows are slower than eager")]
+    if compared:
+        head = f"{{}} rows are slower than torch.compile, which was timed beside {len(compared)} of ours"
+        parts.append(_list(tables.lost_to_compile(found), head))
+    return "\n\n".join(parts)
+
+
+def _list(lines: list[str], head: str) -> str:
+    return "\n".join([head.format(len(lines)) + (":\n" if lines else "."), *(f"- {line}" for line in lines)])
+
+
+def _agreement(found: list[Row], again: list[Row]) -> str:
+    agreement = compare.agreement(found, again)
+    table = tables.markdown_table(compare.AGREEMENT, list(agreement.lines()))
+    worst = "\n".join(f"- {line}" for line in agreement.worst_lines())
+    return f"{agreement.verdict()}.\n\n{table}\n\nFurthest apart:\n\n{worst}"
 
 
 def _origin(found: list[Row], created: str) -> str:
     return f"Measured on {tables.origin(found, created)}; {tables.bandwidth_line(found)}."
+
+
+def _table(make: Callable[[list[Row]], breakdown.Table]) -> Callable[[list[Row], str], str]:
+    return lambda found, created: tables.markdown_table(*make(found))
 
 
 PARTS: dict[str, Callable[[list[Row], str], str]] = {
@@ -59,7 +79,11 @@ PARTS: dict[str, Callable[[list[Row], str], str]] = {
     "overhead": _overhead,
     "lost": _lost,
     "origin": _origin,
+    "roofline": _table(breakdown.roofline),
+    "sizes": _table(breakdown.sizes),
+    "kinds": _table(breakdown.kinds),
 }
+AGREEMENT, AGAIN = "agreement", "-again"  # a part that needs a second run, and what its name ends with
 
 
 def documents() -> Iterator[Path]:
@@ -70,10 +94,17 @@ def documents() -> Iterator[Path]:
 @cache
 def block(name: str, parts: tuple[str, ...]) -> str:
     """The Markdown of these parts of a published result. Raises ValueError where one of them is not there."""
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise ValueError(f"no part {unknown[0]!r} of a result; there are {', '.join(PARTS)}")
-    found, created = report.load(rows.RESULTS / "published" / f"{name}.json")
-    return "\n\n".join(PARTS[part](found, created) for part in parts)
+    if unknown := [part for part in parts if part not in (*PARTS, AGREEMENT)]:
+        raise ValueError(f"no part {unknown[0]!r} of a result; there are {', '.join((*PARTS, AGREEMENT))}")
+
+    def load(name: str) -> tuple[list[Row], str]:
+        return report.load(rows.RESULTS / "published" / f"{name}.json")
+
+    found, created = load(name)
+    made = [
+        _agreement(found, load(name + AGAIN)[0]) if part == AGREEMENT else PARTS[part](found, created) for part in parts
+    ]
+    return "\n\n".join(made)
 
 
 def generated(text: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks import timing
 from benchmarks.bandwidth import MIXES, Bandwidth, least_seconds
+from benchmarks.groups import compiles_reference
 
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -49,6 +50,11 @@ class Row:
     commit: str
     copy_gb_s: float | None = None  # of a plain copy of 64 MiB, before and after the rounds of this row's group
     peak_bytes: int | None = None  # that a call of a model holds at once, beyond its weights
+    # The time of the fastest compiled form of the reference over this one, median of the rounds; None where there is no
+    # such form, or this is one.
+    ratio_to_compile: float | None = None
+    images_s: float | None = None  # of a model
+    cache_bytes: int | None = None  # of the machine's last-level cache
 
 
 def from_records(
@@ -56,22 +62,37 @@ def from_records(
     refused: Iterable[dict[str, Any]],
     bandwidths: list[Bandwidth],
     malloc: str,
-    where: dict[str, str | int],
+    where: dict[str, Any],
 ) -> list[Row]:
     """Rows of one worker: `records` as pytest-benchmark writes them, with what Group.identity says in extra_info."""
     records = list(records)
     together = ("suite", "operator", "network", "shape", "mode", "api", "layout")
-    eager = {
-        tuple(r["extra_info"][n] for n in together): r["stats"]["data"]
-        for r in records
-        if r["extra_info"]["contender"] == "eager"
-    }
+
+    def key(what: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(what[n] for n in together)
+
+    eager: dict[tuple[str, ...], list[float]] = {}
+    compiled: dict[tuple[str, ...], list[float]] = {}  # the fastest
+    for record in records:
+        what, samples = record["extra_info"], record["stats"]["data"]
+        if what["contender"] == "eager":
+            eager[key(what)] = samples
+        elif compiles_reference(what["contender"]):
+            best = compiled.get(key(what), samples)
+            compiled[key(what)] = min(best, samples, key=statistics.median)
     rows = []
     for record in records:
         what, samples = dict(record["extra_info"]), record["stats"]["data"]
-        ratio = timing.ratio(eager[tuple(what[n] for n in together)], samples)
+        ratio = timing.ratio(eager[key(what)], samples)
+        if key(what) in compiled and not compiles_reference(what["contender"]):
+            what["ratio_to_compile"] = timing.ratio(compiled[key(what)], samples)
         rows.append(_row(what, samples, ratio, bandwidths, malloc, where))
     return rows + [_row(dict(r), [], None, bandwidths, malloc, where) for r in refused]
+
+
+def images_per_second(suite: str, shape: str, median_ms: float | None) -> float | None:
+    """Of a model, whose shape begins with the batch size; None of anything else."""
+    return int(shape.split("x")[0]) / median_ms * 1e3 if suite == "models" and median_ms else None
 
 
 def _row(
@@ -80,10 +101,11 @@ def _row(
     ratio: float | None,
     bandwidths: list[Bandwidth],
     malloc: str,
-    where: dict[str, str | int],
+    where: dict[str, Any],
 ) -> Row:
     read, written = what.pop("bytes_read"), what.pop("bytes_written")
     whole, median = read + written, statistics.median(samples) if samples else None
+    median_ms = None if median is None else median * 1e3
     rated = whole > 0 and median is not None
     quartiles = statistics.quantiles(samples, n=4) if len(samples) > 1 else None
     is_baseline = what["contender"] == "eager"
@@ -91,7 +113,7 @@ def _row(
         **{"status": "ok", "note": ""} | what,
         malloc=malloc,
         rounds=len(samples),
-        median_ms=median * 1e3 if samples else None,
+        median_ms=median_ms,
         min_ms=min(samples) * 1e3 if samples else None,
         iqr_ms=(quartiles[2] - quartiles[0]) * 1e3 if quartiles else None,
         bytes=whole or None,
@@ -99,11 +121,12 @@ def _row(
         bandwidth_share=least_seconds(bandwidths, read, written) / median if rated and bandwidths else None,
         ratio=1.0 if is_baseline and samples else ratio,
         lost=what["contender"] == "ours" and ratio is not None and ratio < 1,
+        images_s=images_per_second(what["suite"], what["shape"], median_ms),
         **where,
     )
 
 
-def bandwidth_rows(bandwidths: Iterable[Bandwidth], where: dict[str, str | int]) -> list[Row]:
+def bandwidth_rows(bandwidths: Iterable[Bandwidth], where: dict[str, Any]) -> list[Row]:
     """The measured bandwidths as rows of the same table: mix as operator, bytes touched as shape."""
     return [
         Row(

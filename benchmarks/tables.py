@@ -1,9 +1,10 @@
 """A result as lines of text: geometric means, ratios, what is slower than eager, where it was measured."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
-from benchmarks.rows import Row
+from benchmarks.groups import CONVERTED_AND_COMPILED
+from benchmarks.rows import Row, images_per_second
 from benchmarks.timing import geometric_mean
 
 MISSING = "-"
@@ -22,6 +23,8 @@ class Mean:
     shapes: int
     ratio: float
     bandwidth_share: float | None
+    compiled: int  # shapes that torch.compile was timed on as well ...
+    ratio_to_compile: float | None  # ... and the mean of its time over this contender's
 
 
 def means(rows: Iterable[Row]) -> list[Mean]:
@@ -33,9 +36,28 @@ def means(rows: Iterable[Row]) -> list[Mean]:
     found = []
     for key, members in grouped.items():
         shares = [r.bandwidth_share for r in members if r.bandwidth_share is not None]
+        to_compile = [r.ratio_to_compile for r in members if r.ratio_to_compile is not None]
         ratio = geometric_mean([r.ratio for r in members])
-        found.append(Mean(*key, len(members), ratio, geometric_mean(shares) if shares else None))
+        compared = geometric_mean(to_compile) if to_compile else None
+        share = geometric_mean(shares) if shares else None
+        found.append(Mean(*key, len(members), ratio, share, len(to_compile), compared))
     return found
+
+
+NO_NETWORKS = ("widths",)  # shapes that are no network's
+ALL, ALL_OF_BATCH_1 = "all networks", "all networks, batch 1"
+
+
+def totals(rows: Iterable[Row]) -> list[Mean]:
+    """Our means over the shapes of all networks, single images by themselves, of operators that have several."""
+    rows = [r for r in rows if r.suite == "operators" and r.contender == "ours" and r.network not in NO_NETWORKS]
+    networks: dict[tuple[str, str], set[str]] = {}
+    together = []
+    for r in rows:
+        network = ALL_OF_BATCH_1 if r.network.endswith(" batch 1") else ALL
+        networks.setdefault((r.operator, network), set()).add(r.network)
+        together.append(replace(r, network=network))
+    return means(r for r in together if len(networks[r.operator, r.network]) > 1)
 
 
 def duration(ms: float | None) -> str:
@@ -50,6 +72,16 @@ def times(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     return MISSING if value is None else f"{value:.0%}"
+
+
+def spread(row: Row) -> str:
+    """The interquartile range of the rounds, relative to their median."""
+    return MISSING if row.iqr_ms is None or not row.median_ms else f"{row.iqr_ms / row.median_ms:.0%}"
+
+
+def images(row: Row) -> str:
+    found = images_per_second(row.suite, row.shape, row.median_ms)
+    return MISSING if found is None else f"{found:.1f}"
 
 
 def mebibytes(count: int | None) -> str:
@@ -69,9 +101,8 @@ def detail_lines(rows: Iterable[Row]) -> list[list[str]]:
         if r.suite != "bandwidth" and r.status == "ok":
             what = [r.operator, r.network, r.shape, r.mode, r.api, r.layout, r.malloc, r.contender]
             gb_s = MISSING if r.gb_s is None else f"{r.gb_s:.1f}"
-            lines.append(
-                what + [duration(r.median_ms), gb_s, percent(r.bandwidth_share), times(r.ratio) + " lost" * r.lost]
-            )
+            figures = [duration(r.median_ms), spread(r), gb_s, percent(r.bandwidth_share), times(r.ratio_to_compile)]
+            lines.append([*what, *figures, times(r.ratio) + " lost" * r.lost])
     return lines
 
 
@@ -85,12 +116,15 @@ DETAILS = [
     "malloc",
     "contender",
     "median",
+    "spread",
     "GB/s",
     "of bandwidth",
+    "to torch.compile",
     "to eager",
 ]
 MEANS = ["operator", "network", "shapes", "mode", "layout", "malloc", "contender", "of bandwidth", "to eager"]
-MODELS = ["model", "input", "mode", "layout", "malloc", "eager", "ours", "to eager"]
+MODELS = ["model", "input", "mode", "layout", "malloc", "eager", "ours", "to eager", "spread", "images/s"]
+OTHERS = "others to eager"
 OVERHEAD = ["call", "mode", "eager", "ours", "to eager"]
 
 
@@ -100,19 +134,26 @@ def settings(rows: Iterable[Row]) -> list[str]:
 
 
 def summary(rows: Iterable[Row], malloc: str) -> tuple[list[str], list[list[str]]]:
-    """(header, lines) of the means under one malloc setting: a line for each operator, network and contender.
+    """(header, lines) of the means under one malloc setting: a line for each operator, network and contender, and one
+    for our means against torch.compile over the shapes that it was timed on.
 
     A cell has the ratio to eager and the share of the memory bandwidth, of one mode and layout. The number behind a
-    network is that of the shapes.
+    network is that of the shapes. An operator's last lines are over the shapes of all networks.
     """
-    found = [m for m in means(rows) if m.malloc == malloc and m.contender != "eager"]
+    rows = [r for r in rows if r.malloc == malloc]
+    found = [m for m in [*means(rows), *totals(rows)] if m.contender != "eager"]
     columns = list(dict.fromkeys((m.mode, m.layout) for m in found))
     lines: dict[tuple[str, str, str, int], dict[tuple[str, str], str]] = {}
     for m in sorted(found, key=lambda m: m.contender != "ours"):
         share = "" if m.bandwidth_share is None else f" {m.bandwidth_share:.0%}"
         line = lines.setdefault((m.operator, m.network, m.contender, m.shapes), {})
         line[m.mode, m.layout] = times(m.ratio) + share
-    order = list(dict.fromkeys((m.operator, m.network) for m in found))
+    for m in found:
+        if m.contender == "ours" and m.ratio_to_compile is not None:
+            line = lines.setdefault((m.operator, m.network, "ours, to torch.compile", m.compiled), {})
+            line[m.mode, m.layout] = times(m.ratio_to_compile)
+    operators = list(dict.fromkeys(m.operator for m in found))
+    networks = list(dict.fromkeys(m.network for m in found))
     table = [
         [
             operator.replace("(train ", "("),
@@ -121,7 +162,7 @@ def summary(rows: Iterable[Row], malloc: str) -> tuple[list[str], list[list[str]
             *(cells.get(c, MISSING) for c in columns),
         ]
         for (operator, network, contender, shapes), cells in sorted(
-            lines.items(), key=lambda item: order.index(item[0][:2])
+            lines.items(), key=lambda item: (operators.index(item[0][0]), networks.index(item[0][1]))
         )
     ]
     header = ["operator", "network (shapes)", "contender"]
@@ -138,14 +179,20 @@ def verdict(rows: list[Row]) -> str:
     found = ours(rows)
     if not found:
         return "nothing of ours was timed"
-    parts = []
-    for suite in dict.fromkeys(r.suite for r in rows):
-        ratios = [r.ratio for r in found if r.suite == suite and r.ratio is not None]
-        if ratios:
-            parts.append(f"{suite} {times(geometric_mean(ratios))}")
+
+    def by_suite(ratio: Callable[[Row], float | None]) -> str:
+        parts = []
+        for suite in dict.fromkeys(r.suite for r in rows):
+            ratios = [value for r in found if r.suite == suite and (value := ratio(r)) is not None]
+            if ratios:
+                parts.append(f"{suite} {times(geometric_mean(ratios))}")
+        return ", ".join(parts)
+
+    to_compile = by_suite(lambda r: r.ratio_to_compile)
     return (
-        f"geometric means over all rows, to eager: {', '.join(parts)}; "
+        f"geometric means over all rows, to eager: {by_suite(lambda r: r.ratio)}; "
         f"faster than eager in {sum(not r.lost for r in found)} of {len(found)} rows"
+        + (f"; to torch.compile: {to_compile}" if to_compile else "")
     )
 
 
@@ -170,25 +217,29 @@ def against_eager(rows: Iterable[Row], suite: str) -> list[tuple[Row, Row]]:
 
 
 def model_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
-    """(header, lines): a line a model and setting, with cells for the most memory that a call holds, and for what else
-    was timed, if anything."""
-    rows = list(rows)
+    """(header, lines): a line a model and setting; spread, images a second and the most memory that a call holds stand
+    as eager's/ours. What else was timed has a column, and so has torch.compile of the model as it is."""
+    rows = [r for r in rows if r.suite == "models"]
 
     def setting(r: Row) -> tuple[str, ...]:
         return r.operator, r.shape, r.mode, r.layout, r.malloc
 
     pairs = against_eager(rows, "models")
-    peaks = ["MiB, eager/ours"] * any(r.peak_bytes is not None for pair in pairs for r in pair)
+    peaks = ["MiB"] * any(r.peak_bytes is not None for pair in pairs for r in pair)
+    compiled = ["to torch.compile"] * any(r.ratio_to_compile is not None for _, r in pairs)
     others: dict[tuple[str, ...], list[str]] = {}
     for r in rows:
-        if r.suite == "models" and r.status == "ok" and r.contender not in ("eager", "ours"):
-            others.setdefault(setting(r), []).append(f"{r.contender} {times(r.ratio)}")
+        if r.status == "ok" and r.contender not in ("eager", "ours"):
+            to_compile = "" if r.ratio_to_compile is None else f", {times(r.ratio_to_compile)} to torch.compile"
+            others.setdefault(setting(r), []).append(f"{r.contender} {times(r.ratio)}{to_compile}")
     lines = []
     for e, r in pairs:
+        both = [f"{show(e)}/{show(r)}" for show in (spread, images)]
         held = [f"{mebibytes(e.peak_bytes)}/{mebibytes(r.peak_bytes)}"] if peaks else []
-        rest = [", ".join(others.get(setting(r), [MISSING]))] if others else []
-        lines.append([*setting(r), duration(e.median_ms), duration(r.median_ms), times(r.ratio), *held, *rest])
-    return MODELS + peaks + ["others to eager"] * bool(others), lines
+        rest = ["; ".join(others.get(setting(r), [MISSING]))] if others else []
+        figures = [duration(e.median_ms), duration(r.median_ms), times(r.ratio), *both]
+        lines.append([*setting(r), *figures, *[times(r.ratio_to_compile)] * len(compiled), *held, *rest])
+    return MODELS + compiled + peaks + [OTHERS] * bool(others), lines
 
 
 def overhead_lines(rows: Iterable[Row]) -> list[list[str]]:
@@ -200,6 +251,16 @@ def overhead_lines(rows: Iterable[Row]) -> list[list[str]]:
 
 def lost_lines(rows: Iterable[Row]) -> list[str]:
     return [f"{name(r)}: {duration(r.median_ms)}, {times(r.ratio)}" for r in rows if r.lost]
+
+
+def lost_to_compile(rows: Iterable[Row]) -> list[str]:
+    """Our rows, and converted models compiled, that torch.compile of the reference is faster than."""
+    return [
+        f"{name(r)}{'' if r.contender == 'ours' else f', {r.contender}'}: "
+        f"{duration(r.median_ms)}, {times(r.ratio_to_compile)} to torch.compile"
+        for r in rows
+        if r.contender in ("ours", CONVERTED_AND_COMPILED) and (r.ratio_to_compile or 1.0) < 1
+    ]
 
 
 def refused_lines(rows: Iterable[Row]) -> list[str]:
@@ -242,11 +303,21 @@ def sections(rows: list[Row], details: bool) -> list[tuple[str, list[str], list[
     return [t for t in tables[0 if details else 1 :] if t[2]]
 
 
-NUMBERS = {"median", "GB/s", "of bandwidth", "to eager", "shapes", "eager", "ours"}
+NUMBERS = {"median", "spread", "GB/s", "of bandwidth", "to eager", "to torch.compile", "images/s", "MiB"}
+NUMBERS |= {"shapes", "eager", "ours", "rows", "within 10 %", "first run", "second run", "difference"}
 
 
 def is_number(column: str) -> bool:
-    return column in NUMBERS or column.startswith(("training ", "inference "))
+    return column in NUMBERS or column.split()[0] in ("training", "inference", "forward", "backward", "below")
+
+
+def listings(rows: list[Row]) -> list[tuple[str, list[str]]]:
+    """(title, lines) of what a report lists; lines may be none."""
+    return [
+        ("Slower than eager", lost_lines(rows)),
+        ("Slower than torch.compile", lost_to_compile(rows)),
+        ("Not timed", refused_lines(rows)),
+    ]
 
 
 def markdown_table(header: list[str], lines: list[list[str]]) -> str:
@@ -259,7 +330,7 @@ def markdown(rows: list[Row], created: str) -> str:
     parts = [
         f"**{title}**\n\n{markdown_table(header, lines)}" for title, header, lines in sections(rows, details=False)
     ]
-    for title, lines in (("Slower than eager", lost_lines(rows)), ("Not timed", refused_lines(rows))):
+    for title, lines in listings(rows):
         if lines:
             parts.append(f"**{title}**\n\n" + "\n".join(f"- {line}" for line in lines))
     parts.append(

@@ -1,17 +1,18 @@
 """A result, or what changed between two, on a terminal: tables that fit into 100 columns."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import tables
-from benchmarks.compare import Comparison
+from benchmarks.compare import AGREEMENT, Agreement, Comparison
 from benchmarks.rows import Row
 from benchmarks.tables import duration, name, times
 
 WIDTH, DETAILS_WIDTH = 100, 240
+LEAST_WIDTHS = {"contender": 13, "model": 13, "setting": 13, "to eager": 8, "to torch.compile": 13}  # to wrap by words
 RANKED = 5  # rows of the best and of the worst
 LISTED = 10  # rows slower than eager, before the others are counted only
 
@@ -33,16 +34,34 @@ def show(rows: list[Row], created: str, console: Console, details: bool = False)
             title = f"Times as fast as eager, and share of bandwidth: geometric means, {malloc} malloc"
             print_table(console, title, header, lines)
     for title, header, lines in tables.sections(rows, details=False):
-        if not header[0].startswith("operator"):
+        if title == "Models":
+            for part in _narrow(header, lines):
+                print_table(console, *part)
+        elif not header[0].startswith("operator"):
             print_table(console, title, header, lines)
     ranked = tables.ours(rows)
     if len(ranked) > 2 * RANKED:
         print_table(console, "Best rows", ["what", "median", "to eager"], map(_ranked, ranked[:RANKED]))
         print_table(console, "Worst rows", ["what", "median", "to eager"], map(_ranked, ranked[-RANKED:]))
-    for title, lines in (("Slower than eager", tables.lost_lines(rows)), ("Not timed", tables.refused_lines(rows))):
+    for title, lines in tables.listings(rows):
         print_list(console, title, lines, len(lines) if details else LISTED)
     for line in (tables.verdict(rows), tables.bandwidth_line(rows), tables.origin(rows, created)):
         console.print(line, markup=False, highlight=False)
+
+
+def _narrow(header: list[str], lines: list[list[str]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """The models' table with what says which model, and with what, in one column each that wrap between words, and what
+    else was timed in a table of its own: (title, header, lines) of both."""
+    which = [[" ".join(line[:2]), " ".join(line[2:5])] for line in lines]
+    figures = slice(5, len(header) - (header[-1] == tables.OTHERS))
+    yield (
+        "Models",
+        ["model", "setting", *header[figures]],
+        [w + line[figures] for w, line in zip(which, lines, strict=True)],
+    )
+    if header[-1] == tables.OTHERS:
+        others = [[*w, line[-1]] for w, line in zip(which, lines, strict=True) if line[-1] != tables.MISSING]
+        yield "Models, other contenders", ["model", "setting", tables.OTHERS], others
 
 
 def _ranked(r: Row) -> list[str]:
@@ -53,7 +72,7 @@ def print_table(console: Console, title: str, header: list[str], lines: Iterable
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for column in header:
         number = tables.is_number(column)
-        least = 10 if number and " " in column else 13 if column == "contender" else None
+        least = LEAST_WIDTHS.get(column, 10 if number and " " in column else None)
         table.add_column(column, justify="right" if number else "left", overflow="fold", min_width=least)
     for line in lines:
         table.add_row(*line, style="red" if line[-1].endswith("lost") else "")
@@ -80,3 +99,10 @@ def show_changes(found: Comparison, console: Console) -> None:
         print_table(console, "Means of the changes", ["operator", "mode", "rows", "change"], moved)
     for line in [*found.broken, *found.notes, found.verdict()]:
         console.print(line, markup=False, highlight=False)
+
+
+def show_agreement(found: Agreement, console: Console) -> None:
+    """Prints how nearly two runs agree by operator, and the rows furthest apart."""
+    print_table(console, "Our ratios to eager in two runs, geometric means", AGREEMENT, found.lines())
+    print_list(console, "Furthest apart", found.worst_lines(), LISTED)
+    console.print(found.verdict(), markup=False, highlight=False)

@@ -13,10 +13,10 @@ CLOCK = ReplayClock()
 def test_contender(benchmark, bench_session, group, contender):
     result = bench_session.results_of(group)[contender]
     if isinstance(result, Refused):
-        message = f"{group.name_of(contender)}: {result.status}: {result.note}"
+        message = f"{result.status}: {result.note}"
         if result.status in ("wrong", "failed"):
-            pytest.fail(message, pytrace=False)
-        pytest.skip(message)
+            pytest.fail(f"{group.name_of(contender)}: {message}", pytrace=False)
+        pytest.skip(message)  # the same for many, which pytest then counts
     benchmark.group = group.label
     benchmark.extra_info.update(group.identity(contender) | bench_session.conditions[contender])
     CLOCK.replay(benchmark, result)

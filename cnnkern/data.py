@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mimetypes
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -80,7 +81,8 @@ def load(name: str, folder: str | Path | None = None, size: int | None = None) -
     """The dataset ``name`` of DATASETS, images resized to ``size`` by ``size`` pixels, by default left at their own.
 
     ``folder`` is where the files lie (see FILES); digits needs none. Nothing is downloaded. Raises DataError where
-    files are missing or damaged. Image files that cannot be read are left out, and listed in ``warnings``.
+    files are missing or damaged. Image files that cannot be read, or lie where no class is, are left out, and listed in
+    ``warnings``.
     """
     if name not in DATASETS:
         raise DataError(f"no dataset is called {name!r}; there are {', '.join(DATASETS)}")
@@ -180,6 +182,8 @@ def _folder(root: Path, size: int | None) -> Data:
             f"folder: {root} has one of train/ and test/ (or val/) only; expected: {root}/{FILES['folder']}"
         )
     warnings: list[str] = []
+    if test_root is not None:
+        warnings += _left_out(root, [p for p in sorted(root.iterdir()) if p not in (train_root, test_root)])
     if test_root is None:
         classes, paths, labels = _scan(root, warnings)
         order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0)).tolist()
@@ -197,6 +201,31 @@ def _folder(root: Path, size: int | None) -> Data:
     return Data(*(Files(*part, size) for part in parts), classes, 3, size, warnings)
 
 
+def _left_out(root: Path, paths: list[Path]) -> list[str]:
+    """Warnings of the images among these files and directories of ``root``, which are of no class."""
+    found = {p: [f for f in (p.rglob("*") if p.is_dir() else [p]) if _is_image(f)] for p in paths}
+    found = {p: images for p, images in found.items() if images}
+    if not found:
+        return []
+    count = sum(map(len, found.values()))
+    lines = [f"{p}: {len(images)} images" if p.is_dir() else str(p) for p, images in found.items()]
+    return [f"{root}: {count} images that lie in no directory of a class that is read are left out:", *lines]
+
+
+def _is_image(path: Path) -> bool:
+    """Whether the file calls itself an image, or is one."""
+    from PIL import Image
+
+    kind, _ = mimetypes.guess_type(path.name)
+    if not path.is_file() or (kind or "").startswith("image/"):
+        return path.is_file()
+    try:
+        with Image.open(path):
+            return True
+    except Exception:  # as in read_image, but here most files are none
+        return False
+
+
 def _scan(root: Path, warnings: list[str]) -> tuple[list[str], list[Path], list[int]]:
     """(classes, paths, labels) of the files in root/CLASS that are images; each one that is none is a warning."""
     classes = sorted(d.name for d in root.iterdir() if d.is_dir())
@@ -211,6 +240,7 @@ def _scan(root: Path, warnings: list[str]) -> tuple[list[str], list[Path], list[
             return str(error)
         return None
 
+    warnings += _left_out(root, [p for p in sorted(root.iterdir()) if p.is_file()])
     with ThreadPoolExecutor() as pool:
         problems = list(pool.map(problem, [p for p, _ in files]))
     unreadable = [p for p in problems if p]

@@ -2,10 +2,11 @@
 
 import ctypes
 
-# glibc's malloc.h: mallopt's parameters, and the values that keep freed memory for the next tensor.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+# glibc's malloc.h: mallopt's parameters ...
+_PARAMETERS = {"TRIM_THRESHOLD": -1, "TOP_PAD": -2, "MMAP_THRESHOLD": -3}
 _LARGEST = 2**31 - 1  # mallopt takes an int
-_SETTINGS = {_M_MMAP_THRESHOLD: _LARGEST, _M_TRIM_THRESHOLD: _LARGEST, _M_TOP_PAD: 2**26}
+# ... and the values that keep freed memory for the next tensor. The benchmarks start processes with the same ones.
+TUNED = {"MMAP_THRESHOLD": _LARGEST, "TRIM_THRESHOLD": _LARGEST, "TOP_PAD": 2**26}
 
 
 def tune_malloc() -> str:
@@ -30,7 +31,7 @@ def tune_malloc() -> str:
     version.restype = ctypes.c_char_p
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
     release = version().decode()
-    refused = [str(option) for option, value in _SETTINGS.items() if mallopt(option, value) != 1]
+    refused = [f"M_{option}" for option, value in TUNED.items() if mallopt(_PARAMETERS[option], value) != 1]
     if refused:
         return f"cnnkern: malloc left partly as it is: glibc {release} refused mallopt option {', '.join(refused)}"
     return (

@@ -33,7 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 run.train()
     except (data.DataError, checkpoints.CheckpointError, TrainingError, OSError) as error:
-        print(f"cnnkern: {error}", file=sys.stderr)
+        print(f"cnnkern: {one_line(error)}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"cnnkern: {options.device} has too little memory for {options.model} with --batch-size "
+            f"{options.batch_size}{f' and --resize {options.resize}' if options.resize else ''}: lower them",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         last = options.output / "checkpoint.pt"
@@ -43,10 +52,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def one_line(error: Exception) -> str:
+    """The message; PyTorch puts the traceback of a process that reads ahead (--workers) in front of it."""
+    said = str(error)
+    return said.splitlines()[-1].partition(": ")[2] if said.startswith("Caught ") else said
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was refused; on the CPU PyTorch has no class of its own for that."""
+    said = ("can't allocate memory", "not enough memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(text in str(error) for text in said)
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    def number(kind: type, zero: bool = False) -> Callable[[str], Any]:
+    def number(kind: type, zero: bool = False, most: int = 2**31 - 1) -> Callable[[str], Any]:
         def parsed(text: str) -> Any:
             value = kind(text)
+            if kind is int and value > most:  # beyond, what PyTorch counts in overflows
+                raise argparse.ArgumentTypeError(f"must be at most {most}; got {text}")
             if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
                 raise argparse.ArgumentTypeError(f"must {'not be below' if zero else 'be above'} zero; got {text}")
             return value
@@ -81,10 +104,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--eager", action="store_true", help="the unfused twin, on PyTorch's operators")
     add("--sync-bn", action="store_true", help="batch statistics over all processes")
     add("--compare", action="store_true", help="print images a second of fused and eager training steps, and stop")
-    add("--seed", type=int, default=0)
-    add("--threads", type=number(int), help="of the CPU; default: PyTorch's choice")
+    add("--seed", type=number(int, zero=True), default=0)
+    add("--threads", type=number(int, most=1024), help="of the CPU; default: PyTorch's choice")
     add("--augment", action="store_true", help="turn, shift and scale each training image a little, at random")
-    add("--workers", type=number(int, zero=True), default=0, help="processes that read image files ahead")
+    add("--workers", type=number(int, zero=True, most=1024), default=0, help="processes that read image files ahead")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--output", type=Path, metavar="DIR", help="of checkpoint and curves; default: runs/MODEL")
     add("--resume", nargs="?", const=True, metavar="FILE", help="go on from FILE, by default from the output's own")

@@ -130,7 +130,8 @@ class Run:
                 create_model(options.model, fused=False, **self.arguments)(torch.empty(shape))
         except (RuntimeError, ValueError) as error:
             raise TrainingError(
-                f"{options.model} cannot train on {'x'.join(map(str, shape))} ({error}); its usual input is "
+                f"{options.model} cannot train on {'x'.join(map(str, shape))} ({str(error).splitlines()[0]}); "
+                "its usual input is "
                 f"{'x'.join(map(str, usual))}: try --resize {usual[-1]}"
             ) from error
 
@@ -242,7 +243,9 @@ class Run:
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:.1%}  {task.fields[rate]:.0f}/s"),
+            TextColumn(
+                "loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:.1%}  {task.fields[rate]:.0f} images/s"
+            ),
             TimeRemainingColumn(),
         )
         # In a log file a bar would only be noise: there the line of each epoch has to do.

@@ -1,4 +1,4 @@
-"""The batch-norm modules beside their torch twins: constructor, state, errors, saved memory, numbers of a few steps."""
+"""The batch-norm modules beside their torch twins: constructor, state, errors, numbers of a few steps."""
 
 import copy
 import inspect
@@ -117,14 +117,6 @@ def test_half_precision_with_float32_and_with_half_parameters():
         testing.assert_as_good_as(*out)
 
 
-def test_autocast_as_torch_has_it():
-    fused, twin, _ = pair("BatchNormReLU2d")
-    x = torch.randn(4, 5, 7, 9)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        for t in (x, x.bfloat16()):
-            assert fused(t).dtype == twin(t).dtype
-
-
 MISUSES = {
     "one value a channel": lambda m: m(torch.randn(1, 5, 1, 1)),
     "channel count": lambda m: m(torch.randn(2, 4, 3, 3)),
@@ -180,14 +172,6 @@ def test_errors_name_operator_what_came_and_what_is_allowed():
     assert torch.equal(rv, torch.ones(5))
 
 
-def test_saves_the_input_and_two_vectors():
-    fused, twin, act = pair("BatchNormReLU2d")
-    x = torch.randn(4, 5, 16, 16, requires_grad=True)
-    vectors = 5 * (8 + 8 + 4 + 4)  # mean, rstd in float64; weight, bias
-    assert testing.saved_bytes(lambda: fused(x)) == x.nbytes + vectors
-    assert testing.saved_bytes(lambda: act(twin(x))) >= 2 * x.nbytes
-
-
 def test_no_leak_over_ten_thousand_calls_errors_included():
     fused, _, _ = pair("BatchNormReLU2d")
     x = torch.randn(2, 5, 8, 8, requires_grad=True)
@@ -231,7 +215,8 @@ def test_frozen_parts_get_no_gradient_and_the_others_theirs():
 def test_export_and_reload(tmp_path):
     fused, _, _ = pair("BatchNormReLU2d")
     model, x = nn.Sequential(nn.Conv2d(3, 5, 3), fused).eval(), torch.randn(2, 3, 8, 8)
-    exported = torch.export.export(model, (x,))
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
+    exported = torch.export.load(tmp_path / "model.pt2")
     assert any("cnnkern.bn_act" in str(n.target) for n in exported.graph.nodes)
     torch.testing.assert_close(exported.module()(x), model(x))
 

@@ -125,9 +125,13 @@ def test_outputs_and_gradients_have_the_input_s_memory_format(case, variant, gen
     shapes = case.of_its_rank((2, 5, 3, 4), (2, 5, 3, 4, 2), (2, 5, 3))
     for shape, layout in itertools.product(shapes, LAYOUTS):
         inputs, dy = drawn(case, shape, torch.float32, generator, variant, layout)
-        x = inputs["input"].requires_grad_()
+        names = [n for n in case.differentiable if inputs[n] is not None and inputs[n].shape == inputs["input"].shape]
+        leaves = [inputs[n].requires_grad_() for n in names]
         y = case.function(**inputs)
-        for result in (y, torch.autograd.grad(y, x, dy)[0]):
+        results = {"output": y, **dict(zip(names, torch.autograd.grad(y, leaves, dy), strict=True))}
+        if "residual" in results and inputs["act"] == "none":
+            assert results.pop("residual").stride() == dy.stride()  # it is dy, as in eager
+        for result in results.values():
             keeps = layout == "channels_last" and case.keeps_layout
             dense = testing.with_layout(result, "channels_last" if keeps else "contiguous")
             assert result.stride() == dense.stride()
@@ -218,8 +222,16 @@ def test_torch_func_and_forward_mode_as_eager_has_them(case, variant, generator)
     def loss(function, x):
         return (function(x, **inputs) * dy).sum()
 
+    def per_image(function, x):
+        return (function(x, **inputs) * dy).flatten(1).sum(1)
+
     got = torch.func.grad(lambda x: loss(case.function, x))(x)
     torch.testing.assert_close(got, torch.func.grad(lambda x: loss(case.reference, x))(x))
+    got = torch.func.jacrev(lambda x: per_image(case.function, x))(x)
+    torch.testing.assert_close(got, torch.func.jacrev(lambda x: per_image(case.reference, x))(x))
+    y, pull = torch.func.vjp(lambda x: case.function(x, **inputs), x)
+    eager, eager_pull = torch.func.vjp(lambda x: case.reference(x, **inputs), x)
+    torch.testing.assert_close((y, pull(dy)), (eager, eager_pull(dy)))
     stacked = torch.stack([x, 2 * x + 1])
     got = torch.func.vmap(lambda x: loss(case.function, x))(stacked)
     torch.testing.assert_close(got, torch.func.vmap(lambda x: loss(case.reference, x))(stacked))

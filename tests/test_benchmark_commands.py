@@ -17,8 +17,9 @@ from rich.console import Console
 import cnnkern
 from benchmarks import __main__ as driver
 from benchmarks import accuracy, machine, onednn, passes, report, rows, sweeps, worker
+from benchmarks.bandwidth import Bandwidth
 from benchmarks.options import Options
-from cnnkern import testing
+from cnnkern import memory, testing
 from cnnkern.testing import Layer
 from tests.results import assert_one_line, some_rows
 
@@ -104,6 +105,22 @@ def test_a_worker_that_dies_is_one_line(monkeypatch, tmp_path):
     assert str(caught.value) == "tuned malloc: the worker was killed by SIGKILL, at: starting"
 
 
+def test_progress_is_live_on_a_terminal_and_silent_elsewhere():
+    event = {"start": "operators bn_act", "done": 3.0, "total": 4.0}
+    out = io.StringIO()
+    with worker.progress(Console(file=out, force_terminal=True, width=100)) as bar:
+        task = bar.add_task("tuned malloc", total=None)
+        bar.update(task, description="tuned malloc: operators bn_act", **worker.counts(event))
+        bar.refresh()
+        assert "tuned malloc: operators bn_act" in out.getvalue()
+        assert bar.tasks[0].percentage == 75
+    out = io.StringIO()
+    with worker.progress(Console(file=out)) as bar:
+        bar.add_task("tuned malloc", total=None)
+        bar.refresh()
+    assert out.getvalue() == ""
+
+
 def test_malloc_settings_are_told_apart_by_the_environment(monkeypatch):
     for setting in ("tuned", "default"):
         for variable in machine.TUNED_MALLOC:
@@ -114,6 +131,42 @@ def test_malloc_settings_are_told_apart_by_the_environment(monkeypatch):
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
     assert machine.malloc_setting() == "custom"
     assert "MALLOC_TOP_PAD_" not in machine.malloc_environment("default")
+
+
+def test_the_tuned_setting_is_what_tune_malloc_sets(monkeypatch):
+    """glibc reads the environment's names with a MALLOC_ before them and a _ behind."""
+    set_by_call = {}
+
+    class Library:
+        def gnu_get_libc_version():
+            return b"9.9"
+
+        def mallopt(option, value):
+            set_by_call[option] = value
+            return 1
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Library)
+    assert "reuses blocks" in cnnkern.tune_malloc()
+    malloc_h = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2, "MALLOC_MMAP_THRESHOLD_": -3}
+    assert {malloc_h[name]: int(value) for name, value in machine.TUNED_MALLOC.items()} == set_by_call
+
+
+@pytest.mark.parametrize(
+    ("text", "slug"),
+    [
+        ("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n", "amd-epyc-family-26-model-2"),
+        ("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC 9575F 64-Core\n", "amd-epyc-9575f-64-core"),
+        (
+            "cpu family : 6\nmodel : 143\nmodel name : Intel(R) Xeon(R) Processor\n",
+            "intel-xeon-processor-family-6-model-143",
+        ),
+        ("model name\t: Some Core\n", "some-core"),
+    ],
+)
+def test_a_processor_name_that_says_no_generation_gets_family_and_model(text, slug, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text(text * 2)
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    assert machine.slug(machine.model_name("cpu")) == slug
 
 
 def test_commit_outside_git_is_unknown(monkeypatch, tmp_path):
@@ -138,6 +191,40 @@ def test_options_survive_the_file_that_hands_them_over(tmp_path):
     assert json.loads((tmp_path / "options").read_text())["threads"] == 3
 
 
+def run_pytest(*options, folder):
+    """`python -m pytest benchmarks` as a user starts it."""
+    clean = {n: v for n, v in machine.malloc_environment("default").items() if not n.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", *options]
+    command += [f"--benchmark-storage=file://{folder}", "--bench-threads=1"]
+    return subprocess.run(command, cwd=machine.ROOT, env=clean, capture_output=True, text=True, timeout=240)
+
+
+def test_pytest_saves_and_compares_as_pytest_benchmark_does(tmp_path):
+    chosen = "--bench-filter=overhead batch_norm_relu none 2x8x4x4 inference functional"
+    saved = tmp_path / "saved.json"
+    first = run_pytest(
+        chosen, "--bench-seconds=3", f"--benchmark-json={saved}", "--benchmark-save=first", folder=tmp_path
+    )
+    assert first.returncode == 0, first.stdout + first.stderr
+    found = json.loads(saved.read_text())["benchmarks"]
+    assert {(b["extra_info"]["contender"], len(b["stats"]["data"]) >= 5) for b in found} == {
+        ("eager", True),
+        ("ours", True),
+    }
+    second = run_pytest(chosen, "--bench-seconds=0", "--benchmark-compare=0001", folder=tmp_path)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "2 contenders were not timed: the 0 s for all of them were spent" in second.stdout
+    second = run_pytest(chosen, "--bench-seconds=3", "--benchmark-compare=0001", folder=tmp_path)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "(0001_first)" in second.stdout
+
+
+def test_pytest_refuses_a_filter_that_finds_nothing(tmp_path):
+    done = run_pytest("--bench-filter=no such operator", folder=tmp_path)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "nothing has 'no such operator' in its name" in done.stderr
+
+
 # ---- studies ----------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +235,22 @@ def test_accuracy_is_ours_against_float64(monkeypatch):
     assert list(found) == ["ours", "eager", "torch.compile"]
     assert found["torch.compile"] == found["eager"]
     assert max(found["ours"]) < 1e-6 < max(found["eager"])
+
+
+def test_accuracy_prints_two_rows_for_every_case_and_number(monkeypatch, capsys):
+    monkeypatch.setattr(accuracy, "SHAPE", (2, 4, 5, 6))
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert accuracy.main([]) == 0
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert [row[:3] for row in cells] == [
+        [case, numbers, what]
+        for case in testing.CASES
+        for numbers in accuracy.NUMBERS
+        for what in ("output", "gradients")
+    ]
+    assert all(row[4] == row[5] for row in cells), "what stands for torch.compile is eager here"
+    assert all(float(row[3]) < 1e-5 for row in cells if row[1] == "normal")
 
 
 def test_sweeps_count_every_tensor_once(monkeypatch, capsys):
@@ -171,7 +274,8 @@ def test_sweeps_count_every_tensor_once(monkeypatch, capsys):
 def test_passes_print_a_row_a_layer_and_the_lost_ones(monkeypatch, capsys):
     layer = testing.CASES["grouped_conv2d"].bench_layers["mobilenet_v2"][0]
     monkeypatch.setattr(passes, "layers", lambda batch: [Layer((1, 8, 6, 6), layer.arguments)])
-    monkeypatch.setattr(passes, "matrix_gflops", lambda: 100.0)
+    monkeypatch.setattr(passes, "peak_gflops", lambda: 100.0)
+    monkeypatch.setattr(passes.bandwidth, "measure", lambda *_, **limits: [Bandwidth("copy", 2**20, 0.01)])
     clock = {key: [2e-3 if key[0] == "eager" else 1e-3] for key in itertools.product(("eager", "ours"), passes.PASSES)}
     clock["ours", "dx"] = [4e-3]
     monkeypatch.setattr(passes.timing, "interleave", lambda steps, **limits: {key: clock[key] for key in steps})
@@ -180,6 +284,17 @@ def test_passes_print_a_row_a_layer_and_the_lost_ones(monkeypatch, capsys):
     assert "| depthwise 3x3 | contiguous | 1 | 2.00x | 2.00x |" in out
     assert "dx: 0.50x" in out
     assert "2.00, 1.00, 2.00x" in out
+    # 8x6x6 numbers in and out, 4 bytes each: 2304 bytes in 1 and 4 milliseconds, beside 0.01 GB/s
+    assert "| 0.0 (23%), 0.0 (6%), 0.0 (23%) |" in out
+    assert "the fastest of a matrix product and a dense convolution: 100 GFLOP/s" in out
+
+
+def test_the_peak_is_the_faster_of_two(monkeypatch):
+    for seconds in ({"product": [1.0], "convolution": [0.1]}, {"product": [1e-3], "convolution": [1.0]}):
+        monkeypatch.setattr(passes.timing, "interleave", lambda steps, seconds=seconds, **limits: seconds)
+        # 2 * 16*256*28*28 pixels * 256*9 products, or twice 1024 cubed
+        expected = 2 * 16 * 256 * 28 * 28 * 256 * 9 / 0.1 if seconds["product"] == [1.0] else 2 * 1024**3 / 1e-3
+        assert passes.peak_gflops() == pytest.approx(expected / 1e9)
 
 
 def test_onednn_tells_what_it_chose(monkeypatch, capfd):

@@ -3,8 +3,10 @@
 import csv
 import io
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 
 from benchmarks import __main__ as driver
 from benchmarks import judge, machine, operators, overhead, rows, tables
-from benchmarks.groups import Contender, Group, Unavailable, select
+from benchmarks.groups import MAX_AUTOTUNE, Contender, Group, Unavailable, select
 from benchmarks.options import Options
 from cnnkern import testing
 from cnnkern.testing import Layer
@@ -76,6 +78,46 @@ def test_plan_has_both_layouts_and_both_modes(tiny_case):
     assert all(Contender("torch.compile", "contiguous") in g.contenders for g in plan)
     quick = operators.groups(Options(quick=True), compiled=True)
     assert not any(c.name == "torch.compile" for g in quick for c in g.contenders)
+
+
+def test_all_modes_time_the_halves_of_a_training_step(tiny_case):
+    options = Options(modes="all", seconds=60.0, filter="2x8x4x4", max_autotune=True, compile_seconds=0.0)
+    plan = select(operators.groups(options, compiled=True), options.filter, "tuned")
+    assert [g.mode for g in plan] == ["training", "inference", "forward", "backward"]
+    assert {c.name for c in plan[0].contenders} == {"eager", "ours", "torch.compile", MAX_AUTOTUNE}
+    moved = {g.mode: (g.bytes_read, g.bytes_written) for g in plan}
+    assert moved["forward"] == moved["inference"]
+    assert moved["training"] == tuple(a + b for a, b in zip(moved["forward"], moved["backward"], strict=True))
+    measured, _ = measure(plan, options)
+    assert {(r.mode, r.status) for r in measured if r.contender in ("eager", "ours")} == {
+        (g.mode, "ok") for g in plan
+    }, tables.refused_lines(measured)
+    assert {r.status for r in measured if r.contender == MAX_AUTOTUNE} == {"out of time"}
+
+
+def test_a_half_does_what_it_says(tiny_case, monkeypatch):
+    calls = []
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            calls.append("forward")
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, dy):
+            calls.append("backward")
+            return 2 * dy
+
+    inputs, dy = {"input": torch.ones(3)}, torch.ones(3)
+    case = replace(tiny_case, differentiable=("input",), mutated=())
+    expected = {"forward": ["forward"] * 2, "backward": ["backward"] * 2, "training": ["forward", "backward"] * 2}
+    for mode, called in expected.items():
+        step = operators._timed(lambda input: Twice.apply(input), case, inputs, dy, mode)
+        calls.clear()
+        step()
+        step()
+        assert calls == called
 
 
 def test_filter_keeps_the_baseline_of_what_it_finds(tiny_case):
@@ -152,6 +194,27 @@ class Failing:
         raise self.error
 
 
+class Endless:
+    def step(self, contender, verify):
+        while True:
+            time.sleep(0.01)
+
+
+def test_a_compilation_that_does_not_end_is_out_of_time():
+    contender = Contender(MAX_AUTOTUNE, "contiguous")
+    compiled = frozenset({MAX_AUTOTUNE})
+    plan = [
+        Group("models", "m", "m", "1", "training", "module", (contender,), Endless, 1.0, compiled=compiled)
+        for _ in range(2)
+    ]
+    measured, _ = measure(plan, Options(seconds=60.0, compile_seconds=0.25))
+    assert [(r.status, r.note) for r in measured] == [
+        ("out of time", "not compiled within the 0 s left of 0 for torch.compile"),
+        ("out of time", "the 0 s for torch.compile were spent"),
+    ]
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("error", "status", "note"),
     [
@@ -192,7 +255,7 @@ from benchmarks import operators
 from benchmarks.groups import Contender, Unavailable
 from cnnkern.testing import CASES, Layer
 drawn = operators.Drawn(CASES["bn_act"], Layer((2, 8, 4, 4)), torch.float32, "train relu", "cpu")
-bench = operators.OperatorBench(drawn, training=False)
+bench = operators.OperatorBench(drawn, "inference")
 try:
     bench.step(Contender("torch.compile", "contiguous"), verify=True)
 except Unavailable as error:

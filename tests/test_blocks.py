@@ -84,8 +84,19 @@ BLOCKS = {
     "ShuffleBlock": (lambda f: models.ShuffleBlock(4, 4, fused=f), (3, 4, 3, 3)),
     "ShuffleBlock, stride 2": (lambda f: models.ShuffleBlock(3, 4, 2, fused=f), (3, 3, 4, 4)),
     "ConvNeXtBlock": (lambda f: models.ConvNeXtBlock(3, layer_scale=0.5, fused=f), (2, 3, 4, 4)),
+    "StochasticDepth": (lambda f: models.StochasticDepth(0.5), (6, 2, 2, 2)),
     "SqueezeExcitation": (lambda f: models.SqueezeExcitation(4, 2), (3, 4, 3, 3)),
 }
+
+
+# Whole networks, of which tests/test_models.py has one of each family.
+NETWORKS = {"AnyNet", "ConvNeXt", "DenseNet", "EfficientNet", "GoogLeNet", "MobileNetV2", "PreActResNet", "RegNet"}
+NETWORKS |= {"ResNet", "ShuffleNetV2", "VGG"}
+
+
+def test_every_public_block_is_in_the_table():
+    public = {name for name in models.__all__ if isinstance(getattr(models, name), type)}
+    assert public - NETWORKS == {name.partition(",")[0] for name in BLOCKS} - {"DenseLayer"}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -93,7 +104,8 @@ def test_gradients_of_blocks_by_finite_differences(name):
     build, shape = BLOCKS[name]
     torch.manual_seed(len(name))
     block = build(True).double()
-    names, values = zip(*block.named_parameters(), strict=True)
+    named = dict(block.named_parameters())
+    names, values = tuple(named), tuple(named.values())
 
     def function(x: Tensor, *values: Tensor) -> Tensor:
         return torch.func.functional_call(block, dict(zip(names, values, strict=True)), x)
@@ -101,10 +113,35 @@ def test_gradients_of_blocks_by_finite_differences(name):
     def run(x, *values):  # the module itself, with these parameters put in
         for parameter, value in zip(block.parameters(), values, strict=True):
             parameter.data = value.detach()
+        torch.manual_seed(0)  # of stochastic depth
         return function(x, *values)
 
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(run, (x, *(v.detach().clone().requires_grad_() for v in values)), fast_mode=True)
+
+
+def test_anynet_with_a_bottleneck_ratio_for_each_stage():
+    """Half the stage's channels in the first stage's 3x3 convolutions, twice as many in the second's."""
+    torch.manual_seed(0)
+    arguments = {"bottleneck_ratios": (2, 0.5), "stem": 4, "num_classes": 3}
+    unfused = models.AnyNet((1, 2), (8, 12), (2, 8), **arguments, fused=False).double()
+    fused = models.AnyNet((1, 2), (8, 12), (2, 8), **arguments).double()
+    fused.load_state_dict(unfused.state_dict())
+    shapes = {}
+    for path, module in fused.named_modules():
+        module.register_forward_hook(lambda m, args, y, path=path: shapes.__setitem__(path, tuple(y.shape)))
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), unfused(x))
+    stages = {"block1": ["block1-0"], "block2": ["block2-0", "block2-1"]}
+    for (stage, blocks), inner, outer, side, groups in zip(
+        stages.items(), (4, 24), (8, 12), (4, 2), (2, 3), strict=True
+    ):
+        for block in blocks:
+            path = f"trunk_output.{stage}.{block}"
+            assert shapes[path] == (2, outer, side, side)
+            assert shapes[f"{path}.f.b"] == (2, inner, side, side)
+            assert fused.get_submodule(f"{path}.f.b.0").groups == groups
+    assert shapes[""] == (2, 3)
 
 
 def test_blocks_refuse_what_they_cannot_build():

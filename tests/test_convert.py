@@ -189,11 +189,6 @@ def used_twice_after_the_add(self, y, x):
     return F.relu(z) * z
 
 
-def input_overwritten_before_the_add(self, y, x):
-    torch.relu_(x)
-    return F.relu(y + x)
-
-
 class TwoNorms(nn.Module):
     def __init__(self):
         super().__init__()

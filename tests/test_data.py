@@ -189,6 +189,28 @@ def test_unreadable_images_are_reported_with_their_path_and_counted(folder):
     assert len(found.train) == 10
     assert found.warnings[0].endswith("4 of 14 files cannot be read as images and are left out:")
     assert {line.partition(": ")[0] for line in found.warnings[1:]} == set(map(str, bad))
+    # Images that lie beside the directories of the classes belong to none, whether they can be read or not.
+    picture(folder / "stray.png", "red")
+    picture(folder / "val" / "red" / "1.png", "red")  # the test set is test/
+    picture(folder / "val" / "red" / "2.png", "red")
+    (folder / "train" / "stray.jpg").write_bytes(b"")
+    (folder / "test" / "without a suffix").write_bytes(good)
+    for part in ("", "train"):
+        (folder / part / "README.md").write_text("no image")
+    found = data.load("folder", folder, size=8)
+    assert (len(found.train), len(found.test)) == (10, 4)
+    left_out = "images that lie in no directory of a class that is read are left out:"
+    assert [line for line in found.warnings if line.partition(": ")[0] not in set(map(str, bad))] == [
+        f"{folder}: 3 {left_out}",
+        str(folder / "stray.png"),
+        f"{folder / 'val'}: 2 images",
+        f"{folder / 'train'}: 1 {left_out}",
+        str(folder / "train" / "stray.jpg"),
+        f"{folder / 'train'}: 4 of 14 files cannot be read as images and are left out:",
+        f"{folder / 'test'}: 1 {left_out}",
+        str(folder / "test" / "without a suffix"),
+    ]
+    assert f"{folder / 'train'}: 1 {left_out}" in data.load("folder", folder / "train", size=8).warnings
 
 
 def test_an_image_that_goes_away_later_is_an_error(folder):

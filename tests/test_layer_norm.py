@@ -1,4 +1,4 @@
-"""Layer norms: modules beside torch's, hard numbers, sizes that the battery has not, what is saved, errors."""
+"""Layer norms: modules beside torch's, hard numbers, sizes that the battery has not, errors."""
 
 import copy
 import itertools
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cnnkern
 from cnnkern import functional, testing
@@ -203,54 +202,6 @@ def test_parameters_in_any_strides_and_frozen_ones(case, generator):
         grads = torch.autograd.grad(case.function(**leaves), [leaves[n] for n in names], dy)
         for name, g in zip(names, grads, strict=True):
             assert torch.equal(g, expected[f"grad of {name}"]), f"{name} where {names} are wanted"
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_saves_the_input_and_two_numbers_a_row(dtype):
-    number = 8 if dtype == torch.float64 else 4
-    x = torch.randn(4, 6, 5, 7, dtype=dtype, requires_grad=True)
-    for function, rows, n in (
-        (lambda w, b: functional.layer_norm2d(x, w, b), 4 * 5 * 7, 6),
-        (lambda w, b: functional.layer_norm(x, (7,), w, b), 4 * 6 * 5, 7),
-    ):
-        w, b = (torch.ones(n, dtype=dtype, requires_grad=True) for _ in range(2))
-        saved = testing.saved_bytes(lambda function=function, w=w, b=b: function(w, b))
-        assert saved == x.nbytes + 2 * number * rows + w.nbytes + b.nbytes
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast_as_eager_has_it(dtype, parameter_dtype, generator):
-    x = testing.randn((3, 8, 4, 4), generator, dtype)
-    w, b = torch.rand(8, dtype=parameter_dtype), torch.rand(8, dtype=parameter_dtype)
-    calls = {
-        "layer_norm": lambda c: c((x.transpose(1, 3)), (8,), w, b),
-        "layer_norm2d": lambda c: c(x, w, b),
-    }
-    for name, call in calls.items():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            try:
-                expected = call(CASES[name].reference)
-            except RuntimeError:
-                with pytest.raises(RuntimeError, match=f"cnnkern::{name}: expected weight in the input's dtype"):
-                    call(CASES[name].function)
-                continue
-            y = call(CASES[name].function)
-        assert y.dtype == expected.dtype
-        torch.testing.assert_close(y, expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_autocast_on_a_gpu_as_eager_has_it(dtype):
-    enabled = torch.is_autocast_enabled("cuda")
-    with FakeTensorMode():  # which needs no GPU
-        x, w = torch.empty(3, 8, 4, 4, dtype=dtype, device="cuda"), torch.empty(8, dtype=dtype, device="cuda")
-        try:
-            torch.set_autocast_enabled("cuda", True)
-            for name, arguments in (("layer_norm", (x.transpose(1, 3), (8,), w, w)), ("layer_norm2d", (x, w, w))):
-                assert CASES[name].function(*arguments).dtype == CASES[name].reference(*arguments).dtype
-        finally:
-            torch.set_autocast_enabled("cuda", enabled)
 
 
 def test_errors_name_the_operator_and_what_came():

@@ -41,7 +41,7 @@ def test_models_are_compared_with_eager_before_they_are_timed(monkeypatch):
         itertools.product(("training", "inference"), ("eager", "ours"), ("ok",))
     ), tables.refused_lines(measured)
     header, lines = tables.model_table(measured)
-    assert header == [*tables.MODELS, "MiB, eager/ours"]
+    assert header == [*tables.MODELS, "MiB"]
     assert len(lines) == 2
     assert all(r.peak_bytes > 0 for r in measured)
     assert all(r.copy_gb_s > 0 for r in measured)
@@ -49,6 +49,46 @@ def test_models_are_compared_with_eager_before_they_are_timed(monkeypatch):
     monkeypatch.setattr(models.cnnkern, "convert", lambda model: torch.nn.Sequential(model, torch.nn.Softplus()))
     measured, _ = measure(models.groups(options), options)
     assert {r.status for r in measured if r.contender == "ours"} == {"wrong"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_bfloat16_is_autocast_in_training_and_the_type_in_inference(training, monkeypatch):
+    seen = set()
+
+    class Watched(ConvReLU):
+        def forward(self, x):
+            out = super().forward(x)
+            seen.add((x.dtype, out.dtype, self[0].weight.dtype))
+            return out
+
+    monkeypatch.setattr(models, "build", lambda name: Watched())
+    monkeypatch.setattr(models, "photographs", lambda batch: torch.rand(batch, 3, 32, 32))
+    bench = models.ModelBench("m", 2, training, "cpu", torch.bfloat16)
+    steps = [bench.step(Contender(name, "contiguous"), verify=name == "ours") for name in ("eager", "ours")]
+    seen.clear()
+    for step in steps:
+        step()
+    stored = torch.float32 if training else torch.bfloat16
+    assert seen == {(stored, torch.bfloat16, stored)}
+    options = Options(quick=True, dtype="bfloat16")
+    assert {g.dtype for g in models.groups(options)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_converted_model_is_compared_with_eager(training, monkeypatch):
+    monkeypatch.setattr(models, "build", lambda name: ConvReLU())
+    monkeypatch.setattr(models, "photographs", lambda batch: torch.rand(batch, 3, 32, 32))
+    off = 0.0
+    monkeypatch.setattr(torch, "compile", lambda model, **options: lambda x: model(x) + off)
+    monkeypatch.setattr(models, "results", lambda model, x, *_: {"output": model(x).detach()})
+    bench = models.ModelBench("m", 3, training, "cpu")
+    converted, plain = (Contender(name, "channels_last") for name in (models.CONVERTED_AND_COMPILED, "torch.compile"))
+    bench.step(converted, verify=True)
+    off = 1e-2
+    with pytest.raises(AssertionError, match="output: error"):
+        bench.step(converted, verify=True)
+    bench.step(converted, verify=False)  # was compared under the other malloc setting
+    bench.step(plain, verify=True)  # what the compiler makes of the reference is PyTorch's
 
 
 def test_large_models_have_more_contenders(monkeypatch):
@@ -80,7 +120,7 @@ def test_large_models_have_more_contenders(monkeypatch):
         assert {(r.contender, r.status) for r in found} == both | more, tables.refused_lines(measured)
         assert {r.shape for r in found} == shapes
     header, lines = tables.model_table([r for r in measured if r.mode == "training"])
-    assert header == [*tables.MODELS, "MiB, eager/ours", "others to eager"]
+    assert header == [*tables.MODELS, "MiB", tables.OTHERS]
     assert [line[-1].startswith(models.GROUPED_ALONE) for line in lines] == [True] * 4
     swapped = models.with_grouped_convolutions(Grouped())
     assert type(swapped[0]) is cnnkern.nn.GroupedConv2d

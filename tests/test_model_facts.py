@@ -10,46 +10,7 @@ from torch import nn
 
 from cnnkern import models
 from cnnkern.models import create_model, get_builder, list_models
-from tests.zoo import TORCHVISION
-
-# 10 classes unless a number of classes is given; from the literature, or computed with plain PyTorch.
-PARAMETERS = {
-    ("lenet", 1): 61_706,
-    ("lenet5_tanh", 1): 44_426,
-    ("lenet_relu", 1): 61_706,
-    ("lenet_wide", 1): 422_026,
-    ("alexnet", 1): 46_764_746,
-    ("vgg11", 1): 128_806_154,
-    ("vgg13", 1): 128_990_666,
-    ("vgg16", 1): 134_300_362,
-    ("vgg19", 1): 139_610_058,
-    ("nin", 1): 1_992_166,
-    ("googlenet", 1): 5_977_530,
-    ("bn_lenet", 1): 44_878,
-    ("bn_lenet_residual", 3): 255_130,
-    ("res_lenet", 3): 171_162,
-    ("simple_resnet", 1): 56_586,
-    ("densenet_small", 1): 758_226,
-    ("regnet_x_tiny", 1): 179_290,
-}
-IMAGENET_PARAMETERS = {
-    "resnet18": 11_689_512,
-    "resnet34": 21_797_672,
-    "resnet50": 25_557_032,
-    "resnet101": 44_549_160,
-    "resnet152": 60_192_808,
-    "resnext50_32x4d": 25_028_904,
-    "resnext101_32x8d": 88_791_336,
-    "densenet121": 7_978_856,
-    "densenet169": 14_149_480,
-    "densenet201": 20_013_928,
-    "regnet_x_400mf": 5_495_976,
-    "regnet_y_400mf": 4_344_144,
-    "mobilenet_v2": 3_504_872,
-    "efficientnet_b0": 5_288_548,
-    "shufflenet_v2_x1_0": 2_278_604,
-    "convnext_tiny": 28_589_128,
-}
+from tests.zoo import IMAGENET_PARAMETERS, PARAMETERS, TORCHVISION
 
 
 @contextmanager
@@ -101,11 +62,20 @@ def test_one_architecture_and_a_docstring_that_tells_the_truth(name):
         assert described == {n: (v.shape, v.dtype) for n, v in unfused.state_dict().items()}
         assert list(fused.state_dict()) == list(unfused.state_dict())
         assert not any(type(m).__module__.startswith("cnnkern.nn") for m in unfused.modules())
+        outputs = list(shapes(unfused, *builder.input_size).values())  # in the order of the calls
         smaller = create_model(name, num_classes=7, in_channels=2)
         assert smaller.eval()(torch.empty(1, 2, *builder.input_size[1:])).shape == (1, 7)
     said = re.search(r"Input (\d+)x(\d+)x(\d+),\s+([\d,]+)\s+parameters", builder.__doc__)
     assert tuple(map(int, said.groups()[:3])) == builder.input_size
     assert int(said[4].replace(",", "")) == parameters(fused)
+    paper = r"[A-Z]\w+(?: et al\.|(?:, [A-Z]\w+)* and [A-Z]\w+), [^.]+?, (?:19|20)\d\d\b"
+    assert re.search(paper, " ".join(builder.__doc__.split())), "the docstring names no paper: authors, title, year"
+    stages = re.search(r"Shapes:\s([^.]+)\.", builder.__doc__)[1]
+    stages = [tuple(map(int, shape.split("x"))) for shape in re.findall(r"\d+(?:x\d+)*", stages)]
+    assert len(stages) >= 2
+    computed = iter(outputs)
+    missing = [stage for stage in stages if stage not in computed]  # `in` goes on behind the one it found
+    assert not missing, f"shapes that no layer gives, or not in this order: {missing}"
     assert name in models.__all__
     assert getattr(models, name) is builder
 
@@ -198,7 +168,13 @@ def test_create_model_refuses_what_it_does_not_know():
 
 
 def test_every_name_that_the_zoo_promises():
-    assert len(list_models()) == len(set(list_models()))
-    assert {name for name, _ in PARAMETERS} | set(IMAGENET_PARAMETERS) <= set(list_models())
-    assert {f"preact_resnet{n}" for n in (18, 34, 50)} <= set(list_models())
-    assert {n for n in torchvision.models.list_models(torchvision.models) if n.startswith("regnet")} <= set(TORCHVISION)
+    names = set(list_models())
+    assert len(list_models()) == len(names)
+    promised = {name for name, _ in PARAMETERS} | set(IMAGENET_PARAMETERS)
+    promised |= {f"preact_resnet{n}" for n in (18, 34, 50)} | {f"vgg{n}_bn" for n in (11, 13, 16, 19)}
+    promised |= {n for n in torchvision.models.list_models(torchvision.models) if n.startswith("regnet")}
+    assert promised | {"resnext101_64x4d"} == names
+    public = {"ResidualBlock", "BottleneckBlock", "ResNeXtBlock", "DenseBlock", "TransitionBlock", "AnyNet", "RegNet"}
+    for name in public:
+        assert name in models.__all__
+        assert issubclass(getattr(models, name), nn.Module)

@@ -1,12 +1,15 @@
 """Synchronised batch norm in real processes, started by torchrun: see sync_worker.py."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import cnnkern
@@ -65,3 +68,41 @@ def test_convert_sync_batchnorm_keeps_activations_and_keys():
     torch.testing.assert_close(reverted.eval()(x), synchronised.eval()(x))
     torchs = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     torch.testing.assert_close(cnnkern.nn.convert_sync_batchnorm(torchs)(x), expected)
+
+
+class BroadcastResidual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        return self.relu(self.bn(x) + x.mean((2, 3), keepdim=True))
+
+
+@pytest.mark.parametrize("make", [lambda: torchvision.models.resnet18(num_classes=4), BroadcastResidual])
+def test_copies_of_a_converted_model_that_was_synchronised(make):
+    """Its blocks are rewritten anew, around additions that the synchronised layers compute."""
+    model = make().double()
+    synchronised = cnnkern.nn.convert_sync_batchnorm(cnnkern.convert(copy.deepcopy(model)))
+    x = torch.randn(3, 3 if hasattr(model, "fc") else 4, 32, 32, dtype=torch.float64)
+    forms = {
+        "synchronised": synchronised,
+        "copied": copy.deepcopy(synchronised),
+        "pickled": pickle.loads(pickle.dumps(synchronised)),
+        "converted again": cnnkern.convert(synchronised),
+        "converted in place": cnnkern.convert(synchronised, inplace=True),
+        "reverted": cnnkern.revert(synchronised),
+    }
+    for form, found in forms.items():
+        assert list(found.state_dict()) == list(model.state_dict()), form
+        norms = [type(m) for m in found.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if form == "reverted":
+            assert set(norms) == {nn.SyncBatchNorm}
+        else:
+            assert norms == [type(m) for m in synchronised.modules() if isinstance(m, cnnkern.nn.SyncBatchNorm)], form
+        for training in (True, False):
+            if form == "reverted" and training:
+                continue  # torch's own does not train on a CPU
+            torch.testing.assert_close(
+                copy.deepcopy(found).train(training)(x), copy.deepcopy(model).train(training)(x), msg=form
+            )

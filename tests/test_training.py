@@ -1,4 +1,4 @@
-"""`cnnkern train` and `cnnkern zoo`: that it learns, resumes bit by bit, runs in processes and says what is wrong."""
+"""`cnnkern train`: that it learns, resumes bit by bit, runs in processes and says what is wrong."""
 
 import csv
 import functools
@@ -216,6 +216,12 @@ def test_a_batch_that_cannot_be_divided_among_processes():
         (["lenet", "--lr", "nan"], "argument --lr: must be above zero; got nan"),
         (["lenet", "--weight-decay", "-1"], "argument --weight-decay: must not be below zero"),
         (["lenet", "--device", "abacus"], "argument --device: 'abacus' cannot be used"),
+        (["lenet", "--seed", "1" + 20 * "0"], "argument --seed: must be at most 2147483647; got 1000"),
+        (["lenet", "--seed", "-1"], "argument --seed: must not be below zero; got -1"),
+        (["lenet", "--resize", "1" + 20 * "0"], "argument --resize: must be at most 2147483647"),
+        (["lenet", "--epochs", "1" + 400 * "0"], "argument --epochs: must be at most 2147483647"),
+        (["lenet", "--threads", "100000"], "argument --threads: must be at most 1024"),
+        (["lenet", "--workers", "100000"], "argument --workers: must be at most 1024"),
         (["lenet", "--workers", "-1"], "argument --workers: must not be below zero"),
         (["lenet", "--dataset", "imagenet"], "argument --dataset: 'imagenet' is none of digits, mnist"),
         (["lenet", "--dataset", "mnist", "here"], "argument --dataset: takes one name"),
@@ -257,6 +263,10 @@ def test_errors_of_a_run_are_one_line(tiny, tmp_path, capsys):
     assert "in step" in error_of(capsys, tiny, "--optimizer", "sgd", "--lr", "1e30", *out)
     assert "there is no checkpoint" in error_of(capsys, tiny, "--resume", *out)
     assert not list(tmp_path.iterdir())
+    said = error_of(capsys, "res_lenet", "--resize", "2000000", *out)
+    assert said == (
+        "cnnkern: cpu has too little memory for res_lenet with --batch-size 64 and --resize 2000000: lower them"
+    )
 
 
 class Evil:
@@ -317,39 +327,6 @@ def test_unreadable_images_of_a_folder_are_printed(tiny, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1 of 7 files cannot be read" in said
     assert str(tmp_path / "train" / "a" / "broken.png") in said
-
-
-# ---- cnnkern zoo ------------------------------------------------------------------------------------------------
-
-
-def test_zoo_lists_models_with_parameters_operations_and_fused_layers(monkeypatch, capsys):
-    monkeypatch.setattr("cnnkern.zoo.list_models", lambda: ["lenet", "resnet18"])
-    assert cli.main(["zoo"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["lenet", "1x28x28", "61,706", "0.001", "none"] in lines
-    resnet = next(line for line in lines if line[0] == "resnet18")
-    assert resnet[1:4] == ["3x224x224", "11,689,512", "3.628"]
-    assert " ".join(resnet[4:]) == "9 BatchNormReLU2d, 8 BatchNormAddReLU2d, 3 BatchNorm2d"
-
-
-def test_zoo_show_prints_the_layers(capsys):
-    assert cli.main(["zoo", "show", "resnet18", "--input", "1,96,96"]) == 0
-    said = capsys.readouterr().out
-    assert "BatchNormAddReLU2d (bn2)" in said
-    for shape in ("[1, 64, 24, 24]", "[1, 128, 12, 12]", "[1, 256, 6, 6]", "[1, 512, 3, 3]", "[1, 1000]"):
-        assert shape in said
-    assert cli.main(["zoo", "show", "lenet", "--eager"]) == 0
-
-
-def test_zoo_says_what_it_cannot_show(capsys):
-    assert cli.main(["zoo", "show", "lenet", "--input", "1,8,8"]) == 1
-    assert "cnnkern: lenet does not take an input of 1x8x8 (usual: 1x28x28)" in capsys.readouterr().err
-    assert cli.main(["zoo", "show", "letnet"]) == 1
-    assert "did you mean" in capsys.readouterr().err
-    for wrong in ("8,8", "1,2,x", "0,8,8", "1,8,8,8"):
-        with pytest.raises(SystemExit, match="2"):
-            cli.main(["zoo", "show", "lenet", "--input", wrong])
-        assert "such as 1,96,96" in capsys.readouterr().err
 
 
 def test_commands_name_the_packages_they_lack(monkeypatch, capsys):

@@ -26,14 +26,32 @@ def _classes(kind: type, name: str, namespace: dict[str, Any]) -> dict[type, typ
     return found
 
 
-class AddsWhatFits(batchnorm._FusedBatchNormAdd):
-    """A residual that the fused operator does not take, one that is broadcast or promoted, is added as it was."""
+def _add_unfused(
+    module: batchnorm._FusedBatchNorm, input: Tensor, residual: Tensor, operator: Callable[..., Tensor]
+) -> Tensor:
+    """The batch norm by its operator without an activation, then what PyTorch makes of the addition."""
+    y = module._normalize(input, lambda *arguments: operator(*arguments[:-1], "none"))
+    return reference.ACTIVATIONS[module.act](y + residual)
+
+
+class SyncAddsWhatFits(sync.SyncBatchNormAddReLU):
+    """What ``convert_sync_batchnorm`` makes of :class:`AddsWhatFits`."""
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
         if isinstance(residual, Tensor) and alike(input, residual):
             return super().forward(input, residual)
-        y = self._normalize(input, lambda *arguments: batch_norm_act(*arguments[:-1], "none"))
-        return reference.ACTIVATIONS[self.act](y + residual)
+        return _add_unfused(self, input, residual, self._over_processes(batch_norm_act))
+
+
+class AddsWhatFits(batchnorm._FusedBatchNormAdd):
+    """A residual that the fused operator does not take, one that is broadcast or promoted, is added as it was."""
+
+    synchronised = SyncAddsWhatFits
+
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        if isinstance(residual, Tensor) and alike(input, residual):
+            return super().forward(input, residual)
+        return _add_unfused(self, input, residual, batch_norm_act)
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
@@ -55,7 +73,7 @@ ORIGINAL = {
     fused: plain for tables in (ACT_CLASSES, ADD_CLASSES) for table in tables.values() for plain, fused in table.items()
 }
 # A converted model may have been synchronised since; torch's own synchronised one is what stays.
-ORIGINAL |= dict.fromkeys((sync.SyncBatchNorm, sync.SyncBatchNormReLU, sync.SyncBatchNormAddReLU), nn.SyncBatchNorm)
+ORIGINAL |= dict.fromkeys((sync.SyncBatchNorm, sync.SyncBatchNormReLU, SyncAddsWhatFits), nn.SyncBatchNorm)
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from cnnkern.conversion.layers import ORIGINAL, Absorbed, AddsWhatFits, alike
+from cnnkern.conversion.layers import ORIGINAL, Absorbed, AddsWhatFits, SyncAddsWhatFits, alike
 from cnnkern.conversion.patterns import add_relu_at, fusion_at, is_view, module_calls, trace
 from cnnkern.nn.folded_conv import FoldedConv
 from cnnkern.ops.add_relu import add_relu
@@ -96,7 +96,7 @@ def _absorbed_by(layer: nn.Module) -> tuple[str, bool] | None:
         return layer.absorbs
     if "_cnnkern_converted" not in layer.__dict__ or type(layer) not in ORIGINAL:
         return None
-    adds = isinstance(layer, AddsWhatFits)
+    adds = isinstance(layer, AddsWhatFits | SyncAddsWhatFits)
     return None if layer.act == "none" and not adds else (layer.act, adds)
 
 

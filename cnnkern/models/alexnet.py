@@ -12,7 +12,11 @@ def alexnet(
 ) -> nn.Sequential:
     """AlexNet with the paper's widths, which torchvision's has not. Input 1x224x224, 46,764,746 parameters.
 
-    Sides 54-26-26-12-12-12-12-5, then 6400 features. ``width_mult`` scales every width. No layer to fuse.
+    Krizhevsky, Sutskever and Hinton, ImageNet Classification with Deep Convolutional Neural Networks, 2012. Shapes:
+    96x54x54, pooled 96x26x26; 256x26x26, pooled 256x12x12; 384x12x12, 384x12x12, 256x12x12, pooled 256x5x5; then 6400,
+    4096, 4096.
+
+    ``width_mult`` scales every width. No layer to fuse.
     """
     wide = [round(c * width_mult) for c in (96, 256, 384, 4096)]
     model = nn.Sequential(

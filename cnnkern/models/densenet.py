@@ -92,19 +92,31 @@ class DenseNet(nn.Module):
 
 @register(3, 224, 224)
 def densenet121(**kwargs) -> DenseNet:
-    """DenseNet-121. Input 3x224x224, 7,978,856 parameters; 1024 features at the end."""
+    """DenseNet-121. Input 3x224x224, 7,978,856 parameters.
+
+    Huang et al., Densely Connected Convolutional Networks, 2016 (arXiv:1608.06993). Shapes: stem 64x56x56; dense blocks
+    and, between them, transitions 256x56x56, 128x28x28, 512x28x28, 256x14x14, 1024x14x14, 512x7x7, 1024x7x7.
+    """
     return DenseNet((6, 12, 24, 16), **kwargs)
 
 
 @register(3, 224, 224)
 def densenet169(**kwargs) -> DenseNet:
-    """DenseNet-169. Input 3x224x224, 14,149,480 parameters; 1664 features at the end."""
+    """DenseNet-169. Input 3x224x224, 14,149,480 parameters.
+
+    Huang et al., Densely Connected Convolutional Networks, 2016 (arXiv:1608.06993). Shapes: stem 64x56x56; dense blocks
+    and, between them, transitions 256x56x56, 128x28x28, 512x28x28, 256x14x14, 1280x14x14, 640x7x7, 1664x7x7.
+    """
     return DenseNet((6, 12, 32, 32), **kwargs)
 
 
 @register(3, 224, 224)
 def densenet201(**kwargs) -> DenseNet:
-    """DenseNet-201. Input 3x224x224, 20,013,928 parameters; 1920 features at the end."""
+    """DenseNet-201. Input 3x224x224, 20,013,928 parameters.
+
+    Huang et al., Densely Connected Convolutional Networks, 2016 (arXiv:1608.06993). Shapes: stem 64x56x56; dense blocks
+    and, between them, transitions 256x56x56, 128x28x28, 512x28x28, 256x14x14, 1792x14x14, 896x7x7, 1920x7x7.
+    """
     return DenseNet((6, 12, 48, 32), **kwargs)
 
 
@@ -146,7 +158,12 @@ class TransitionBlock(nn.Sequential):
 
 @register(1, 96, 96)
 def densenet_small(num_classes: int = 10, in_channels: int = 1, fused: bool = True) -> nn.Sequential:
-    """Four dense blocks of four layers, growth 32. Input 1x96x96, 758,226 parameters; 248 features at the end."""
+    """Four dense blocks of four layers, growth 32. Input 1x96x96, 758,226 parameters.
+
+    After Huang et al., Densely Connected Convolutional Networks, 2016 (arXiv:1608.06993), without bottlenecks. Shapes:
+    stem 64x24x24; dense blocks and, between them, transitions 192x24x24, 96x12x12, 224x12x12, 112x6x6, 240x6x6,
+    120x3x3, 248x3x3.
+    """
     layers = layer_set(fused)
     blocks: list[nn.Module] = []
     channels = 64

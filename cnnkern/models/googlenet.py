@@ -81,8 +81,12 @@ class GoogLeNet(nn.Sequential):
 
 @register(1, 96, 96)
 def googlenet(num_classes: int = 10, in_channels: int = 1, fused: bool = True, bn: bool = False) -> GoogLeNet:
-    """GoogLeNet, 64x24x24, 192x12x12, 480x6x6, 832x3x3 and 1024 after its stages. Input 1x96x96, 5,977,530 parameters.
+    """GoogLeNet without auxiliary classifiers. Input 1x96x96, 5,977,530 parameters.
 
-    ``bn=True``: batch norm after every convolution (Ioffe and Szegedy, 2015); the batch norms are what is fused.
+    Szegedy et al., Going Deeper with Convolutions, 2014 (arXiv:1409.4842). Shapes: stages 64x24x24, 192x12x12, 480x6x6,
+    832x3x3; then 1024.
+
+    ``bn=True``: batch norm after every convolution (Ioffe and Szegedy, Batch Normalization, 2015, arXiv:1502.03167);
+    the batch norms are what is fused.
     """
     return GoogLeNet(num_classes, in_channels, bn, fused)

@@ -24,7 +24,8 @@ class NiNBlock(nn.Sequential):
 def nin(num_classes: int = 10, in_channels: int = 1, fused: bool = True, dropout: float = 0.5) -> nn.Sequential:
     """NiN, without a fully connected layer. Input 1x224x224, 1,992,166 parameters. No layer to fuse.
 
-    Blocks give 96x54x54, 256x26x26, 384x12x12 and 10x5x5; a global average pool makes the classes of the last.
+    Lin, Chen and Yan, Network In Network, 2013 (arXiv:1312.4400). Shapes: blocks 96x54x54, 256x26x26, 384x12x12,
+    10x5x5; a global average pool leaves 10.
     """
     classes = NiNBlock(384, num_classes, 3, padding=1)
     model = nn.Sequential(

@@ -108,7 +108,11 @@ class BottleneckBlock(nn.Module):
 
 @register(3, 32, 32)
 def bn_lenet_residual(num_classes: int = 10, in_channels: int = 3, fused: bool = True) -> nn.Sequential:
-    """LeNet's plan with batch norm and one residual block a stage. Input 3x32x32, 255,130 parameters."""
+    """LeNet's plan with batch norm and one residual block a stage. Input 3x32x32, 255,130 parameters.
+
+    The blocks are of He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes:
+    16x32x32, pooled 16x16x16; 32x16x16, pooled 32x8x8; 64x8x8, pooled 64x4x4; then 1024, 120, 84.
+    """
     layers = layer_set(fused)
     stages: list[nn.Module] = []
     for channels in (16, 32, 64):
@@ -132,7 +136,11 @@ def bn_lenet_residual(num_classes: int = 10, in_channels: int = 3, fused: bool =
 
 @register(3, 32, 32)
 def res_lenet(num_classes: int = 10, in_channels: int = 3, fused: bool = True) -> nn.Sequential:
-    """A 5x5 convolution, five residual blocks of 16, 32 and 64 channels. Input 3x32x32, 171,162 parameters."""
+    """A 5x5 convolution, five residual blocks of 16, 32 and 64 channels. Input 3x32x32, 171,162 parameters.
+
+    The blocks are of He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes:
+    16x32x32, pooled 16x16x16; 32x8x8, pooled 32x4x4; 64x2x2, pooled 64x1x1.
+    """
     return nn.Sequential(
         conv2d(in_channels, 16, 5, bias=False),
         layer_set(fused).BatchNormReLU2d(16),
@@ -151,7 +159,11 @@ def res_lenet(num_classes: int = 10, in_channels: int = 3, fused: bool = True) -
 
 @register(1, 28, 28)
 def simple_resnet(num_classes: int = 10, in_channels: int = 1, fused: bool = True) -> nn.Sequential:
-    """A convolution and three residual blocks of 32 channels. Input 1x28x28, 56,586 parameters."""
+    """A convolution and three residual blocks of 32 channels. Input 1x28x28, 56,586 parameters.
+
+    The blocks are of He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes: stem and
+    blocks 32x28x28; pooled 32x1x1.
+    """
     return nn.Sequential(
         conv2d(in_channels, 32, 3),
         layer_set(fused).BatchNormReLU2d(32),

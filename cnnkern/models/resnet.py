@@ -131,48 +131,77 @@ class ResNet(nn.Module):
 def resnet18(**kwargs) -> ResNet:
     """ResNet-18. Input 3x224x224, 11,689,512 parameters.
 
-    At 1x96x96 stem and stages give 64x24x24, 64x24x24, 128x12x12, 256x6x6 and 512x3x3.
+    He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes: stem 64x56x56; stages
+    64x56x56, 128x28x28, 256x14x14, 512x7x7.
     """
     return ResNet(BasicBlock, (2, 2, 2, 2), **kwargs)
 
 
 @register(3, 224, 224)
 def resnet34(**kwargs) -> ResNet:
-    """ResNet-34. Input 3x224x224, 21,797,672 parameters; stages of 64, 128, 256 and 512 channels."""
+    """ResNet-34. Input 3x224x224, 21,797,672 parameters.
+
+    He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes: stem 64x56x56; stages
+    64x56x56, 128x28x28, 256x14x14, 512x7x7.
+    """
     return ResNet(BasicBlock, (3, 4, 6, 3), **kwargs)
 
 
 @register(3, 224, 224)
 def resnet50(**kwargs) -> ResNet:
-    """ResNet-50. Input 3x224x224, 25,557,032 parameters; stages of 256, 512, 1024 and 2048 channels."""
+    """ResNet-50. Input 3x224x224, 25,557,032 parameters.
+
+    He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes: stem 64x56x56; stages
+    256x56x56, 512x28x28, 1024x14x14, 2048x7x7.
+    """
     return ResNet(Bottleneck, (3, 4, 6, 3), **kwargs)
 
 
 @register(3, 224, 224)
 def resnet101(**kwargs) -> ResNet:
-    """ResNet-101. Input 3x224x224, 44,549,160 parameters; stages of 256, 512, 1024 and 2048 channels."""
+    """ResNet-101. Input 3x224x224, 44,549,160 parameters.
+
+    He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes: stem 64x56x56; stages
+    256x56x56, 512x28x28, 1024x14x14, 2048x7x7.
+    """
     return ResNet(Bottleneck, (3, 4, 23, 3), **kwargs)
 
 
 @register(3, 224, 224)
 def resnet152(**kwargs) -> ResNet:
-    """ResNet-152. Input 3x224x224, 60,192,808 parameters; stages of 256, 512, 1024 and 2048 channels."""
+    """ResNet-152. Input 3x224x224, 60,192,808 parameters.
+
+    He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes: stem 64x56x56; stages
+    256x56x56, 512x28x28, 1024x14x14, 2048x7x7.
+    """
     return ResNet(Bottleneck, (3, 8, 36, 3), **kwargs)
 
 
 @register(3, 224, 224)
 def resnext50_32x4d(**kwargs) -> ResNet:
-    """ResNeXt-50 with 32 groups of 4 channels. Input 3x224x224, 25,028,904 parameters."""
+    """ResNeXt-50 with 32 groups of 4 channels. Input 3x224x224, 25,028,904 parameters.
+
+    Xie et al., Aggregated Residual Transformations for Deep Neural Networks, 2016 (arXiv:1611.05431). Shapes: stem
+    64x56x56; stages 256x56x56, 512x28x28, 1024x14x14, 2048x7x7.
+    """
     return ResNet(Bottleneck, (3, 4, 6, 3), groups=32, group_width=4, **kwargs)
 
 
 @register(3, 224, 224)
 def resnext101_32x8d(**kwargs) -> ResNet:
-    """ResNeXt-101 with 32 groups of 8 channels. Input 3x224x224, 88,791,336 parameters."""
+    """ResNeXt-101 with 32 groups of 8 channels. Input 3x224x224, 88,791,336 parameters.
+
+    Xie et al., Aggregated Residual Transformations for Deep Neural Networks, 2016 (arXiv:1611.05431). Shapes: stem
+    64x56x56; stages 256x56x56, 512x28x28, 1024x14x14, 2048x7x7.
+    """
     return ResNet(Bottleneck, (3, 4, 23, 3), groups=32, group_width=8, **kwargs)
 
 
 @register(3, 224, 224)
 def resnext101_64x4d(**kwargs) -> ResNet:
-    """ResNeXt-101 with 64 groups of 4 channels. Input 3x224x224, 83,455,272 parameters."""
+    """ResNeXt-101 with 64 groups of 4 channels. Input 3x224x224, 83,455,272 parameters.
+
+    Xie et al., Aggregated Residual Transformations for Deep Neural Networks, 2016 (arXiv:1611.05431). Shapes: stem
+    64x56x56; stages 256x56x56, 512x28x28, 1024x14x14, 2048x7x7.
+    """
     return ResNet(Bottleneck, (3, 4, 23, 3), groups=64, group_width=4, **kwargs)

@@ -80,5 +80,9 @@ class ShuffleNetV2(nn.Module):
 
 @register(3, 224, 224)
 def shufflenet_v2_x1_0(**kwargs) -> ShuffleNetV2:
-    """ShuffleNet V2 of width 1. Input 3x224x224, 2,278,604 parameters; 1024x7x7 features at the end."""
+    """ShuffleNet V2 of width 1. Input 3x224x224, 2,278,604 parameters.
+
+    Ma et al., ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design, 2018 (arXiv:1807.11164).
+    Shapes: stem 24x56x56; stages 116x28x28, 232x14x14, 464x7x7; head 1024x7x7.
+    """
     return ShuffleNetV2(**kwargs)

@@ -62,47 +62,83 @@ class VGG(nn.Module):
 
 @register(3, 224, 224)
 def vgg11(**kwargs) -> VGG:
-    """VGG-A. Input 3x224x224, 132,863,336 parameters; at 1x224x224 and 10 classes 128,806,154. No layer to fuse."""
+    """VGG-A. Input 3x224x224, 132,863,336 parameters; at 1x224x224 and 10 classes 128,806,154. No layer to fuse.
+
+    Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, 2014 (arXiv:1409.1556).
+    Shapes: blocks 64x112x112, 128x56x56, 256x28x28, 512x14x14, 512x7x7; classifier 4096, 4096.
+    """
     return VGG((1, 1, 2, 2, 2), **kwargs)
 
 
 @register(3, 224, 224)
 def vgg13(**kwargs) -> VGG:
-    """VGG-B. Input 3x224x224, 133,047,848 parameters; at 1x224x224 and 10 classes 128,990,666. No layer to fuse."""
+    """VGG-B. Input 3x224x224, 133,047,848 parameters; at 1x224x224 and 10 classes 128,990,666. No layer to fuse.
+
+    Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, 2014 (arXiv:1409.1556).
+    Shapes: blocks 64x112x112, 128x56x56, 256x28x28, 512x14x14, 512x7x7; classifier 4096, 4096.
+    """
     return VGG((2, 2, 2, 2, 2), **kwargs)
 
 
 @register(3, 224, 224)
 def vgg16(**kwargs) -> VGG:
-    """VGG-D. Input 3x224x224, 138,357,544 parameters; at 1x224x224 and 10 classes 134,300,362. No layer to fuse."""
+    """VGG-D. Input 3x224x224, 138,357,544 parameters; at 1x224x224 and 10 classes 134,300,362. No layer to fuse.
+
+    Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, 2014 (arXiv:1409.1556).
+    Shapes: blocks 64x112x112, 128x56x56, 256x28x28, 512x14x14, 512x7x7; classifier 4096, 4096.
+    """
     return VGG((2, 2, 3, 3, 3), **kwargs)
 
 
 @register(3, 224, 224)
 def vgg19(**kwargs) -> VGG:
-    """VGG-E. Input 3x224x224, 143,667,240 parameters; at 1x224x224 and 10 classes 139,610,058. No layer to fuse."""
+    """VGG-E. Input 3x224x224, 143,667,240 parameters; at 1x224x224 and 10 classes 139,610,058. No layer to fuse.
+
+    Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, 2014 (arXiv:1409.1556).
+    Shapes: blocks 64x112x112, 128x56x56, 256x28x28, 512x14x14, 512x7x7; classifier 4096, 4096.
+    """
     return VGG((2, 2, 4, 4, 4), **kwargs)
 
 
 @register(3, 224, 224)
 def vgg11_bn(**kwargs) -> VGG:
-    """VGG-A with batch norm after every convolution. Input 3x224x224, 132,868,840 parameters."""
+    """VGG-A with batch norm after every convolution. Input 3x224x224, 132,868,840 parameters.
+
+    Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, 2014 (arXiv:1409.1556);
+    batch norm: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167). Shapes: blocks 64x112x112, 128x56x56,
+    256x28x28, 512x14x14, 512x7x7; classifier 4096, 4096.
+    """
     return VGG((1, 1, 2, 2, 2), batch_norm=True, **kwargs)
 
 
 @register(3, 224, 224)
 def vgg13_bn(**kwargs) -> VGG:
-    """VGG-B with batch norm after every convolution. Input 3x224x224, 133,053,736 parameters."""
+    """VGG-B with batch norm after every convolution. Input 3x224x224, 133,053,736 parameters.
+
+    Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, 2014 (arXiv:1409.1556);
+    batch norm: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167). Shapes: blocks 64x112x112, 128x56x56,
+    256x28x28, 512x14x14, 512x7x7; classifier 4096, 4096.
+    """
     return VGG((2, 2, 2, 2, 2), batch_norm=True, **kwargs)
 
 
 @register(3, 224, 224)
 def vgg16_bn(**kwargs) -> VGG:
-    """VGG-D with batch norm after every convolution. Input 3x224x224, 138,365,992 parameters."""
+    """VGG-D with batch norm after every convolution. Input 3x224x224, 138,365,992 parameters.
+
+    Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, 2014 (arXiv:1409.1556);
+    batch norm: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167). Shapes: blocks 64x112x112, 128x56x56,
+    256x28x28, 512x14x14, 512x7x7; classifier 4096, 4096.
+    """
     return VGG((2, 2, 3, 3, 3), batch_norm=True, **kwargs)
 
 
 @register(3, 224, 224)
 def vgg19_bn(**kwargs) -> VGG:
-    """VGG-E with batch norm after every convolution. Input 3x224x224, 143,678,248 parameters."""
+    """VGG-E with batch norm after every convolution. Input 3x224x224, 143,678,248 parameters.
+
+    Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, 2014 (arXiv:1409.1556);
+    batch norm: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167). Shapes: blocks 64x112x112, 128x56x56,
+    256x28x28, 512x14x14, 512x7x7; classifier 4096, 4096.
+    """
     return VGG((2, 2, 4, 4, 4), batch_norm=True, **kwargs)

@@ -1,7 +1,7 @@
 """Batch norm over all processes of a group, with the activation and the residual in the kernels.
 
-Each way one collective: forward gathers every process's count, mean and variance of each channel, and combines them in
-the order of ranks; backward sums two vectors of C. Unlike torch's own, it runs on the CPU (gloo) as well.
+Each way one collective: forward's all_gather brings every process's count, mean and variance of each channel, combined
+in the order of ranks; backward's all_reduce sums two vectors of C. Unlike torch's own, it runs on the CPU (gloo) as well.
 """
 
 import functools
@@ -179,7 +179,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup 
         if isinstance(child, _FusedBatchNorm) and not isinstance(child, SyncBatchNorm):
             act = child.act
             if isinstance(child, _FusedBatchNormAdd):
-                child.__class__ = SyncBatchNormAddReLU  # type: ignore[assignment]
+                child.__class__ = getattr(child, "synchronised", SyncBatchNormAddReLU)
             else:
                 child.__class__ = SyncBatchNormReLU if act == "relu" else SyncBatchNorm
             child.act = act  # of the module, whatever its new class has

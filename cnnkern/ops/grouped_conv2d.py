@@ -31,18 +31,22 @@ def conv2d(
     Raises RuntimeError, as PyTorch does, for shapes, dtypes or devices that do not fit, for groups that do not divide
     the channels and for a kernel larger than the padded input.
     """
+    # Complex numbers are convolved by F.conv2d alone, in real parts; and it has the errors for tensors of other ranks.
+    if input.is_complex() or input.dim() not in (3, 4) or weight.dim() != 4:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
     if isinstance(padding, str):
         input, paddings = _pad(input, weight, strides, padding, dilations)
     else:
         paddings = _pair("padding", padding)
-    if input.dim() == 3 and weight.dim() == 4:
+    if input.dim() == 3:
         return _grouped_conv2d(input[None], weight, bias, strides, paddings, dilations, groups)[0]
     return _grouped_conv2d(input, weight, bias, strides, paddings, dilations, groups)
 
 
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value) * (2 if len(value) == 1 else 1)
+    # Told by the type of a sequence: NumPy's integers, which F.conv2d takes, are no int.
+    pair = tuple(value) * (2 if len(value) == 1 else 1) if isinstance(value, (list, tuple)) else (value, value)
     if len(pair) != 2:
         raise RuntimeError(f"cnnkern::grouped_conv2d: expected {name} to be one number or two; got {value}")
     return pair

@@ -130,7 +130,7 @@ BATCH_NORM_VARIANTS = {
     "weight alone": {"bias": False},
     "bias alone, eval": {"weight": False, "training": False},
     "no running statistics": {"running": False},
-    "momentum 0": {"momentum": 0.0},
+    "bias alone, momentum 0": {"weight": False, "momentum": 0.0},
     "momentum 1, large eps": {"momentum": 1.0, "eps": 0.1},
 }
 

@@ -73,7 +73,7 @@ def randn(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) 
 
 
 def with_layout(x: Tensor, layout: str) -> Tensor:
-    """x with the same values in another memory layout: contiguous, channels_last, sliced or expanded."""
+    """x with the same values in another memory layout: contiguous, channels_last, sliced or permuted."""
     if layout == "contiguous" or (layout == "channels_last" and x.dim() <= 2):
         return x.contiguous()
     if layout == "channels_last":
@@ -82,6 +82,8 @@ def with_layout(x: Tensor, layout: str) -> Tensor:
         larger = x.new_full([n + 2 for n in x.shape], float("nan"))
         view = larger[tuple(slice(1, n + 1) for n in x.shape)]
         return view.copy_(x)
+    if layout == "permuted":  # the first dimension innermost, which is no memory format
+        return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
     raise ValueError(f"unknown layout {layout!r}")
 
 

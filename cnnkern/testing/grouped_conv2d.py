@@ -10,6 +10,10 @@ from cnnkern.testing.case import Case, Layer, Shape, randn
 from cnnkern.testing.shapes import GROUPED_LAYERS
 
 
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
 def grouped_conv2d_inputs(
     shape: Shape,
     dtype: torch.dtype = torch.float32,
@@ -17,9 +21,9 @@ def grouped_conv2d_inputs(
     generator: torch.Generator,
     width: int = 1,
     kernel: int | tuple[int, int] = 3,
-    stride: int = 1,
+    stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] = 1,
-    dilation: int = 1,
+    dilation: int | tuple[int, int] = 1,
     multiplier: int = 1,
     bias: bool = True,
     smooth: bool = False,
@@ -29,10 +33,9 @@ def grouped_conv2d_inputs(
     Pictures smaller than the kernel are given as many more rows and columns as it needs.
     """
     n, channels, *picture = shape
-    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-    paddings = (padding, padding) if isinstance(padding, int) else padding
+    kernel, paddings, dilations = _pair(kernel), _pair(padding), _pair(dilation)
     height, columns = (
-        max(size, dilation * (k - 1) + 1 - 2 * p) for size, k, p in zip(picture, kernel, paddings, strict=True)
+        max(size, d * (k - 1) + 1 - 2 * p) for size, k, p, d in zip(picture, kernel, paddings, dilations, strict=True)
     )
     groups = max(2, -(-channels // width))
     x = randn((n, groups * width, height, columns), generator, dtype)
@@ -50,8 +53,7 @@ def grouped_conv2d_inputs(
 
 
 def _settings(a: dict[str, Any]) -> tuple:
-    pairs = ((v, v) if isinstance(v, int) else tuple(v) for v in (a["stride"], a["padding"], a["dilation"]))
-    return (*pairs, a["groups"])
+    return (_pair(a["stride"]), _pair(a["padding"]), _pair(a["dilation"]), a["groups"])
 
 
 def forward_call(inputs: dict[str, Any]) -> tuple:

@@ -106,4 +106,5 @@ RAGGED_SHAPES = (
     (1, 130, 11, 13),
     (2, 3, 4, 5, 3),
     (1, 4, 129, 130),
+    (33, 17, 1, 1),  # both memory formats at once
 )

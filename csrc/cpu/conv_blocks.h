@@ -22,8 +22,7 @@ constexpr int64_t kUnits = 64;             // pieces of work there should be, fo
 struct Geometry {  // of a convolution with as many output as input channels, dilation 1
   int64_t N, C, H, W, OH, OW, kh, kw, stride, ph, pw, width;  // width: channels of a group
   int64_t taps() const { return kh * kw; }
-  bool narrow() const { return width <= 4; }
-  int64_t copies() const { return narrow() ? width : 1; }
+  bool narrow() const { return width <= kNarrow; }
   // Lanes of a vector of the wide kernels: as few as waste none.
   int64_t lanes() const { return narrow() || width % kPlane == 0 ? kPlane : 8; }
 };

@@ -11,7 +11,6 @@
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 
-constexpr int kTapsInPlace = 3;  // of a kernel row, and kernel rows
 // Channels that are worked on together, at most: their taps stay in the first-level cache, with the sums of their gradient.
 constexpr int64_t kChannelsInPlace = 192;
 constexpr int kRunInPlace = 8;
@@ -223,14 +222,12 @@ inline std::pair<int64_t, int64_t> rows_inside(int64_t first, int64_t count, int
   return {begin, std::clamp<int64_t>(H - first, begin, count)};
 }
 
-// What the kernels of this header compute. Larger kernels multiply too much for packing to matter.
-inline bool in_place(const Geometry& g, bool channels_last) {
-  return kKeepsTaps && channels_last && g.width == 1 && g.kh == kTapsInPlace && g.kw == kTapsInPlace;
+// What the kernels of this header compute. Others multiply too much for packing to matter.
+inline bool forward_is_in_place(const Geometry& g, bool channels_last) {
+  return kKeepsTaps && channels_last && g.width == 1 && g.kh == g.kw && (g.kw == 3 || (g.kw == 5 && g.stride == 2));
 }
-
-template <typename F>
-void with_step(const Geometry& g, const F& f) {
-  g.stride == 1 ? f(std::integral_constant<int, 1>{}) : f(std::integral_constant<int, 2>{});
+inline bool backward_is_in_place(const Geometry& g, bool channels_last) {
+  return kKeepsTaps && channels_last && g.width == 1 && g.kh == 3 && g.kw == 3;
 }
 
 template <typename T>
@@ -263,7 +260,7 @@ void forward_in_place(const Image<const T>& x, const T* weight, const T* bias, c
                               .columns = g.OW,
                               .channels = pieces.size(piece),
                               .stream = stream};
-        with_step(g, [&](auto step) { row_in_place<decltype(step)::value, kTapsInPlace>(s); });
+        g.kw == 5 ? row_in_place<2, 5>(s) : g.stride == 2 ? row_in_place<2, 3>(s) : row_in_place<1, 3>(s);
       }
     stream_fence();
   });
@@ -342,7 +339,7 @@ void backward_in_place(const Image<const T>& dy, const Image<const T>& x, const 
                                      .sums_tap = pitch,
                                      .bias = dbias.defined() ? to + g.taps() * pitch : nullptr,
                                      .channels = channels};
-          with_step(g, [&](auto step) { products_in_place<decltype(step)::value, kTapsInPlace>(s); });
+          g.stride == 2 ? products_in_place<2, 3>(s) : products_in_place<1, 3>(s);
           if ((i + 1 - row) % rows_of_sum == 0 || i + 1 == last_row)
             for (int64_t j = 0; j < values; ++j) total[j] += to[j], to[j] = 0.0f;
         }

@@ -1,8 +1,8 @@
 // The innermost loops of grouped convolution, on the planes of conv_tile.h. Two families:
 //
-// narrow, groups of 1, 2 or 4 channels: a lane is an output channel, and the plane holds each pixel once for every
-// channel of a group, that channel in all lanes of its group (store_copies). So a tap of the kernel and a channel of
-// the group are alike: one product of two vectors.
+// narrow, groups of 1, 2 or 4 channels, or of 8 in vectors of 16: a lane is an output channel. A pixel meets the weights
+// of one channel of each group after the other, spread over the lanes of its group (Spread). So a tap of the kernel and
+// a channel of the group are alike: one product of two vectors.
 // wide: all lanes are output channels of one group, and each input channel is broadcast from memory.
 //
 // An output row is cut into runs of up to kRun pixels, whose sums stay in registers while the taps pass by.
@@ -32,6 +32,7 @@ struct Simd {
     return v;
   }
   void store(float* p) const { std::memcpy(p, lanes, sizeof lanes); }
+  void put(float* p, bool) const { store(p); }
   static Simd fma(const Simd& a, const Simd& b, Simd c) {
     for (int i = 0; i < L; ++i) c.lanes[i] += a.lanes[i] * b.lanes[i];
     return c;
@@ -44,6 +45,7 @@ struct Simd<8> {
   static Simd load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static Simd all(float value) { return {_mm256_set1_ps(value)}; }
   void store(float* p) const { _mm256_storeu_ps(p, v); }
+  void put(float* p, bool stream) const { stream ? _mm256_stream_ps(p, v) : store(p); }
   static Simd fma(const Simd& a, const Simd& b, const Simd& c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
 };
 #endif
@@ -54,9 +56,52 @@ struct Simd<16> {
   static Simd load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static Simd all(float value) { return {_mm512_set1_ps(value)}; }
   void store(float* p) const { _mm512_storeu_ps(p, v); }
+  void put(float* p, bool stream) const { stream ? _mm512_stream_ps(p, v) : store(p); }
   static Simd fma(const Simd& a, const Simd& b, const Simd& c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 };
 #endif
+
+constexpr int kNarrow = kPlane == 16 ? 8 : 4;  // channels of the widest narrow group
+
+// Reads a vector of channels, and puts channel `channel` of each group of kWidth into all lanes of its group.
+template <int kWidth>
+class Spread {
+ public:
+#if defined(CPU_CAPABILITY_AVX512)
+  explicit Spread(int channel) : lanes_(_mm512_or_si512(_mm512_and_si512(kLane, _mm512_set1_epi32(-kWidth)), _mm512_set1_epi32(channel))) {}
+  Simd<kPlane> operator()(const float* p) const {
+    const __m512 v = _mm512_loadu_ps(p);
+    if constexpr (kWidth == 1) return {v};
+    if constexpr (kWidth <= 4) return {_mm512_permutevar_ps(v, lanes_)};  // lanes count within quarters, modulo 4
+    return {_mm512_permutexvar_ps(lanes_, v)};
+  }
+
+ private:
+  inline static const __m512i kLane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i lanes_;
+#elif defined(CPU_CAPABILITY_AVX2)
+  explicit Spread(int channel) : lanes_(_mm256_or_si256(_mm256_setr_epi32(at(0), at(1), at(2), at(3), at(0), at(1), at(2), at(3)), _mm256_set1_epi32(channel))) {}
+  Simd<kPlane> operator()(const float* p) const {
+    const __m256 v = _mm256_loadu_ps(p);
+    if constexpr (kWidth == 1) return {v};
+    return {_mm256_permutevar_ps(v, lanes_)};
+  }
+
+ private:
+  static constexpr int at(int lane) { return lane / kWidth * kWidth; }
+  __m256i lanes_;
+#else
+  explicit Spread(int channel) : channel_(channel) {}
+  Simd<kPlane> operator()(const float* p) const {
+    Simd<kPlane> v;
+    for (int i = 0; i < kPlane; ++i) v.lanes[i] = p[i / kWidth * kWidth + channel_];
+    return v;
+  }
+
+ private:
+  int channel_;
+#endif
+};
 
 // Sums stay in registers only where everything between them and the loop is inlined.
 #define CNNKERN_INLINED __attribute__((always_inline))
@@ -68,6 +113,8 @@ constexpr bool kKeepsTaps = false;  // registers of four floats are too few for 
 #else
 constexpr bool kKeepsTaps = true;
 #endif
+
+constexpr int kRun = kManyRegisters ? 14 : 8;  // pixels whose sums are kept in registers
 
 // Calls f with each run of `columns` pixels as a constant, f(integral_constant<int, J>, first): the longest that fit of
 // those of at most kMost pixels. Planes are multiples of 7 wide more often than not.
@@ -123,6 +170,7 @@ struct Sweep {
   // Rows of the plane that lie in the image, counted from the first output's first kernel row; the others are zero. An
   // output row begins `row_step` rows below the one before.
   int64_t first_row, last_row, row_step;
+  bool stream;  // whether the outputs go past the caches
 
   // Kernel rows that meet the image from this output row.
   std::pair<int64_t, int64_t> kernel_rows_at(int64_t row) const {
@@ -131,36 +179,37 @@ struct Sweep {
   }
 };
 
-// A pixel is kCopies vectors; kStep pixels of the plane lie between the first taps of two neighbouring outputs, and
+// Groups of kWidth channels; kStep pixels of the plane lie between the first taps of two neighbouring outputs, and
 // kTaps in a kernel row, or any number of them with 0.
-template <int kCopies, int kStep, int kTaps>
+template <int kWidth, int kStep, int kTaps>
 void narrow_sums(const Sweep& s) {
   using V = Simd<kPlane>;
-  constexpr int64_t pixel = kCopies * kPlane;
-  over_runs<kTaps == 0 ? 7 : kManyRegisters ? 14 : 8>(s.columns, [&](auto run, int64_t first) CNNKERN_INLINED {
+  constexpr int64_t tap_weights = kWidth * kPlane;
+  over_runs<kTaps == 0 ? 7 : kRun>(s.columns, [&](auto run, int64_t first) CNNKERN_INLINED {
     constexpr int J = decltype(run)::value;
     for (int64_t row = 0; row < s.rows; ++row) {
       V sum[J];
       for (int j = 0; j < J; ++j) sum[j] = V::load(s.bias);
       const auto [begin, end] = s.kernel_rows_at(row);
       for (int64_t r = begin; r < end; ++r) {
-        const float* p = s.in + row * s.in_row + r * s.in_pitch + first * kStep * pixel;
-        const float* w = s.weight + r * s.taps * pixel;
-        for (int c = 0; c < kCopies; ++c, p += kPlane, w += kPlane) {
+        const float* const p = s.in + row * s.in_row + r * s.in_pitch + first * kStep * kPlane;
+        const float* w = s.weight + r * s.taps * tap_weights;
+        for (int c = 0; c < kWidth; ++c, w += kPlane) {
+          const Spread<kWidth> read(c);
           if constexpr (kTaps > 0) {
             V tap[kTaps];
-            for (int t = 0; t < kTaps; ++t) tap[t] = V::load(w + t * pixel);
-            add_row<J, kStep>(sum, tap, [&](int i) CNNKERN_INLINED { return V::load(p + i * pixel); });
+            for (int t = 0; t < kTaps; ++t) tap[t] = V::load(w + t * tap_weights);
+            add_row<J, kStep>(sum, tap, [&](int i) CNNKERN_INLINED { return read(p + i * kPlane); });
           } else {
             for (int64_t t = 0; t < s.taps; ++t) {
-              const V tap = V::load(w + t * pixel);
-              for (int j = 0; j < J; ++j) sum[j] = V::fma(V::load(p + (j * kStep + t) * pixel), tap, sum[j]);
+              const V tap = V::load(w + t * tap_weights);
+              for (int j = 0; j < J; ++j) sum[j] = V::fma(read(p + (j * kStep + t) * kPlane), tap, sum[j]);
             }
           }
         }
       }
       float* out = s.out + row * s.out_row + first * s.out_column;
-      for (int j = 0; j < J; ++j) sum[j].store(out + j * s.out_column);
+      for (int j = 0; j < J; ++j) sum[j].put(out + j * s.out_column, s.stream);
     }
   });
 }
@@ -169,12 +218,14 @@ void narrow_sums(const Sweep& s) {
 template <int L, int kStep, int kTaps>
 void wide_sums(const Sweep& s, int64_t width, int64_t plane) {
   using V = Simd<L>;
-  over_runs<kTaps == 0 ? 7 : kManyRegisters ? 14 : 8>(s.columns, [&](auto run, int64_t first) CNNKERN_INLINED {
+  over_runs<kTaps == 0 ? 7 : kRun>(s.columns, [&](auto run, int64_t first) CNNKERN_INLINED {
     constexpr int J = decltype(run)::value;
-    for (int64_t row = 0; row < s.rows; ++row) {
-      V sum[J];
-      for (int j = 0; j < J; ++j) sum[j] = V::load(s.bias);
-      const auto [begin, end] = s.kernel_rows_at(row);
+    const auto rows = [&](auto together, int64_t row) CNNKERN_INLINED {
+      constexpr int R = decltype(together)::value;
+      V sum[R][J];
+      unrolled<R * J>([&](auto i) CNNKERN_INLINED { sum[i / J][i % J] = V::load(s.bias); });
+      // Kernel rows that meet the image from one of the rows; what the others read of them is zero.
+      const int64_t begin = s.kernel_rows_at(row + R - 1).first, end = s.kernel_rows_at(row).second;
       for (int64_t r = begin; r < end; ++r) {
         const float* p = s.in + row * s.in_row + r * s.in_pitch + first * kStep * kPlane;
         const float* w = s.weight + r * s.taps * width * L;
@@ -183,19 +234,26 @@ void wide_sums(const Sweep& s, int64_t width, int64_t plane) {
             if constexpr (kTaps > 0) {
               V tap[kTaps];
               for (int t = 0; t < kTaps; ++t) tap[t] = V::load(w + t * width * L);
-              add_row<J, kStep>(sum, tap, [&](int q) CNNKERN_INLINED { return V::all(p[q * kPlane + i]); });
+              unrolled<R>([&](auto at) CNNKERN_INLINED {
+                const float* const q = p + at * s.in_row + i;
+                add_row<J, kStep>(sum[at], tap, [&](int pixel) CNNKERN_INLINED { return V::all(q[pixel * kPlane]); });
+              });
             } else {
               for (int64_t t = 0; t < s.taps; ++t) {
                 const V tap = V::load(w + t * width * L);
-                for (int j = 0; j < J; ++j) sum[j] = V::fma(V::all(p[(j * kStep + t) * kPlane + i]), tap, sum[j]);
+                for (int j = 0; j < J; ++j) sum[0][j] = V::fma(V::all(p[(j * kStep + t) * kPlane + i]), tap, sum[0][j]);
               }
             }
           }
         }
       }
-      float* out = s.out + row * s.out_row + first * s.out_column;
-      for (int j = 0; j < J; ++j) sum[j].store(out + j * s.out_column);
-    }
+      unrolled<R * J>([&](auto i) CNNKERN_INLINED { sum[i / J][i % J].put(s.out + (row + i / J) * s.out_row + (first + i % J) * s.out_column, s.stream); });
+    };
+    // Each sum waits for the one before it: seven are too few to keep the multipliers busy.
+    constexpr int kTogether = kManyRegisters && kTaps > 0 && J == 7 ? 2 : 1;
+    int64_t row = 0;
+    for (; row + kTogether <= s.rows; row += kTogether) rows(std::integral_constant<int, kTogether>{}, row);
+    for (; row < s.rows; ++row) rows(std::integral_constant<int, 1>{}, row);
   });
 }
 
@@ -240,12 +298,12 @@ inline void add_to(float* p, const V& v) {
   V::fma(V::all(1), V::load(p), v).store(p);
 }
 
-// Adds the sums over all pixels of dy * in for R kernel rows of kTaps taps, of one of the kCopies channels of a group, to
-// `out` (R, kTaps, kCopies, kPlane).
-template <int R, int kCopies, int kStep, int kTaps>
-void narrow_products(const Products& s, float* out) {
+// Adds the sums over all pixels of dy * in for R kernel rows of kTaps taps, of output channel c of the groups, to vector c of
+// each of `out` (R, kTaps, kWidth, kPlane): a lane is an input channel here, as dy has fewer vectors to be spread than the input.
+template <int R, int kWidth, int kStep, int kTaps>
+void narrow_products(const Products& s, int c, float* out) {
   using V = Simd<kPlane>;
-  constexpr int64_t pixel = kCopies * kPlane;
+  const Spread<kWidth> spread(c);
   V sum[R][kTaps];
   unrolled<R * kTaps>([&](auto i) CNNKERN_INLINED { sum[i / kTaps][i % kTaps] = V::all(0); });
   constexpr int kRegisters = (kManyRegisters ? 32 : 16) - R * kTaps;  // left for a run of dy
@@ -254,30 +312,31 @@ void narrow_products(const Products& s, float* out) {
       constexpr int J = decltype(run)::value;
       const float *d = s.dy + row * s.dy_row + first * kPlane, *p = s.in + row * s.in_row + first * s.in_pixel;
       V gradient[J];
-      unrolled<J>([&](auto j) CNNKERN_INLINED { gradient[j] = V::load(d + j * kPlane); });
+      unrolled<J>([&](auto j) CNNKERN_INLINED { gradient[j] = spread(d + j * kPlane); });
       unrolled<R>([&](auto kernel_row) CNNKERN_INLINED {
         constexpr int r = decltype(kernel_row)::value;
-        add_products<J, kStep>(sum[r], gradient, [&](int i) CNNKERN_INLINED { return V::load(p + r * s.in_pitch + i * pixel); });
+        add_products<J, kStep>(sum[r], gradient, [&](int i) CNNKERN_INLINED { return V::load(p + r * s.in_pitch + i * kPlane); });
       });
     });
   }
-  unrolled<R * kTaps>([&](auto i) CNNKERN_INLINED { add_to(out + i * pixel, sum[i / kTaps][i % kTaps]); });
+  unrolled<R * kTaps>([&](auto i) CNNKERN_INLINED { add_to(out + (i * kWidth + c) * kPlane, sum[i / kTaps][i % kTaps]); });
 }
 
-// The same for K vectors of a kernel row of any number of taps and channels.
-template <int K>
-void some_products(const Products& s, float* out) {
+// The same for K taps of a kernel row of any number of them.
+template <int K, int kWidth>
+void some_products(const Products& s, int c, float* out) {
   using V = Simd<kPlane>;
+  const Spread<kWidth> spread(c);
   V sum[K];
   for (int k = 0; k < K; ++k) sum[k] = V::all(0);
   for (int64_t row = 0; row < s.rows; ++row) {
     const float *d = s.dy + row * s.dy_row, *p = s.in + row * s.in_row;
     for (int64_t j = 0; j < s.columns; ++j, d += kPlane, p += s.in_pixel) {
-      const V gradient = V::load(d);
+      const V gradient = spread(d);
       for (int k = 0; k < K; ++k) sum[k] = V::fma(V::load(p + k * kPlane), gradient, sum[k]);
     }
   }
-  for (int k = 0; k < K; ++k) add_to(out + k * kPlane, sum[k]);
+  for (int k = 0; k < K; ++k) add_to(out + (k * kWidth + c) * kPlane, sum[k]);
 }
 
 // The same for kTaps taps of I channels each of a wide group: `out` has I vectors of L floats a tap, taps `tap` floats apart.

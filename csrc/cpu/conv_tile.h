@@ -73,75 +73,39 @@ inline void transpose(Vec<float> (&v)[kPlane]) {
 #endif
 }
 
-// Stores v kCopies times: copy i has in every lane the lane i of its group of kCopies lanes.
-template <int kCopies>
-inline void store_copies(float* p, const Vec<float>& v) {
-  if constexpr (kCopies == 1) {
-    v.store(p);
-  } else {
-#if defined(CPU_CAPABILITY_AVX512)
-    if constexpr (kCopies == 2) {
-      _mm512_storeu_ps(p, _mm512_permute_ps(v, 0xa0));
-      _mm512_storeu_ps(p + 16, _mm512_permute_ps(v, 0xf5));
-    } else {
-      _mm512_storeu_ps(p, _mm512_permute_ps(v, 0x00));
-      _mm512_storeu_ps(p + 16, _mm512_permute_ps(v, 0x55));
-      _mm512_storeu_ps(p + 32, _mm512_permute_ps(v, 0xaa));
-      _mm512_storeu_ps(p + 48, _mm512_permute_ps(v, 0xff));
-    }
-#elif defined(CPU_CAPABILITY_AVX2)
-    if constexpr (kCopies == 2) {
-      _mm256_storeu_ps(p, _mm256_permute_ps(v, 0xa0));
-      _mm256_storeu_ps(p + 8, _mm256_permute_ps(v, 0xf5));
-    } else {
-      _mm256_storeu_ps(p, _mm256_permute_ps(v, 0x00));
-      _mm256_storeu_ps(p + 8, _mm256_permute_ps(v, 0x55));
-      _mm256_storeu_ps(p + 16, _mm256_permute_ps(v, 0xaa));
-      _mm256_storeu_ps(p + 24, _mm256_permute_ps(v, 0xff));
-    }
-#else
-    float lanes[kPlane];
-    v.store(lanes);
-    for (int i = 0; i < kCopies; ++i)
-      for (int j = 0; j < kPlane; ++j) p[i * kPlane + j] = lanes[j / kCopies * kCopies + i];
-#endif
-  }
-}
-
 // The part of an image that a tile holds: rows [row, row + rows) by columns [col, col + cols), which may lie outside.
 struct Window {
   int64_t row, rows, col, cols;
 };
 
-// Channels [c, c + count) of image n, count at most kPlane, into a plane of (rows, cols, kCopies, kPlane); what lies
+// Channels [c, c + count) of image n, count at most kPlane, into a plane of (rows, cols, kPlane); what lies
 // outside the image or beyond count is zero.
-template <int kCopies, typename T>
+template <typename T>
 void pack(const Image<const T>& x, int64_t n, int64_t c, int64_t count, const Window& window, float* plane) {
-  constexpr int64_t pixel = int64_t{kCopies} * kPlane;
   using V = Vec<T>;
   const int64_t first = std::clamp<int64_t>(-window.col, 0, window.cols);  // columns of the window inside the image
   const int64_t last = std::clamp<int64_t>(x.W - window.col, first, window.cols);
   const int64_t top = std::clamp<int64_t>(-window.row, 0, window.rows);
   const int64_t bottom = std::clamp<int64_t>(x.H - window.row, top, window.rows);
-  const int64_t pitch = window.cols * pixel;
+  const int64_t pitch = window.cols * kPlane;
   std::fill(plane, plane + top * pitch, 0.0f);
   std::fill(plane + bottom * pitch, plane + window.rows * pitch, 0.0f);
   for (int64_t r = top; r < bottom; ++r) {
-    std::fill(plane + r * pitch, plane + r * pitch + first * pixel, 0.0f);
-    std::fill(plane + r * pitch + last * pixel, plane + (r + 1) * pitch, 0.0f);
+    std::fill(plane + r * pitch, plane + r * pitch + first * kPlane, 0.0f);
+    std::fill(plane + r * pitch + last * kPlane, plane + (r + 1) * pitch, 0.0f);
   }
   if (top == bottom || first == last) return;
   if (x.channels_last) {
     for (int64_t r = top; r < bottom; ++r) {
       const T* p = x.at(n, c, window.row + r) + (window.col + first) * x.C;
-      float* out = plane + r * pitch + first * pixel;
+      float* out = plane + r * pitch + first * kPlane;
       if (count == kPlane)
-        for (int64_t j = first; j < last; ++j, p += x.C, out += pixel) {
+        for (int64_t j = first; j < last; ++j, p += x.C, out += kPlane) {
           __builtin_prefetch(p + kPixelsAhead * x.C, 0, 2);  // so far from one another, none is foreseen
-          store_copies<kCopies>(out, vload(p));
+          vload(p).store(out);
         }
       else
-        for (int64_t j = first; j < last; ++j, p += x.C, out += pixel) store_copies<kCopies>(out, vload(p, count, V(0)));
+        for (int64_t j = first; j < last; ++j, p += x.C, out += kPlane) vload(p, count, V(0)).store(out);
     }
     return;
   }
@@ -165,7 +129,7 @@ void pack(const Image<const T>& x, int64_t n, int64_t c, int64_t count, const Wi
     }
     transpose(v);
     for (int64_t j = 0; j < width; ++j) {
-      if (column >= 0 && column < window.cols) store_copies<kCopies>(plane + row * pitch + column * pixel, v[j]);
+      if (column >= 0 && column < window.cols) v[j].store(plane + row * pitch + column * kPlane);
       if (++column == x.W - window.col) column = -window.col, ++row;
     }
   }

@@ -2,8 +2,8 @@
 //
 // A block of channels of one image is copied into planes of float vectors of channels, padding included, convolved
 // there and copied out (conv_tile.h, conv_kernels.h), so both memory layouts and all dtypes run the same kernels. The
-// backward pass packs dy once for dx and dweight. Traffic in tensors read or written: 2 forward, 3 backward. Depthwise 3x3
-// in channels_last is convolved where it lies (conv_in_place.h).
+// backward pass packs dy once for dx and dweight. Traffic in tensors read or written: 2 forward, 3 backward. Small depthwise
+// kernels are convolved where they lie in channels_last (conv_in_place.h).
 // The gradient of the weight is summed in float over a tile, over the tiles of a chunk of images, and in double over
 // chunks, in their order; chunks depend on the shape alone, so results do not depend on the number of threads.
 #include <ATen/Dispatch.h>
@@ -22,13 +22,6 @@ namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-template <typename T>
-void pack(int64_t copies, const Image<const T>& x, int64_t n, int64_t c, int64_t count, const Window& window, float* plane) {
-  if (copies == 1) return pack<1>(x, n, c, count, window, plane);
-  if (copies == 2) return pack<2>(x, n, c, count, window, plane);
-  pack<4>(x, n, c, count, window, plane);
-}
-
 // Calls f with the number of taps of a kernel row as a constant if it is one of kTaps, else with 0: any number.
 template <int... kTaps, typename F>
 void with_taps(int64_t taps, const F& f) {
@@ -39,11 +32,11 @@ void with_taps(int64_t taps, const F& f) {
 // One part's sums over its taps; `step` pixels of the plane lie between the first taps of two neighbouring outputs.
 void sums(const Geometry& g, const Sweep& s, int64_t step, int64_t plane) {
   const auto narrow = [&](auto taps) {
-    constexpr int K = decltype(taps)::value, strided = K >= 3 ? K : 0;
+    constexpr int K = decltype(taps)::value, strided = K >= 3 ? K : 0, few = K <= 3 ? K : 0, few_strided = K == 3 ? 3 : 0;
     if (g.width == 1) return step == 1 ? narrow_sums<1, 1, K>(s) : narrow_sums<1, 2, strided>(s);
     if (g.width == 2) return step == 1 ? narrow_sums<2, 1, 0>(s) : narrow_sums<2, 2, 0>(s);
-    constexpr int few = K <= 3 ? K : 0;
-    step == 1 ? narrow_sums<4, 1, few>(s) : narrow_sums<4, 2, K == 3 ? 3 : 0>(s);
+    if (g.width == 4) return step == 1 ? narrow_sums<4, 1, few>(s) : narrow_sums<4, 2, few_strided>(s);
+    if constexpr (kNarrow == 8) step == 1 ? narrow_sums<8, 1, few>(s) : narrow_sums<8, 2, few_strided>(s);
   };
   const auto wide = [&](auto taps) {
     constexpr int K = decltype(taps)::value, strided = K >= 3 ? K : 0;
@@ -58,46 +51,53 @@ void sums(const Geometry& g, const Sweep& s, int64_t step, int64_t plane) {
 // The gradient of a narrow part, into (kernel rows, taps, channels of a group, kPlane).
 void narrow_gradient(const Geometry& g, const Products& s, float* out) {
   const int64_t pitch = g.kw * g.width * kPlane;
-  const auto rows = [&](auto copies, auto step, auto taps, auto most) {  // as many kernel rows at once as registers hold
-    constexpr int kCopies = decltype(copies)::value, kStep = decltype(step)::value, K = decltype(taps)::value;
+  const auto rows = [&](auto width, auto step, auto taps, auto most) {  // as many kernel rows at once as registers hold
+    constexpr int kWidth = decltype(width)::value, kStep = decltype(step)::value, K = decltype(taps)::value;
     constexpr int R = decltype(most)::value;
-    for (int64_t c = 0; c < kCopies; ++c) {
-      const auto at = [&](int64_t row, int64_t count) {
-        Products part = s.of_kernel_rows(row, count);
-        part.in += c * kPlane;
-        return part;
-      };
+    for (int c = 0; c < kWidth; ++c) {
       int64_t row = 0;
-      for (; row + R <= g.kh; row += R) narrow_products<R, kCopies, kStep, K>(at(row, R), out + row * pitch + c * kPlane);
-      for (; row < g.kh; ++row) narrow_products<1, kCopies, kStep, K>(at(row, 1), out + row * pitch + c * kPlane);
+      for (; row + R <= g.kh; row += R) narrow_products<R, kWidth, kStep, K>(s.of_kernel_rows(row, R), c, out + row * pitch);
+      for (; row < g.kh; ++row) narrow_products<1, kWidth, kStep, K>(s.of_kernel_rows(row, 1), c, out + row * pitch);
     }
   };
   using std::integral_constant;
-  const auto with_step = [&](auto copies, auto taps, auto most) {
-    g.stride == 1 ? rows(copies, integral_constant<int, 1>{}, taps, most) : rows(copies, integral_constant<int, 2>{}, taps, most);
-  };
   constexpr integral_constant<int, 1> one;
+  constexpr integral_constant<int, 4> four;
+  constexpr integral_constant<int, 8> eight;
+  const auto with_step = [&](auto width, auto taps, auto most) {
+    g.stride == 1 ? rows(width, one, taps, most) : rows(width, integral_constant<int, 2>{}, taps, most);
+  };
   if constexpr (kKeepsTaps) {
     constexpr integral_constant<int, 3> three;
     if (g.width == 1 && g.kw == 3) return with_step(one, three, three);
     if (g.width == 1 && g.kw == 5) return with_step(one, integral_constant<int, 5>{}, integral_constant<int, kManyRegisters ? 5 : 1>{});
     if (g.width == 1 && g.kw == 7) return with_step(one, integral_constant<int, 7>{}, integral_constant<int, kManyRegisters ? 2 : 1>{});
-    if (g.width == 4 && g.kw == 3) return with_step(integral_constant<int, 4>{}, three, three);
+    if (g.width == 4 && g.kw == 3) return with_step(four, three, three);
+    if constexpr (kNarrow == 8)
+      if (g.width == 8 && g.kw == 3) return with_step(eight, three, three);
   }
-  for (int64_t row = 0; row < g.kh; ++row) {
-    int64_t k = 0;
-    const auto some = [&](auto vectors) {
-      constexpr int K = decltype(vectors)::value;
-      for (; k + K <= g.kw * g.width; k += K) {
-        Products part = s.of_kernel_rows(row, 1);
-        part.in += k * kPlane;
-        some_products<K>(part, out + row * pitch + k * kPlane);
+  const auto any_taps = [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    for (int64_t row = 0; row < g.kh; ++row)
+      for (int c = 0; c < kWidth; ++c) {
+        int64_t k = 0;
+        const auto some = [&](auto taps) {
+          constexpr int K = decltype(taps)::value;
+          for (; k + K <= g.kw; k += K) {
+            Products part = s.of_kernel_rows(row, 1);
+            part.in += k * kPlane;
+            some_products<K, kWidth>(part, c, out + row * pitch + k * kWidth * kPlane);
+          }
+        };
+        some(eight);
+        some(four);
+        some(one);
       }
-    };
-    some(integral_constant<int, 8>{});
-    some(integral_constant<int, 4>{});
-    some(one);
-  }
+  };
+  if (g.width == 1) return any_taps(one);
+  if (g.width == 2) return any_taps(integral_constant<int, 2>{});
+  if (g.width == 4) return any_taps(four);
+  if constexpr (kNarrow == 8) any_taps(eight);
 }
 
 // The gradient of a wide part, whose group's channels begin at `s.in`.
@@ -137,13 +137,19 @@ int64_t count_tiles(int64_t rows, int64_t row_bytes, int64_t units, int64_t kern
   return std::clamp<int64_t>(std::max(for_cache, for_threads), 1, most);
 }
 
+// Whether a block's results can be stored where they belong as they are computed: whole vectors of channels in float.
+template <typename T>
+bool stores_in_place(const Image<T>& y, const Blocks& blocks, int64_t block) {
+  return std::is_same_v<T, float> && y.channels_last && (block + 1) * blocks.channels <= y.C && blocks.channels % kPlane == 0;
+}
+
 template <typename T>
 void forward(const Image<const T>& x, const T* weight, const T* bias, const Image<T>& y, const Geometry& g) {
   const Blocks blocks(g, narrow_planes<T>(x.channels_last));
-  const int64_t count = blocks.count(), copies = g.copies(), pixel = copies * kPlane;
+  const int64_t count = blocks.count();
   const int64_t cols = (g.OW - 1) * g.stride + g.kw;
   const bool stream = beyond_cache(y.data, g.N * g.C * g.OH * g.OW * sizeof(T));
-  const int64_t tiles = count_tiles(g.OH, blocks.planes * (g.stride * cols * pixel + g.OW * kPlane) * 4, g.N * count, g.kh);
+  const int64_t tiles = count_tiles(g.OH, blocks.planes * (g.stride * cols + g.OW) * kPlane * 4, g.N * count, g.kh);
   // Weights and, behind them, the bias of a block, one value a lane of its planes.
   const int64_t block_floats = blocks.weights() + blocks.planes * kPlane + kPlane;
   std::unique_ptr<float[]> packed(new float[count * block_floats]);
@@ -156,35 +162,41 @@ void forward(const Image<const T>& x, const T* weight, const T* bias, const Imag
         p[blocks.weights() + c] = bias != nullptr && c < channels ? static_cast<float>(bias[b * blocks.channels + c]) : 0.0f;
     }
   });
+  const bool whole_lines = y.C % kPlane == 0 && short_of_alignment(y.data) == 0 && g.lanes() == kPlane;
   const auto unit = [&](int64_t n, int64_t b, int64_t t) {
     const auto [begin, end] = tile_rows(g.OH, tiles, t);
     const Window window{begin * g.stride - g.ph, (end - begin - 1) * g.stride + g.kh, -g.pw, cols};
-    const int64_t plane = window.rows * cols * pixel, out_plane = (end - begin) * g.OW * kPlane;
+    const bool in_place = stores_in_place(y, blocks, b);
+    const int64_t plane = window.rows * cols * kPlane, out_plane = (end - begin) * g.OW * kPlane;
     float* in = scratch(blocks.planes * (plane + out_plane) + out_plane);
     float* out = in + blocks.planes * plane;
     for (int64_t p = 0; p < blocks.planes; ++p)
-      pack(copies, x, n, blocks.first(b, p), blocks.valid(b, p), window, in + p * plane);
+      pack(x, n, blocks.first(b, p), blocks.valid(b, p), window, in + p * plane);
     for (int64_t part = 0; part < blocks.parts(); ++part) {
       const int64_t lane = blocks.lane(part), group = blocks.group(part);
+      float* to = out + lane / kPlane * out_plane + lane % kPlane;
+      if constexpr (std::is_same_v<T, float>)
+        if (in_place) to = y.at(n, blocks.first(b, 0) + lane, begin);
       sums(g,
            {.in = in + group / kPlane * plane + group % kPlane,
-            .in_row = g.stride * cols * pixel,
-            .in_pitch = cols * pixel,
+            .in_row = g.stride * cols * kPlane,
+            .in_pitch = cols * kPlane,
             .weight = &packed[b * block_floats + part * blocks.part_weights()],
             .kernel_rows = g.kh,
             .taps = g.kw,
             .bias = &packed[b * block_floats + blocks.weights() + lane],
-            .out = out + lane / kPlane * out_plane + lane % kPlane,
-            .out_row = g.OW * kPlane,
-            .out_column = kPlane,
+            .out = to,
+            .out_row = in_place ? g.OW * y.C : g.OW * kPlane,
+            .out_column = in_place ? y.C : kPlane,
             .rows = end - begin,
             .columns = g.OW,
             .first_row = -window.row,
             .last_row = g.H - window.row,
-            .row_step = g.stride},
+            .row_step = g.stride,
+            .stream = in_place && stream && whole_lines},
            g.stride, plane);
     }
-    for (int64_t p = 0; p < blocks.planes; ++p)
+    for (int64_t p = 0; p < blocks.planes && !in_place; ++p)
       unpack(out + p * out_plane, y, n, blocks.first(b, p), blocks.valid(b, p), begin, end - begin, stream,
              out + blocks.planes * out_plane);
   };
@@ -203,12 +215,12 @@ template <typename T>
 void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight, const Gradients<T>& grads, const Geometry& g) {
   const Blocks blocks(g, narrow_planes<T>(x.channels_last));
   const bool dx = grads.dx.data != nullptr, dweight = grads.dweight.defined(), dbias = grads.dbias.defined();
-  const int64_t count = blocks.count(), copies = g.copies(), pixel = copies * kPlane, s = g.stride, L = g.lanes();
+  const int64_t count = blocks.count(), s = g.stride, L = g.lanes();
   const bool stream = beyond_cache(grads.dx.data, g.N * g.C * g.H * g.W * sizeof(T));
   // Columns of dy that a tile holds: those that dx needs, and all for dweight.
   const int64_t dy_col = std::min<int64_t>(g.pw / s - divup(g.kw, s) + 1, 0);
   const int64_t dy_cols = std::max((g.W - 1 + g.pw) / s + 1, g.OW) - dy_col, x_cols = (g.OW - 1) * s + g.kw;
-  const int64_t row_bytes = blocks.planes * 4 * kPlane * (copies * (dy_cols + dweight * s * x_cols) + dx * s * g.W);
+  const int64_t row_bytes = blocks.planes * 4 * kPlane * (dy_cols + dweight * s * x_cols + dx * s * g.W);
   const int64_t tiles = std::min(count_tiles(g.OH, row_bytes, g.N * count, g.kh), g.H);
   const int64_t items = g.N * tiles, chunks = std::clamp<int64_t>(divup(kUnits, count), 1, items);
   const int64_t block_floats = blocks.weights() + blocks.planes * kPlane;
@@ -220,6 +232,7 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
   const float zeros[kPlane] = {};
   std::unique_ptr<float[]> partial(new float[dweight || dbias ? count * chunks * block_floats : 0]);
 
+  const bool whole_lines = g.C % kPlane == 0 && short_of_alignment(grads.dx.data) == 0 && L == kPlane;
   const auto unit = [&](int64_t b, int64_t n, int64_t t, float* sums_of_weight) {
     const auto [dy_begin, dy_end] = tile_rows(g.OH, tiles, t);
     const auto [begin, end] = tile_rows(g.H, tiles, t);
@@ -230,24 +243,25 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
     }
     const Window dy_window{lo, hi - lo, dy_col, dy_cols};
     const Window x_window{dy_begin * s - g.ph, (dy_end - dy_begin - 1) * s + g.kh, -g.pw, x_cols};
-    const int64_t dy_plane = dy_window.rows * dy_cols * kPlane, dy_copies = copies > 1 ? dy_plane * copies : 0;
-    const int64_t x_plane = x_window.rows * x_cols * pixel, dx_plane = (end - begin) * g.W * kPlane;
-    float* dy_at = scratch(blocks.planes * (dy_plane + dy_copies + (dweight ? x_plane : 0) + (dx ? dx_plane : 0)) +
-                          (dx ? dx_plane : 0));
-    float* dy_copies_at = copies > 1 ? dy_at + blocks.planes * dy_plane : dy_at;
-    float* x_at = dy_at + blocks.planes * (dy_plane + dy_copies);
+    const bool in_place = dx && stores_in_place(grads.dx, blocks, b);
+    const int64_t dy_plane = dy_window.rows * dy_cols * kPlane, x_plane = x_window.rows * x_cols * kPlane;
+    const int64_t dx_plane = (end - begin) * g.W * kPlane;
+    float* dy_at = scratch(blocks.planes * (dy_plane + (dweight ? x_plane : 0) + (dx ? dx_plane : 0)) + (dx ? dx_plane : 0));
+    float* x_at = dy_at + blocks.planes * dy_plane;
     float* dx_at = x_at + (dweight ? blocks.planes * x_plane : 0);
-    const int64_t dx_in_plane = copies > 1 ? dy_copies : dy_plane;
     for (int64_t p = 0; p < blocks.planes; ++p) {
       const int64_t c = blocks.first(b, p), valid = blocks.valid(b, p);
-      if (copies == 1 || dweight || dbias) pack(1, dy, n, c, valid, dy_window, dy_at + p * dy_plane);
-      if (copies > 1 && dx) pack(copies, dy, n, c, valid, dy_window, dy_copies_at + p * dy_copies);
-      if (dweight) pack(copies, x, n, c, valid, x_window, x_at + p * x_plane);
+      pack(dy, n, c, valid, dy_window, dy_at + p * dy_plane);
+      if (dweight) pack(x, n, c, valid, x_window, x_at + p * x_plane);
     }
     const float* dy_first = dy_at + ((dy_begin - lo) * dy_cols - dy_col) * kPlane;  // plane 0, the tile's own rows
     for (int64_t part = 0; part < blocks.parts(); ++part) {
       const int64_t lane = blocks.lane(part), group = blocks.group(part);
       if (dx) {
+        float* to = dx_at + lane / kPlane * dx_plane + lane % kPlane;
+        if constexpr (std::is_same_v<T, float>)
+          if (in_place) to = grads.dx.at(n, blocks.first(b, 0) + lane, begin);
+        const int64_t pixel = in_place ? g.C : kPlane;
         const float* w = &packed[b * blocks.weights() + part * blocks.part_weights()];
         for (int64_t my = 0; my < s; ++my)
           for (int64_t mx = 0; mx < s; ++mx) {
@@ -255,22 +269,23 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
             const int64_t row = rows.first(begin, g.ph), column = columns.first(0, g.pw);
             const int64_t in_row = (row + g.ph) / s - rows.count + 1 - lo, in_col = (column + g.pw) / s - columns.count + 1 - dy_col;
             sums(g,
-                 {.in = dy_copies_at + group / kPlane * dx_in_plane + group % kPlane + (in_row * dy_cols + in_col) * pixel,
-                  .in_row = dy_cols * pixel,
-                  .in_pitch = dy_cols * pixel,
+                 {.in = dy_at + group / kPlane * dy_plane + group % kPlane + (in_row * dy_cols + in_col) * kPlane,
+                  .in_row = dy_cols * kPlane,
+                  .in_pitch = dy_cols * kPlane,
                   .weight = w,
                   .kernel_rows = rows.count,
                   .taps = columns.count,
                   .bias = zeros,
-                  .out = dx_at + lane / kPlane * dx_plane + lane % kPlane + ((row - begin) * g.W + column) * kPlane,
-                  .out_row = s * g.W * kPlane,
-                  .out_column = s * kPlane,
+                  .out = to + ((row - begin) * g.W + column) * pixel,
+                  .out_row = s * g.W * pixel,
+                  .out_column = s * pixel,
                   .rows = row < end ? divup(end - row, s) : 0,
                   .columns = column < g.W ? divup(g.W - column, s) : 0,
                   .first_row = -lo - in_row,
                   .last_row = g.OH - lo - in_row,
-                  .row_step = 1},
-                 1, dx_in_plane);
+                  .row_step = 1,
+                  .stream = in_place && stream && whole_lines},
+                 1, dy_plane);
             w += rows.count * columns.count * g.width * L;
           }
       }
@@ -278,9 +293,9 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
         const Products products{.dy = dy_first + lane / kPlane * dy_plane + lane % kPlane,
                                 .dy_row = dy_cols * kPlane,
                                 .in = x_at + group / kPlane * x_plane + group % kPlane,
-                                .in_row = s * x_cols * pixel,
-                                .in_pixel = s * pixel,
-                                .in_pitch = x_cols * pixel,
+                                .in_row = s * x_cols * kPlane,
+                                .in_pixel = s * kPlane,
+                                .in_pitch = x_cols * kPlane,
                                 .rows = dy_end - dy_begin,
                                 .columns = g.OW,
                                 .first_row = -x_window.row,
@@ -304,7 +319,7 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
           for (int64_t j = 0; j < g.OW; ++j) sum = sum + V::loadu(dy_first + p * dy_plane + (row * dy_cols + j) * kPlane);
         (V::loadu(to) + sum).store(to);
       }
-    if (dx)
+    if (dx && !in_place)
       for (int64_t p = 0; p < blocks.planes; ++p)
         unpack(dx_at + p * dx_plane, grads.dx, n, blocks.first(b, p), blocks.valid(b, p), begin, end - begin, stream,
                dx_at + blocks.planes * dx_plane);
@@ -337,11 +352,18 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
         const int64_t channel = b * blocks.channels + blocks.lane(part);
         const int64_t end = blocks.end_of_part(channel);
         const auto strides = grads.dweight.strides();
+        // A lane is an output channel, and i an input channel of its group; in narrow groups the other way round.
+        const int64_t of_i = strides[g.narrow() ? 0 : 1], lanes = std::min(L, end - channel);
+        int64_t of_lane[kPlane];
+        for (int64_t j = 0; j < lanes; ++j) {
+          const int64_t in = g.narrow() ? (channel + j) % g.width : 0;
+          of_lane[j] = (channel + j - in) * strides[0] + in * strides[1];
+        }
         for (int64_t tap = 0; tap < g.taps(); ++tap)
           for (int64_t i = 0; i < g.width; ++i) {
-            T* to = dw + channel * strides[0] + i * strides[1] + tap / g.kw * strides[2] + tap % g.kw * strides[3];
+            T* const to = dw + tap / g.kw * strides[2] + tap % g.kw * strides[3] + i * of_i;
             const int64_t from = part * blocks.part_weights() + (tap * g.width + i) * L;
-            for (int64_t j = 0; j < std::min(L, end - channel); ++j) to[j * strides[0]] = total(from + j);
+            for (int64_t j = 0; j < lanes; ++j) to[of_lane[j]] = total(from + j);
           }
       }
       const int64_t channels = std::min(blocks.channels, g.C - b * blocks.channels);
@@ -362,23 +384,37 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
   if (groups < 2 || x.numel() == 0 || weight.size(0) != C || width * groups != C || !weight.device().is_cpu()) return false;
   if (bias.defined() && (bias.dim() != 1 || bias.size(0) != C || bias.scalar_type() != type || !bias.device().is_cpu())) return false;
   if (width != 1 && width != 2 && (width % 4 != 0 || width > 64)) return false;
+  if (width * kh * kw > 8192) return false;  // an output is one sum in float: longer ones are not as accurate as the library's
   if (stride[0] != stride[1] || stride[0] < 1 || stride[0] > 2 || dilation[0] != 1 || dilation[1] != 1) return false;
   if (std::min(kh, kw) < 1 || std::max(kh, kw) > 31 || padding[0] < 0 || padding[1] < 0) return false;
   return x.size(2) + 2 * padding[0] >= kh && x.size(3) + 2 * padding[1] >= kw;
 }
 
-// Where the library is faster (docs/grouped_conv.md has what was measured), in float32: on small planes, and on single images, where
-// packing a wide group's weight takes long beside what it is packed for.
+// Where the library is faster (docs/grouped_conv.md has what was measured), in float32: on small planes, on single images, where
+// packing a wide group's weight takes long beside what it is packed for, and in gradients that are wanted alone, which it reads
+// in place in channels_last.
 enum class Pass { forward, input_gradient, weight_gradient, both_gradients };
 bool left_to_library(const Geometry& g, at::ScalarType type, bool channels_last, Pass pass) {
   if (type != at::kFloat) return false;
-  const bool small = g.OH * g.OW <= 49, one = g.N == 1;
+  const int64_t outputs = g.OH * g.OW;
+  const bool small = outputs <= 49, one = g.N == 1, medium = outputs <= 784;
   const bool gradient_of_input = pass == Pass::input_gradient || pass == Pass::both_gradients;
-  if (g.width > 16) return one && small && (channels_last || pass == Pass::weight_gradient || (gradient_of_input && g.stride == 1));
+  const bool of_weight_alone = pass == Pass::weight_gradient, of_input_alone = pass == Pass::input_gradient;
+  if (g.width > 16) {
+    if (!small) return false;
+    if (channels_last) return one || of_weight_alone;
+    return one && (of_weight_alone || (gradient_of_input && g.stride == 1));
+  }
   if (!channels_last) return false;
-  if (one && pass == Pass::input_gradient && (g.width == 16 || (g.width >= 8 && g.stride == 2))) return true;
-  if (g.width == 16) return small && (g.stride == 1 || !gradient_of_input);
-  return small && g.width == 1 && g.taps() <= 9 && pass == Pass::weight_gradient;
+  if (g.width == 16) {
+    if (of_input_alone && (one || g.stride == 2)) return true;
+    if (of_weight_alone && medium && g.stride == 1) return true;
+    return small && (g.stride == 1 || !gradient_of_input);
+  }
+  if (g.width >= 8) return one && of_input_alone && g.stride == 2;
+  if (g.width > 1) return false;
+  if (g.taps() <= 9) return of_weight_alone && medium;
+  return g.kh == 5 && g.kw == 5 && g.stride == 2 && small && pass == Pass::forward;
 }
 
 Geometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding) {
@@ -435,7 +471,7 @@ Tensor grouped_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalT
   const Geometry g = geometry(x, weight, stride, padding);
   const auto format = result_format(x, weight);
   if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, Pass::forward)) return by_library();
-  const bool reads_in_place = in_place(g, format == at::MemoryFormat::ChannelsLast);
+  const bool reads_in_place = forward_is_in_place(g, format == at::MemoryFormat::ChannelsLast);
   const Tensor x_ = reads_in_place ? x.contiguous(format) : in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
   const Tensor y = aten::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(format));
   with_dtype(x.scalar_type(), [&](auto type) {
@@ -469,7 +505,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
   const auto format = result_format(x, weight);
   const Pass pass = !output_mask[0] ? Pass::weight_gradient : output_mask[1] ? Pass::both_gradients : Pass::input_gradient;
   if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, pass)) return by_library(output_mask);
-  const bool reads_in_place = in_place(g, format == at::MemoryFormat::ChannelsLast);
+  const bool reads_in_place = backward_is_in_place(g, format == at::MemoryFormat::ChannelsLast);
   const auto placed = [&](const Tensor& t) { return reads_in_place ? t.contiguous(format) : in_layout(t); };
   const Tensor x_ = placed(x), dy_ = placed(dy), weight_ = weight.contiguous();
   const Tensor dx = output_mask[0] ? aten::empty(x.sizes(), x.options().memory_format(format)) : none;

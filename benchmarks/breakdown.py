@@ -1,0 +1,136 @@
+"""A result's rows by what they have in common across networks: the size of a layer norm, the kind of a convolution; and
+the rows that leave memory bandwidth unused."""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+
+from benchmarks.rows import Row
+from benchmarks.tables import percent, times
+from benchmarks.timing import geometric_mean
+
+Table = tuple[list[str], list[list[str]]]
+
+# The shares of the measured bandwidth that rows are held to, beyond the last-level cache and in it.
+BEYOND_CACHE, IN_CACHE = 0.85, 0.70
+ASSUMED_CACHE = 32 * 2**20  # bytes, of rows that were measured before rows said it
+
+
+def sizes(rows: Iterable[Row]) -> Table:
+    """(header, lines): layer norms over the widths of the benchmark, by the number of elements."""
+    rows = [r for r in rows if r.network == "widths"]
+
+    def size(r: Row) -> str:
+        return f"10^{round(math.log10(_elements(r)))}"
+
+    def small(r: Row) -> bool:  # and in cache, as float32
+        return int(r.shape.split("x")[-1]) <= 512 and _elements(r) <= 1.1e6
+
+    by_size = _by(rows, lambda r: (r.operator, f"elements {size(r)}", r.malloc))
+    cut = _by((r for r in rows if small(r)), lambda r: (r.operator, "widths up to 512, elements up to 10^6", r.malloc))
+    whole = _by(rows, lambda r: (r.operator, "all", r.malloc))
+    return _table(["operator", "size", "malloc"], by_size | cut | whole)
+
+
+def kinds(rows: Iterable[Row]) -> Table:
+    """(header, lines): grouped convolutions of all networks by width or, where that is 1, kernel, and by batch size."""
+
+    def kind(r: Row) -> tuple[str, ...]:
+        width, kernel = (int(re.search(rf"\b{word} (\d+)", r.shape)[1]) for word in ("width", "kernel"))
+        name = f"depthwise {kernel}x{kernel}" if width == 1 else f"width {width}"
+        return name, "1" if r.network.endswith(" batch 1") else "larger", r.malloc
+
+    found = _by((r for r in rows if r.operator == "grouped_conv2d"), kind)
+
+    def order(key: tuple[str, ...]) -> tuple[object, ...]:
+        name, batch, malloc = key
+        return malloc != "tuned", batch != "larger", name.split()[0], int(re.search(r"\d+", name)[0])
+
+    return _table(["kind", "batch", "malloc"], dict(sorted(found.items(), key=lambda item: order(item[0]))))
+
+
+Groups = dict[tuple[str, ...], list[Row]]
+
+
+def _elements(row: Row) -> int:
+    return math.prod(map(int, row.shape.split()[0].split("x")))
+
+
+def _by(rows: Iterable[Row], key: Callable[[Row], tuple[str, ...]]) -> Groups:
+    """Our rows by what `key` says of them."""
+    groups: Groups = {}
+    for r in rows:
+        if r.suite == "operators" and r.contender == "ours" and r.status == "ok":
+            groups.setdefault(key(r), []).append(r)
+    return groups
+
+
+def _table(header: list[str], groups: Groups) -> Table:
+    """A line a group, with a column for each mode and layout: the ratio to eager, that to torch.compile where it was
+    timed, and the share of bandwidth."""
+    columns = list(dict.fromkeys((r.mode, r.layout) for rows in groups.values() for r in rows))
+    lines = []
+    for key, rows in groups.items():
+        cells = {c: [r for r in rows if (r.mode, r.layout) == c] for c in columns}
+        shapes = max(map(len, cells.values()))
+        lines.append([*key, str(shapes), *(_cell(cells[c]) for c in columns)])
+    return [*header, "shapes", *(f"{mode} {layout}".replace("_", " ") for mode, layout in columns)], lines
+
+
+def _cell(rows: list[Row]) -> str:
+    ratios, to_compile, shares = (
+        [value for r in rows if (value := getattr(r, column)) is not None]
+        for column in ("ratio", "ratio_to_compile", "bandwidth_share")
+    )
+    if not ratios:
+        return "-"
+    parts = [times(geometric_mean(ratios))]
+    if to_compile:
+        parts.append(f"{times(geometric_mean(to_compile))} to torch.compile")
+    if shares:
+        parts.append(percent(geometric_mean(shares)))
+    return ", ".join(parts)
+
+
+ROOFLINE = ["operator", "network", "below 85 % beyond the cache", "below 70 % in cache", "worst"]
+
+
+def roofline(rows: Iterable[Row]) -> Table:
+    """(header, lines): for each operator and network, how many of our rows move their bytes at less than the share of
+    the measured bandwidth that they are held to, and the worst of them.
+
+    A row is beyond the cache where its least traffic is more than the last-level cache holds. Convolutions whose
+    arithmetic takes longer than their bytes are left out: all but depthwise ones of 3x3.
+    """
+    rated = [r for r in rows if r.bandwidth_share is not None and r.bytes is not None and not _is_arithmetic(r)]
+    if any(r.malloc == "tuned" for r in rated):  # else page faults take the time
+        rated = [r for r in rated if r.malloc == "tuned"]
+    lines = []
+    for key, members in _by(rated, lambda r: (r.operator, r.network)).items():
+        beyond = [r for r in members if _is_beyond_cache(r)]
+        inside = [r for r in members if not _is_beyond_cache(r)]
+        missed = [[r for r in part if _share(r) < _goal(r)] for part in (beyond, inside)]
+        counts = [
+            f"{len(short)} of {len(part)}" if part else "-"
+            for short, part in zip(missed, (beyond, inside), strict=True)
+        ]
+        worst = min((r for part in missed for r in part), key=lambda r: _share(r) / _goal(r), default=None)
+        named = "-" if worst is None else f"{worst.shape} {worst.mode} {worst.layout}: {percent(_share(worst))}"
+        lines.append([*key, *counts, named])
+    return ROOFLINE, lines
+
+
+def _is_arithmetic(r: Row) -> bool:
+    return r.operator == "grouped_conv2d" and "width 1 kernel 3 " not in f"{r.shape} "
+
+
+def _is_beyond_cache(r: Row) -> bool:
+    return (r.bytes or 0) > (r.cache_bytes or ASSUMED_CACHE)
+
+
+def _share(r: Row) -> float:
+    return r.bandwidth_share or 0.0
+
+
+def _goal(r: Row) -> float:
+    return BEYOND_CACHE if _is_beyond_cache(r) else IN_CACHE
