@@ -1,7 +1,8 @@
 """Batch norm over all processes of a group, with the activation and the residual in the kernels.
 
 Each way one collective: forward's all_gather brings every process's count, mean and variance of each channel, combined
-in the order of ranks; backward's all_reduce sums two vectors of C. Unlike torch's own, it runs on the CPU (gloo) as well.
+in the order of ranks; backward's all_reduce sums two vectors of C. Unlike torch's own, it runs on the CPU (gloo)
+as well.
 """
 
 import functools
