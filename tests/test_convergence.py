@@ -30,8 +30,8 @@ def test_fused_and_eager_runs_follow_each_other_in_float64(tmp_path):
 
 @pytest.mark.parametrize(
     ("model", "size", "lr", "fall"),
-    # Sigmoids have no kink, and rounding does not grow. Behind ReLU it does, by some orders of magnitude in these steps:
-    # for the eager runs as well as for the fused one.
+    # Sigmoids have no kink, and rounding does not grow. Behind ReLU it does, by some orders of magnitude in these
+    # steps: for the eager runs as well as for the fused one.
     [("bn_lenet", "28", "0.03", 0.5), ("simple_resnet", "8", "0.003", 0.1)],
 )
 def test_fused_and_eager_runs_follow_each_other_in_float32(tmp_path, model, size, lr, fall):
