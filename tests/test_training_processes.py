@@ -1,6 +1,5 @@
 """`cnnkern train` as processes of its own: under torchrun, and interrupted by a signal."""
 
-import json
 import os
 import signal
 import subprocess
@@ -43,21 +42,13 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path):
     assert list(checkpoint["state"]) == list(models.res_lenet(in_channels=1).state_dict())
 
 
-SEVERAL_RUNS = """
-import json, sys
-from cnnkern import train
-for arguments in json.loads(sys.argv[1]):
-    assert train.main(arguments) == 0
-"""
-
-
 def test_two_processes_with_batch_statistics_of_their_own_resume_bit_by_bit(tmp_path):
     options = ["bn_lenet", "--optimizer", "sgd", "--momentum", "0", "--float64", "--output"]
     whole = [*options, "whole", "--epochs", "2"]
     parts = [[*options, "parts", "--epochs", "1"], [*options, "parts", "--epochs", "2", "--resume"]]
-    (tmp_path / "runs.py").write_text(SEVERAL_RUNS)
-    done = torchrun("runs.py", json.dumps([whole, *parts]), folder=tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
+    for arguments in (whole, *parts):
+        done = torchrun("-m", "cnnkern", "train", *arguments, folder=tmp_path)
+        assert done.returncode == 0, done.stderr[-4000:]
     whole, parts = (checkpoints.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
     assert len(whole["steps"]) == 2 * 22
     assert whole["steps"] == parts["steps"]
