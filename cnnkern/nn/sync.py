@@ -179,10 +179,10 @@ def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup 
     for child in module.modules():
         if isinstance(child, _FusedBatchNorm) and not isinstance(child, SyncBatchNorm):
             act = child.act
+            kind: type[SyncBatchNorm] = SyncBatchNormReLU if act == "relu" else SyncBatchNorm
             if isinstance(child, _FusedBatchNormAdd):
-                child.__class__ = getattr(child, "synchronised", SyncBatchNormAddReLU)
-            else:
-                child.__class__ = SyncBatchNormReLU if act == "relu" else SyncBatchNorm
+                kind = getattr(child, "synchronised", SyncBatchNormAddReLU)
+            child.__class__ = kind
             child.act = act  # of the module, whatever its new class has
         elif type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
             child.__class__ = SyncBatchNorm
