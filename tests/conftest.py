@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import pickle
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Without it PyTorch refuses matrix products on a GPU while deterministic algorithms are asked for.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,3 +82,67 @@ def generator(request) -> torch.Generator:
     """Random numbers that differ from test to test and repeat from run to run."""
     seed = sum(ord(c) * 31**i for i, c in enumerate(request.node.name)) % 2**31
     return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def malloc_as_it_was(monkeypatch):
+    """`cnnkern train` without tune_malloc: what that sets would stay for the tests behind."""
+    from cnnkern import train
+
+    monkeypatch.setattr(train, "tune_malloc", lambda: "")
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> str:
+    """A model of 8x8 images with a residual, batch norms and dropout, under that name in the zoo."""
+    from torch import nn
+
+    from cnnkern import models
+    from cnnkern.models import registry
+    from cnnkern.models.layers import layer_set
+
+    def tiny(num_classes: int = 10, in_channels: int = 1, fused: bool = True):
+        return nn.Sequential(
+            nn.Conv2d(in_channels, 8, 3, padding=1),
+            layer_set(fused).BatchNormReLU2d(8),
+            models.ResidualBlock(8, fused=fused),
+            nn.Dropout(0.2),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(8 * 16, num_classes),
+        )
+
+    tiny.input_size = (1, 8, 8)
+    monkeypatch.setitem(registry.BUILDERS, "tiny", tiny)
+    return "tiny"
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    """MNIST's and Fashion-MNIST's files with six and four images."""
+    written = {}
+    for folder in ("MNIST", "FashionMNIST"):
+        raw = tmp_path / folder / "raw"
+        raw.mkdir(parents=True)
+        for part, count in (("train", 6), ("t10k", 4)):
+            images = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
+            labels = np.arange(count, dtype=np.uint8)
+            (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images.tobytes())
+            (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
+            written[part] = torch.from_numpy(images)
+    return tmp_path, written
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """CIFAR-10's files with two images in each batch; torchvision would look for the checksums of the real ones."""
+    import torchvision
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (6, 2, 3072), dtype=np.uint8)
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        (folder / name).write_bytes(pickle.dumps({"data": images[i], "labels": [i, 9 - i]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
+    return tmp_path, images

@@ -1,7 +1,9 @@
 """`cnnkern.convert`: what it replaces, that results stay, and that everything of a model survives."""
 
 import copy
+import operator
 import pickle
+import random
 
 import pytest
 import torch
@@ -222,6 +224,55 @@ class Quantizable(nn.Module):
         return self.skip.add_relu(x, self.bn(self.conv(x)))
 
 
+class NormThen(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4)
+
+
+class OptionalArgument(NormThen):
+    def forward(self, x, skip=None):
+        y = self.bn(x)
+        return F.relu(y) if skip is None else F.relu(y + skip)
+
+
+class ByChance(NormThen):
+    def forward(self, x):
+        y = self.bn(x)
+        return y if random.random() > 2 else F.relu(y)
+
+
+class ByGradientMode(NormThen):
+    def forward(self, x):
+        y = self.bn(x)
+        return F.relu(y) if torch.is_grad_enabled() else torch.sigmoid(y)
+
+
+class TensorOfItsOwn(NormThen):
+    def forward(self, x):
+        return F.relu(self.bn(x)) * torch.tensor(2.0)
+
+
+class WithModuleList(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4)])
+
+    def forward(self, x):
+        for norm in self.norms:
+            x = F.relu(norm(x))
+        return x
+
+
+class StochasticDepthBetween(NormThen):
+    def __init__(self):
+        super().__init__()
+        self.drop = torchvision.ops.StochasticDepth(0.0, "row")
+
+    def forward(self, x):
+        return F.relu(self.drop(self.bn(x)) + x)
+
+
 def shared_norm() -> nn.Module:
     norm = nn.BatchNorm2d(4)
     return nn.Sequential(norm, nn.ReLU(), nn.Sequential(norm))
@@ -242,6 +293,15 @@ WRITTEN = {
     "called twice": (CalledTwice, {"BatchNorm": 1}),
     "depends on the mode": (DependsOnMode, {"BatchNorm": 1}),
     "untraceable": (Untraceable, {"BatchNorm": 1}),
+    "an argument that may be left out": (OptionalArgument, {"BatchNorm": 1}),
+    "by chance": (ByChance, {"BatchNorm": 1}),
+    "by gradient mode": (ByGradientMode, {"BatchNorm": 1}),
+    "a tensor of its own": (TensorOfItsOwn, {"BatchNorm": 1}),
+    "module list": (WithModuleList, {"BatchNorm": 1}),
+    "stochastic depth between": (StochasticDepthBetween, {"BatchNorm": 1, "add + ReLU": 1}),
+    "torch.relu_": (lambda: Functional(torch.relu_), {"BatchNorm + ReLU": 1}),
+    "F.relu_": (lambda: Functional(F.relu_), {"BatchNorm + ReLU": 1}),
+    "operator.iadd": (lambda: Residual(lambda self, y, x: F.relu(operator.iadd(y, x))), {ADD: 1}),
     "reached from above": (ReachedFromAbove, {"BatchNorm": 1}),
     "one batch norm in two places": (shared_norm, {"BatchNorm": 1}),
     **{

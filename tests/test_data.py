@@ -1,13 +1,10 @@
 """Data to train on: what is read, and what is said of files that are missing, damaged or no images."""
 
-import pickle
 import re
 import struct
 
-import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 from cnnkern import data
@@ -46,22 +43,6 @@ def test_augment_keeps_shapes_and_draws_from_the_seed():
     assert (data.augment(ramp) - ramp).abs().mean() < 0.2
 
 
-@pytest.fixture
-def mnist(tmp_path):
-    """MNIST's and Fashion-MNIST's files with six and four images."""
-    written = {}
-    for folder in ("MNIST", "FashionMNIST"):
-        raw = tmp_path / folder / "raw"
-        raw.mkdir(parents=True)
-        for part, count in (("train", 6), ("t10k", 4)):
-            images = np.random.default_rng(count).integers(0, 256, (count, 28, 28), dtype=np.uint8)
-            labels = np.arange(count, dtype=np.uint8)
-            (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, count, 28, 28) + images.tobytes())
-            (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, count) + labels.tobytes())
-            written[part] = torch.from_numpy(images)
-    return tmp_path, written
-
-
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
 def test_mnist_files_are_read(mnist, name):
     folder, written = mnist
@@ -96,19 +77,6 @@ def test_damaged_mnist_files_are_one_clear_error(mnist, name, damage):
         (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 2) + b"\x00\x01")
     with pytest.raises(data.DataError, match=rf"^{name}: the files in {re.escape(str(folder))} are missing or damaged"):
         data.load(name, folder)
-
-
-@pytest.fixture
-def cifar(tmp_path, monkeypatch):
-    """CIFAR-10's files with two images in each batch; torchvision would look for the checksums of the real ones."""
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    images = np.random.default_rng(0).integers(0, 256, (6, 2, 3072), dtype=np.uint8)
-    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-        (folder / name).write_bytes(pickle.dumps({"data": images[i], "labels": [i, 9 - i]}))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
-    return tmp_path, images
 
 
 def test_cifar_files_are_read(cifar):

@@ -171,12 +171,13 @@ def test_fused_is_its_unfused_twin(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["bn_lenet_residual", "res_lenet", "resnet18", "preact_resnet18", "densenet121", "regnet_y_400mf", "convnext_tiny"],
+    ["bn_lenet_residual", "res_lenet", "resnet18", "preact_resnet18", "densenet121", "convnext_tiny"],
 )
 def test_training_in_float32_is_as_good_as_eager(name):
     """Logits, gradients and running statistics of one step, each held to its distance from float64. Allowed on top, as
     in :func:`cnnkern.testing.check`, is what a few roundings of the images and the parameters change. No model with a
-    bias before a batch norm: the bias's gradient is zero, and rounding is all there is of it.
+    bias before a batch norm: the bias's gradient is zero, and rounding is all there is of it. No RegNet: so many ReLUs
+    are so near their kinks that eager is as far from float64 as a tenth of the gradient, by chance.
     """
     x, target = batch(name, QUICK[name], torch.float32)
     fused, unfused = pair(name, torch.float32)

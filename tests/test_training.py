@@ -1,54 +1,16 @@
-"""`cnnkern train`: that it learns, resumes bit by bit, runs in processes and says what is wrong."""
+"""`cnnkern train`: that it learns, resumes bit by bit and says what is wrong."""
 
-import csv
-import functools
 import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from cnnkern import checkpoint as checkpoints
-from cnnkern import cli, data, models, testing, train, trainer
-from cnnkern.models import registry
-from cnnkern.models.layers import layer_set
+from cnnkern import cli, data, train
+from tests.training import error_of, rows
 
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def _malloc_as_it_was(monkeypatch):
-    """What tune_malloc sets would stay for the tests behind these."""
-    monkeypatch.setattr(train, "tune_malloc", lambda: "")
-
-
-@pytest.fixture
-def tiny(monkeypatch) -> str:
-    """A model of 8x8 images with a residual, batch norms and dropout."""
-
-    def tiny(num_classes: int = 10, in_channels: int = 1, fused: bool = True) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(in_channels, 8, 3, padding=1),
-            layer_set(fused).BatchNormReLU2d(8),
-            models.ResidualBlock(8, fused=fused),
-            nn.Dropout(0.2),
-            nn.AvgPool2d(2),
-            nn.Flatten(),
-            nn.Linear(8 * 16, num_classes),
-        )
-
-    tiny.input_size = (1, 8, 8)
-    monkeypatch.setitem(registry.BUILDERS, "tiny", tiny)
-    return "tiny"
-
-
-def rows(path: Path) -> list[dict[str, float]]:
-    with path.open() as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+pytestmark = pytest.mark.usefixtures("malloc_as_it_was")
 
 
 def test_it_learns_and_writes_checkpoint_and_curves(tmp_path, capsys):
@@ -111,97 +73,11 @@ def test_interrupted_before_the_first_checkpoint(tiny, tmp_path, monkeypatch, ca
     assert "no epoch was finished" in capsys.readouterr().err
 
 
-# A learning rate at which rounding does not grow from step to step; without momentum.
-CALM = ["res_lenet", "--resize", "16", "--optimizer", "sgd", "--momentum", "0", "--lr", "0.01", "--output"]
-
-
-def losses(folder: Path) -> torch.Tensor:
-    return torch.tensor([row["loss"] for row in rows(folder / "steps.csv")], dtype=torch.float64)
-
-
-def test_fused_and_eager_runs_follow_each_other(tmp_path):
-    """Over 66 steps in float64; in float32, where an activation soon lands on the other side of a kink, over 10."""
-    assert train.main([*CALM, str(tmp_path / "fused"), "--epochs", "3", "--float64"]) == 0
-    assert train.main([*CALM, str(tmp_path / "truth"), "--epochs", "3", "--float64", "--eager"]) == 0
-    truth = losses(tmp_path / "truth")
-    assert len(truth) == 66
-    assert truth[-5:].mean() < 0.5 * truth[0]
-    torch.testing.assert_close(losses(tmp_path / "fused"), truth, rtol=1e-9, atol=0)
-    for name in ("fused", "eager"):
-        options = ["simple_resnet", "--resize", "12", *CALM[3:], str(tmp_path / name), "--epochs", "1"]
-        assert train.main([*options, *(["--eager"] if name == "eager" else [])]) == 0
-    assert (
-        train.main(["simple_resnet", "--resize", "12", *CALM[3:], str(tmp_path / "t"), "--epochs", "1", "--float64"])
-        == 0
-    )
-    ours, eager, truth = ({"losses": losses(tmp_path / name)[:10].float()} for name in ("fused", "eager", "t"))
-    testing.assert_as_good_as(ours, eager, truth)
-
-
-def test_fused_and_eager_runs_reach_the_same_accuracy(tmp_path):
-    options = ["res_lenet", "--resize", "16", "--epochs", "3", "--lr", "3e-3", "--schedule", "cosine", "--output"]
-    assert train.main([*options, str(tmp_path / "fused")]) == 0
-    assert train.main([*options, str(tmp_path / "eager"), "--eager"]) == 0
-    fused, eager = (rows(tmp_path / name / "epochs.csv")[-1]["test_accuracy"] for name in ("fused", "eager"))
-    assert min(fused, eager) > 0.93
-    assert abs(fused - eager) <= 0.015
-
-
-def test_options_reach_the_run(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True))
-    options = ["--amp", "bf16", "--channels-last", "--compile", "--optimizer", "adamw", "--weight-decay", "0.01"]
-    options += ["--schedule", "step", "--lr", "0.01", "--batch-size", "32", "--epochs", "3"]
-    assert train.main([tiny, *options, "--output", str(tmp_path)]) == 0
-    epochs = rows(tmp_path / "epochs.csv")
-    assert epochs[-1]["test_accuracy"] > 0.8
-    assert [row["learning_rate"] for row in epochs] == pytest.approx([1e-2, 1e-3, 1e-4])
-    assert len(rows(tmp_path / "steps.csv")) == 3 * (1437 // 32)
-
-
-@pytest.mark.slow
-def test_a_compiled_run_follows_an_eager_one(tmp_path):
-    assert train.main([*CALM, str(tmp_path / "plain"), "--epochs", "1", "--float64"]) == 0
-    assert train.main([*CALM, str(tmp_path / "compiled"), "--epochs", "1", "--float64", "--compile"]) == 0
-    torch.testing.assert_close(losses(tmp_path / "compiled"), losses(tmp_path / "plain"), rtol=1e-7, atol=0)
-
-
 def test_compare_prints_both_rates(tiny, capsys):
     assert train.main([tiny, "--compare", "--batch-size", "16"]) == 0
     said = capsys.readouterr().out
     assert "tiny on 16x1x8x8" in said
     assert said.count("images/s") == 2
-
-
-# ---- several processes ------------------------------------------------------------------------------------------
-
-
-def torchrun(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cnnkern"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, "train", *arguments], env=environment, cwd=folder, capture_output=True, text=True, timeout=240
-    )
-
-
-def test_two_processes_give_the_loss_curve_of_one(tmp_path):
-    done = torchrun(*CALM, str(tmp_path / "two"), "--epochs", "2", "--float64", "--sync-bn", folder=tmp_path)
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("test accuracy") == 2, "one process speaks for both"
-    assert train.main([*CALM, str(tmp_path / "one"), "--epochs", "2", "--float64"]) == 0
-    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-9, atol=0)
-    one, two = (rows(tmp_path / name / "epochs.csv") for name in ("one", "two"))
-    for mine, theirs in zip(two, one, strict=True):
-        assert mine["accuracy"] == theirs["accuracy"]
-        assert mine["test_accuracy"] == theirs["test_accuracy"]
-        assert mine["test_loss"] == pytest.approx(theirs["test_loss"], rel=1e-9)
-    checkpoint = checkpoints.load(tmp_path / "two" / "checkpoint.pt")
-    assert list(checkpoint["state"]) == list(models.res_lenet(in_channels=1).state_dict())
-
-
-def test_a_batch_that_cannot_be_divided_among_processes():
-    options = train.parse(["lenet_relu", "--batch-size", "63"])
-    with pytest.raises(train.TrainingError, match="--batch-size 63 cannot be divided among 2 processes"):
-        train.Run(options, trainer.Processes(rank=0, count=2))
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------
@@ -235,13 +111,6 @@ def test_impossible_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", *arguments])
     assert message in capsys.readouterr().err
-
-
-def error_of(capsys, *arguments: str) -> str:
-    """The one line that the command ends with."""
-    assert train.main(list(arguments)) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def test_errors_of_a_run_are_one_line(tiny, tmp_path, capsys):

@@ -3,6 +3,7 @@
 They are read from a `torch.fx` trace of that forward pass with every child a leaf.
 """
 
+import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable
@@ -63,8 +64,25 @@ class _OwnForward(fx.Tracer):
         return True
 
 
+# What a forward pass may ask for that a trace answers once and for all.
+_ANSWERED_ONCE = {"random", "randint", "rand", "randn", "rand_like", "randn_like", "bernoulli", "uniform"}
+_ANSWERED_ONCE |= {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"}
+
+
+def _may_branch(module: nn.Module) -> bool:
+    """Whether the forward pass may take another way than a trace shows: by an argument that may be left out, by chance,
+    or by what torch's global state is."""
+    forward = type(module).forward
+    optional = any(p.default is not p.empty for p in inspect.signature(forward).parameters.values())
+    code = getattr(inspect.unwrap(forward), "__code__", None)
+    return optional or code is None or not _ANSWERED_ONCE.isdisjoint(code.co_names)
+
+
 def trace(module: nn.Module) -> fx.Graph | None:
-    """The graph of the module's forward pass, or None where it cannot be traced or differs between train and eval."""
+    """The graph of the module's forward pass, or None where it cannot be traced, differs between train and eval, may
+    branch, or makes tensors of its own, which the trace would keep."""
+    if _may_branch(module):
+        return None
     graphs, state = [], dict(module.__dict__)
     try:
         for mode in (True, False):
@@ -75,7 +93,10 @@ def trace(module: nn.Module) -> fx.Graph | None:
     finally:
         module.__dict__.clear()  # a forward pass may leave proxies behind
         module.__dict__.update(state)
-    return graphs[0] if graphs[0].python_code("self").src == graphs[1].python_code("self").src else None
+    if graphs[0].python_code("self").src != graphs[1].python_code("self").src:
+        return None
+    constants = (n.target.partition(".")[0] for n in graphs[0].nodes if n.op == "get_attr")
+    return graphs[0] if all(hasattr(module, name) for name in constants) else None
 
 
 def module_calls(graph: fx.Graph | None) -> list[fx.Node]:

@@ -1,7 +1,8 @@
 """Batch norm over all processes of a group, with the activation and the residual in the kernels.
 
 Each way one collective: forward's all_gather brings every process's count, mean and variance of each channel, combined
-in the order of ranks; backward's all_reduce sums two vectors of C. Unlike torch's own, it runs on the CPU (gloo) as well.
+in the order of ranks; backward's all_reduce sums two vectors of C. Unlike torch's own, it runs on the CPU (gloo)
+as well.
 """
 
 import functools
@@ -178,10 +179,10 @@ def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup 
     for child in module.modules():
         if isinstance(child, _FusedBatchNorm) and not isinstance(child, SyncBatchNorm):
             act = child.act
+            kind: type[SyncBatchNorm] = SyncBatchNormReLU if act == "relu" else SyncBatchNorm
             if isinstance(child, _FusedBatchNormAdd):
-                child.__class__ = getattr(child, "synchronised", SyncBatchNormAddReLU)
-            else:
-                child.__class__ = SyncBatchNormReLU if act == "relu" else SyncBatchNorm
+                kind = getattr(child, "synchronised", SyncBatchNormAddReLU)
+            child.__class__ = kind
             child.act = act  # of the module, whatever its new class has
         elif type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
             child.__class__ = SyncBatchNorm
