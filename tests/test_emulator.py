@@ -33,8 +33,8 @@ if os.environ.get("EMULATOR_FULL") == "1":  # make sanitize
 else:  # make test: test_every_kernel, and variants whose kernels differ; of the others what two dtypes make of them
     SOME = "(alone or none or silu or plain)"
     RUNS = {
-        "plain": f"(({MEMORY}) and {SOME}) or (as_good_as and (float32 or bfloat16)) or (gradcheck and (alone or plain))"
-        " or every_kernel",
+        "plain": f"(({MEMORY}) and {SOME}) or (as_good_as and (float32 or bfloat16))"
+        " or (gradcheck and (alone or plain)) or every_kernel",
         "address+undefined": f"(({MEMORY}) and {SOME}) or every_kernel",
         "thread": f"(as_good_as and ({SOME} or depthwise or stride or dilated)) or every_kernel",
     }
