@@ -203,7 +203,7 @@ class Emulator:
         return [(name, rest) for name, (_, *rest) in zip(names, rows, strict=True)]
 
     def launches(self) -> dict[str, int]:
-        """Every kernel that was launched in this process, and how many bytes of dynamic shared memory it had at most."""
+        """Every kernel launched in this process, and the bytes of dynamic shared memory that it had at most."""
         return {name: int(most) for name, (most,) in self._rows("emulator_launches")}
 
     def profile(self) -> list[Traffic]:
