@@ -16,7 +16,7 @@ from rich.console import Console
 
 import cnnkern
 from benchmarks import __main__ as driver
-from benchmarks import accuracy, machine, onednn, passes, report, rows, sweeps, worker
+from benchmarks import accuracy, cores, machine, onednn, passes, report, rows, sweeps, worker
 from benchmarks.bandwidth import Bandwidth
 from benchmarks.options import Options
 from cnnkern import memory, testing
@@ -269,6 +269,33 @@ def test_sweeps_count_every_tensor_once(monkeypatch, capsys):
     assert sweeps.main([*threads, "--dtype", "bfloat16", "--cached"]) == 0  # one image, of half the bytes
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "1x8x16x16" in line]
     assert [float(line[4].rstrip(" |")) for line in lines[:4]] == [4.1, 4.1, 4.1, 6.1]
+
+
+def test_cores_compare_one_thread_with_several(monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(cores, "SHAPES", ((2, 3, 16, 16),))
+    monkeypatch.setattr(cores, "COPIED", 1024)
+    monkeypatch.setattr(cnnkern, "tune_malloc", lambda: "malloc left alone")
+
+    def clock(steps, **limits):
+        found = {}
+        for count, call in steps.items():
+            call()
+            assert torch.get_num_threads() == count
+            found[count] = [2e-3 / count]
+        return found
+
+    monkeypatch.setattr(cores.timing, "interleave", clock)
+    try:
+        assert cores.main(["--threads", "2"]) == 0
+        with pytest.raises(SystemExit):
+            cores.main(["--threads", "1"])
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr()
+    assert "| 2x3x16x16 | channels_last | 2.000 | 1.000 | 2.00x |" in printed.out
+    assert "| a plain copy of 256 MiB | - | 2.000 | 1.000 | 2.00x |" in printed.out
+    assert "--threads needs at least 2, got 1" in printed.err
 
 
 def test_passes_print_a_row_a_layer_and_the_lost_ones(monkeypatch, capsys):
