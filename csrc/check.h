@@ -72,8 +72,8 @@ inline void check_batch_norm(const char* op, const Tensor& x, const OptionalTens
   check_channel_vector(op, "running_mean", running_mean, x);
   check_channel_vector(op, "running_var", running_var, x);
   const bool has_mean = tensor_or_undefined(running_mean).defined(), has_var = tensor_or_undefined(running_var).defined();
-  TORCH_CHECK(has_mean == has_var, op, ": running_mean and running_var must both be given or both be None; got only ",
-              has_mean ? "running_mean" : "running_var");
+  TORCH_CHECK_VALUE(has_mean == has_var, op, ": running_mean and running_var must both be given or both be None; got only ",
+                    has_mean ? "running_mean" : "running_var");
   TORCH_CHECK(training || has_mean, op, ": running_mean and running_var must be defined in evaluation mode; got None");
   TORCH_CHECK_VALUE(!training || elements_per_channel(x) != 1, "Expected more than 1 value per channel when training, got input size ",
                     x.sizes(), " (", op, ")");

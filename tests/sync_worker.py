@@ -65,21 +65,43 @@ def compare(kind, split, dtype, layout, rank) -> None:
     torch.testing.assert_close(module.eval()(*inputs), expected, rtol=1e-4, atol=1e-3)
 
 
-def converted_resnet_under_ddp_is_single_process_training() -> None:
+def synchronised_resnet_under_ddp_is_single_process_training() -> None:
+    def make(distributed: bool) -> nn.Module:
+        model = resnet18()
+        if not distributed:
+            return model
+        model = convert_sync_batchnorm(cnnkern.convert(model))
+        assert not any(type(m) is nn.BatchNorm2d for m in model.modules())
+        return nn.parallel.DistributedDataParallel(model)
+
+    compare_training(make, (True, False))
+
+
+def converted_resnet_under_ddp_is_the_original_under_ddp() -> None:
+    """Batch statistics are each process's own."""
+
+    def make(converted: bool) -> nn.Module:
+        return nn.parallel.DistributedDataParallel(cnnkern.convert(resnet18()) if converted else resnet18())
+
+    compare_training(make, (True, True))
+
+
+def resnet18() -> nn.Module:
     import torchvision
 
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(num_classes=10).double()
+
+
+def compare_training(make, split: tuple[bool, bool]) -> None:
+    """Three steps of two models, each on this process's share of the images or on all: losses and the state they end in."""
     rank, world = dist.get_rank(), dist.get_world_size()
     g = torch.Generator().manual_seed(2)
     x, target = testing.randn((2 * world, 3, 64, 64), g, torch.float64), torch.arange(2 * world)
-    losses = []
-    for distributed in (True, False):
-        torch.manual_seed(0)
-        model = torchvision.models.resnet18(num_classes=10).double()
-        if distributed:
-            model = convert_sync_batchnorm(cnnkern.convert(model))
-            assert not any(type(m) is nn.BatchNorm2d for m in model.modules())
-            model = nn.parallel.DistributedDataParallel(model)
-        mine = slice(2 * rank, 2 * rank + 2) if distributed else slice(None)
+    curves, states = [], []
+    for first, divided in zip((True, False), split, strict=True):
+        model = make(first)
+        mine = slice(2 * rank, 2 * rank + 2) if divided else slice(None)
         optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
         curve = []
         for _ in range(3):
@@ -87,12 +109,37 @@ def converted_resnet_under_ddp_is_single_process_training() -> None:
             loss = F.cross_entropy(model(x[mine]), target[mine])
             loss.backward()
             optimiser.step()
-            value = loss.detach() / (world if distributed else 1)
-            if distributed:
+            value = loss.detach() / (world if divided else 1)
+            if divided:
                 dist.all_reduce(value)
             curve.append(value)
-        losses.append(torch.stack(curve))
-    torch.testing.assert_close(*losses, rtol=1e-8, atol=1e-10)
+        curves.append(torch.stack(curve))
+        states.append({n.removeprefix("module."): t for n, t in model.state_dict().items()})
+    torch.testing.assert_close(*curves, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(*states, rtol=1e-8, atol=1e-9)
+
+
+def one_collective_each_way() -> None:
+    calls = []
+    for name, function in list(vars(dist).items()):
+        if name.startswith(("all_", "broadcast", "reduce", "gather", "scatter", "barrier", "send", "recv", "batch_isend")):
+
+            def counted(*arguments, name=name, function=function, **keywords):
+                calls.append(name)
+                return function(*arguments, **keywords)
+
+            setattr(dist, name, counted)
+    module = SyncBatchNormAddReLU(CHANNELS)
+    x, r = (torch.randn(2, CHANNELS, 3, 3, requires_grad=True) for _ in range(2))
+    for _ in range(2):
+        y = module(x, r)
+        assert calls == ["all_gather"], calls
+        calls.clear()
+        y.sum().backward()
+        assert calls == ["all_reduce"], calls
+        calls.clear()
+    module.eval()(x, r).sum().backward()
+    assert calls == []
 
 
 def one_value_over_all_processes_is_refused() -> None:

@@ -12,6 +12,7 @@ from cnnkern import functional, reference, testing
 from cnnkern.testing import CASES
 
 CASE = CASES["bn_act"]
+KINDS = ("plain", "constant", 1e30, 1e-41, float("nan"), float("inf"))  # of one channel
 LAYOUTS = ("contiguous", "channels_last")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,44 +33,71 @@ def arguments(x, training=True, act="relu", eps=1e-5, generator=None):
     }
 
 
+def added(case, arguments, generator):
+    """The arguments, with a residual where the operator adds one."""
+    x = arguments["input"]
+    residual = torch.empty_like(x).copy_(testing.randn(x.shape, generator, x.dtype))
+    return arguments | ({"residual": residual} if case.name == "bn_add_act" else {})
+
+
+def with_a_channel(x, kind):
+    """The first channel constant, scaled to 1e30 or to denormals, or with one NaN or infinity."""
+    if kind == "constant":
+        x[:, 0] = x[:1, :1, :1, :1].reshape(())
+    elif kind in (1e30, 1e-41):
+        x[:, 0] *= kind / x[:, 0].abs().max()
+    elif kind != "plain":
+        x[0, 0, 0, 0] = kind
+    return x
+
+
+both_norms = pytest.mark.parametrize("case", [CASES["bn_act"], CASES["bn_add_act"]], ids=lambda case: case.name)
+
+
 # In CI the draws are the same every time: whether a change lands must not hang on one.
 @settings(max_examples=150, deadline=None, derandomize="CI" in os.environ, suppress_health_check=list(HealthCheck))
 @given(
     shape=st.tuples(st.integers(1, 5), st.integers(1, 40), st.integers(1, 20), st.integers(1, 20)),
     log_scale=st.floats(-6, 6),
     offset=st.floats(-1e6, 1e6),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES),
     act=st.sampled_from(["relu", "none"]),
     layout=st.sampled_from(LAYOUTS),
     seed=st.integers(0, 2**31),
 )
-def test_any_scale_and_offset(shape, log_scale, offset, act, layout, seed):
+def test_any_scale_and_offset(shape, log_scale, offset, kind, dtype, act, layout, seed):
     if shape[0] * shape[2] * shape[3] < 3:
         return
     g = torch.Generator().manual_seed(seed)
-    x = testing.with_layout(((testing.randn(shape, g, torch.float64) + offset) * 10**log_scale).float(), layout)
+    x = (testing.randn(shape, g, torch.float64) + offset) * 10**log_scale
+    x = testing.with_layout(with_a_channel(x, kind).to(dtype), layout)
     # With the ReLU a pre-activation within rounding of zero may fall on either side, in eager as here. Below an offset
     # of 100 the mean itself is a sum that cancels.
-    dy = testing.randn(shape, g, torch.float32) if act == "none" else None
+    dy = testing.randn(shape, g, dtype) if act == "none" else None
     testing.check(CASE, arguments(x, act=act), dy, slack=abs(offset) < 100)
 
 
+@both_norms
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
-def test_mean_far_above_the_deviation(ratio, layout, generator):
+def test_mean_far_above_the_deviation(case, ratio, layout, generator):
     for shape in ((8, 5, 31, 33), (32, 40, 7, 7)):
         x = (testing.randn(shape, generator, torch.float64) + ratio).float()
         x = testing.with_layout(x, layout)
         dy = testing.randn(shape, generator, torch.float32)
-        testing.check(CASE, arguments(x, act="none"), dy, slack=False)
+        testing.check(case, added(case, arguments(x, act="none"), generator), dy, slack=False)
 
 
+@both_norms
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("outlier", [1e3, 1e6, 1e12, 1e30])
-def test_one_outlier_where_the_shift_is_sampled(outlier, layout, generator):
+def test_one_outlier_where_the_shift_is_sampled(case, outlier, layout, generator):
     x = testing.randn((4, 3, 64, 64), generator, torch.float32)
     x[0, :, 0, 0] = outlier
     x = testing.with_layout(x, layout)
-    testing.check(CASE, arguments(x, act="none"), testing.randn(x.shape, generator, torch.float32), slack=False)
+    dy = testing.randn(x.shape, generator, torch.float32)
+    testing.check(case, added(case, arguments(x, act="none"), generator), dy, slack=False)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -82,28 +110,30 @@ def test_constant_channels(value, layout):
         torch.testing.assert_close(y, a["bias"].view(1, -1, 1, 1).expand_as(y), rtol=0, atol=1e-6)
 
 
+@both_norms
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scale", [1e30, 1e18, 1e-18, 1e-30, 1e-42])
-def test_extreme_scales(scale, layout, generator):
+def test_extreme_scales(case, scale, layout, generator):
     x = testing.with_layout((testing.randn((4, 5, 9, 11), generator, torch.float64) * scale).float(), layout)
     for eps in (1e-5, 1e-30):
-        a = arguments(x, act="none", eps=eps)
-        ours, eager = (testing.run(f, CASE, a) for f in (functional.batch_norm_act, reference.batch_norm_act))
-        ref = testing.run(reference.batch_norm_act, CASE, testing.to_float64(a))
+        a = added(case, arguments(x, act="none", eps=eps), generator)
+        ours, eager = (testing.run(f, case, a) for f in (case.function, case.reference))
+        ref = testing.run(case.reference, case, testing.to_float64(a))
         testing.assert_as_good_as(ours, eager, ref)
 
 
+@both_norms
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_infinity_stay_in_their_channel(bad, training, generator):
+def test_nan_and_infinity_stay_in_their_channel(case, bad, training, generator):
     for dtype, layout, shape in itertools.product(DTYPES, LAYOUTS, ((3, 5, 6, 7), (2, 40, 7, 7))):
         x = testing.with_layout(testing.randn(shape, generator, dtype), layout)
-        clean = arguments(x.clone(), training)
+        clean = added(case, arguments(x.clone(), training), generator)
         x[1, 2, 3, 4] = bad
-        a, dy = arguments(x, training), testing.randn(shape, generator, dtype)
-        ours, eager = (testing.run(f, CASE, a, dy) for f in (functional.batch_norm_act, reference.batch_norm_act))
+        a, dy = clean | arguments(x, training), testing.randn(shape, generator, dtype)
+        ours, eager = (testing.run(f, case, a, dy) for f in (case.function, case.reference))
         others = [c for c in range(shape[1]) if c != 2]
-        without = testing.run(functional.batch_norm_act, CASE, clean, dy)
+        without = testing.run(case.function, case, clean, dy)
         for name, value in ours.items():
             assert torch.equal(value.isnan(), eager[name].isnan()), f"{name} {dtype} {layout}"
             per_channel = value.movedim(1, 0) if value.dim() > 1 else value
@@ -159,17 +189,20 @@ def test_backward_s_mask_is_the_forward_s_bit_for_bit(dtype, generator):
     log_scale=st.floats(-6, 6),
     log_residual=st.floats(-6, 6),
     offset=st.floats(-1e6, 1e6),
+    kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES),
     act=st.sampled_from(["relu", "none"]),
     layout=st.sampled_from(LAYOUTS),
     seed=st.integers(0, 2**31),
 )
-def test_additions_at_any_scale_and_offset(shape, log_scale, log_residual, offset, act, layout, seed):
+def test_additions_at_any_scale_and_offset(shape, log_scale, log_residual, offset, kind, dtype, act, layout, seed):
     if shape[0] * shape[2] * shape[3] < 3:
         return
     g = torch.Generator().manual_seed(seed)
-    x = testing.with_layout(((testing.randn(shape, g, torch.float64) + offset) * 10**log_scale).float(), layout)
-    r = testing.with_layout((testing.randn(shape, g, torch.float64) * 10**log_residual).float(), layout)
-    dy = testing.randn(shape, g, torch.float32) if act == "none" else None
+    x = (testing.randn(shape, g, torch.float64) + offset) * 10**log_scale
+    x = testing.with_layout(with_a_channel(x, kind).to(dtype), layout)
+    r = testing.with_layout((testing.randn(shape, g, torch.float64) * 10**log_residual).to(dtype), layout)
+    dy = testing.randn(shape, g, dtype) if act == "none" else None
     testing.check(CASES["bn_add_act"], arguments(x, act=act) | {"residual": r}, dy, slack=abs(offset) < 100)
     testing.check(CASES["add_relu"], {"input": x, "other": r})
 

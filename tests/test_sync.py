@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,7 +29,10 @@ def torchrun(task: str, processes: int) -> subprocess.CompletedProcess:
     [
         ("equal_to_one_process_on_the_whole_batch", 2),
         ("equal_to_one_process_on_the_whole_batch", 3),
-        ("converted_resnet_under_ddp_is_single_process_training", 2),
+        ("synchronised_resnet_under_ddp_is_single_process_training", 2),
+        ("synchronised_resnet_under_ddp_is_single_process_training", 3),
+        ("converted_resnet_under_ddp_is_the_original_under_ddp", 2),
+        ("one_collective_each_way", 2),
         ("one_value_over_all_processes_is_refused", 2),
         ("an_error_leaves_the_statistics", 2),
     ],
@@ -40,6 +44,27 @@ def test_in_processes(task, processes):
 
 def test_a_process_that_dies_ends_the_others_with_an_error():
     assert torchrun("a_process_that_dies", 2).returncode != 0
+
+
+def test_a_process_that_dies_ends_the_others_by_itself():
+    """Without torchrun, which would end them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent), "WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(WORKER), "a_process_that_dies"]
+    both = [
+        subprocess.Popen(command, env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert both[1].returncode == 3
+    assert both[0].returncode == 1
+    assert "RuntimeError" in errors[0]
 
 
 def test_without_a_process_group_it_is_the_batch_norm_of_one_process():

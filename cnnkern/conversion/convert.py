@@ -31,7 +31,7 @@ from cnnkern.conversion.layers import (
     kind_of,
     originals,
 )
-from cnnkern.conversion.patterns import act_of_module, fusions, module_calls, trace
+from cnnkern.conversion.patterns import act_of_module, described, fusions, module_calls, trace, why_alone
 from cnnkern.conversion.rewrite import Rewritten, rewrite
 from cnnkern.nn.folded_conv import FoldedConv
 
@@ -219,6 +219,7 @@ def convert_layers(model: nn.Module, folder: _Folder | None = None) -> Conversio
         if node.op == "get_attr"
     }
     became: dict[int, str] = {}  # batch norms by what they became
+    reasons: dict[int, str] = {}  # those that took nothing of what follows, by why
     adds: list[Replacement] = []
 
     def alone(module: nn.Module) -> bool:
@@ -226,6 +227,27 @@ def convert_layers(model: nn.Module, folder: _Folder | None = None) -> Conversio
 
     def fusable(norm: nn.Module) -> bool:
         return type(norm) in DIMENSIONS and alone(norm)
+
+    def why(holder: nn.Module, name: str, norm: nn.Module) -> str:
+        if has_hooks(norm):
+            return "has hooks"
+        if len(paths[id(norm)]) > 1:
+            return "stands in several places"
+        if id(norm) in reached:
+            return "is reached from a module further up"
+        graph = traces.get(id(holder))
+        if graph is not None:
+            return why_alone(holder, graph, name)
+        if id(holder) in traces:
+            return f"the forward pass of {type(holder).__name__} cannot be traced, or may branch"
+        names = list(holder._modules)
+        following = [holder._modules[n] for n in names[names.index(name) + 1 :]]
+        return f"{described(following[0])} follows" if following else f"nothing follows in its {type(holder).__name__}"
+
+    for _, holder in holders:
+        for name, norm in holder._modules.items():
+            if type(norm) in DIMENSIONS:
+                reasons.setdefault(id(norm), why(holder, name, norm))
 
     for path, holder in holders:
         graph = traces.get(id(holder))
@@ -247,7 +269,7 @@ def convert_layers(model: nn.Module, folder: _Folder | None = None) -> Conversio
             report.entries.append(Replacement(path, became[id(module)]))
         elif type(module) in DIMENSIONS:
             exchange(module, ACT_CLASSES["none"])
-            report.entries.append(Replacement(path, "BatchNorm"))
+            report.entries.append(Replacement(path, "BatchNorm", reasons.get(id(module), "the model is this layer")))
         elif type(module) in plain and plain[type(module)][1](module):
             exchange(module, {type(module): plain[type(module)][0]})
             report.entries.append(Replacement(path, type(module).__name__))

@@ -212,6 +212,33 @@ def fusions(
     return found
 
 
+def described(module: nn.Module) -> str:
+    return type(module).__name__ if module._modules else repr(module)
+
+
+def why_alone(holder: nn.Module, graph: fx.Graph, name: str) -> str:
+    """Why the child batch norm of this name took nothing of what follows it."""
+    calls = [n for n in module_calls(graph) if n.target == name]
+    if len(calls) != 1:
+        return f"is called {len(calls)} times" if calls else f"is not called by {type(holder).__name__}"
+    user = only_user(calls[0])
+    if user is None:
+        return f"its output is used {len(calls[0].users)} times"
+    if user.op == "output":
+        return f"its output is that of {type(holder).__name__}"
+    if user.op == "call_module":
+        module = holder.get_submodule(user.target)
+        return f"{described(module)} follows" + (", which has hooks" if has_hooks(module) else "")
+    if _is_add(user) and user.args[0] is not user.args[1]:
+        residual = user.args[1] if user.args[0] is calls[0] else user.args[0]
+        if user.target in _IN_PLACE_ADDS and user.args[0] is residual:
+            return "it is added to another tensor in place"
+        if not can_wait(holder, calls[0], user):
+            return "its input changes before it is added"
+        return "the other addend of the sum has the addition"
+    return f"{user.target if isinstance(user.target, str) else user.target.__name__} follows"
+
+
 def _is_fresh(module: nn.Module) -> bool:
     """Whether the module's output is a tensor of its own, no view of its input, that no hook has seen."""
     if has_hooks(module):

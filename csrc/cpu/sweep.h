@@ -42,7 +42,7 @@ constexpr int64_t kSerial = 16384;         // elements below which waking a seco
 constexpr int64_t kMaxBlock = 64;          // channels of a block
 constexpr int64_t kChannels = 512;         // whose constants a thread works out in one go, in rows
 constexpr int64_t kShortPlane = 512;       // elements of a plane so short that a branch a plane costs
-constexpr int64_t kStretch = 16384;        // elements of rows that are read forward in the reversed second sweep
+constexpr int64_t kStretch = 65536;        // elements of rows that are read forward in the reversed second sweep
 constexpr int64_t kAhead = 8192;           // bytes between what is read and what is fetched
 
 // How many elements p is short of the alignment of a whole vector.
