@@ -1,17 +1,22 @@
-"""The Python in the documents runs as printed, links between them lead somewhere, the version stands in one place."""
+"""The Python in the documents runs as printed, commands are such that the tools take them, links lead somewhere."""
 
+import argparse
+import importlib
 import re
+import shlex
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 import cnnkern
+from cnnkern import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```python(?P<options>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 ELSEWHERE = {"docs/triton.md": "tests/test_triton_docs.py runs it, through Triton's interpreter"}
+COMMAND = re.compile(r'make (?P<target>bench|test) ARGS="(?P<args>[^"]*)"|(?P<tool>(?:cnnkern|python -m benchmarks\.\w+)(?: [^`\n#]*)?)(?=`|$)')
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -30,6 +35,50 @@ def test_code_runs_as_printed(options, code):
         f"{options!r}: expected nothing behind ```python, which the site's Markdown would not read as code"
     )
     exec(compile(code, "document", "exec"), {"__name__": "document"})
+
+
+def commands():
+    """`make bench` and `make test` with arguments; what stands in backquotes for a shell, or in a block of its own."""
+    found = set()
+    for path in DOCUMENTS:
+        for match in COMMAND.finditer(path.read_text()):
+            before = path.read_text()[: match.start()].rpartition("\n")[2]
+            if match["tool"] is None or before.endswith("`") or not before.strip():
+                found.add(f"cnnkern bench {match['args']}" if match["target"] == "bench" else match[0])
+    return sorted(found)
+
+
+class _Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_taken_as_printed(command, monkeypatch, tmp_path, capsys):
+    """Up to the point where they would do something."""
+
+    def parse_and_stop(self, arguments=None, namespace=None):
+        found, others = self.parse_known_args(arguments, namespace)
+        assert not others, f"{self.prog} does not know {others}"
+        raise _Parsed
+
+    for file in ("before.json", "OLD.json", "A.json", "B.json", "FILE", "OUT"):
+        command = re.sub(rf"(?<=\s){re.escape(file)}(?=\s|$)", str(tmp_path / file), command)
+    words = shlex.split(command)
+    if words[0] == "make":
+        for word in shlex.split(words[2].removeprefix("ARGS=")):
+            assert not word.startswith("tests/") or (ROOT / word.partition("::")[0]).exists(), word
+        return
+    main, arguments = cli.main, words[1:]
+    if words[0] == "python":
+        main, arguments = importlib.import_module(words[2]).main, words[3:]
+    if not arguments or arguments[-1] == "--help" or arguments in (["doctor"], ["zoo"], ["bench"], ["train"]):
+        return  # nothing to take
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    if arguments[:1] == ["zoo"]:
+        assert main(arguments) == 0
+        return
+    with pytest.raises(_Parsed):
+        main(arguments)
 
 
 def test_the_front_page_converts_and_reverts(capsys):
