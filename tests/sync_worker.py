@@ -94,7 +94,7 @@ def resnet18() -> nn.Module:
 
 
 def compare_training(make, split: tuple[bool, bool]) -> None:
-    """Three steps of two models, each on this process's share of the images or on all: losses and the state they end in."""
+    """Three steps of two models, each on this process's images or on all: losses, and the state they end in."""
     rank, world = dist.get_rank(), dist.get_world_size()
     g = torch.Generator().manual_seed(2)
     x, target = testing.randn((2 * world, 3, 64, 64), g, torch.float64), torch.arange(2 * world)
@@ -122,7 +122,9 @@ def compare_training(make, split: tuple[bool, bool]) -> None:
 def one_collective_each_way() -> None:
     calls = []
     for name, function in list(vars(dist).items()):
-        if name.startswith(("all_", "broadcast", "reduce", "gather", "scatter", "barrier", "send", "recv", "batch_isend")):
+        if name.startswith(
+            ("all_", "broadcast", "reduce", "gather", "scatter", "barrier", "send", "recv", "batch_isend")
+        ):
 
             def counted(*arguments, name=name, function=function, **keywords):
                 calls.append(name)

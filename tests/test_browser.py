@@ -1,7 +1,7 @@
 """report.html in a real browser: at a phone's and a desk's width, in light and dark, offline, its filter used.
 
-The published page of this machine is judged by what the browser has laid out and painted. Where no Chromium is installed
-(Debian: `apt-get install chromium`) these are skipped.
+The published page is judged by what the browser has laid out and painted. Where no Chromium is installed (Debian:
+`apt-get install chromium`) these are skipped.
 """
 
 import base64
@@ -45,14 +45,17 @@ addEventListener("load", () => {
   const scrolls = e => e && (getComputedStyle(e).overflowX === "auto" || scrolls(e.parentElement));
   document.querySelector("details").open = true;
   const all = [...document.querySelectorAll("body *:not(script):not(style)")].filter(seen);
-  const texts = all.filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) && e.tagName !== "title");
+  const says = e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+  const texts = all.filter(e => says(e) && e.tagName !== "title");
   const paint = e => numbers(getComputedStyle(e)[e instanceof SVGElement ? "fill" : "color"]);
+  const bars = [...document.querySelectorAll(".track i")];
   const marks = [...document.querySelectorAll(".track i, .legend i, circle.ours, circle.compile")].filter(seen);
   const markPaint = e => {
     const style = getComputedStyle(e), colour = numbers(e instanceof SVGElement ? style.fill : style.backgroundColor);
     return e instanceof SVGElement ? [...colour.slice(0, 3), Number(style.fillOpacity)] : colour;
   };
-  const input = document.getElementById("filter"), lines = () => [...document.querySelectorAll("#all tbody tr")].filter(seen);
+  const input = document.getElementById("filter"), rows = document.querySelectorAll("#all tbody tr");
+  const lines = () => [...rows].filter(seen);
   const before = lines().length;
   input.value = "add_relu Channels_LAST";
   input.dispatchEvent(new Event("input"));
@@ -63,14 +66,16 @@ addEventListener("load", () => {
     outside: all.filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !scrolls(e)).map(named),
     tooSmall: texts.filter(e => parseFloat(getComputedStyle(e).fontSize) < 11.5).map(named),
     faint: texts.filter(e => contrast(over(paint(e), behind(e)), behind(e)) < 4.5).map(named),
-    faintMarks: marks.filter(e => !e.matches(".bg-band") && contrast(over(markPaint(e), behind(e.parentElement)), behind(e.parentElement)) < 2)
-      .map(named),
+    faintMarks: marks.filter(e => {
+      const below = behind(e.parentElement);
+      return !e.matches(".bg-band") && contrast(over(markPaint(e), below), below) < 2;
+    }).map(named),
     overlapping: [...document.querySelectorAll("svg text")].filter((e, i, every) => every.slice(i + 1).some(other => {
       const a = e.getBoundingClientRect(), b = other.getBoundingClientRect();
       return a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
     })).map(named),
-    bars: document.querySelectorAll(".track i").length,
-    wideBars: [...document.querySelectorAll(".track i")].filter(e => e.offsetWidth > e.parentElement.offsetWidth + 1).map(named),
+    bars: bars.length,
+    wideBars: bars.filter(e => e.offsetWidth > e.parentElement.offsetWidth + 1).map(named),
     points: document.querySelectorAll("circle").length,
     plot: document.querySelector(".plot svg").getBoundingClientRect().width,
     before, kept: lines().map(line => line.textContent.toLowerCase()),

@@ -15,6 +15,8 @@ import cnnkern
 from cnnkern.conversion.layers import ADD_CLASSES
 
 ADD, RELU = "BatchNorm + add + ReLU", "BatchNorm + ReLU"
+
+
 def build(name: str) -> nn.Module:
     extra = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
     return torchvision.models.get_model(name, weights=None, num_classes=10, **extra)

@@ -12,8 +12,6 @@ from torch import nn
 from torchvision.models import detection, segmentation, video
 
 import cnnkern
-from cnnkern.conversion.layers import NORMS
-from cnnkern.nn import GroupedConv2d
 
 ADD, RELU = "BatchNorm + add + ReLU", "BatchNorm + ReLU"
 TORCHVISION = {
@@ -33,8 +31,6 @@ TORCHVISION = {
 }
 
 
-
-
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_replaces_every_pair_of_a_torchvision_model(name):
     model = torchvision.models.get_model(name, weights=None, **extra_of(name))
@@ -45,8 +41,6 @@ def test_replaces_every_pair_of_a_torchvision_model(name):
     assert all(a is b for a, b in zip(model.parameters(), converted.parameters(), strict=True))
     assert type(converted) in (type(model), *type(converted).__mro__[:3])
     assert not any(isinstance(m, cnnkern.nn.BatchNorm2d | cnnkern.nn.BatchNormReLU2d) for m in model.modules())
-
-
 
 
 def extra_of(name: str) -> dict[str, Any]:
@@ -174,7 +168,9 @@ def test_two_training_steps_and_eval_are_as_in_the_original(name):
             torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
         for outputs in (theirs, ours):
             sum(t.square().mean() for t in outputs).backward()
-        named = [(n, p.grad, q.grad) for (n, p), q in zip(original.named_parameters(), converted.parameters())]
+        named = [
+            (n, p.grad, q.grad) for (n, p), q in zip(original.named_parameters(), converted.parameters(), strict=True)
+        ]
         scale = max(p.abs().max() for _, p, _ in named if p is not None)
         for parameter, expected, mine in named:
             assert (expected is None) == (mine is None), parameter

@@ -145,7 +145,16 @@ def test_one_and_two_values_a_row(case, dtype, generator, on):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_long_rows_few_rows_and_many(dtype, generator, device):
     """Columns shared out between threads, pieces of rows, sums flushed to double, stores past the caches."""
-    for shape in ((1, 65536), (3, 65535), (63, 1100), (64, 1056), (200, 4096), (1_000_000, 1), (70_001, 3), (5003, 130)):
+    for shape in (
+        (1, 65536),
+        (3, 65535),
+        (63, 1100),
+        (64, 1056),
+        (200, 4096),
+        (1_000_000, 1),
+        (70_001, 3),
+        (5003, 130),
+    ):
         inputs, dy = placed_on(device.tensors, ROWS, shape, dtype, generator)
         testing.check(ROWS, inputs, dy)
 

@@ -5,6 +5,7 @@ test_sync.py.
 """
 
 import copy
+import functools
 import inspect
 import pickle
 from collections.abc import Callable
@@ -276,7 +277,7 @@ def test_torch_func(name):
         of_parameters = torch.func.grad(function)(parameters, *inputs)
         stacked = [torch.stack([t, 2 * t]) for t in inputs]
         a_batch = torch.func.vmap(function, in_dims=(None, *[0] * twin.inputs))(parameters, *stacked)
-        tangent = torch.func.jvp(lambda *t: function(parameters, *t), tuple(inputs), tuple(inputs))[1]
+        tangent = torch.func.jvp(functools.partial(function, parameters), tuple(inputs), tuple(inputs))[1]
         results.append((gradients, of_parameters, a_batch, tangent))
     torch.testing.assert_close(*results)
 

@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```python(?P<options>[^\n]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 ELSEWHERE = {"docs/triton.md": "tests/test_triton_docs.py runs it, through Triton's interpreter"}
-COMMAND = re.compile(r'make (?P<target>bench|test) ARGS="(?P<args>[^"]*)"|(?P<tool>(?:cnnkern|python -m benchmarks\.\w+)(?: [^`\n#]*)?)(?=`|$)')
+COMMAND = re.compile(
+    r'make (?P<target>bench|test) ARGS="(?P<args>[^"]*)"'
+    r"|(?P<tool>(?:cnnkern|python -m benchmarks\.\w+)(?: [^`\n#]*)?)(?=`|$)"
+)
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -57,7 +60,7 @@ def test_commands_are_taken_as_printed(command, monkeypatch, tmp_path, capsys):
     """Up to the point where they would do something."""
 
     def parse_and_stop(self, arguments=None, namespace=None):
-        found, others = self.parse_known_args(arguments, namespace)
+        _, others = self.parse_known_args(arguments, namespace)
         assert not others, f"{self.prog} does not know {others}"
         raise _Parsed
 

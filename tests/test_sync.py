@@ -55,7 +55,8 @@ def test_a_process_that_dies_ends_the_others_by_itself():
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, str(WORKER), "a_process_that_dies"]
     both = [
-        subprocess.Popen(command, env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True) for rank in (0, 1)
+        subprocess.Popen(command, env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
     ]
     try:
         errors = [process.communicate(timeout=120)[1] for process in both]

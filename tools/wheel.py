@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -125,6 +126,12 @@ def try_it(python: Path, version: str) -> dict[str, str]:
         raise Failed(f"{found['place']} was imported, not the installed package")
     if {found["version"], found["metadata"]} != {version} or not found["typed"]:
         raise Failed(f"the installed package says {found}, the checkout {version}")
+    if platform.machine() in ("x86_64", "AMD64") and set(found["cpu_capabilities"].split()) != {
+        "DEFAULT",
+        "AVX2",
+        "AVX512",
+    }:
+        raise Failed(f"the package has kernels for {found['cpu_capabilities']}, not for plain x86-64, AVX2 and AVX-512")
     if os.environ.get("CNNKERN_CUDA") == "0" and found["cuda"]:
         raise Failed("a build with CNNKERN_CUDA=0 has CUDA kernels")
     command = folder / "bin" / "cnnkern"
