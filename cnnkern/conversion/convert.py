@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
+from cnnkern.conversion.activations import act_of_module, has_hooks, is_identity
 from cnnkern.conversion.layers import (
     ACT_CLASSES,
     ADD_CLASSES,
@@ -27,11 +28,11 @@ from cnnkern.conversion.layers import (
     Absorbed,
     exchange,
     exchanged_alone,
-    has_hooks,
+    kind_alone,
     kind_of,
     originals,
 )
-from cnnkern.conversion.patterns import act_of_module, described, fusions, module_calls, trace, why_alone
+from cnnkern.conversion.patterns import described, fusions, module_calls, trace, why_alone
 from cnnkern.conversion.rewrite import Rewritten, rewrite
 from cnnkern.nn.folded_conv import FoldedConv
 
@@ -240,7 +241,7 @@ def convert_layers(model: nn.Module, folder: _Folder | None = None) -> Conversio
             return why_alone(holder, graph, name)
         if id(holder) in traces:
             return f"the forward pass of {type(holder).__name__} cannot be traced, or may branch"
-        names = list(holder._modules)
+        names = [n for n, m in holder._modules.items() if not is_identity(m)]
         following = [holder._modules[n] for n in names[names.index(name) + 1 :]]
         return f"{described(following[0])} follows" if following else f"nothing follows in its {type(holder).__name__}"
 
@@ -272,7 +273,7 @@ def convert_layers(model: nn.Module, folder: _Folder | None = None) -> Conversio
             report.entries.append(Replacement(path, "BatchNorm", reasons.get(id(module), "the model is this layer")))
         elif type(module) in plain and plain[type(module)][1](module):
             exchange(module, {type(module): plain[type(module)][0]})
-            report.entries.append(Replacement(path, type(module).__name__))
+            report.entries.append(Replacement(path, kind_alone(module)))
         elif isinstance(module, NORMS) and type(module) not in originals():
             report.entries.append(Replacement(path, "", f"{type(module).__name__} has a forward pass of its own"))
     report.entries += adds
@@ -281,7 +282,7 @@ def convert_layers(model: nn.Module, folder: _Folder | None = None) -> Conversio
 
 def _convert_sequential(holder: nn.Sequential, fusable) -> dict[int, str]:
     """Exchanges the pairs of a plain nn.Sequential; its batch norms by what they became."""
-    names, became = list(holder._modules), {}
+    names, became = [n for n, m in holder._modules.items() if not is_identity(m)], {}
     for name, following in itertools.pairwise(names):
         norm, activation = holder._modules[name], holder._modules[following]
         act = act_of_module(activation)

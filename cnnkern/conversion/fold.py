@@ -12,11 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx, nn
 
+from cnnkern.conversion import timm_layers
+from cnnkern.conversion.activations import act_of_module, has_hooks, is_identity
 from cnnkern.conversion.convert import ConversionReport, check_module, convert_layers, revert
-from cnnkern.conversion.layers import DIMENSIONS, NAMES, Absorbed, Moved, has_hooks
+from cnnkern.conversion.layers import DIMENSIONS, NAMES, Absorbed, Moved
 from cnnkern.conversion.patterns import (
     Fusion,
-    act_of_module,
     can_wait,
     fusion_at,
     is_unseen,
@@ -88,7 +89,7 @@ class _Folder:
         return self._fold_graph(holder, graph, alone)
 
     def _fold_sequential(self, holder: nn.Module, alone: Callable[[nn.Module], bool]) -> None:
-        names = [*holder._modules, None]
+        names = [*(n for n, m in holder._modules.items() if not is_identity(m)), None]
         for name, behind, further in zip(names, names[1:], [*names[2:], None], strict=False):
             conv, norm = holder._modules[name], holder._modules.get(behind)
             if not _is_convolution(conv) or not alone(conv) or norm is None:
@@ -99,7 +100,7 @@ class _Folder:
                     holder._modules[name] = self._exchange(conv, None, act)
                     holder._modules[behind] = Absorbed(norm)
                 continue
-            act = getattr(norm, "act", None)
+            act = _own_act(norm)
             if act is None:
                 activation = holder._modules.get(further)
                 act = None if activation is None else act_of_module(activation)
@@ -132,12 +133,13 @@ class _Folder:
                 continue
             if chain.add is not None:
                 added.add(chain.add)
-            spelled = hasattr(norm, "act")  # the norm's class computes the rest by itself
+            own = None if norm is None else _own_act(norm)
+            spelled = own is not None  # the norm's class computes the rest by itself
             last = chain.residual if not spelled else behind.args[1] if _adds(norm) else None
             folded = self._exchange(
                 conv,
                 norm,
-                norm.act if spelled else chain.act,
+                own or chain.act,
                 adds=last is not None,
                 absorbs=None if spelled or absorbs == ("none", False) else absorbs,
                 overwrites=last is not None and is_unseen(holder, last),
@@ -155,7 +157,7 @@ class _Folder:
         """What one kernel computes from this convolution or batch norm on, if its input stays as it is until then."""
         if not waits(call):
             return None
-        if hasattr(_module(holder, call), "act"):  # the batch norm is one of ours, which computes the rest by itself
+        if _own_act(_module(holder, call)) is not None:
             return Fusion(_module(holder, call), call, None, None, None, "none")
         chain = fusion_at(holder, call)
         if chain.add is not None and (chain.add in added or not waits(chain.add)):
@@ -207,11 +209,19 @@ def _adds(norm: nn.Module) -> bool:
     return isinstance(norm, batchnorm._FusedBatchNormAdd | sync.SyncBatchNormAddReLU)
 
 
+def _own_act(module: nn.Module) -> str | None:
+    """The activation that the class of a batch norm of ours or timm's computes, "none" included; None for others."""
+    if timm_layers.is_batch_norm_act(module):
+        return timm_layers.act_of(module)
+    return module.act if isinstance(module, batchnorm._FusedBatchNorm) else None
+
+
 def _folds(norm: nn.Module, conv: nn.modules.conv._ConvNd) -> bool:
     """Whether this is a batch norm with statistics that were taken of as many channels."""
     known = type(norm) in (*DIMENSIONS, nn.SyncBatchNorm) or (
         isinstance(norm, batchnorm._FusedBatchNorm) and type(norm).forward in _FORWARDS
     )
+    known = known or (timm_layers.is_batch_norm_act(norm) and timm_layers.act_of(norm) is not None)
     return known and norm.running_mean is not None and norm.num_features == conv.out_channels
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cnnkern import reference
+from cnnkern.conversion import timm_layers
 from cnnkern.nn import batchnorm, layer_norm, sync
 from cnnkern.nn.conv import GroupedConv2d
 from cnnkern.ops.bn_act import batch_norm_act
@@ -80,7 +81,7 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 def exchanged_alone() -> dict[type, tuple[type, Callable[[Any], bool]]]:
     """Layers that are exchanged alone -> what for, and whether to.
 
-    torchvision's layer norm is no part of torch; a model that has one has imported it.
+    Those of torchvision and timm are no part of torch; a model that has one has imported it.
     """
 
     def always(_: nn.Module) -> bool:
@@ -88,6 +89,7 @@ def exchanged_alone() -> dict[type, tuple[type, Callable[[Any], bool]]]:
 
     convnext = sys.modules.get("torchvision.models.convnext")
     theirs = {} if convnext is None else {convnext.LayerNorm2d: (layer_norm.LayerNorm2d, always)}
+    theirs |= {plain: (ours, timm_layers.exchanges) for plain, ours in timm_layers.known().items()}
     return theirs | {
         nn.Conv2d: (GroupedConv2d, lambda conv: conv.groups > 1),
         nn.LayerNorm: (layer_norm.LayerNorm, always),
@@ -96,7 +98,14 @@ def exchanged_alone() -> dict[type, tuple[type, Callable[[Any], bool]]]:
 
 def originals() -> dict[type, type]:
     """Our layers -> those that they were."""
-    return ORIGINAL | {ours: plain for plain, (ours, _) in exchanged_alone().items()}
+    return ORIGINAL | timm_layers.synchronised() | {ours: plain for plain, (ours, _) in exchanged_alone().items()}
+
+
+def kind_alone(module: nn.Module) -> str:
+    """What a layer that was exchanged alone is called in a report."""
+    if timm_layers.is_batch_norm_act(module):
+        return kind_of(timm_layers.act_of(module) or "none", add=False)
+    return type(module).__name__
 
 
 class Absorbed(nn.Identity):
@@ -132,14 +141,3 @@ def kind_of(act: str, add: bool) -> str:
 def exchange(module: nn.Module, table: dict[type, type]) -> None:
     module.__class__ = table[type(module)]
     module.__dict__["_cnnkern_converted"] = True
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    )

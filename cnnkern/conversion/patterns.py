@@ -14,18 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from cnnkern.conversion.layers import Absorbed, Moved, has_hooks
+from cnnkern.conversion.activations import act_of_module, has_hooks, is_identity
+from cnnkern.conversion.layers import Absorbed, Moved
 from cnnkern.nn.folded_conv import FoldedConv
 
-# act -> modules and functions that compute it, and nothing else, for any arguments they may have been given.
-_MODULES = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.LeakyReLU: "leaky_relu",
-    nn.Sigmoid: "sigmoid",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-}
+# Functions that compute an activation of ours, and nothing else.
 _FUNCTIONS = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_), "relu"),
     F.relu6: "relu6",
@@ -80,7 +73,7 @@ def _may_branch(module: nn.Module) -> bool:
 
 def trace(module: nn.Module) -> fx.Graph | None:
     """The graph of the module's forward pass, or None where it cannot be traced, differs between train and eval, may
-    branch, or makes tensors of its own, which the trace would keep."""
+    branch, or makes tensors of its own, which the trace would keep. Calls of an ``nn.Identity`` are left out."""
     if _may_branch(module):
         return None
     graphs, state = [], dict(module.__dict__)
@@ -95,6 +88,10 @@ def trace(module: nn.Module) -> fx.Graph | None:
         module.__dict__.update(state)
     if graphs[0].python_code("self").src != graphs[1].python_code("self").src:
         return None
+    for node in module_calls(graphs[0]):
+        if is_identity(module.get_submodule(node.target)) and len(node.args) == 1 and not node.kwargs:
+            node.replace_all_uses_with(node.args[0])
+            graphs[0].erase_node(node)
     constants = (n.target.partition(".")[0] for n in graphs[0].nodes if n.op == "get_attr")
     return graphs[0] if all(hasattr(module, name) for name in constants) else None
 
@@ -105,12 +102,6 @@ def module_calls(graph: fx.Graph | None) -> list[fx.Node]:
 
 def only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def act_of_module(module: nn.Module) -> str | None:
-    if has_hooks(module) or (type(module) is nn.LeakyReLU and module.negative_slope != 0.01):
-        return None
-    return _MODULES.get(type(module))
 
 
 def _act_of(holder: nn.Module, node: fx.Node) -> str | None:

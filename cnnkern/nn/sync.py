@@ -181,9 +181,10 @@ def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup 
             act = child.act
             kind: type[SyncBatchNorm] = SyncBatchNormReLU if act == "relu" else SyncBatchNorm
             if isinstance(child, _FusedBatchNormAdd):
-                kind = getattr(child, "synchronised", SyncBatchNormAddReLU)
-            child.__class__ = kind
-            child.act = act  # of the module, whatever its new class has
+                kind = SyncBatchNormAddReLU
+            child.__class__ = getattr(child, "synchronised", kind)
+            if isinstance(act, str):
+                child.act = act  # of the module, whatever its new class has
         elif type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
             child.__class__ = SyncBatchNorm
         if isinstance(child, SyncBatchNorm):
