@@ -32,7 +32,7 @@ from cnnkern.conversion.layers import (
     kind_of,
     originals,
 )
-from cnnkern.conversion.patterns import described, fusions, module_calls, trace, why_alone
+from cnnkern.conversion.patterns import follows, fusions, module_calls, trace, why_alone
 from cnnkern.conversion.rewrite import Rewritten, rewrite
 from cnnkern.nn.folded_conv import FoldedConv
 
@@ -243,7 +243,7 @@ def convert_layers(model: nn.Module, folder: _Folder | None = None) -> Conversio
             return f"the forward pass of {type(holder).__name__} cannot be traced, or may branch"
         names = [n for n, m in holder._modules.items() if not is_identity(m)]
         following = [holder._modules[n] for n in names[names.index(name) + 1 :]]
-        return f"{described(following[0])} follows" if following else f"nothing follows in its {type(holder).__name__}"
+        return follows(following[0]) if following else f"nothing follows in its {type(holder).__name__}"
 
     for _, holder in holders:
         for name, norm in holder._modules.items():

@@ -203,8 +203,10 @@ def fusions(
     return found
 
 
-def described(module: nn.Module) -> str:
-    return type(module).__name__ if module._modules else repr(module)
+def follows(module: nn.Module) -> str:
+    """That this module follows, and no operator computes it with what it follows."""
+    named = type(module).__name__ if module._modules else repr(module)
+    return f"{named} follows" + (", which has hooks" if has_hooks(module) else "")
 
 
 def why_alone(holder: nn.Module, graph: fx.Graph, name: str) -> str:
@@ -218,8 +220,7 @@ def why_alone(holder: nn.Module, graph: fx.Graph, name: str) -> str:
     if user.op == "output":
         return f"its output is that of {type(holder).__name__}"
     if user.op == "call_module":
-        module = holder.get_submodule(user.target)
-        return f"{described(module)} follows" + (", which has hooks" if has_hooks(module) else "")
+        return follows(holder.get_submodule(user.target))
     if _is_add(user) and user.args[0] is not user.args[1]:
         residual = user.args[1] if user.args[0] is calls[0] else user.args[0]
         if user.target in _IN_PLACE_ADDS and user.args[0] is residual:

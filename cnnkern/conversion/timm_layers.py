@@ -18,9 +18,10 @@ from cnnkern.ops.bn_act import batch_norm_act
 
 def act_of(norm: nn.Module) -> str | None:
     """The activation of a `BatchNormAct2d` that one operator computes with it; None where two calls are needed."""
-    if not is_identity(norm.drop):
+    drop, act = norm._modules["drop"], norm._modules["act"]  # our classes may have another `act`
+    if not is_identity(drop):
         return None
-    return "none" if is_identity(norm.act) else act_of_module(norm.act)
+    return "none" if is_identity(act) else act_of_module(act)
 
 
 class _BatchNormAct(batchnorm._FusedBatchNorm):
@@ -30,7 +31,7 @@ class _BatchNormAct(batchnorm._FusedBatchNorm):
     def _with_act(self, input: Tensor, operator: Callable[..., Tensor]) -> Tensor:
         act = act_of(self)
         y = self._normalize(input, lambda *arguments: operator(*arguments[:-1], act or "none"))
-        return self.act(self.drop(y)) if act is None else y
+        return self._modules["act"](self.drop(y)) if act is None else y
 
 
 class SyncBatchNormAct(sync.SyncBatchNorm):
