@@ -3,8 +3,8 @@
 `python -m benchmarks.passes [--batch N] [--threads N] [--only TEXT] [--seconds S] [--default-malloc] [--widths]`
 prints a table of eager's and our milliseconds, the ratios, and our GFLOP/s in forward, dx and dweight; for depthwise
 3x3, which waits for memory, the GB/s as well, and their share of what a plain copy of about as many bytes reached in
-the same run. Geometric means follow, of the ratios and of our share of the peak: what the fastest of a matrix product and a
-dense convolution reached before and after all of it. `--widths` has groups of 2, 12, 20, 24, 40 and 48 channels
+the same run. Geometric means follow, of the ratios and of our share of the peak: what the fastest of a matrix product
+and a dense convolution reached before and after all of it. `--widths` has groups of 2, 12, 20, 24, 40 and 48 channels
 instead, as none of the networks has them.
 """
 
