@@ -1,5 +1,5 @@
-"""A result's rows by what they have in common across networks: the size of a layer norm, the kind of a convolution; and
-the rows that leave memory bandwidth unused."""
+"""A result's rows by what they have in common across networks: the size of a layer norm, the kind of a convolution;
+what malloc's setting is worth; and the rows that leave memory bandwidth unused."""
 
 import math
 import re
@@ -90,6 +90,31 @@ def _cell(rows: list[Row]) -> str:
     if shares:
         parts.append(percent(geometric_mean(shares)))
     return ", ".join(parts)
+
+
+def malloc(rows: Iterable[Row]) -> Table:
+    """(header, lines): for each operator, the time with malloc's defaults over that with malloc tuned, of eager and of
+    ours; geometric means over the shapes that have both. The two settings were timed one after the other."""
+    times_of: dict[tuple[str | None, ...], dict[str, float]] = {}
+    for r in rows:
+        if r.suite == "operators" and r.contender in ("eager", "ours") and r.status == "ok" and r.median_ms:
+            key = (r.operator, r.contender, r.mode, r.network, r.shape, r.layout, r.api)
+            times_of.setdefault(key, {})[r.malloc] = r.median_ms
+    gains: dict[str, dict[tuple[str | None, ...], list[float]]] = {}
+    for (operator, contender, mode, *_), found in times_of.items():
+        if found.keys() == {"tuned", "default"}:
+            ratios = gains.setdefault(str(operator), {}).setdefault((contender, mode), [])
+            ratios.append(found["default"] / found["tuned"])
+    columns = [(contender, mode) for mode in ("training", "inference") for contender in ("eager", "ours")]
+    lines = [
+        [operator, str(max(map(len, of.values()))), *(_gain(of.get(column, [])) for column in columns)]
+        for operator, of in gains.items()
+    ]
+    return ["operator", "shapes and layouts", *(f"{contender}, {mode}" for contender, mode in columns)], lines
+
+
+def _gain(ratios: list[float]) -> str:
+    return times(geometric_mean(ratios)) if ratios else "-"
 
 
 ROOFLINE = ["operator", "network", "below 85 % beyond the cache", "below 70 % in cache", "worst"]

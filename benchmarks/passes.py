@@ -1,10 +1,11 @@
 """Each pass of the grouped convolutions of six networks by itself: forward, dx, dweight, and dx with dweight.
 
-`python -m benchmarks.passes [--batch N] [--threads N] [--only TEXT] [--seconds S] [--default-malloc]` prints a table of
-eager's and our milliseconds, the ratios, and our GFLOP/s in forward, dx and dweight; for depthwise 3x3, which waits for
-memory, the GB/s as well, and their share of what a plain copy of about as many bytes reached in the same run. Geometric
-means follow, of the ratios and of our share of the peak: what the fastest of a matrix product and a dense convolution
-reached before and after all of it.
+`python -m benchmarks.passes [--batch N] [--threads N] [--only TEXT] [--seconds S] [--default-malloc] [--widths]`
+prints a table of eager's and our milliseconds, the ratios, and our GFLOP/s in forward, dx and dweight; for depthwise
+3x3, which waits for memory, the GB/s as well, and their share of what a plain copy of about as many bytes reached in
+the same run. Geometric means follow, of the ratios and of our share of the peak: what the fastest of a matrix product
+and a dense convolution reached before and after all of it. `--widths` has groups of 2, 12, 20, 24, 40 and 48 channels
+instead, as none of the networks has them.
 """
 
 import argparse
@@ -33,6 +34,19 @@ def layers(batch: int) -> list[Layer]:
     every = itertools.chain.from_iterable(v for n, v in GROUPED_LAYERS.items() if not n.endswith("batch 1"))
     found = {str(layer): Layer((batch, *layer.shape[1:]), layer.arguments) for layer in every}
     return list(found.values())
+
+
+def other_widths(batch: int) -> list[Layer]:
+    """3x3 over about 240 channels in groups as wide as no network here has them."""
+    return [
+        Layer(
+            (batch, max(240 // width, 4) * width, plane, plane),
+            {"width": width, "kernel": 3, "padding": 1, "bias": False, "stride": stride},
+        )
+        for width in (2, 12, 20, 24, 40, 48)
+        for plane in (28, 14)
+        for stride in (1, 2)
+    ]
 
 
 def kind(layer: Layer) -> str:
@@ -121,6 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="layers with TEXT in their row")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
     parser.add_argument("--default-malloc", action="store_true", help="without cnnkern.tune_malloc()")
+    parser.add_argument("--widths", action="store_true", help="groups as wide as none of the networks has them")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     malloc = "malloc's defaults" if arguments.default_malloc else cnnkern.tune_malloc()
@@ -133,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     ratios: dict[tuple[str, str], list[float]] = {}
     rates: dict[tuple[str, str], list[list[float]]] = {}
     lost = []
-    for layer, layout in itertools.product(layers(arguments.batch), LAYOUTS):
+    for layer, layout in itertools.product((other_widths if arguments.widths else layers)(arguments.batch), LAYOUTS):
         if arguments.only not in f"{layer} {layout} {kind(layer)}":
             continue
         calls = steps(layer, layout)

@@ -82,6 +82,7 @@ PARTS: dict[str, Callable[[list[Row], str], str]] = {
     "roofline": _table(breakdown.roofline),
     "sizes": _table(breakdown.sizes),
     "kinds": _table(breakdown.kinds),
+    "malloc": _table(breakdown.malloc),
 }
 AGREEMENT, AGAIN = "agreement", "-again"  # a part that needs a second run, and what its name ends with
 

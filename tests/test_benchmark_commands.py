@@ -301,6 +301,7 @@ def test_cores_compare_one_thread_with_several(monkeypatch, capsys):
 def test_passes_print_a_row_a_layer_and_the_lost_ones(monkeypatch, capsys):
     layer = testing.CASES["grouped_conv2d"].bench_layers["mobilenet_v2"][0]
     monkeypatch.setattr(passes, "layers", lambda batch: [Layer((1, 8, 6, 6), layer.arguments)])
+    assert {passes.kind(each) for each in passes.other_widths(2)} == {f"width {n}" for n in (2, 12, 20, 24, 40, 48)}
     monkeypatch.setattr(passes, "peak_gflops", lambda: 100.0)
     monkeypatch.setattr(passes.bandwidth, "measure", lambda *_, **limits: [Bandwidth("copy", 2**20, 0.01)])
     clock = {key: [2e-3 if key[0] == "eager" else 1e-3] for key in itertools.product(("eager", "ours"), passes.PASSES)}

@@ -33,6 +33,25 @@ def timed(seconds, **setting):
     return rows.from_records(records, [], BANDWIDTHS, "tuned", WHERE)
 
 
+def test_what_tuned_malloc_is_worth_to_eager_and_to_ours():
+    found = [
+        replace(r, malloc=malloc)
+        for malloc, eager, ours in (("tuned", 2.0, 1.0), ("default", 3.0, 4.0))
+        for shape, factor in (("2x2", 1), ("4x4", 10))
+        for r in timed({"eager": factor * eager, "ours": factor * ours}, shape=shape)
+    ]
+    found += timed({"eager": 1.0, "ours": 1.0}, shape="8x8")  # under one setting alone
+    header, (line,) = breakdown.malloc(found)
+    assert dict(zip(header, line, strict=True)) == {
+        "operator": "bn_act",
+        "shapes and layouts": "2",
+        "eager, training": "1.50x",
+        "ours, training": "4.00x",
+        "eager, inference": "-",
+        "ours, inference": "-",
+    }
+
+
 def of_compile(found):
     return {r.contender: r.ratio_to_compile for r in found}
 

@@ -38,8 +38,8 @@ def batch_norm_act(
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167).
     """
-    if not training and act in reference.ACTIVATIONS and left_to_inductor(input):
-        return reference.batch_norm_act(input, running_mean, running_var, weight, bias, False, momentum, eps, act)
+    if act in reference.ACTIVATIONS and left_to_inductor(input, training=training):
+        return reference.batch_norm_act(input, running_mean, running_var, weight, bias, training, momentum, eps, act)
     return _bn_act(input, weight, bias, running_mean, running_var, training, momentum, eps, act)[0]
 
 

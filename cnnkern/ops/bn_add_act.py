@@ -38,9 +38,9 @@ def batch_norm_add_act(
 
     Source: He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385), figure 2.
     """
-    if not training and act in ("none", "relu") and left_to_inductor(input, residual):
+    if act in ("none", "relu") and left_to_inductor(input, residual, training=training):
         vectors = (running_mean, running_var, weight, bias)
-        return reference.batch_norm_add_act(input, residual, *vectors, False, momentum, eps, act)
+        return reference.batch_norm_add_act(input, residual, *vectors, training, momentum, eps, act)
     return _bn_add_act(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, act)[0]
 
 
