@@ -294,9 +294,12 @@ def test_a_residual_is_overwritten_only_where_nobody_reads_it_again():
     ids=str,
 )
 def test_every_kind_of_convolution(conv, act):
+    torch.manual_seed(0)  # bfloat16's error is a draw of rounding errors, eager's too
+    conv = copy.deepcopy(conv)
+    conv.reset_parameters()
     dims = conv.weight.dim() - 2
     norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](conv.out_channels)
-    model = randomised(nn.Sequential(copy.deepcopy(conv), norm, act))
+    model = randomised(nn.Sequential(conv, norm, act))
     folded = cnnkern.fold(model)
     assert counts(folded) == {f"Conv + BatchNorm + {type(act).__name__}": 1}
     x = torch.randn(2, 8, *(11, 12, 9)[:dims])

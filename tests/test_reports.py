@@ -65,7 +65,9 @@ def test_published_tables_fit_into_100_columns(file, capsys):
     assert report.main([str(file)]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= terminal.WIDTH
-    for words in ("geometric means", "Best rows", "Worst rows", "faster than eager in", "memory bandwidth"):
+    many = len(tables.ours(report.load(file)[0])) > 2 * terminal.RANKED
+    ranked = ("Best rows", "Worst rows") if many else ()
+    for words in ("geometric means", *ranked, "faster than eager in", "memory bandwidth"):
         assert words in " ".join(printed.split()), words
 
 

@@ -401,6 +401,7 @@ bool left_to_library(const Geometry& g, at::ScalarType type, bool channels_last,
   const bool gradient_of_input = pass == Pass::input_gradient || pass == Pass::both_gradients;
   const bool of_weight_alone = pass == Pass::weight_gradient, of_input_alone = pass == Pass::input_gradient;
   if (g.width > 16) {
+    if (channels_last && g.width % kLanes<float> != 0 && (g.stride == 1 || pass == Pass::forward)) return true;
     if (!small) return false;
     if (channels_last) return one || of_weight_alone;
     return one && (of_weight_alone || (gradient_of_input && g.stride == 1));
