@@ -151,7 +151,7 @@ def test_errors_name_operator_what_came_and_what_is_allowed():
         call(x, rm, rv, torch.ones(4), training=True)
     with pytest.raises(RuntimeError, match=r"bn_act: running_mean and running_var must be defined in evaluation mode"):
         call(x, None, None)
-    with pytest.raises(RuntimeError, match=r"both be given or both be None; got only running_mean"):
+    with pytest.raises(ValueError, match=r"both be given or both be None; got only running_mean"):
         call(x, rm, None, training=True)
     with pytest.raises(ValueError, match=r"eps must be positive during training, but got 0"):
         call(x, rm, rv, training=True, eps=0.0)

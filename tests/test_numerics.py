@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from cnnkern import functional, reference, testing
@@ -51,6 +51,12 @@ def with_a_channel(x, kind):
     return x
 
 
+def float64_can_tell(x, kind):
+    """A constant channel at 1e30 has a deviation of 1e14 in float64, by rounding: the reference is no truth there.
+    test_constant_channels holds it to the truth itself, the bias."""
+    return kind != 1e30 or bool((x[:, 0] != x[0, 0, 0, 0]).any())
+
+
 both_norms = pytest.mark.parametrize("case", [CASES["bn_act"], CASES["bn_add_act"]], ids=lambda case: case.name)
 
 
@@ -67,11 +73,11 @@ both_norms = pytest.mark.parametrize("case", [CASES["bn_act"], CASES["bn_add_act
     seed=st.integers(0, 2**31),
 )
 def test_any_scale_and_offset(shape, log_scale, offset, kind, dtype, act, layout, seed):
-    if shape[0] * shape[2] * shape[3] < 3:
-        return
+    assume(shape[0] * shape[2] * shape[3] >= 3)
     g = torch.Generator().manual_seed(seed)
     x = (testing.randn(shape, g, torch.float64) + offset) * 10**log_scale
     x = testing.with_layout(with_a_channel(x, kind).to(dtype), layout)
+    assume(float64_can_tell(x, kind))
     # With the ReLU a pre-activation within rounding of zero may fall on either side, in eager as here. Below an offset
     # of 100 the mean itself is a sum that cancels.
     dy = testing.randn(shape, g, dtype) if act == "none" else None
@@ -101,9 +107,9 @@ def test_one_outlier_where_the_shift_is_sampled(case, outlier, layout, generator
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e-3, 1e4, 16777217.0])
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e-3, 1e4, 16777217.0, -1e30])
 def test_constant_channels(value, layout):
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x = testing.with_layout(torch.full((3, 4, 9, 11), value, dtype=dtype), layout)
         a = arguments(x, act="none")
         y = functional.batch_norm_act(**a)
@@ -196,11 +202,11 @@ def test_backward_s_mask_is_the_forward_s_bit_for_bit(dtype, generator):
     seed=st.integers(0, 2**31),
 )
 def test_additions_at_any_scale_and_offset(shape, log_scale, log_residual, offset, kind, dtype, act, layout, seed):
-    if shape[0] * shape[2] * shape[3] < 3:
-        return
+    assume(shape[0] * shape[2] * shape[3] >= 3)
     g = torch.Generator().manual_seed(seed)
     x = (testing.randn(shape, g, torch.float64) + offset) * 10**log_scale
     x = testing.with_layout(with_a_channel(x, kind).to(dtype), layout)
+    assume(float64_can_tell(x, kind))
     r = testing.with_layout((testing.randn(shape, g, torch.float64) * 10**log_residual).to(dtype), layout)
     dy = testing.randn(shape, g, dtype) if act == "none" else None
     testing.check(CASES["bn_add_act"], arguments(x, act=act) | {"residual": r}, dy, slack=abs(offset) < 100)

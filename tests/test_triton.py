@@ -261,7 +261,7 @@ def test_schema_and_fake_tensors(case):
 def test_compiles_to_one_graph_equal_to_eager(case):
     torch._dynamo.reset()
     compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager")
-    inputs, dy = draw(case, (2, 3, 4, 4))
+    inputs, dy = draw(case, (2, 3, 4, 4), layout="channels_last")  # contiguous norms are left to Inductor on the CPU
     plain, traced = testing.run(case.function, case, inputs, dy), testing.run(compiled, case, inputs, dy)
     assert all(torch.equal(value, traced[name]) for name, value in plain.items())
 

@@ -99,7 +99,7 @@ def batch_norm(
         channel_vector(op, name, v, x)
     if (running_mean is None) != (running_var is None):
         given = "running_mean" if running_var is None else "running_var"
-        raise RuntimeError(f"{op}: running_mean and running_var must both be given or both be None; got only {given}")
+        raise ValueError(f"{op}: running_mean and running_var must both be given or both be None; got only {given}")
     if not training and running_mean is None:
         raise RuntimeError(f"{op}: running_mean and running_var must be defined in evaluation mode; got None")
     if training and x.shape[1] > 0 and x.numel() // x.shape[1] == 1:
