@@ -41,10 +41,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"needs letters, digits and . _ + -, got {text!r}")
         return text
 
+    def seconds(text: str) -> float:
+        value = float(text)
+        if not 0 <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be a number and not below zero, got {text}")
+        return value
+
+    def names(text: str) -> str:
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if text and not parts:
+            raise argparse.ArgumentTypeError(f"names nothing, got {text!r}")
+        return ",".join(parts)
+
     parser = Parser(prog="cnnkern bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few shapes and one model, about a minute")
     parser.add_argument(
         "--filter",
+        type=names,
         default="",
         metavar="TEXT[,TEXT]",
         help="only what has TEXT, or one of several, in its name: operator, shape, network, contender, ...",
@@ -60,9 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="of operators; bfloat16 also of models, which train under autocast (else float32)",
     )
     parser.add_argument("--networks", default="resnet50", choices=("resnet50", "all"), help="whose shapes")
-    parser.add_argument("--seconds", type=float, metavar="N", help="for everything; what comes later is not timed")
+    parser.add_argument("--seconds", type=seconds, metavar="N", help="for everything; what comes later is not timed")
     parser.add_argument(
-        "--compile-seconds", type=float, default=60.0, metavar="N", help="of those, for torch.compile (default 60)"
+        "--compile-seconds", type=seconds, default=60.0, metavar="N", help="of those, for torch.compile (default 60)"
     )
     parser.add_argument(
         "--compile-shapes", default="one", choices=("one", "all"), help="of a network, that operators are compiled for"
@@ -115,7 +128,9 @@ def main(argv: list[str] | None = None) -> int:
         max_autotune=arguments.max_autotune,
         modes=arguments.modes,
     )
-    seconds = arguments.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS)
+    seconds = arguments.seconds
+    if seconds is None:
+        seconds = QUICK_SECONDS if options.quick else FULL_SECONDS
     settings = [setting for setting in machine.malloc_settings(options.device) if make_plan(options, setting)]
     if not settings:
         print(f"benchmarks: nothing has {options.filter!r} in its name", file=sys.stderr)

@@ -25,8 +25,8 @@ USUAL_MODES = ("training", "inference")
 
 def groups(options: Options, compiled: bool) -> list[Group]:
     """Training and inference of every case on every shape, with --modes all their halves as well; torch.compile, if at
-    all, on one shape a network, or on all with --compile-shapes all, of the reference and of each other form of it that
-    the case names.
+    all, on one shape a network, or on all with --compile-shapes all, of the reference and of those other forms of it
+    that it does not make the same of.
 
     Cases take turns, so that a run which has no time for everything has times for each.
     """
@@ -63,7 +63,7 @@ def _group(network: str, mode: str, drawn: "Drawn", with_compile: bool, max_auto
     case, layer = drawn.case, drawn.layer
     itemsize = drawn.dtype.itemsize
     layouts = LAYOUTS if len(layer.shape) in (4, 5) else LAYOUTS[:1]
-    compiled = ("torch.compile", *(f"torch.compile, {form}" for form in case.bench_forms)) * with_compile
+    compiled = ("torch.compile", *(f"torch.compile, {form}" for form in case.compiled_forms)) * with_compile
     compiled += (MAX_AUTOTUNE,) * (with_compile and max_autotune)
     names = ("eager", "ours", *case.bench_forms, *compiled)
     numel = math.prod(layer.shape)

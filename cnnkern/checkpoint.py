@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +14,12 @@ from torch import nn
 
 from cnnkern.models import create_model
 
-KEYS = {"model", "arguments", "state", "optimizer", "epoch", "history", "steps", "settings", "classes"}
+KEYS = {
+    **dict.fromkeys(("arguments", "state", "optimizer", "settings"), dict),
+    **dict.fromkeys(("history", "steps", "classes"), list),
+    "model": str,
+    "epoch": int,
+}
 
 
 class CheckpointError(Exception):
@@ -46,11 +53,21 @@ def load(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save wrote
+            changed = archive.testzip()
+        checkpoint = None if changed else torch.load(path, map_location="cpu", weights_only=True)
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"the checkpoint {path} is damaged: it is no whole file of torch.save") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint of cnnkern train: it holds more than tensors and text"
+        ) from error
     except Exception as error:  # a damaged file raises whatever the archive's or the pickle's reader met
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"the checkpoint {path} is damaged: {reason}") from error
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= KEYS:
+    if changed:
+        raise CheckpointError(f"the checkpoint {path} is damaged: the checksum of {changed} in it is another")
+    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(k), t) for k, t in KEYS.items()):
         raise CheckpointError(f"{path} is no checkpoint of cnnkern train")
     return checkpoint
 
@@ -62,7 +79,10 @@ def load_model(path: str | Path, fused: bool | None = None) -> nn.Module:
     """
     checkpoint = load(path)
     arguments = checkpoint["arguments"] | ({} if fused is None else {"fused": fused})
-    model = create_model(checkpoint["model"], **arguments)
+    try:
+        model = create_model(checkpoint["model"], **arguments)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint {path} does not fit: {str(error).splitlines()[0]}") from error
     restore(path, model, checkpoint)
     return model.eval()
 

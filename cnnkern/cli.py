@@ -12,6 +12,7 @@ import platform
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -24,6 +25,24 @@ BUILD = "run `make` in the repository, or `pip install --no-build-isolation .` t
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the sub-command that `arguments`, by default those of the process, name; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # no character is worth an error, on a terminal that does not have it
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = run(arguments)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        fail("interrupted")
+        return 130
+    except BrokenPipeError:  # whoever read it has seen enough; Python would complain when it closes the stream
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        return fail(str(error))
+
+
+def run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="cnnkern", description="Fused kernels for convolutional networks.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(

@@ -139,16 +139,21 @@ def _torchvision(name: str, folder: Path) -> tuple:
     from torchvision import datasets
 
     kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
-    train, test = kind(folder, train=True), kind(folder, train=False)
-    return _bytes(train), _bytes(test), list(train.classes)
+    classes = list(kind(folder, train=True).classes)
+    train, test = (_bytes(kind(folder, train=part), len(classes)) for part in (True, False))
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise ValueError(f"training images of {list(train[0].shape[1:])}, test images of {list(test[0].shape[1:])}")
+    return train, test, classes
 
 
-def _bytes(dataset) -> tuple[Tensor, Tensor]:
+def _bytes(dataset, classes: int) -> tuple[Tensor, Tensor]:
     """(images (N, C, H, W), labels) of torchvision's dataset."""
     images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
     if len(images) != len(labels) or not len(images):
         raise ValueError(f"{len(images)} images and {len(labels)} labels")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())} for {classes} classes")
     return images, labels
 
 
@@ -228,7 +233,7 @@ def _is_image(path: Path) -> bool:
 
 def _scan(root: Path, warnings: list[str]) -> tuple[list[str], list[Path], list[int]]:
     """(classes, paths, labels) of the files in root/CLASS that are images; each one that is none is a warning."""
-    classes = sorted(d.name for d in root.iterdir() if d.is_dir())
+    classes = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not classes:
         raise DataError(f"folder: no class directories in {root}; expected: {FILES['folder']}")
     files = [(p, label) for label, c in enumerate(classes) for p in sorted((root / c).rglob("*")) if p.is_file()]

@@ -1,7 +1,11 @@
 """Every operator in a few lines of eager PyTorch: its specification, the tests' oracle, the benchmarks' baseline.
 
-Each function has the signature of its namesake in :mod:`cnnkern.functional`.
+Each function has the signature of its namesake in :mod:`cnnkern.functional`. Those with a suffix are the same layers as
+others write them: contenders of the benchmarks.
 """
+
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +55,44 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
     return F.relu(input + other)
 
 
+# In place, as torchvision's and timm's networks have them.
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": torch.relu_,
+    "relu6": functools.partial(F.relu6, inplace=True),
+    "leaky_relu": functools.partial(F.leaky_relu, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "silu": functools.partial(F.silu, inplace=True),
+    "hardswish": functools.partial(F.hardswish, inplace=True),
+}
+
+
+def batch_norm_act_in_place(
+    input: Tensor, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, act="relu"
+) -> Tensor:
+    return _IN_PLACE[act](_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))
+
+
+def batch_norm_add_act_in_place(
+    input: Tensor,
+    residual: Tensor,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    act="relu",
+) -> Tensor:
+    y = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return _IN_PLACE[act](y.add_(residual))
+
+
+def add_relu_in_place(input: Tensor, other: Tensor) -> Tensor:
+    return F.relu(input + other, inplace=True)
+
+
 def conv2d(input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
@@ -67,7 +109,7 @@ def layer_norm2d(input: Tensor, weight=None, bias=None, eps=1e-6) -> Tensor:
 
 
 def layer_norm2d_written_out(input: Tensor, weight=None, bias=None, eps=1e-6) -> Tensor:
-    """The other form in use, which stays in (N, C, H, W): a contender of layer_norm2d in the benchmarks."""
+    """The other form in use, which stays in (N, C, H, W)."""
     mean = input.mean(1, keepdim=True)
     y = (input - mean) / ((input - mean).pow(2).mean(1, keepdim=True) + eps).sqrt()
     y = y if weight is None else weight[:, None, None] * y

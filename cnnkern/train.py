@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,14 +15,14 @@ import torch
 from cnnkern import checkpoint as checkpoints
 from cnnkern import data
 from cnnkern.memory import tune_malloc
-from cnnkern.trainer import SCHEDULES, Run, TrainingError, processes
-
-LEARNING_RATES = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05}
+from cnnkern.trainer import LEARNING_RATES, SCHEDULES, Run, TrainingError, processes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `cnnkern train` with these arguments; returns the exit status: 0, 1 for an error, 130 after Ctrl-C."""
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not in the middle of writing a file
+    run = None
     try:
         with processes(options.device) as group:
             if options.threads:
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         last = options.output / "checkpoint.pt"
-        kept = f"{last} has the last whole epoch: go on with --resume" if last.exists() else "no epoch was finished"
+        finished = run is not None and run.epoch > 0 and last.exists()
+        kept = f"{last} has the last whole epoch: go on with --resume" if finished else "no epoch was finished"
         print(f"\ncnnkern: interrupted; {kept}", file=sys.stderr)
         return 130
     return 0
@@ -65,13 +67,15 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    def number(kind: type, zero: bool = False, most: int = 2**31 - 1) -> Callable[[str], Any]:
+    def number(kind: type, zero: bool = False, most: float | None = None) -> Callable[[str], Any]:
+        most = most or (2**31 - 1 if kind is int else 1e30)  # beyond, what PyTorch computes in overflows
+
         def parsed(text: str) -> Any:
             value = kind(text)
-            if kind is int and value > most:  # beyond, what PyTorch counts in overflows
-                raise argparse.ArgumentTypeError(f"must be at most {most}; got {text}")
             if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
                 raise argparse.ArgumentTypeError(f"must {'not be below' if zero else 'be above'} zero; got {text}")
+            if value > most:
+                raise argparse.ArgumentTypeError(f"must be at most {most}; got {text}")
             return value
 
         parsed.__name__ = kind.__name__  # argparse names it where the text is no number at all
@@ -79,8 +83,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     def device(text: str) -> str:
         try:
-            torch.empty(0, device=text)
-        except (RuntimeError, AssertionError) as error:
+            torch.zeros(1, device=text).item()
+        except (RuntimeError, AssertionError) as error:  # NotImplementedError too, of one without memory
             raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from error
         return text
 
@@ -96,7 +100,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--optimizer", choices=sorted(LEARNING_RATES), default="adam")
     add("--momentum", type=number(float, zero=True), default=0.9, help="of sgd")
     add("--weight-decay", type=number(float, zero=True), default=0.0)
-    add("--schedule", choices=sorted(SCHEDULES), default="constant", help="of the learning rate")
+    add("--schedule", choices=sorted(SCHEDULES), help="of the learning rate; default: constant")
     add("--amp", choices=["bf16"], help="autocast")
     add("--float64", action="store_true", help="double precision, for comparisons of runs")
     add("--channels-last", action="store_true")
@@ -117,8 +121,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"argument --dataset: {options.dataset!r} is none of {', '.join(data.DATASETS)}")
     if len(folder) > (options.dataset == "folder"):
         parser.error("argument --dataset: takes one name (and `folder` a path): give MODEL first")
+    if options.data_dir and (folder or options.dataset == "digits"):
+        parser.error(f"--data-dir: {options.dataset} {'has its path already' if folder else 'needs none'}")
     options.data_dir = folder[0] if folder else options.data_dir
-    options.lr = options.lr or LEARNING_RATES[options.optimizer]
     options.output = options.output or Path("runs") / options.model
     if options.float64 and options.amp:
         parser.error("--float64 and --amp exclude each other")

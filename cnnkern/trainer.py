@@ -12,6 +12,7 @@ import contextlib
 import math
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 # What a run that is resumed must share with the one that it resumes, to be its continuation.
 FIXED = ("dataset", "size", "batch_size", "optimizer", "momentum", "weight_decay", "augment", "seed")
 FIXED += ("amp", "float64", "eager", "sync_bn")
+# What it shares unless it is told otherwise.
+RATES = ("lr", "schedule")
+LEARNING_RATES = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05}
 
 
 class TrainingError(Exception):
@@ -69,7 +73,8 @@ class Processes:
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[Processes]:
     """The process group that torchrun's environment describes; one process without it."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    launched = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    count = int(os.environ["WORLD_SIZE"]) if launched else 1  # which others set as well
     if count == 1:
         yield Processes()
         return
@@ -96,10 +101,14 @@ class Run:
             raise TrainingError(str(error)) from error
         self.data = data.load(options.dataset, options.data_dir, options.resize or builder.input_size[-1])
         for line in self.data.warnings:
-            self.console.print(f"warning: {line}", style="yellow", markup=False, soft_wrap=True)
+            self._warn(line)
+        found = None
+        if options.resume:
+            found = checkpoints.load(options.output / "checkpoint.pt" if options.resume is True else options.resume)
+        self._choose_rates({} if found is None else found["settings"])
         self.arguments = {"num_classes": len(self.data.classes), "in_channels": self.data.channels}
         self._check_sizes(builder.input_size)
-        self.settings = {name: getattr(options, name, None) for name in FIXED} | {"size": self.data.size}
+        self.settings = {name: getattr(options, name, None) for name in (*FIXED, *RATES)} | {"size": self.data.size}
         self.model = self._build(fused=not options.eager)
         self.optimizer = self._optimizer(self.model)
         self.step = self._wrap(self.model)
@@ -111,8 +120,22 @@ class Run:
         mine = range(group.rank, len(self.data.test), group.count)
         self.test_loader = self._loader(self.data.test, mine, drop_last=False)
         self.epoch, self.history, self.losses = 0, [], []
-        if options.resume:
-            self._resume(options.output / "checkpoint.pt" if options.resume is True else Path(options.resume))
+        if found is not None:
+            self._resume(options.output / "checkpoint.pt" if options.resume is True else options.resume, found)
+
+    def _warn(self, line: str) -> None:
+        plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)  # a file's name
+        self.console.print(f"warning: {plain}", style="yellow", markup=False, soft_wrap=True)
+
+    def _choose_rates(self, before: dict[str, Any]) -> None:
+        """Learning rate and schedule: as told, else those of the run that is resumed, else the usual ones."""
+        usual = {"lr": LEARNING_RATES[self.options.optimizer], "schedule": "constant"}
+        for name in RATES:
+            told, old = getattr(self.options, name), before.get(name)
+            if told is None:
+                setattr(self.options, name, usual[name] if old is None else old)
+            elif old not in (None, told):
+                self._warn(f"--{name} {told} from here on, {old} before")
 
     def _check_sizes(self, usual: tuple[int, ...]) -> None:
         options, group = self.options, self.group
@@ -129,10 +152,12 @@ class Run:
             with torch.device("meta"):
                 create_model(options.model, fused=False, **self.arguments)(torch.empty(shape))
         except (RuntimeError, ValueError) as error:
+            advice = f"--resize {usual[-1]}"
+            if self.data.size >= usual[-1]:
+                advice = "a larger --batch-size" + (" or --sync-bn" if group.count > 1 and not options.sync_bn else "")
             raise TrainingError(
                 f"{options.model} cannot train on {'x'.join(map(str, shape))} ({str(error).splitlines()[0]}); "
-                "its usual input is "
-                f"{'x'.join(map(str, usual))}: try --resize {usual[-1]}"
+                f"its usual input is {'x'.join(map(str, usual))}: try {advice}"
             ) from error
 
     def _build(self, fused: bool) -> nn.Module:
@@ -177,6 +202,8 @@ class Run:
         """Trains the epochs that are left; after each there are a checkpoint and curves in the output folder."""
         options, last = self.options, self.options.output / "checkpoint.pt"
         options.output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=options.output):  # or it cannot be written to, which is better known now
+            pass
         if self.epoch >= options.epochs:
             raise TrainingError(f"{self.epoch} epochs are done already: give --epochs {self.epoch + 1} or more")
         while self.epoch < options.epochs:
@@ -282,11 +309,15 @@ class Run:
             "classes": self.data.classes,
         }
 
-    def _resume(self, path: Path) -> None:
-        found = checkpoints.load(path)
+    def _resume(self, path: str | Path, found: dict[str, Any]) -> None:
         if found["model"] != self.options.model:
             raise checkpoints.CheckpointError(f"{path} is of {found['model']}, not of {self.options.model}")
-        if other := [n for n in self.settings if found["settings"].get(n) != self.settings[n]]:
+        if found["classes"] != self.data.classes:
+            raise checkpoints.CheckpointError(
+                f"{path} is of other classes: {', '.join(map(str, found['classes']))}; "
+                f"this data has {', '.join(self.data.classes)}"
+            )
+        if other := [n for n in self.settings if n not in RATES and found["settings"].get(n) != self.settings[n]]:
             said = ", ".join(f"{n} {found['settings'].get(n)} (now {self.settings[n]})" for n in other)
             raise checkpoints.CheckpointError(f"{path} was made with {said}: resume with the same options")
         checkpoints.restore(path, self.model, found, self.optimizer)

@@ -56,8 +56,8 @@ def show(name: str, size: tuple[int, ...] | None, fused: bool = True) -> str:
 
     usual = get_builder(name).input_size
     size = size or usual
-    model = create_model(name, fused=fused, in_channels=size[0]).eval()
     try:
+        model = create_model(name, fused=fused, in_channels=size[0]).eval()
         return str(
             torchinfo.summary(
                 model,

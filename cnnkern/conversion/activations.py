@@ -13,14 +13,20 @@ _MODULES = {
 
 
 def has_hooks(module: nn.Module) -> bool:
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
+    """Whether somebody listens to the module's calls, or has put a forward pass of his own into the instance."""
+    return why_apart(module) != ""
+
+
+def why_apart(module: nn.Module) -> str:
+    if "forward" in module.__dict__:
+        return "has another forward pass than its class"
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
+    return "has hooks" if any(hooks) else ""
 
 
 def is_identity(module: nn.Module) -> bool:

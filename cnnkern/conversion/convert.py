@@ -1,12 +1,12 @@
 """Converts a model that someone else wrote to the fused layers, in place or as a copy that shares its parameters.
 
 A batch norm is exchanged by giving the module another class, so that it keeps its parameters, its place and its hooks.
-What follows it is read from a `torch.fx` trace of the forward pass of the module that holds both, with every child a
-leaf. An activation that a batch norm has absorbed is bypassed: its entry is exchanged for an identity where one call
-is all it has, else (one `self.relu` for several calls, `F.relu`) the holder's forward pass is replaced by its trace
-without that call. Residual additions, which are no modules, are always replaced in the trace. Where tracing fails, the
-batch norms are exchanged without what follows, which never changes a meaning. Grouped convolutions and layer norms
-are exchanged alone.
+What follows it is read from a trace of the forward pass of the module that holds both (tracing.py). An activation that
+a batch norm has absorbed is bypassed: its entry is exchanged for an identity where one call is all it has, else (one
+`self.relu` for several calls, `F.relu`) the holder's forward pass is replaced by its trace without that call. Residual
+additions, which are no modules, are always replaced in the trace. Where tracing fails, the batch norms are exchanged
+without what follows, and those below it with it only where that forward pass does not reach them (reach.py): neither
+ever changes a meaning. Grouped convolutions and layer norms are exchanged alone.
 """
 
 import copy
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from cnnkern.conversion.activations import act_of_module, has_hooks, is_identity
+from cnnkern.conversion.activations import act_of_module, has_hooks, is_identity, why_apart
 from cnnkern.conversion.layers import (
     ACT_CLASSES,
     ADD_CLASSES,
@@ -32,8 +32,10 @@ from cnnkern.conversion.layers import (
     kind_of,
     originals,
 )
-from cnnkern.conversion.patterns import follows, fusions, module_calls, trace, why_alone
+from cnnkern.conversion.patterns import follows, fusions, why_alone
+from cnnkern.conversion.reach import kept_elsewhere, reached_by
 from cnnkern.conversion.rewrite import Rewritten, rewrite
+from cnnkern.conversion.tracing import module_calls, trace
 from cnnkern.nn.folded_conv import FoldedConv
 
 
@@ -111,6 +113,12 @@ def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
         raise TypeError(
             "cnnkern.revert: a folded model has no batch norms to go back to; the model that was folded has"
         )
+    for path, module in model.named_modules():
+        if "_cnnkern_converted" in module.__dict__ and type(module) not in originals():
+            raise TypeError(
+                f"cnnkern.revert: {path!r} has become a {type(module).__name__} since it was converted; "
+                "take that back before, as torch.nn.utils.parametrize.remove_parametrizations does"
+            )
     if not inplace:
         model = _sharing_copy(model)
     for module in list(model.modules()):
@@ -205,7 +213,12 @@ def convert_layers(model: nn.Module, folder: _Folder | None = None) -> Conversio
     holders = [
         (path, m) for path, m in model.named_modules() if m._modules and not isinstance(m, torch.jit.ScriptModule)
     ]
-    traces = {id(m): trace(m) for _, m in holders if not isinstance(m, nn.Sequential) or _overrides_forward(m)}
+    # Of one that was converted before, by itself, the layers are what they can be.
+    traces = {
+        id(m): None if isinstance(m, Rewritten) else trace(m)
+        for _, m in holders
+        if not isinstance(m, nn.Sequential) or _overrides_forward(m)
+    }
     # A layer that a module further up calls, or whose parameters it reads, has users that its holder's trace does not
     # show.
     reached = {
@@ -219,6 +232,10 @@ def convert_layers(model: nn.Module, folder: _Folder | None = None) -> Conversio
         for node in (traces.get(id(holder)) or fx.Graph()).nodes
         if node.op == "get_attr"
     }
+    for _, holder in holders:
+        if traces.get(id(holder), True) is None:
+            reached |= reached_by(holder)
+    reached |= kept_elsewhere(model)
     became: dict[int, str] = {}  # batch norms by what they became
     reasons: dict[int, str] = {}  # those that took nothing of what follows, by why
     adds: list[Replacement] = []
@@ -231,7 +248,7 @@ def convert_layers(model: nn.Module, folder: _Folder | None = None) -> Conversio
 
     def why(holder: nn.Module, name: str, norm: nn.Module) -> str:
         if has_hooks(norm):
-            return "has hooks"
+            return why_apart(norm)
         if len(paths[id(norm)]) > 1:
             return "stands in several places"
         if id(norm) in reached:
@@ -294,4 +311,4 @@ def _convert_sequential(holder: nn.Sequential, fusable) -> dict[int, str]:
 
 
 def _overrides_forward(module: nn.Sequential) -> bool:
-    return type(module).forward is not nn.Sequential.forward
+    return type(module).forward is not nn.Sequential.forward or "forward" in module.__dict__

@@ -22,9 +22,9 @@ from cnnkern.conversion.patterns import (
     fusion_at,
     is_unseen,
     is_view,
-    module_calls,
     only_user,
 )
+from cnnkern.conversion.tracing import module_calls
 from cnnkern.nn import batchnorm, sync
 from cnnkern.nn.conv import GroupedConv2d
 from cnnkern.nn.folded_conv import FoldedConv

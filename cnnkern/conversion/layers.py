@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from cnnkern import reference
 from cnnkern.conversion import timm_layers
@@ -39,7 +39,7 @@ class SyncAddsWhatFits(sync.SyncBatchNormAddReLU):
     """What ``convert_sync_batchnorm`` makes of :class:`AddsWhatFits`."""
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        if isinstance(residual, Tensor) and alike(input, residual):
+        if isinstance(input, fx.Proxy) or (isinstance(residual, Tensor) and alike(input, residual)):
             return super().forward(input, residual)
         return _add_unfused(self, input, residual, self._over_processes(batch_norm_act))
 
@@ -50,7 +50,7 @@ class AddsWhatFits(batchnorm._FusedBatchNormAdd):
     synchronised = SyncAddsWhatFits
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        if isinstance(residual, Tensor) and alike(input, residual):
+        if isinstance(input, fx.Proxy) or (isinstance(residual, Tensor) and alike(input, residual)):
             return super().forward(input, residual)
         return _add_unfused(self, input, residual, batch_norm_act)
 
@@ -121,6 +121,9 @@ class Absorbed(nn.Identity):
         return f"{self._original[0]!r} in the layer before"
 
 
+_SETTINGS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
 class Moved(nn.Identity):
     """Stands where a convolution stood that is now computed where the batch norm behind it stood."""
 
@@ -129,6 +132,8 @@ class Moved(nn.Identity):
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self._text = repr(original)
+        for name in _SETTINGS:  # which a forward pass may read
+            setattr(self, name, getattr(original, name))
 
     def extra_repr(self) -> str:
         return f"{self._text} in the layer behind"

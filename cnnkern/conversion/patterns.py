@@ -1,21 +1,20 @@
 """What a module's own forward pass does with its layers: runs of operations that one operator of ours computes.
 
-They are read from a `torch.fx` trace of that forward pass with every child a leaf.
+They are read from its trace (tracing.py).
 """
 
-import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from cnnkern.conversion.activations import act_of_module, has_hooks, is_identity
+from cnnkern.conversion.activations import act_of_module, has_hooks, why_apart
 from cnnkern.conversion.layers import Absorbed, Moved
+from cnnkern.conversion.tracing import is_fixed, module_calls
 from cnnkern.nn.folded_conv import FoldedConv
 
 # Functions that compute an activation of ours, and nothing else.
@@ -35,69 +34,10 @@ _IN_PLACE_ADDS = {operator.iadd, "add_", "__iadd__"}
 _FRESH = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, FoldedConv, Moved)
 
 
-class _Proxy(fx.Proxy):
-    """A proxy that records ``a += b`` as what it is; torch.fx's own would make it ``a = a + b``."""
-
-
-def _recorded(function: Callable[[Any, Any], Any]) -> Callable[[_Proxy, Any], fx.Proxy]:
-    return lambda proxy, other: proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
-
-
-for _name in fx.graph.inplace_methods:
-    setattr(_Proxy, f"__{_name}__", _recorded(getattr(operator, _name)))
-
-
-class _OwnForward(fx.Tracer):
-    """Traces a module's own forward pass; every child is a leaf."""
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-# What a forward pass may ask for that a trace answers once and for all.
-_ANSWERED_ONCE = {"random", "randint", "rand", "randn", "rand_like", "randn_like", "bernoulli", "uniform"}
-_ANSWERED_ONCE |= {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled"}
-
-
-def _may_branch(module: nn.Module) -> bool:
-    """Whether the forward pass may take another way than a trace shows: by an argument that may be left out, by chance,
-    or by what torch's global state is."""
-    forward = type(module).forward
-    optional = any(p.default is not p.empty for p in inspect.signature(forward).parameters.values())
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    return optional or code is None or not _ANSWERED_ONCE.isdisjoint(code.co_names)
-
-
-def trace(module: nn.Module) -> fx.Graph | None:
-    """The graph of the module's forward pass, or None where it cannot be traced, differs between train and eval, may
-    branch, or makes tensors of its own, which the trace would keep. Calls of an ``nn.Identity`` are left out."""
-    if _may_branch(module):
-        return None
-    graphs, state = [], dict(module.__dict__)
-    try:
-        for mode in (True, False):
-            module.training = mode  # of this module alone: its children are leaves
-            graphs.append(_OwnForward().trace(module))
-    except Exception:  # whatever a forward pass does with a proxy that a tensor would have allowed
-        return None
-    finally:
-        module.__dict__.clear()  # a forward pass may leave proxies behind
-        module.__dict__.update(state)
-    if graphs[0].python_code("self").src != graphs[1].python_code("self").src:
-        return None
-    for node in module_calls(graphs[0]):
-        if is_identity(module.get_submodule(node.target)) and len(node.args) == 1 and not node.kwargs:
-            node.replace_all_uses_with(node.args[0])
-            graphs[0].erase_node(node)
-    constants = (n.target.partition(".")[0] for n in graphs[0].nodes if n.op == "get_attr")
-    return graphs[0] if all(hasattr(module, name) for name in constants) else None
-
-
-def module_calls(graph: fx.Graph | None) -> list[fx.Node]:
-    return [] if graph is None else [n for n in graph.nodes if n.op == "call_module"]
+def _makes_its_output(module: nn.Module) -> bool:
+    """Whether this is a layer, of torch's or ours, whose output is a tensor of its own and whose input stays as it is:
+    a subclass may return what it was given."""
+    return isinstance(module, _FRESH) and type(module).__module__.startswith(("torch.nn.", "cnnkern."))
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
@@ -119,7 +59,16 @@ def _activation_after(holder: nn.Module, node: fx.Node) -> tuple[fx.Node | None,
     """The activation that is the one user of a node, and its name; (None, "none") without."""
     user = only_user(node)
     act = _act_of(holder, user) if user is not None and user.args and user.args[0] is node else None
+    if act is not None and is_fixed(node.graph) and not is_once_called_child(user):
+        act = None
     return (None, "none") if act is None else (user, act)
+
+
+def is_once_called_child(node: fx.Node) -> bool:
+    """Whether this is the one call of a child, which can be bypassed without another forward pass."""
+    if node.op != "call_module" or "." in node.target:
+        return False
+    return sum(other.target == node.target for other in module_calls(node.graph)) == 1
 
 
 def _is_add(node: fx.Node) -> bool:
@@ -133,10 +82,14 @@ def _may_write(holder: nn.Module, node: fx.Node) -> bool:
     """Whether the call may change one of its arguments in place."""
     if node.op == "call_module":
         module = holder.get_submodule(node.target)
-        return getattr(module, "inplace", not isinstance(module, _FRESH))
+        return getattr(module, "inplace", not _makes_its_output(module))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
     return (
-        name.endswith("_") or name.startswith("__i") or node.target is operator.iadd or bool(node.kwargs.get("inplace"))
+        name.endswith("_")
+        or name.startswith("__i")
+        or node.target is operator.iadd
+        or bool(node.kwargs.get("inplace"))
+        or "out" in node.kwargs
     )
 
 
@@ -156,6 +109,7 @@ def fusion_at(holder: nn.Module, call: fx.Node, with_add: bool = True) -> Fusion
     """The longest run of operations from this batch norm on that one operator computes."""
     norm = holder.get_submodule(call.target)
     add = only_user(call)
+    with_add = with_add and not is_fixed(call.graph)
     if with_add and add is not None and _is_add(add) and add.args[0] is not add.args[1]:
         residual = add.args[1] if add.args[0] is call else add.args[0]
         # An addition in place changes its first argument: the batch norm's output, which nobody else sees.
@@ -206,7 +160,7 @@ def fusions(
 def follows(module: nn.Module) -> str:
     """That this module follows, and no operator computes it with what it follows."""
     named = type(module).__name__ if module._modules else repr(module)
-    return f"{named} follows" + (", which has hooks" if has_hooks(module) else "")
+    return f"{named} follows" + (f", which {why_apart(module)}" if has_hooks(module) else "")
 
 
 def why_alone(holder: nn.Module, graph: fx.Graph, name: str) -> str:
@@ -237,7 +191,7 @@ def _is_fresh(module: nn.Module) -> bool:
         return False
     if type(module) is nn.Sequential and len(module):
         return _is_fresh(module[-1])
-    return isinstance(module, _FRESH)
+    return _makes_its_output(module)
 
 
 def is_unseen(holder: nn.Module, node: fx.Node) -> bool:
@@ -252,7 +206,7 @@ def is_unseen(holder: nn.Module, node: fx.Node) -> bool:
 
 def add_relu_at(holder: nn.Module, node: fx.Node) -> fx.Node | None:
     """The ReLU behind this addition, if both may become one call."""
-    if not _is_add(node):
+    if not _is_add(node) or is_fixed(node.graph):
         return None
     relu, act = _activation_after(holder, node)
     if act != "relu":
@@ -267,7 +221,12 @@ def add_relu_at(holder: nn.Module, node: fx.Node) -> fx.Node | None:
 
 def is_view(holder: nn.Module, node: fx.Node) -> bool:
     """Whether this is a ``view`` of another shape that nobody writes to: ``reshape`` takes channels_last as well."""
-    if node.op != "call_method" or node.target != "view" or any(isinstance(a, torch.dtype) for a in node.args):
+    if (
+        is_fixed(node.graph)
+        or node.op != "call_method"
+        or node.target != "view"
+        or any(isinstance(a, torch.dtype) for a in node.args)
+    ):
         return False
 
     def writes(user: fx.Node) -> bool:

@@ -1,13 +1,14 @@
 """Exchanges a module's forward pass for its trace without what the layers before compute by now."""
 
-from collections import Counter
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from cnnkern.conversion.layers import ORIGINAL, Absorbed, AddsWhatFits, SyncAddsWhatFits, alike
-from cnnkern.conversion.patterns import add_relu_at, fusion_at, is_view, module_calls, trace
+from cnnkern.conversion.patterns import add_relu_at, fusion_at, is_once_called_child, is_view
+from cnnkern.conversion.tracing import module_calls, trace
 from cnnkern.nn.folded_conv import FoldedConv
 from cnnkern.ops.add_relu import add_relu
 
@@ -17,26 +18,34 @@ class Rewritten:
 
     _original_class: type
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Of the same class: what follows is copy.deepcopy's way with an object that has no such method."""
+        return copy._reconstruct(self, memo, *super().__reduce_ex__(4))  # type: ignore[attr-defined]
+
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        # The class is made at run time: a copy or a pickle carries the original class and is rewritten anew.
+        # The class is made at run time: a pickle carries the original class and is rewritten anew.
         return _restore, (self._original_class, self.__dict__)
 
 
 def _restore(original_class: type, state: dict[str, Any]) -> nn.Module:
     module = original_class.__new__(original_class)
     module.__dict__.update(state)
-    rewrite(module, trace(module))
+    graph = trace(module)
+    if graph is None:
+        raise RuntimeError(
+            f"cnnkern: the forward pass of this {original_class.__name__}, which was converted, cannot be read again; "
+            "save a state_dict, or the model as cnnkern.revert gives it"
+        )
+    rewrite(module, graph)
     return module
 
 
-def rewrite(holder: nn.Module, graph: fx.Graph | None) -> list[fx.Node]:
+def rewrite(holder: nn.Module, graph: fx.Graph) -> list[fx.Node]:
     """Takes out what the exchanged layers of this module compute by now, and joins additions with their ReLUs.
 
     Returns the additions that were joined. What to do is read off the graph and the exchanged layers, so
     that it can be done again on a copy.
     """
-    assert graph is not None, f"the forward pass of {type(holder).__name__} could be traced before"
-    count = Counter(n.target for n in module_calls(graph))
     changed, joined = False, []
     for call in module_calls(graph):
         absorbs = _absorbed_by(holder.get_submodule(call.target))
@@ -50,7 +59,7 @@ def rewrite(holder: nn.Module, graph: fx.Graph | None) -> list[fx.Node]:
             if fusion.activation is None:
                 continue
             target = fusion.activation.target
-            if fusion.activation.op == "call_module" and count[target] == 1 and "." not in target:
+            if is_once_called_child(fusion.activation):
                 holder._modules[target] = Absorbed(holder._modules[target])
             else:
                 fusion.activation.replace_all_uses_with(call)

@@ -9,10 +9,11 @@ import importlib
 import sys
 from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from cnnkern.conversion.activations import act_of_module, is_identity
 from cnnkern.nn import batchnorm, layer_norm, sync
+from cnnkern.nn.traced import leaf
 from cnnkern.ops.bn_act import batch_norm_act
 
 
@@ -29,6 +30,8 @@ class _BatchNormAct(batchnorm._FusedBatchNorm):
         return self._with_act(input, batch_norm_act)
 
     def _with_act(self, input: Tensor, operator: Callable[..., Tensor]) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return leaf(self, input)
         act = act_of(self)
         y = self._normalize(input, lambda *arguments: operator(*arguments[:-1], act or "none"))
         return self._modules["act"](self.drop(y)) if act is None else y

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterable
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnkern import reference
+from cnnkern.nn.traced import leaf
 from cnnkern.ops.bn_act import batch_norm_act
 from cnnkern.ops.bn_add_act import batch_norm_add_act
 
@@ -19,6 +21,8 @@ class _FusedBatchNorm(_BatchNorm):
         return self._normalize(input, batch_norm_act)
 
     def _normalize(self, input: Tensor, operator: Callable[..., Tensor], *residual: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return leaf(self, input, *residual)
         self._check_input_dim(input)
         counter = self.num_batches_tracked if self.training and self.track_running_stats else None
         if self.momentum is not None:
@@ -26,7 +30,7 @@ class _FusedBatchNorm(_BatchNorm):
         else:  # cumulative average over the batches, this one included
             momentum = 1.0 / (float(counter) + 1.0) if counter is not None else 0.0
         uses_running = not self.training or self.track_running_stats
-        output = operator(
+        arguments = (
             input,
             *residual,
             self.running_mean if uses_running else None,
@@ -38,9 +42,16 @@ class _FusedBatchNorm(_BatchNorm):
             self.eps,
             self.act,
         )
-        if counter is not None:  # counted after the operator, which raises before it changes anything
-            counter.add_(1)
-        return output
+        if counter is None:
+            return operator(*arguments)
+        counter.add_(1)  # before the operator: a checkpointed segment's recomputation may end within it
+        if torch.compiler.is_compiling():  # a graph that fails leaves all as it was
+            return operator(*arguments)
+        try:
+            return operator(*arguments)
+        except (RuntimeError, TypeError, ValueError):  # the operator refused, and has changed nothing
+            counter.sub_(1)
+            raise
 
 
 class _FusedBatchNormAdd(_FusedBatchNorm):

@@ -1,8 +1,9 @@
 """Grouped and depthwise convolution as a module."""
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from cnnkern.nn.traced import leaf
 from cnnkern.ops.grouped_conv2d import conv2d
 
 
@@ -12,6 +13,9 @@ class GroupedConv2d(nn.Conv2d):
     Constructor, parameters, ``padding_mode`` and checkpoints are those of :class:`torch.nn.Conv2d`.
     Input (N, C_in, H, W) or (C_in, H, W), output (N, C_out, H', W') or (C_out, H', W').
     """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return leaf(self, input) if isinstance(input, fx.Proxy) else super().forward(input)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding: int | str | tuple[int, ...] = self.padding

@@ -127,7 +127,8 @@ class FoldedConv(nn.Module):
         tensors = (x, self.weight) if residual is None else (x, self.weight, residual)
         dtype = _computed_in(x)
         return bool(
-            _has_kernels(dtype)
+            not torch.jit.is_tracing()
+            and _has_kernels(dtype)
             and torch.backends.mkldnn.enabled
             and dtype == _computed_in(self.weight)
             and x.dim() in _CHANNELS_LAST
@@ -137,7 +138,6 @@ class FoldedConv(nn.Module):
             and min(self._output_shape(x)) > 0
             and all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-            and not torch.jit.is_tracing()
             and torch._C._functorch.peek_interpreter_stack() is None
         )
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from cnnkern import reference
 from cnnkern.ops import fake
 from cnnkern.ops.compiled import left_to_inductor
+from cnnkern.triton_kernels import check
 
 _add_relu = torch.ops.cnnkern.add_relu.default
 
@@ -25,6 +26,8 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
 
 @torch.library.register_fake("cnnkern::add_relu")
 def _(x, residual):
+    if fake.is_meta(x):
+        check.floating("cnnkern::add_relu", x)
     fake.check_residual("cnnkern::add_relu", x, residual)
     return fake.empty_like_layout(x), fake.mask_of(x)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from cnnkern import reference
 from cnnkern.ops import fake
 from cnnkern.ops.compiled import left_to_inductor
+from cnnkern.triton_kernels import check
 
 _bn_act = torch.ops.cnnkern.bn_act.default
 
@@ -59,6 +60,9 @@ def batch_norm_relu(
 
 @torch.library.register_fake("cnnkern::bn_act")
 def _(x, weight, bias, running_mean, running_var, training, momentum, eps, act):
+    if fake.is_meta(x):
+        check.batch_norm("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, eps)
+        check.activation("cnnkern::bn_act", act)
     fake.check_channel_vectors(
         "cnnkern::bn_act", x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
     )

@@ -6,6 +6,7 @@ from torch import Tensor
 from cnnkern import reference
 from cnnkern.ops import fake
 from cnnkern.ops.compiled import left_to_inductor
+from cnnkern.triton_kernels import check
 
 _bn_add_act = torch.ops.cnnkern.bn_add_act.default
 
@@ -62,6 +63,9 @@ def batch_norm_add_relu(
 
 @torch.library.register_fake("cnnkern::bn_add_act")
 def _(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act):
+    if fake.is_meta(x):
+        check.batch_norm("cnnkern::bn_add_act", x, weight, bias, running_mean, running_var, training, eps)
+        check.relu_or_none("cnnkern::bn_add_act", act)
     fake.check_channel_vectors(
         "cnnkern::bn_add_act", x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
     )

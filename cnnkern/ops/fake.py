@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def is_meta(x: Tensor) -> bool:
+    """Whether no kernel will ever check what this tensor is given with: the fake is all that there is."""
+    return x.device.type == "meta"
+
+
 def empty_like_layout(x: Tensor) -> Tensor:
     """An output of the kernels: dense, in the input's memory format."""
     transposed = x.dim() == 3 and x.transpose(1, 2).is_contiguous()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from cnnkern.ops import fake
+from cnnkern.triton_kernels import check
 
 _layer_norm = torch.ops.cnnkern.layer_norm.default
 
@@ -36,6 +37,8 @@ def layer_norm(
 @torch.library.register_fake("cnnkern::layer_norm")
 def _(x, normalized_shape, weight, bias, eps):
     op, n = "cnnkern::layer_norm", len(normalized_shape)
+    if fake.is_meta(x):
+        check.layer_norm(op, x, normalized_shape, weight, bias)
     torch._check(n >= 1, lambda: f"{op}: expected normalized_shape to be at least 1-dimensional")
     torch._check(
         x.dim() >= n and all(a == b for a, b in zip(x.shape[x.dim() - n :], normalized_shape, strict=True)),

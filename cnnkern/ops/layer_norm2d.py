@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from cnnkern.ops import fake
+from cnnkern.triton_kernels import check
 
 _layer_norm2d = torch.ops.cnnkern.layer_norm2d.default
 
@@ -27,6 +28,8 @@ def layer_norm2d(input: Tensor, weight: Tensor | None = None, bias: Tensor | Non
 
 @torch.library.register_fake("cnnkern::layer_norm2d")
 def _(x, weight, bias, eps):
+    if fake.is_meta(x):
+        check.layer_norm2d("cnnkern::layer_norm2d", x, weight, bias)
     torch._check(x.dim() == 4, lambda: "cnnkern::layer_norm2d: expected an input of 4 dimensions (N, C, H, W)")
     fake.check_channel_vectors("cnnkern::layer_norm2d", x, weight=weight, bias=bias)
     return fake.empty_like_layout(x), *fake.layer_norm_statistics(x, (1,))

@@ -41,6 +41,7 @@ ADD_RELU = Case(
     backward_call=add_relu_backward_call,
     bench_layers=ADD_LAYERS,
     bench_variant="plain",
+    bench_forms={"in place": reference.add_relu_in_place},
     forward_traffic=(2, 1),
     backward_traffic=(1, 1),
     float32_parameters=False,

@@ -156,6 +156,7 @@ BN_ACT = Case(
     backward_call=bn_act_backward_call,
     bench_layers=BATCH_NORM_LAYERS,
     bench_variant="train relu",
+    bench_forms={"in place": reference.batch_norm_act_in_place},
     bench_others=(
         *("train none", "train relu6", "train leaky_relu", "train sigmoid", "train silu", "train hardswish"),
     ),
@@ -177,6 +178,7 @@ BN_ADD_ACT = Case(
     backward_call=bn_add_act_backward_call,
     bench_layers=ADD_LAYERS,
     bench_variant="train relu",
+    bench_forms={"in place": reference.batch_norm_add_act_in_place},
     bench_others=("train none",),
     forward_traffic=(2, 1),
     backward_traffic=(2, 2),

@@ -40,6 +40,7 @@ class Case:
     bench_others: tuple[str, ...] = field(default=(), kw_only=True)  # variants that a full run adds on two shapes
     # Other forms of the reference in use, by name: contenders of the benchmarks.
     bench_forms: dict[str, Callable[..., Tensor]] = field(default_factory=dict, kw_only=True)
+    compiled_forms: tuple[str, ...] = field(default=(), kw_only=True)  # those that Inductor does not make the same of
     forward_call: Callable[[dict[str, Any]], tuple]  # arguments of `inputs` -> (operator, positional arguments)
     backward_call: Callable[[dict[str, Any], Tensor], tuple]  # ... and dy -> (gradient operator, arguments)
     # Tensors that the least possible traffic (read, written) consists of; of x's size but for y and dy.

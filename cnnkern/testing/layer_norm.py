@@ -166,6 +166,7 @@ LAYER_NORM2D = Case(
     bench_layers={"convnext_tiny": layers(CONVNEXT_TINY), "convnext_tiny batch 1": layers(batch(1, CONVNEXT_TINY))},
     bench_variant="affine",
     bench_forms={"written out": reference.layer_norm2d_written_out},
+    compiled_forms=("written out",),
     forward_traffic=(1, 1),
     backward_traffic=(2, 1),
     ranks=(4,),

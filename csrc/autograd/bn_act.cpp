@@ -71,13 +71,20 @@ struct BnAct {
   }
 };
 
+std::tuple<Tensor, Tensor, Tensor> bn_act_by_pytorch(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                                     const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                                     bool training, double momentum, double eps, c10::string_view act) {
+  return batch_norm_by_pytorch("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, momentum, eps, act);
+}
+
 std::tuple<Tensor, Tensor, Tensor> bn_act_autograd(const Tensor& x, const OptionalTensor& weight,
                                                    const OptionalTensor& bias, const OptionalTensor& running_mean,
                                                    const OptionalTensor& running_var, bool training, double momentum,
                                                    double eps, c10::string_view act) {
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
   if (under_functorch() || has_tangent(x) || has_tangent(w) || has_tangent(b))
-    return batch_norm_by_pytorch(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
+    return bn_act_by_pytorch(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
+  check_statistics_want_no_gradient("cnnkern::bn_act", running_mean, running_var);
   const auto forward = [&] {
     return forward_op().call(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
   };
@@ -118,4 +125,4 @@ TORCH_LIBRARY_IMPL(cnnkern, Autograd, m) {
   m.impl("bn_act_backward", &cnnkern::bn_act_backward_autograd);
 }
 
-TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("bn_act", &cnnkern::batch_norm_by_pytorch); }
+TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("bn_act", &cnnkern::bn_act_by_pytorch); }

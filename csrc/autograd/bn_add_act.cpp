@@ -98,9 +98,11 @@ Four bn_add_act_by_pytorch(const Tensor& x, const Tensor& residual, const Option
                            const OptionalTensor& bias, const OptionalTensor& running_mean,
                            const OptionalTensor& running_var, bool training, double momentum, double eps,
                            c10::string_view act) {
-  check_relu_or_none("cnnkern::bn_add_act", act);
+  constexpr const char* op = "cnnkern::bn_add_act";
+  check_relu_or_none(op, act);
+  if (has_numbers(x) && has_numbers(residual)) check_same_shape(op, "residual", residual, x);
   auto [pre, mean, rstd] =
-      batch_norm_by_pytorch(x, weight, bias, running_mean, running_var, training, momentum, eps, "none");
+      batch_norm_by_pytorch(op, x, weight, bias, running_mean, running_var, training, momentum, eps, "none");
   return {activation_by_pytorch(pre + residual, act), mean, rstd, at::empty({0}, x.options().dtype(at::kByte))};
 }
 
@@ -111,6 +113,7 @@ Four bn_add_act_autograd(const Tensor& x, const Tensor& residual, const Optional
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
   if (under_functorch() || has_tangent(x) || has_tangent(residual) || has_tangent(w) || has_tangent(b))
     return bn_add_act_by_pytorch(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act);
+  check_statistics_want_no_gradient("cnnkern::bn_add_act", running_mean, running_var);
   const auto forward = [&] {
     return forward_op().call(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act);
   };

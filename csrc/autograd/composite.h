@@ -45,10 +45,25 @@ inline void bump_version(const OptionalTensor& t) {
   if (t.has_value() && t->defined() && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
 }
 
-// bn_act as PyTorch computes it, with its gradients of every kind.
+// Sizes that torch.compile traces have no numbers to be checked.
+inline bool has_numbers(const Tensor& x) { return !x.unsafeGetTensorImpl()->has_symbolic_sizes_strides(); }
+
+// PyTorch writes no gradient of the running statistics, and refuses those that ask for one.
+inline void check_statistics_want_no_gradient(const char* op, const OptionalTensor& running_mean, const OptionalTensor& running_var) {
+  const bool mean = requires_grad(tensor_or_undefined(running_mean));
+  TORCH_CHECK(!at::GradMode::is_enabled() || (!mean && !requires_grad(tensor_or_undefined(running_var))), op,
+              ": running_mean and running_var are not differentiable; got a ", mean ? "running_mean" : "running_var",
+              " that requires grad");
+}
+
+// bn_act as PyTorch computes it, with its gradients of every kind. Checked as our kernels check: PyTorch's own operator,
+// without the checks of torch.nn.functional, would have updated the running statistics before anything else refuses.
 inline std::tuple<Tensor, Tensor, Tensor> batch_norm_by_pytorch(
-    const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
+    const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, bool training, double momentum, double eps, c10::string_view act) {
+  if (has_numbers(x)) check_batch_norm(op, x, weight, bias, running_mean, running_var, training, eps);
+  check_activation(op, act);
+  check_statistics_want_no_gradient(op, running_mean, running_var);
   // PyTorch's CUDA kernels give a bias that has no weight beside it a wrong gradient in eval, or crash (seen in 2.11).
   const bool bias_alone = x.is_cuda() && tensor_or_undefined(bias).defined() && !tensor_or_undefined(weight).defined();
   const OptionalTensor scale = bias_alone ? at::ones_like(*bias) : weight;

@@ -1,0 +1,556 @@
+"""`cnnkern.convert` and `fold` where a forward pass does more than a trace of it holds: nothing changes its meaning."""
+
+import collections
+import copy
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import cnnkern
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU()
+        self.features = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5))
+
+    def hidden(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+PATCHED: dict[str, Callable[[], nn.Module]] = {}
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple]] = {}
+X = (torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64),)
+
+
+def case(*inputs: Any):
+    """A class whose forward pass takes these inputs, or one image."""
+
+    def added(cls):
+        CASES[cls.__name__] = cls, inputs or X
+        return cls
+
+    return added
+
+
+@case()
+class ChangesABuffer(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("ema", torch.ones(()))
+
+    def forward(self, x):
+        y = self.hidden(x)
+        self.ema.mul_(0.9).add_(y.detach().mean(), alpha=0.1)
+        return y * self.ema
+
+
+@case()
+class CountsInTraining(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.steps += 1
+        return self.hidden(x) + self.steps
+
+
+@case()
+class InitialisesItself(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.register_buffer("ready", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        if self.ready.item() == 0:
+            self.scale.data.fill_(float(x.detach().std()))
+            self.ready.fill_(1)
+        return self.hidden(x) / self.scale
+
+
+@case()
+class CountsInPython(Layers):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.hidden(x) * self.calls
+
+
+@case()
+class KeepsWhatItSaw(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list = []
+
+    def forward(self, x):
+        self.seen.append(x.shape)
+        return self.hidden(x) * len(self.seen)
+
+
+@case()
+class SetsItsChild(Layers):
+    def forward(self, x):
+        self.bn.momentum = 0.5
+        return self.hidden(x)
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return -dy
+
+
+@case()
+class ReversesGradients(Layers):
+    def forward(self, x):
+        return Reversed.apply(self.hidden(x))
+
+
+@case()
+class HasAFrozenPart(Layers):
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.hidden(x)
+        return self.features[0](y)
+
+
+@case()
+class IsFrozen(Layers):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.hidden(x)
+
+
+@case()
+class SwitchesGradients(Layers):
+    def forward(self, x):
+        before = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        y = self.hidden(x)
+        torch.set_grad_enabled(before)
+        return self.features[0](y)
+
+
+@case()
+class Checkpoints(Layers):
+    def forward(self, x):
+        return checkpoint(self.features[:3], x, use_reentrant=False) + checkpoint(self.hidden, x, use_reentrant=False)
+
+
+@case(X[0], None)
+class TakesNoMask(Layers):
+    def forward(self, x, mask):
+        y = self.hidden(x)
+        return y if mask is None else y * mask
+
+
+@case(X[0], 0.5)
+class TakesANumberOrATensor(Layers):
+    def forward(self, x, scale):
+        y = self.hidden(x)
+        return y * 2 if isinstance(scale, float) else y * scale
+
+
+@case(X[0])
+class TakesATensorOrAList(Layers):
+    def forward(self, x):
+        if not isinstance(x, torch.Tensor):
+            x = x[0]
+        return self.act(self.bn(self.conv(x)))
+
+
+@case(list(X))
+class TakesAListOrATensor(TakesATensorOrAList):
+    pass
+
+
+@case()
+class TakesOptions(Layers):
+    def forward(self, x, **options):
+        skip = options.get("skip")
+        y = self.bn(self.conv(x))
+        return F.relu(y if skip is None else y + skip)
+
+
+@case()
+class AsksItsChildsMode(Layers):
+    def forward(self, x):
+        return F.silu(self.bn(F.dropout(x, 0.5, self.features[3].training)))
+
+
+def perhaps(x, share):
+    return x * 0 if random.random() < share else x
+
+
+@case()
+class DrawsInAHelper(Layers):
+    def forward(self, x):
+        return perhaps(self.hidden(x), 0.5)
+
+
+@case()
+class ReadsABuffer(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x):
+        y = self.hidden(x) * self.scale.item()
+        self.scale.add_(1)
+        return y
+
+
+@case()
+class Tries(Layers):
+    def forward(self, x):
+        try:
+            count = len(x)
+        except TypeError:
+            count = 0
+        return self.hidden(x) * count
+
+
+@case()
+class TapsItsFeatures(Layers):
+    def forward(self, x, taps=(1,)):
+        out = []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in taps:
+                out.append(x)
+        return out
+
+
+@case()
+class TakesAPartOfItsFeatures(Layers):
+    def forward(self, x, until=2):
+        return self.features[:until](x)
+
+
+@case()
+class ReachesIntoAChild(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.Sequential(collections.OrderedDict(bn=nn.BatchNorm2d(4), relu=nn.ReLU()))
+
+    def forward(self, x, more=True):
+        return self.block.bn(x) + self.block(x)
+
+
+@case()
+class HandsAChildOn(Layers):
+    def forward(self, x, layers=2):
+        return self.run(self.features, x, layers)
+
+    def run(self, features, x, layers):
+        for layer in list(features.children())[:layers]:
+            x = layer(x)
+        return x
+
+
+@case()
+class KeepsAList(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = [self.conv, self.bn, self.act]
+
+    def forward(self, x):
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+class Child(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parent: list = []
+
+    def forward(self, x):
+        return self.parent[0].bn(x)
+
+
+@case()
+class IsKnownToItsChild(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.child = Child()
+        self.child.parent.append(self)
+
+    def forward(self, x):
+        return self.act(self.bn(x)) + self.child(x)
+
+
+@case()
+class DelegatesAttributes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = CASES["TakesATensorOrAList"][0]()
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, x):
+        return F.silu(self.bn(self.conv(x))) + self.inner(x)
+
+
+@case()
+class Registered(Layers):
+    def __init_subclass__(cls, *, tag) -> None:
+        super().__init_subclass__()
+
+    def forward(self, x):
+        return self.hidden(x)
+
+
+def patched(name: str, forward: Callable[[nn.Module], Callable]) -> None:
+    def make() -> nn.Module:
+        model = nn.Sequential(collections.OrderedDict(conv=nn.Conv2d(4, 4, 1), bn=nn.BatchNorm2d(4), relu=nn.ReLU()))
+        model.add_module("part", CASES["ReadsABuffer"][0]())
+        module = model.get_submodule(name)
+        module.forward = forward(module)
+        return model
+
+    PATCHED[name or "model"] = make
+
+
+patched("relu", lambda module: lambda x: x * 3)
+patched("bn", lambda module: lambda x: type(module).forward(module, x) * 2)
+patched("conv", lambda module: lambda x: type(module).forward(module, x) * 2)
+patched("part", lambda module: lambda x: type(module).forward(module, x) + x)
+patched("", lambda module: lambda x: module.bn(module.conv(x)))
+
+
+def lively(make: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(1)
+    model = make().double()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.weight)
+            nn.init.normal_(m.bias)
+            nn.init.normal_(m.running_mean)
+    return model
+
+
+def outcome(model: nn.Module, inputs: tuple, modes=(True, True, False, False)) -> dict[str, torch.Tensor]:
+    """Outputs, gradients and buffers of some calls."""
+    found: dict[str, torch.Tensor] = {}
+    for i, training in enumerate(modes):
+        torch.manual_seed(i)
+        random.seed(i)
+        model.train(training).zero_grad()
+        outputs = [t for t in torch.utils._pytree.tree_leaves(model(*inputs)) if isinstance(t, torch.Tensor)]
+        found |= {f"{i} output {j}": t.detach() for j, t in enumerate(outputs)}
+        if any(t.requires_grad for t in outputs):
+            sum(t.square().sum() for t in outputs if t.requires_grad).backward()
+        found |= {f"{i} gradient {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found |= {f"{i} buffer {n}": b.clone() for n, b in model.named_buffers()}
+    return found
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_means_the_same(name):
+    make, inputs = CASES[name]
+    expected = outcome(lively(make), inputs)
+    model = lively(make)
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    cnnkern.conversion_report(model)
+    converted = cnnkern.convert(model)
+    copied = copy.deepcopy(converted) if make is not IsKnownToItsChild else None
+    for n, b in model.named_buffers():  # asking, converting and copying run nothing
+        assert torch.equal(b, before[n]), n
+    if copied is not None:
+        assert_same(outcome(copied, inputs), expected)
+    assert_same(outcome(converted, inputs), expected)
+    assert_same(outcome(cnnkern.convert(lively(make), inplace=True), inputs), expected)
+    assert_same(outcome(cnnkern.revert(cnnkern.convert(lively(make))), inputs), expected)
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_a_forward_of_the_instance_is_called(name):
+    """In place: a copy's is the original's, which it was made with."""
+    expected = outcome(lively(PATCHED[name]), X)
+    assert_same(outcome(cnnkern.convert(lively(PATCHED[name]), inplace=True), X), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_folds_to_the_same(name):
+    make, inputs = CASES[name]
+    with torch.no_grad():
+        expected = outcome(lively(make), inputs, modes=(False, False))
+        found = outcome(cnnkern.fold(lively(make).eval()), inputs, modes=(False, False))
+    for key in expected.keys() & found.keys():
+        torch.testing.assert_close(
+            found[key], expected[key], rtol=1e-9, atol=1e-9, msg=lambda t, key=key: f"{key}: {t}"
+        )
+    assert {k for k in found if "output" in k} == {k for k in expected if "output" in k}
+
+
+def test_a_forward_that_takes_lists_and_tensors_is_converted_for_both():
+    model = lively(TakesATensorOrAList)
+    converted = cnnkern.convert(model)
+    assert cnnkern.conversion_report(converted).counts == {"BatchNorm + SiLU": 1, "BatchNorm + ReLU": 1}
+    expected = model.eval()(X[0])
+    for value in (X[0], list(X)):
+        torch.testing.assert_close(converted.eval()(value), expected)
+
+
+class Outputs(dict):
+    pass
+
+
+@pytest.mark.parametrize("container", [collections.OrderedDict, Outputs, dict])
+def test_outputs_keep_their_class(container):
+    class Model(Layers):
+        def forward(self, x):
+            return container(out=self.hidden(x))
+
+    assert type(cnnkern.convert(Model())(X[0].float())) is container
+
+
+def test_checkpoints_save_as_little_as_before():
+    def saved(model: nn.Module) -> int:
+        sizes: list[int] = []
+
+        def pack(t):
+            sizes.append(t.numel())
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(X[0])
+        return sum(sizes)
+
+    class Model(Layers):
+        def forward(self, x):
+            return checkpoint(self.hidden, x.requires_grad_(), use_reentrant=False)
+
+    model = lively(Model)
+    assert saved(cnnkern.convert(model)) <= saved(model)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(4, momentum=None), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())])
+def test_a_checkpointed_segment_that_ends_in_a_norm_counts_as_pytorch_s(layer):
+    results = []
+    for model in (layer, cnnkern.convert(copy.deepcopy(layer))):
+        for i in range(3):
+            x = (X[0].float() * (i + 1)).requires_grad_()
+            checkpoint(model, x, use_reentrant=False).sum().backward()
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value)
+
+
+def test_wrappers_of_torch_s_are_looked_through():
+    model = nn.DataParallel(torchvision.models.resnet18())
+    counts = cnnkern.conversion_report(model).counts
+    assert counts == {"BatchNorm + ReLU": 9, "BatchNorm + add + ReLU": 8, "BatchNorm": 3}
+
+
+def test_other_threads_run_models_and_convert_others_meanwhile():
+    model, x = torchvision.models.resnet18().eval(), torch.randn(1, 3, 32, 32)
+    stop, errors, counts = threading.Event(), [], []
+
+    def serve() -> None:
+        while not stop.is_set():
+            try:
+                with torch.no_grad():
+                    model(x)
+            except Exception as error:
+                errors.append(error)
+
+    def convert() -> None:
+        counts.append(cnnkern.conversion_report(torchvision.models.resnet18()).counts)
+
+    server = threading.Thread(target=serve)
+    server.start()
+    converters = [threading.Thread(target=convert) for _ in range(3)]
+    for thread in converters:
+        thread.start()
+    for thread in converters:
+        thread.join()
+    stop.set()
+    server.join()
+    assert not errors
+    assert counts == 3 * [{"BatchNorm + ReLU": 9, "BatchNorm + add + ReLU": 8, "BatchNorm": 3}]
+    assert nn.Sequential(nn.ReLU())(x).shape == x.shape  # torch.nn.Module is as it was
+
+
+def test_what_happens_to_a_converted_module_is_copied():
+    """A hook, and a reference to itself, that came after: a copy is of the same class and needs no new trace."""
+
+    class Model(Layers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls = 0
+            self.conv.register_forward_hook(self.count)
+
+        def count(self, *_):
+            self.calls += 1
+
+        def forward(self, x):
+            return F.relu(self.bn(self.conv(x)) + x)
+
+    converted = cnnkern.convert(lively(Model)).eval()
+    assert cnnkern.conversion_report(converted).counts["BatchNorm + add + ReLU"] == 1
+    converted.features[2].register_forward_hook(lambda *_: None)
+    for other in (copy.deepcopy(converted), cnnkern.revert(converted), cnnkern.convert(converted)):
+        torch.testing.assert_close(other(X[0]), converted(X[0]))
+
+
+def test_parametrized_since_is_an_error_of_revert():
+    converted = cnnkern.convert(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)))
+    torch.nn.utils.parametrizations.weight_norm(converted[0])
+    with pytest.raises(TypeError, match=r"cnnkern.revert: '0' has become a Parametrized.*remove_parametrizations"):
+        cnnkern.revert(converted)
+
+
+def test_a_graph_module_stays_what_it_is():
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    model = create_feature_extractor(torchvision.models.resnet18(), ["layer1.0.relu", "layer4"]).double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    converted = cnnkern.convert(model).eval()
+    model.eval()
+    for other in (converted, copy.deepcopy(converted).eval(), cnnkern.revert(converted).eval()):
+        other.recompile()
+        for name, value in model(x).items():
+            torch.testing.assert_close(other(x)[name], value)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "resnext50_32x4d"])
+def test_converted_models_are_traced_as_torchvision_traces_them(name):
+    from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+    model = torchvision.models.get_model(name, weights=None).eval()
+    converted = cnnkern.convert(model)
+    last = get_graph_node_names(converted)[1][-1]
+    x = torch.randn(1, 3, 64, 64)
+    traced = create_feature_extractor(converted, [last])
+    torch.testing.assert_close(traced(x)[last], converted(x))
