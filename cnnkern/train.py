@@ -72,10 +72,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
         def parsed(text: str) -> Any:
             value = kind(text)
+            if most < value < math.inf:
+                raise argparse.ArgumentTypeError(f"must be at most {most}; got {text}")
             if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
                 raise argparse.ArgumentTypeError(f"must {'not be below' if zero else 'be above'} zero; got {text}")
-            if value > most:
-                raise argparse.ArgumentTypeError(f"must be at most {most}; got {text}")
             return value
 
         parsed.__name__ = kind.__name__  # argparse names it where the text is no number at all

@@ -55,7 +55,8 @@ def test_values_that_are_not_finite_and_other_shapes_are_judged_too():
 @pytest.fixture
 def tiny_case(monkeypatch):
     """CASES cut down to batch norm on two shapes of a network called toy."""
-    case = replace(testing.CASES["bn_act"], bench_layers={"toy": (Layer((2, 3, 5, 7)), Layer((2, 8, 4, 4)))})
+    layers = {"toy": (Layer((2, 3, 5, 7)), Layer((2, 8, 4, 4)))}
+    case = replace(testing.CASES["bn_act"], bench_layers=layers, bench_forms={})
     monkeypatch.setattr(testing, "CASES", {"bn_act": case})
     return case
 
@@ -78,6 +79,27 @@ def test_plan_has_both_layouts_and_both_modes(tiny_case):
     assert all(Contender("torch.compile", "contiguous") in g.contenders for g in plan)
     quick = operators.groups(Options(quick=True), compiled=True)
     assert not any(c.name == "torch.compile" for g in quick for c in g.contenders)
+
+
+def test_other_forms_of_the_reference_are_contenders():
+    """In place as networks have it; the layer norm written out, which torch.compile makes something else of."""
+    names: dict[str, set[str]] = {}
+    for group in operators.groups(Options(), compiled=True):
+        names.setdefault(group.operator, set()).update(c.name for c in group.contenders)
+    assert {n for n, contenders in names.items() if "in place" in contenders} == {"bn_act", "bn_add_act", "add_relu"}
+    assert {n for n, contenders in names.items() if "written out" in contenders} == {"layer_norm2d"}
+    compiled = {c for contenders in names.values() for c in contenders if c.startswith("torch.compile")}
+    assert compiled == {"torch.compile", "torch.compile, written out"}
+
+
+def test_in_place_is_the_reference_bit_for_bit(generator):
+    for case in (testing.CASES[n] for n in ("bn_act", "bn_add_act", "add_relu")):
+        for variant in case.variants.values():
+            inputs = case.inputs((3, 8, 5, 5), generator=generator, **variant)
+            dy = testing.randn((3, 8, 5, 5), generator, torch.float32)
+            plain = testing.run(case.reference, case, inputs, dy)
+            for name, value in testing.run(case.bench_forms["in place"], case, inputs, dy).items():
+                assert torch.equal(value, plain[name]), f"{case.name} {variant} {name}"
 
 
 def test_all_modes_time_the_halves_of_a_training_step(tiny_case):

@@ -157,3 +157,34 @@ def test_unknown_arguments_are_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["doctor", "--quick"])
     assert "unrecognized arguments: --quick" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--seconds -5", "not below zero"),
+        ("--seconds nan", "not below zero"),
+        ("--compile-seconds inf", "not below zero"),
+        ("--filter ,", "names nothing"),
+    ],
+)
+def test_impossible_arguments_of_bench(options, message):
+    ended = run("-m", "cnnkern", "bench", *options.split(), folder=PACKAGE.parent)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m cnnkern zoo show lenet | head -1"
+    ended = subprocess.run(command, shell=True, cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert ended.stderr == ""
+    ended = run("-m", "cnnkern", "zoo", "show", "lenet", folder=PACKAGE.parent, PYTHONIOENCODING="ascii")
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_too_large_an_input_is_one_line(capsys):
+    assert cli.main(["zoo", "show", "googlenet", "--input", "99999999,8,8"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("cnnkern: googlenet does not take an input of 99999999x8x8")
+    assert said.count("\n") == 1

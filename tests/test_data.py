@@ -60,7 +60,7 @@ def test_mnist_files_are_read(mnist, name):
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion-mnist"])
-@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "header", "labels"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty", "header", "labels", "a label too high", "sizes"])
 def test_damaged_mnist_files_are_one_clear_error(mnist, name, damage):
     folder, _ = mnist
     raw = folder / ("MNIST" if name == "mnist" else "FashionMNIST") / "raw"
@@ -73,6 +73,10 @@ def test_damaged_mnist_files_are_one_clear_error(mnist, name, damage):
         file.write_bytes(b"")
     elif damage == "header":
         file.write_bytes(b"not an idx file" * 400)
+    elif damage == "a label too high":
+        (raw / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 4) + b"\x00\x01\x02\x0c")
+    elif damage == "sizes":
+        (raw / "t10k-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 4, 20, 20) + bytes(1600))
     else:
         (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 2049, 2) + b"\x00\x01")
     with pytest.raises(data.DataError, match=rf"^{name}: the files in {re.escape(str(folder))} are missing or damaged"):

@@ -3,8 +3,11 @@
 Nothing has been written then: running statistics are as they were. tests/test_batchnorm.py has the modules' misuse.
 """
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -169,3 +172,105 @@ def test_layer_norms_of_images_raise_what_torch_raises(misuse):
     others, shared = LAYER_NORM2D[misuse]
     arguments = {"input": X, "weight": torch.ones(5), "bias": torch.zeros(5)} | others
     assert_the_same_error("layer_norm2d", functional.layer_norm2d, reference.layer_norm2d, arguments, shared)
+
+
+def in_forward_mode(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """PyTorch's own operators answer then: nothing less is checked."""
+
+    def call(**arguments):
+        x = arguments["input"]
+        with forward_ad.dual_level():
+            return function(**arguments | {"input": forward_ad.make_dual(x, torch.ones_like(x))})
+
+    return call
+
+
+def under_torch_func(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(**arguments):
+        return torch.func.grad(lambda x: function(**arguments | {"input": x}).sum())(arguments["input"])
+
+    return call
+
+
+WAYS = {"forward mode": in_forward_mode, "torch.func": under_torch_func}
+OF_FLOATS = [
+    n for n, (others, _) in BATCH_NORM.items() if others.get("input", X).is_floating_point() and "device" not in n
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("misuse", OF_FLOATS)
+def test_batch_norms_raise_the_same_however_they_are_differentiated(misuse, way):
+    others, shared = BATCH_NORM[misuse]
+    arguments = batch_norm(**others)
+    residual = torch.ones_like(arguments["input"])
+
+    def add(**arguments):
+        return functional.batch_norm_add_act(**arguments, residual=residual)
+
+    assert_the_same_error("bn_act", WAYS[way](functional.batch_norm_act), F.batch_norm, arguments, shared)
+    assert_the_same_error("bn_add_act", WAYS[way](add), F.batch_norm, arguments, shared)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("misuse", REFUSED_HERE)
+def test_residuals_are_refused_however_they_are_differentiated(misuse, way):
+    other, message = REFUSED_HERE[misuse]
+    vectors = torch.zeros(5), torch.ones(5)
+    with pytest.raises(RuntimeError, match=f"cnnkern::add_relu: {message}"):
+        WAYS[way](lambda input: functional.add_relu(input, other))(input=X)
+    with pytest.raises(RuntimeError, match=f"cnnkern::bn_add_act: {message}"):
+        WAYS[way](lambda input: functional.batch_norm_add_relu(input, other, *vectors, training=True))(input=X)
+    assert torch.equal(torch.stack(vectors), torch.tensor([[0.0], [1.0]]).expand(2, 5))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_unknown_activation_is_refused_however_it_is_differentiated(way):
+    arguments = batch_norm(act="gelu")
+    with pytest.raises(ValueError, match="act must be one of"):
+        WAYS[way](functional.batch_norm_act)(**arguments)
+    assert torch.equal(arguments["running_mean"], torch.zeros(5))
+
+
+ON_META = {
+    "bn_act": (BATCH_NORM, functional.batch_norm_act, F.batch_norm, batch_norm()),
+    "layer_norm": (
+        LAYER_NORM,
+        functional.layer_norm,
+        F.layer_norm,
+        {"input": X, "normalized_shape": (3,), "weight": torch.ones(3), "bias": torch.zeros(3)},
+    ),
+    "layer_norm2d": (
+        LAYER_NORM2D,
+        functional.layer_norm2d,
+        reference.layer_norm2d,
+        {"input": X, "weight": torch.ones(5), "bias": torch.zeros(5)},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "misuse"), [(n, m) for n, row in ON_META.items() for m in row[0] if "device" not in m]
+)
+def test_meta_tensors_are_refused_as_real_ones_are(name, misuse):
+    table, ours, theirs, arguments = ON_META[name]
+    others, shared = table[misuse]
+    real = {n: v.clone() if isinstance(v, Tensor) else v for n, v in (arguments | others).items()}
+    with pytest.raises(Exception, match=shared) as expected:
+        theirs(**real)
+    with pytest.raises(expected.type, match=f"cnnkern::{name}"):
+        ours(**{n: v.to("meta") if isinstance(v, Tensor) else v for n, v in real.items()})
+
+
+@pytest.mark.parametrize("which", ["running_mean", "running_var"])
+def test_running_statistics_that_want_a_gradient_are_refused(which):
+    arguments = batch_norm(**{which: torch.ones(5, requires_grad=True)})
+    with pytest.raises(RuntimeError, match="not differentiable"):
+        F.batch_norm(**arguments)
+    for way in (lambda function: function, *WAYS.values()):
+        with pytest.raises(RuntimeError, match=f"not differentiable.*{which}"):
+            way(functional.batch_norm_act)(**arguments)
+    with pytest.raises(RuntimeError, match=f"cnnkern::bn_add_act: .* not differentiable; got a {which}"):
+        functional.batch_norm_add_act(**arguments, residual=X)
+    with torch.no_grad():
+        functional.batch_norm_act(**arguments)

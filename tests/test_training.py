@@ -94,6 +94,11 @@ def test_compare_prints_both_rates(tiny, capsys):
         (["lenet", "--device", "abacus"], "argument --device: 'abacus' cannot be used"),
         (["lenet", "--seed", "1" + 20 * "0"], "argument --seed: must be at most 2147483647; got 1000"),
         (["lenet", "--seed", "-1"], "argument --seed: must not be below zero; got -1"),
+        (["lenet", "--lr", "1e39"], "argument --lr: must be at most 1e+30; got 1e39"),
+        (["lenet", "--weight-decay", "1e40"], "argument --weight-decay: must be at most 1e+30"),
+        (["lenet", "--device", "meta"], "argument --device: 'meta' cannot be used"),
+        (["lenet", "--data-dir", "x"], "--data-dir: digits needs none"),
+        (["lenet", "--dataset", "folder", "a", "--data-dir", "b"], "--data-dir: folder has its path already"),
         (["lenet", "--resize", "1" + 20 * "0"], "argument --resize: must be at most 2147483647"),
         (["lenet", "--epochs", "1" + 400 * "0"], "argument --epochs: must be at most 2147483647"),
         (["lenet", "--threads", "100000"], "argument --threads: must be at most 1024"),
@@ -123,6 +128,9 @@ def test_errors_of_a_run_are_one_line(tiny, tmp_path, capsys):
     assert "try --resize 224" in said
     said = error_of(capsys, "resnet18", "--resize", "32", "--batch-size", "1", *out)
     assert "Expected more than 1 value per channel when training" in said
+    said = error_of(capsys, "bn_lenet", "--batch-size", "1", *out)
+    assert "Expected more than 1 value per channel when training" in said
+    assert said.endswith("try a larger --batch-size")
     (tmp_path / "file").touch()
     assert "File exists" in error_of(capsys, tiny, "--output", str(tmp_path / "file"))
     (tmp_path / "file").unlink()
@@ -154,7 +162,9 @@ def test_damaged_and_foreign_checkpoints(tiny, tmp_path, capsys, monkeypatch):
     said = error_of(capsys, *options, "--seed", "4", "--batch-size", "32")
     assert "was made with batch_size 64 (now 32), seed 0 (now 4): resume with the same options" in said
     assert "is of tiny, not of lenet" in error_of(capsys, "lenet", "--resume", str(path), "--resize", "28")
-    for content in (b"", good[: len(good) // 2], b"no checkpoint at all", pickle.dumps(Evil())):
+    middle = len(good) // 2
+    flipped = good[:middle] + bytes(255 - b for b in good[middle : middle + 200]) + good[middle + 200 :]
+    for content in (b"", good[:middle], flipped, b"no checkpoint at all", pickle.dumps(Evil())):
         path.write_bytes(content)
         assert error_of(capsys, *options).startswith("cnnkern: the checkpoint run/checkpoint.pt is damaged: ")
         assert path.read_bytes() == content
@@ -166,6 +176,56 @@ def test_damaged_and_foreign_checkpoints(tiny, tmp_path, capsys, monkeypatch):
     checkpoint["state"].popitem()
     checkpoints.save(path, checkpoint)
     assert "does not fit" in error_of(capsys, *options)
+    path.write_bytes(good)
+    for key, value in (("settings", None), ("epoch", "two"), ("steps", None), ("classes", {})):
+        checkpoints.save(path, checkpoints.load(path) | {key: value})
+        assert error_of(capsys, *options).endswith("is no checkpoint of cnnkern train")
+        path.write_bytes(good)
+    checkpoints.save(path, checkpoints.load(path) | {"classes": ["a", "b"]})
+    assert "is of other classes: a, b; this data has 0, 1" in error_of(capsys, *options)
+    for key, value in (("model", "nope"), ("arguments", {"colour": 1})):
+        path.write_bytes(good)
+        checkpoints.save(path, checkpoints.load(path) | {key: value})
+        with pytest.raises(checkpoints.CheckpointError, match="does not fit"):
+            checkpoints.load_model(path)
+    torch.save(torch.nn.ReLU(), path)
+    said = error_of(capsys, *options)
+    assert said.endswith("is no checkpoint of cnnkern train: it holds more than tensors and text")
+
+
+def test_a_resumed_run_keeps_its_rates_unless_told_otherwise(tiny, tmp_path, capsys):
+    options = [tiny, "--output", str(tmp_path)]
+    assert train.main([*options, "--epochs", "1", "--lr", "3e-3", "--schedule", "cosine"]) == 0
+    assert train.main([*options, "--epochs", "4", "--resume"]) == 0
+    assert "warning" not in capsys.readouterr().out
+    rates = [row["learning_rate"] for row in rows(tmp_path / "epochs.csv")]
+    assert 3e-3 > rates[1] > rates[2] > rates[3] > 0
+    assert train.main([*options, "--epochs", "5", "--resume", "--lr", "1e-4", "--schedule", "constant"]) == 0
+    said = capsys.readouterr().out
+    assert "warning: --lr 0.0001 from here on, 0.003 before" in said
+    assert "warning: --schedule constant from here on, cosine before" in said
+    assert rows(tmp_path / "epochs.csv")[-1]["learning_rate"] == 1e-4
+
+
+def test_interrupted_before_its_first_epoch_beside_an_older_run(tiny, tmp_path, monkeypatch, capsys):
+    def interrupted(run):
+        raise KeyboardInterrupt
+
+    options = [tiny, "--epochs", "1", "--output", str(tmp_path)]
+    assert train.main(options) == 0
+    monkeypatch.setattr(train.Run, "train_epoch", interrupted)
+    assert train.main([*options, "--seed", "9"]) == 130
+    assert "no epoch was finished" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_to_is_known_before_training(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(train.Run, "train_epoch", lambda run: pytest.fail("it has trained"))
+    error_of(capsys, tiny, "--output", "/proc/self")
+
+
+def test_a_world_size_of_somebody_else_is_no_torchrun(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main([tiny, "--epochs", "1", "--output", str(tmp_path)]) == 0
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):

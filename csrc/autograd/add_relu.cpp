@@ -51,6 +51,8 @@ struct AddRelu {
 };
 
 std::tuple<Tensor, Tensor> add_relu_by_pytorch(const Tensor& x, const Tensor& residual) {
+  check_floating("cnnkern::add_relu", x);
+  if (has_numbers(x) && has_numbers(residual)) check_same_shape("cnnkern::add_relu", "residual", residual, x);
   return {at::relu(x + residual), at::empty({0}, x.options().dtype(at::kByte))};
 }
 
