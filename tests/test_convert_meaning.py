@@ -435,6 +435,23 @@ def test_outputs_keep_their_class(container):
     assert type(cnnkern.convert(Model())(X[0].float())) is container
 
 
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_an_addition_in_place_keeps_its_dtype(batch_norm):
+    class Model(Layers):
+        def forward(self, x):
+            y = self.conv(x)
+            if batch_norm:
+                y = self.bn(y)
+            y += x
+            return F.relu(y)
+
+    model, x = Model(), X[0].float()
+    converted = cnnkern.convert(model)
+    assert "add + ReLU" in str(cnnkern.conversion_report(converted))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert converted(x).dtype == model(x).dtype == torch.bfloat16
+
+
 def test_checkpoints_save_as_little_as_before():
     def saved(model: nn.Module) -> int:
         sizes: list[int] = []

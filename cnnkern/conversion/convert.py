@@ -24,6 +24,7 @@ from cnnkern.conversion.layers import (
     ACT_CLASSES,
     ADD_CLASSES,
     DIMENSIONS,
+    IN_PLACE,
     NORMS,
     Absorbed,
     exchange,
@@ -127,6 +128,7 @@ def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
         if module.__dict__.pop("_cnnkern_converted", False):
             module.__class__ = originals()[type(module)]
             module.__dict__.pop("act", None)
+            module.__dict__.pop(IN_PLACE, None)
         for name, child in module._modules.items():
             if isinstance(child, Absorbed):
                 module._modules[name] = child._original[0].train(child.training)

@@ -12,6 +12,7 @@ from cnnkern.nn import batchnorm, layer_norm, sync
 from cnnkern.nn.conv import GroupedConv2d
 from cnnkern.ops.bn_act import batch_norm_act
 
+IN_PLACE = "_cnnkern_adds_in_place"  # in a module that does
 DIMENSIONS = {nn.BatchNorm1d: "1d", nn.BatchNorm2d: "2d", nn.BatchNorm3d: "3d"}
 NAMES = {"relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "sigmoid": "Sigmoid", "silu": "SiLU"}
 NAMES |= {"hardswish": "Hardswish"}
@@ -30,9 +31,10 @@ def _classes(kind: type, name: str, namespace: dict[str, Any]) -> dict[type, typ
 def _add_unfused(
     module: batchnorm._FusedBatchNorm, input: Tensor, residual: Tensor, operator: Callable[..., Tensor]
 ) -> Tensor:
-    """The batch norm by its operator without an activation, then what PyTorch makes of the addition."""
+    """The batch norm by its operator without an activation, then what PyTorch makes of the addition: one in place keeps
+    the batch norm's dtype and shape."""
     y = module._normalize(input, lambda *arguments: operator(*arguments[:-1], "none"))
-    return reference.ACTIVATIONS[module.act](y + residual)
+    return reference.ACTIVATIONS[module.act](y.add_(residual) if IN_PLACE in module.__dict__ else y + residual)
 
 
 class SyncAddsWhatFits(sync.SyncBatchNormAddReLU):

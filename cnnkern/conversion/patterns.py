@@ -29,7 +29,7 @@ _FUNCTIONS = {
 _METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid"}
 _ADDS = {operator.add, operator.iadd, torch.add}
 _ADD_METHODS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
-_IN_PLACE_ADDS = {operator.iadd, "add_", "__iadd__"}
+IN_PLACE_ADDS = {operator.iadd, "add_", "__iadd__"}
 # The last stands for a convolution whose input has been seen to stay as it is.
 _FRESH = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, FoldedConv, Moved)
 
@@ -113,7 +113,7 @@ def fusion_at(holder: nn.Module, call: fx.Node, with_add: bool = True) -> Fusion
     if with_add and add is not None and _is_add(add) and add.args[0] is not add.args[1]:
         residual = add.args[1] if add.args[0] is call else add.args[0]
         # An addition in place changes its first argument: the batch norm's output, which nobody else sees.
-        if not (add.target in _IN_PLACE_ADDS and add.args[0] is residual) and can_wait(holder, call, add):
+        if not (add.target in IN_PLACE_ADDS and add.args[0] is residual) and can_wait(holder, call, add):
             activation, act = _activation_after(holder, add)
             if act in ("relu", "none"):
                 return Fusion(norm, call, add, residual, activation, act)
@@ -177,7 +177,7 @@ def why_alone(holder: nn.Module, graph: fx.Graph, name: str) -> str:
         return follows(holder.get_submodule(user.target))
     if _is_add(user) and user.args[0] is not user.args[1]:
         residual = user.args[1] if user.args[0] is calls[0] else user.args[0]
-        if user.target in _IN_PLACE_ADDS and user.args[0] is residual:
+        if user.target in IN_PLACE_ADDS and user.args[0] is residual:
             return "it is added to another tensor in place"
         if not can_wait(holder, calls[0], user):
             return "its input changes before it is added"
@@ -211,7 +211,7 @@ def add_relu_at(holder: nn.Module, node: fx.Node) -> fx.Node | None:
     relu, act = _activation_after(holder, node)
     if act != "relu":
         return None
-    if node.target in _IN_PLACE_ADDS:
+    if node.target in IN_PLACE_ADDS:
         target = node.args[0]
         own = target.op == "call_module" and _is_fresh(holder.get_submodule(target.target))
         if not own or only_user(target) is not node:

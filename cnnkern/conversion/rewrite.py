@@ -1,13 +1,14 @@
 """Exchanges a module's forward pass for its trace without what the layers before compute by now."""
 
 import copy
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from cnnkern.conversion.layers import ORIGINAL, Absorbed, AddsWhatFits, SyncAddsWhatFits, alike
-from cnnkern.conversion.patterns import add_relu_at, fusion_at, is_once_called_child, is_view
+from cnnkern.conversion.layers import IN_PLACE, ORIGINAL, Absorbed, AddsWhatFits, SyncAddsWhatFits, alike
+from cnnkern.conversion.patterns import IN_PLACE_ADDS, add_relu_at, fusion_at, is_once_called_child, is_view
 from cnnkern.conversion.tracing import module_calls, trace
 from cnnkern.nn.folded_conv import FoldedConv
 from cnnkern.ops.add_relu import add_relu
@@ -66,6 +67,8 @@ def rewrite(holder: nn.Module, graph: fx.Graph) -> list[fx.Node]:
                 graph.erase_node(fusion.activation)
                 changed = True
             continue
+        if fusion.add.target in IN_PLACE_ADDS:
+            holder.get_submodule(call.target).__dict__[IN_PLACE] = True
         with graph.inserting_before(fusion.add):  # where the residual is what it was
             fused = graph.call_module(call.target, (*call.args, fusion.residual))
         (fusion.activation or fusion.add).replace_all_uses_with(fused)
@@ -80,7 +83,7 @@ def rewrite(holder: nn.Module, graph: fx.Graph) -> list[fx.Node]:
         if relu is None:
             continue
         with graph.inserting_before(relu):
-            fused = graph.call_function(_add_relu, node.args)
+            fused = graph.call_function(_add_in_place_relu if node.target in IN_PLACE_ADDS else _add_relu, node.args)
         relu.replace_all_uses_with(fused)
         graph.erase_node(relu)
         graph.erase_node(node)
@@ -111,6 +114,13 @@ def _absorbed_by(layer: nn.Module) -> tuple[str, bool] | None:
 
 def _add_relu(a: Any, b: Any) -> Any:
     """``relu(a + b)``: fused where the operator takes both, else as it was."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and alike(a, b):
-        return add_relu(a, b)
-    return torch.relu(a + b)
+    return add_relu(a, b) if _takes(a, b) else torch.relu(a + b)
+
+
+def _add_in_place_relu(a: Any, b: Any) -> Any:
+    """``relu(a += b)``, where nobody else sees a."""
+    return add_relu(a, b) if _takes(a, b) else torch.relu(operator.iadd(a, b))
+
+
+def _takes(a: Any, b: Any) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and alike(a, b)

@@ -37,6 +37,8 @@ _CONTEXTS = tuple(f"autograd/{file}" for file in _CONTEXTS) + ("amp/autocast_mod
 _CONTEXTS = tuple(_PACKAGES[0] + file for file in (*_CONTEXTS, "utils/checkpoint.py", "random.py"))
 # What a model asks for, as torch itself does all the time.
 _ASKED = (_PACKAGES[0] + "compiler/__init__.py", _STANDARD + "random.py")
+_LOOKED_FOR = {*_CONTEXTS, *_ASKED}
+_WHOSE: dict[str, bool] = {}  # whether it is the model's, by file: asked at every call
 _QUESTIONS = {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_compiling"}
 _QUESTIONS |= {"random", "randint", "randperm", "rand", "randn", "rand_like", "randn_like", "bernoulli", "uniform"}
 # Instructions of `with` and `except`, by Python's versions, and of `global`.
@@ -143,9 +145,14 @@ class _Watch:
             gc.enable()
 
     def event(self, frame: FrameType, event: str, called: Any) -> None:
+        theirs = _WHOSE.get(frame.f_code.co_filename)
+        if theirs is None:
+            theirs = _WHOSE.setdefault(frame.f_code.co_filename, _is_theirs(frame.f_code.co_filename))
         if event == "call":
-            self.more = self.more or self.enters(frame)
-        elif event == "return" or not _is_theirs(frame.f_code.co_filename):
+            self.more = self.more or (
+                self.enters(frame) if theirs else frame.f_code.co_filename in _LOOKED_FOR and self.leaves(frame)
+            )
+        elif event == "return" or not theirs:
             return
         elif called is isinstance:
             self.asked = event == "c_call"
@@ -160,13 +167,10 @@ class _Watch:
 
     @staticmethod
     def enters(frame: FrameType) -> bool:
+        """Whether this function of the model does more than a trace holds."""
         code, caller = frame.f_code, "" if frame.f_back is None else frame.f_back.f_code.co_filename
-        if code.co_filename in _CONTEXTS:
-            return True
         if not (_is_theirs(caller) or caller.startswith(_TRACER)):  # a handler of torch's log, for one
             return False
-        if not _is_theirs(code.co_filename):
-            return code.co_filename in _ASKED and _is_theirs(caller)
         names, tested = _instructions(code)
         if not _UNTRACED.isdisjoint(names):
             return True
@@ -175,6 +179,12 @@ class _Watch:
         if isinstance(first, nn.Module) and not names.isdisjoint(("STORE_ATTR", "DELETE_ATTR")):
             return True
         return any(issubclass(type(arguments.get(name)), fx.Proxy) for name in tested)
+
+    @staticmethod
+    def leaves(frame: FrameType) -> bool:
+        """Whether the model uses this function of torch's or Python's."""
+        asked_by = "" if frame.f_back is None else frame.f_back.f_code.co_filename
+        return frame.f_code.co_filename in _CONTEXTS or _is_theirs(asked_by)
 
 
 class _State:

@@ -1,12 +1,10 @@
 """Grouped and depthwise convolution. Kernels: csrc/cpu, triton_kernels; autograd: csrc/autograd."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 _grouped_conv2d = torch.ops.cnnkern.grouped_conv2d.default
 
@@ -74,21 +72,6 @@ def _pad(
 @torch.library.register_fake("cnnkern::grouped_conv2d")
 def _(x, weight, bias, stride, padding, dilation, groups):
     return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
-
-
-def _flops(output: Sequence[int], weight: Sequence[int]) -> int:
-    """Two for each output and each weight of its group."""
-    return 2 * math.prod(output) * math.prod(weight[1:])
-
-
-@register_flop_formula(torch.ops.cnnkern.grouped_conv2d)
-def _(x, weight, *arguments, out_shape=None, **options) -> int:
-    return _flops(out_shape, weight)
-
-
-@register_flop_formula(torch.ops.cnnkern.grouped_conv2d_backward)
-def _(dy, x, weight, stride, padding, dilation, groups, output_mask, out_shape=None, **options) -> int:
-    return (output_mask[0] + output_mask[1]) * _flops(dy, weight)
 
 
 @torch.library.register_fake("cnnkern::grouped_conv2d_backward")
