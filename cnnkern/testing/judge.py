@@ -46,9 +46,11 @@ def check(
         if not isinstance(value, Tensor):
             return value
         sign = torch.randint(0, 2, value.shape, generator=generator).to(value) * 2 - 1
+        near = value * (1 + 8 * _arithmetic_eps(dtype) * sign)
         # What is denormal is rounded to a multiple of the smallest number there is, however small it is itself.
         smallest = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).smallest_normal
-        return value + 8 * _arithmetic_eps(dtype) * sign * value.abs().clamp_min(smallest) * (value != 0)
+        denormal = (value.abs() < smallest) & (value != 0)
+        return torch.where(denormal, value + 8 * _arithmetic_eps(dtype) * sign * smallest, near)
 
     allowance = dict.fromkeys(ref, 0.0)
     for _ in range(3 if slack or dy is not None else 0):
