@@ -47,17 +47,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"must be a number and not below zero, got {text}")
         return value
 
-    def names(text: str) -> str:
-        parts = [part.strip() for part in text.split(",") if part.strip()]
-        if text and not parts:
-            raise argparse.ArgumentTypeError(f"names nothing, got {text!r}")
-        return ",".join(parts)
-
     parser = Parser(prog="cnnkern bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few shapes and one model, about a minute")
     parser.add_argument(
         "--filter",
-        type=names,
         default="",
         metavar="TEXT[,TEXT]",
         help="only what has TEXT, or one of several, in its name: operator, shape, network, contender, ...",

@@ -90,7 +90,7 @@ class Group:
 def select(groups: Iterable[Group], text: str, malloc: str) -> list[Group]:
     """The groups cut down to the contenders whose name contains `text`, or one of several between commas, and the eager
     ones they are compared with."""
-    wanted = [part.strip() for part in text.lower().split(",")]
+    wanted = [part for part in map(str.strip, text.lower().split(",")) if part] if text else [""]
     chosen = []
     for group in groups:
         names = {c: f"{group.name_of(c)} {malloc} malloc".lower() for c in group.contenders}

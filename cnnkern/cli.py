@@ -109,6 +109,8 @@ def train(arguments: list[str]) -> int:
         return fail(problem)
     from cnnkern.train import main as train_main
 
+    # As an exception, so that a file which is being written is not left half done.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     return train_main(arguments)
 
 

@@ -139,8 +139,9 @@ def _torchvision(name: str, folder: Path) -> tuple:
     from torchvision import datasets
 
     kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
-    classes = list(kind(folder, train=True).classes)
-    train, test = (_bytes(kind(folder, train=part), len(classes)) for part in (True, False))
+    sets = [kind(folder, train=part) for part in (True, False)]
+    classes = list(sets[0].classes)
+    train, test = (_bytes(s, len(classes)) for s in sets)
     if train[0].shape[1:] != test[0].shape[1:]:
         raise ValueError(f"training images of {list(train[0].shape[1:])}, test images of {list(test[0].shape[1:])}")
     return train, test, classes

@@ -1,7 +1,7 @@
 """Every operator in a few lines of eager PyTorch: its specification, the tests' oracle, the benchmarks' baseline.
 
 Each function has the signature of its namesake in :mod:`cnnkern.functional`. Those with a suffix are the same layers as
-others write them: contenders of the benchmarks.
+others write them: contenders of the benchmarks, called by keyword.
 """
 
 import functools
@@ -67,26 +67,12 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def batch_norm_act_in_place(
-    input: Tensor, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, act="relu"
-) -> Tensor:
-    return _IN_PLACE[act](_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))
+def batch_norm_act_in_place(*, act: str = "relu", **arguments) -> Tensor:
+    return _IN_PLACE[act](_batch_norm(**arguments))
 
 
-def batch_norm_add_act_in_place(
-    input: Tensor,
-    residual: Tensor,
-    running_mean,
-    running_var,
-    weight=None,
-    bias=None,
-    training=False,
-    momentum=0.1,
-    eps=1e-5,
-    act="relu",
-) -> Tensor:
-    y = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _IN_PLACE[act](y.add_(residual))
+def batch_norm_add_act_in_place(*, residual: Tensor, act: str = "relu", **arguments) -> Tensor:
+    return _IN_PLACE[act](_batch_norm(**arguments).add_(residual))
 
 
 def add_relu_in_place(input: Tensor, other: Tensor) -> Tensor:

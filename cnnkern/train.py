@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +20,6 @@ from cnnkern.trainer import LEARNING_RATES, SCHEDULES, Run, TrainingError, proce
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `cnnkern train` with these arguments; returns the exit status: 0, 1 for an error, 130 after Ctrl-C."""
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not in the middle of writing a file
     run = None
     try:
         with processes(options.device) as group:

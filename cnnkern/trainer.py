@@ -102,10 +102,9 @@ class Run:
         self.data = data.load(options.dataset, options.data_dir, options.resize or builder.input_size[-1])
         for line in self.data.warnings:
             self._warn(line)
-        found = None
-        if options.resume:
-            found = checkpoints.load(options.output / "checkpoint.pt" if options.resume is True else options.resume)
-        self._choose_rates({} if found is None else found["settings"])
+        path = options.output / "checkpoint.pt" if options.resume is True else options.resume
+        found = checkpoints.load(path) if path else None
+        self._choose_rates(found["settings"] if found else {})
         self.arguments = {"num_classes": len(self.data.classes), "in_channels": self.data.channels}
         self._check_sizes(builder.input_size)
         self.settings = {name: getattr(options, name, None) for name in (*FIXED, *RATES)} | {"size": self.data.size}
@@ -120,8 +119,8 @@ class Run:
         mine = range(group.rank, len(self.data.test), group.count)
         self.test_loader = self._loader(self.data.test, mine, drop_last=False)
         self.epoch, self.history, self.losses = 0, [], []
-        if found is not None:
-            self._resume(options.output / "checkpoint.pt" if options.resume is True else options.resume, found)
+        if found:
+            self._resume(path, found)
 
     def _warn(self, line: str) -> None:
         plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)  # a file's name
@@ -317,7 +316,7 @@ class Run:
                 f"{path} is of other classes: {', '.join(map(str, found['classes']))}; "
                 f"this data has {', '.join(self.data.classes)}"
             )
-        if other := [n for n in self.settings if n not in RATES and found["settings"].get(n) != self.settings[n]]:
+        if other := [n for n in FIXED if found["settings"].get(n) != self.settings[n]]:
             said = ", ".join(f"{n} {found['settings'].get(n)} (now {self.settings[n]})" for n in other)
             raise checkpoints.CheckpointError(f"{path} was made with {said}: resume with the same options")
         checkpoints.restore(path, self.model, found, self.optimizer)

@@ -75,7 +75,11 @@ def test_a_batch_that_cannot_be_divided_among_processes():
         train.Run(options, trainer.Processes(rank=0, count=2))
 
 
-def test_ctrl_c_keeps_the_last_checkpoint(tmp_path):
+INTERRUPTED = "interrupted; run/checkpoint.pt has the last whole epoch: go on with --resume\n"
+
+
+@pytest.mark.parametrize(("sent", "status", "message"), [("SIGINT", 130, [INTERRUPTED]), ("SIGTERM", 143, [])])
+def test_a_signal_leaves_the_last_checkpoint_and_nothing_unfinished(tmp_path, sent, status, message):
     command = [sys.executable, "-m", "cnnkern", "train", "lenet_relu", "--epochs", "1000000", "--output", "run"]
     path = tmp_path / "run" / "checkpoint.pt"
     process = subprocess.Popen(
@@ -92,12 +96,10 @@ def test_ctrl_c_keeps_the_last_checkpoint(tmp_path):
         deadline = time.monotonic() + 120
         while not path.exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.Signals[sent])
         _, said = process.communicate(timeout=60)
-    assert process.returncode == 130, said
-    assert said.split("cnnkern: ")[1:] == [
-        "interrupted; run/checkpoint.pt has the last whole epoch: go on with --resume\n"
-    ]
+    assert process.returncode == status, said
+    assert said.split("cnnkern: ")[1:] == message
     assert "Traceback" not in said
     assert checkpoints.load(path)["epoch"] >= 1
     assert checkpoints.load_model(path)(torch.zeros(1, 1, 28, 28)).isfinite().all()

@@ -12,12 +12,13 @@ _MODULES = {
 }
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to the module's calls, or has put a forward pass of his own into the instance."""
+def is_apart(module: nn.Module) -> bool:
+    """Whether the module does more than its class: somebody listens to its calls, or has given it another forward."""
     return why_apart(module) != ""
 
 
 def why_apart(module: nn.Module) -> str:
+    """What the report says of it; nothing where it `is_apart` in nothing."""
     if "forward" in module.__dict__:
         return "has another forward pass than its class"
     hooks = (
@@ -31,11 +32,11 @@ def why_apart(module: nn.Module) -> str:
 
 def is_identity(module: nn.Module) -> bool:
     """Whether this is an `nn.Identity`, no subclass, that nobody listens to."""
-    return type(module) is nn.Identity and not has_hooks(module)
+    return type(module) is nn.Identity and not is_apart(module)
 
 
 def act_of_module(module: nn.Module) -> str | None:
     """The activation that the module computes, and nothing else; None where it is none of ours or has hooks."""
-    if has_hooks(module) or (type(module) is nn.LeakyReLU and module.negative_slope != 0.01):
+    if is_apart(module) or (type(module) is nn.LeakyReLU and module.negative_slope != 0.01):
         return None
     return _MODULES.get(type(module))

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from cnnkern.conversion.activations import act_of_module, has_hooks, is_identity, why_apart
+from cnnkern.conversion.activations import act_of_module, is_apart, is_identity, why_apart
 from cnnkern.conversion.layers import (
     ACT_CLASSES,
     ADD_CLASSES,
@@ -234,22 +234,20 @@ def convert_layers(model: nn.Module, folder: _Folder | None = None) -> Conversio
         for node in (traces.get(id(holder)) or fx.Graph()).nodes
         if node.op == "get_attr"
     }
-    for _, holder in holders:
-        if traces.get(id(holder), True) is None:
-            reached |= reached_by(holder)
-    reached |= kept_elsewhere(model)
+    untraced = [m for _, m in holders if id(m) in traces and traces[id(m)] is None]
+    reached = reached.union(kept_elsewhere(model), *map(reached_by, untraced))
     became: dict[int, str] = {}  # batch norms by what they became
     reasons: dict[int, str] = {}  # those that took nothing of what follows, by why
     adds: list[Replacement] = []
 
     def alone(module: nn.Module) -> bool:
-        return not has_hooks(module) and len(paths[id(module)]) == 1 and id(module) not in reached
+        return not is_apart(module) and len(paths[id(module)]) == 1 and id(module) not in reached
 
     def fusable(norm: nn.Module) -> bool:
         return type(norm) in DIMENSIONS and alone(norm)
 
     def why(holder: nn.Module, name: str, norm: nn.Module) -> str:
-        if has_hooks(norm):
+        if is_apart(norm):
             return why_apart(norm)
         if len(paths[id(norm)]) > 1:
             return "stands in several places"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cnnkern.conversion import timm_layers
-from cnnkern.conversion.activations import act_of_module, has_hooks, is_identity
+from cnnkern.conversion.activations import act_of_module, is_apart, is_identity
 from cnnkern.conversion.convert import ConversionReport, check_module, convert_layers, revert
 from cnnkern.conversion.layers import DIMENSIONS, NAMES, Absorbed, Moved
 from cnnkern.conversion.patterns import (
@@ -168,7 +168,7 @@ class _Folder:
         alone: dict[int, FoldedConv] = {}
         for module in list(model.modules()):
             for name, conv in module._modules.items():
-                if _is_convolution(conv) and not has_hooks(conv):
+                if _is_convolution(conv) and not is_apart(conv):
                     if id(conv) not in alone:
                         alone[id(conv)] = self._exchange(conv, None, "none")
                     module._modules[name] = alone[id(conv)]

@@ -41,7 +41,7 @@ class SyncAddsWhatFits(sync.SyncBatchNormAddReLU):
     """What ``convert_sync_batchnorm`` makes of :class:`AddsWhatFits`."""
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy) or (isinstance(residual, Tensor) and alike(input, residual)):
+        if takes(input, residual):
             return super().forward(input, residual)
         return _add_unfused(self, input, residual, self._over_processes(batch_norm_act))
 
@@ -52,12 +52,20 @@ class AddsWhatFits(batchnorm._FusedBatchNormAdd):
     synchronised = SyncAddsWhatFits
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy) or (isinstance(residual, Tensor) and alike(input, residual)):
+        if takes(input, residual):
             return super().forward(input, residual)
         return _add_unfused(self, input, residual, batch_norm_act)
 
 
-def alike(a: Tensor, b: Tensor) -> bool:
+def takes(input: Any, residual: Any) -> bool:
+    """Whether the fused operators add these two; under `torch.fx`, which knows nothing of them, the layer will tell."""
+    if isinstance(input, fx.Proxy):
+        return True
+    both = isinstance(input, Tensor) and isinstance(residual, Tensor)
+    return both and input.is_floating_point() and _alike(input, residual)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
 
 

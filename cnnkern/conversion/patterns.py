@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from cnnkern.conversion.activations import act_of_module, has_hooks, why_apart
+from cnnkern.conversion.activations import act_of_module, is_apart, why_apart
 from cnnkern.conversion.layers import Absorbed, Moved
 from cnnkern.conversion.tracing import is_fixed, module_calls
 from cnnkern.nn.folded_conv import FoldedConv
@@ -160,7 +160,7 @@ def fusions(
 def follows(module: nn.Module) -> str:
     """That this module follows, and no operator computes it with what it follows."""
     named = type(module).__name__ if module._modules else repr(module)
-    return f"{named} follows" + (f", which {why_apart(module)}" if has_hooks(module) else "")
+    return f"{named} follows" + (f", which {why_apart(module)}" if is_apart(module) else "")
 
 
 def why_alone(holder: nn.Module, graph: fx.Graph, name: str) -> str:
@@ -187,7 +187,7 @@ def why_alone(holder: nn.Module, graph: fx.Graph, name: str) -> str:
 
 def _is_fresh(module: nn.Module) -> bool:
     """Whether the module's output is a tensor of its own, no view of its input, that no hook has seen."""
-    if has_hooks(module):
+    if is_apart(module):
         return False
     if type(module) is nn.Sequential and len(module):
         return _is_fresh(module[-1])

@@ -14,16 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 _HARMLESS = {"isinstance", "hasattr", "type", "id", "callable", "bool", "str", "repr"}
-_THROUGH = {
-    "enumerate",
-    "zip",
-    "reversed",
-    "list",
-    "tuple",
-    "iter",
-    "sorted",
-    "len",
-}  # that hand on what they are given
+_THROUGH = {"enumerate", "zip", "reversed", "list", "tuple", "iter", "sorted", "len"}  # hand on what they are given
 _CHILDREN = {"children", "named_children", "values", "items", "_modules"}
 _EVERYTHING = {"modules", "named_modules", "get_submodule", "apply"}
 

@@ -5,9 +5,9 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
-from cnnkern.conversion.layers import IN_PLACE, ORIGINAL, Absorbed, AddsWhatFits, SyncAddsWhatFits, alike
+from cnnkern.conversion.layers import IN_PLACE, ORIGINAL, Absorbed, AddsWhatFits, SyncAddsWhatFits, takes
 from cnnkern.conversion.patterns import IN_PLACE_ADDS, add_relu_at, fusion_at, is_once_called_child, is_view
 from cnnkern.conversion.tracing import module_calls, trace
 from cnnkern.nn.folded_conv import FoldedConv
@@ -114,13 +114,9 @@ def _absorbed_by(layer: nn.Module) -> tuple[str, bool] | None:
 
 def _add_relu(a: Any, b: Any) -> Any:
     """``relu(a + b)``: fused where the operator takes both, else as it was."""
-    return add_relu(a, b) if _takes(a, b) else torch.relu(a + b)
+    return add_relu(a, b) if takes(a, b) else torch.relu(a + b)
 
 
 def _add_in_place_relu(a: Any, b: Any) -> Any:
     """``relu(a += b)``, where nobody else sees a."""
-    return add_relu(a, b) if _takes(a, b) else torch.relu(operator.iadd(a, b))
-
-
-def _takes(a: Any, b: Any) -> bool:
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_floating_point() and alike(a, b)
+    return add_relu(a, b) if takes(a, b) else torch.relu(operator.iadd(a, b))

@@ -38,7 +38,6 @@ _CONTEXTS = tuple(_PACKAGES[0] + file for file in (*_CONTEXTS, "utils/checkpoint
 # What a model asks for, as torch itself does all the time.
 _ASKED = (_PACKAGES[0] + "compiler/__init__.py", _STANDARD + "random.py")
 _LOOKED_FOR = {*_CONTEXTS, *_ASKED}
-_WHOSE: dict[str, bool] = {}  # whether it is the model's, by file: asked at every call
 _QUESTIONS = {"is_grad_enabled", "is_inference_mode_enabled", "is_autocast_enabled", "is_compiling"}
 _QUESTIONS |= {"random", "randint", "randperm", "rand", "randn", "rand_like", "randn_like", "bernoulli", "uniform"}
 # Instructions of `with` and `except`, by Python's versions, and of `global`.
@@ -125,10 +124,11 @@ def _instructions(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
 
 
 class _Watch:
-    """Sees what a forward pass calls while it is traced, in this thread alone, and whether a trace can hold that."""
+    """Sees what a forward pass calls while it is traced, in this thread alone, and ends it before it does what a trace
+    cannot hold."""
 
     def __init__(self) -> None:
-        self.more = False  # than a trace holds
+        self.more = False  # than a trace holds: known also if the model has caught the error
         self.asked = False  # whether the model is calling isinstance
         self.before: Any = None
         self.collects = True
@@ -145,25 +145,32 @@ class _Watch:
             gc.enable()
 
     def event(self, frame: FrameType, event: str, called: Any) -> None:
-        theirs = _WHOSE.get(frame.f_code.co_filename)
-        if theirs is None:
-            theirs = _WHOSE.setdefault(frame.f_code.co_filename, _is_theirs(frame.f_code.co_filename))
+        file, more = frame.f_code.co_filename, False
+        theirs = _is_theirs(file)
         if event == "call":
-            self.more = self.more or (
-                self.enters(frame) if theirs else frame.f_code.co_filename in _LOOKED_FOR and self.leaves(frame)
-            )
+            more = self.enters(frame) if theirs else file in _LOOKED_FOR and self.leaves(frame)
         elif event == "return" or not theirs:
             return
         elif called is isinstance:
             self.asked = event == "c_call"
-        elif event == "c_call" and not self.more:
-            owner = getattr(called, "__self__", None)
-            self.more = (
-                called.__name__ in _QUESTIONS
-                or isinstance(owner, random.Random)
-                or type(owner).__module__.startswith("numpy.random")
-                or (isinstance(owner, type) and issubclass(owner, torch.autograd.Function))
-            )
+        elif event == "c_call":
+            more = self.asks(called)
+        if more:  # what is called is not run then
+            self.more = True
+            raise TraceError("the forward pass does more than a trace holds")
+
+    @staticmethod
+    def asks(called: Any) -> bool:
+        """Whether this function of C's, which the model calls, may answer otherwise another time: a tensor's, whose
+        values are not a trace's to know or to change, or one of chance."""
+        owner = getattr(called, "__self__", None)
+        return (
+            called.__name__ in _QUESTIONS
+            or issubclass(type(owner), Tensor)
+            or isinstance(owner, random.Random)
+            or type(owner).__module__.startswith("numpy.random")
+            or (isinstance(owner, type) and issubclass(owner, torch.autograd.Function))
+        )
 
     @staticmethod
     def enters(frame: FrameType) -> bool:
@@ -241,16 +248,17 @@ def _traced(module: nn.Module, training: bool, as_tensors: bool) -> tuple[fx.Gra
     modes = [(m, m.training) for m in module.modules()]
     for m, _ in modes:
         m.training = training
-    state, watch, graph = _State(module), _Watch(), None
+    state, watch, graph, changed = _State(module), _Watch(), None, False
     tracer = _OwnForward(watch, as_tensors)
     try:
         with watch:
             graph = tracer.trace(module)
     except Exception:  # whatever a forward pass does with a proxy that a tensor would have allowed
         graph = None
-    changed = state.put_back()  # the tracer's own constants too: tensors that the forward pass makes
-    for m, mode in modes:
-        m.training = mode
+    finally:
+        changed = state.put_back()  # the tracer's own constants too: tensors that the forward pass makes
+        for m, mode in modes:
+            m.training = mode
     return None if graph is None or changed or watch.more else (graph, tracer.asked_for_class)
 
 
