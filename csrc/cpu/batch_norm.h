@@ -3,6 +3,7 @@
 
 #include <ATen/Dispatch.h>
 
+#include <array>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -17,32 +18,47 @@
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 
-// pre = fma(x - center, scale, offset). What rounding the mean to the arithmetic type loses is put into the offset.
-struct Affine {
-  double center, scale, offset;
-};
+// What is worked out a channel is worked out in double, for a lot of channels step by step: each step is a loop that the
+// compiler turns into vectors, where a channel at a time would wait for every root and quotient.
+using Lot = std::array<double, kLot>;
 
+// What rounding the mean to the arithmetic type loses.
 template <typename S>
-Affine affine(double mean, double rstd, double weight, double bias) {
-  const S center = static_cast<S>(mean);
-  const double lost = std::isfinite(mean) ? mean - center : 0.0;
-  return {center, weight * rstd, bias - lost * weight * rstd};
+double lost_digits(double mean, S center) {
+  return std::isfinite(mean) ? mean - center : 0.0;
 }
 
 struct Parameters {
   ChannelVector weight, bias;
-  double weight_of(int64_t c) const { return weight ? weight.get(c) : 1.0; }
-  double bias_of(int64_t c) const { return bias ? bias.get(c) : 0.0; }
+
+  // pre = fma(x - center, scale, offset), for n channels from c. What the center loses is put into the offset.
+  template <typename S>
+  void affine(int64_t c, int64_t n, const double* mean, const double* rstd, S* center, S* scale, S* offset) const {
+    Lot w, b;
+    if (weight) weight.read(c, n, w.data()); else w.fill(1.0);
+    if (bias) bias.read(c, n, b.data()); else b.fill(0.0);
+    for (int64_t j = 0; j < n; ++j) {
+      center[j] = static_cast<S>(mean[j]);
+      scale[j] = static_cast<S>(w[j] * rstd[j]);
+      offset[j] = static_cast<S>(b[j] - lost_digits(mean[j], center[j]) * w[j] * rstd[j]);
+    }
+  }
 };
 
 struct RunningStatistics {
   ChannelVector mean, var;
   double momentum;
-  void update(int64_t c, double batch_mean, double batch_var, int64_t n) const {
+  // batch_var: biased, over `count` elements; n channels from c.
+  void update(int64_t c, int64_t n, const Lot& batch_mean, const Lot& batch_var, double count) const {
     if (!mean) return;
-    const double unbiased = batch_var * (static_cast<double>(n) / static_cast<double>(n - 1));
-    mean.set(c, momentum * batch_mean + (1 - momentum) * mean.get(c));
-    var.set(c, momentum * unbiased + (1 - momentum) * var.get(c));
+    const auto move = [&](const ChannelVector& statistic, const Lot& batch, double correction) {
+      Lot value;
+      statistic.read(c, n, value.data());
+      for (int64_t j = 0; j < n; ++j) value[j] = momentum * (batch[j] * correction) + (1 - momentum) * value[j];
+      statistic.write(c, n, value.data());
+    };
+    move(mean, batch_mean, 1.0);
+    move(var, batch_var, count / (count - 1));
   }
 };
 
@@ -72,15 +88,20 @@ struct BatchNormForward {
   T* output() const { return y; }
   void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2); }
 
-  void prepare(int64_t c) {
+  void prepare(int64_t c, int64_t n) {
+    Lot m{}, var;
     if (training) {
       // Sums are taken of x - shift, so that a large mean costs no digits: a few elements' mean is near enough.
-      const int64_t n = view.count(), samples = std::clamp<int64_t>(n / 256, 1, 16);
-      double sum = 0;
-      for (int64_t j = 0; j < samples; ++j) sum += static_cast<double>(x[view.offset(c, j * (n / samples))]);
-      table(kShift, c) = static_cast<S>(sum / samples);
+      const int64_t count = view.count(), samples = std::clamp<int64_t>(count / 256, 1, 16);
+      for (int64_t sample = 0; sample < samples; ++sample) {
+        const T* p = x + view.offset(c, sample * (count / samples));
+        for (int64_t j = 0; j < n; ++j) m[j] += static_cast<double>(p[j * view.channel_stride]);
+      }
+      S* const shift = table.row(kShift) + c;
+      for (int64_t j = 0; j < n; ++j) shift[j] = static_cast<S>(m[j] / samples);
     } else {
-      set_affine(c, running.mean.get(c), 1.0 / std::sqrt(running.var.get(c) + eps));
+      running.mean.read(c, n, m.data()), running.var.read(c, n, var.data());
+      set_affine(c, n, m, var);
     }
   }
 
@@ -92,17 +113,29 @@ struct BatchNormForward {
     s2 = at::vec::fmadd(d, d, s2);
   }
 
-  void finish(int64_t c, double s1, double s2) {
-    const double n = view.count();
-    double delta = s1 / n, m = table(kShift, c) + delta, var = std::max((s2 - s1 * delta) / n, 0.0);
+  void finish(int64_t c, int64_t n, const double* s1, const double* s2) {
+    const double count = view.count();
+    const S* const shift = table.row(kShift) + c;
+    Lot m, var;
     // Far from the mean the shift was of no use; squares may have left the arithmetic type's range; NaN fails too.
-    const bool sound = delta * delta <= 8 * var && s2 <= std::numeric_limits<S>::max() && s2 / n > 1e-28;
-    if (!sound && !(s1 == 0 && s2 == 0)) std::tie(m, var) = exact_moments(c);
-    set_affine(c, m, 1.0 / std::sqrt(var + eps));
-    running.update(c, m, var, view.count());
+    const auto sound = [&](int64_t j, double delta) {
+      return bool((delta * delta <= 8 * var[j]) & (s2[j] <= std::numeric_limits<S>::max()) & (s2[j] > 1e-28 * count));
+    };
+    bool all_sound = true;
+    for (int64_t j = 0; j < n; ++j) {
+      const double delta = s1[j] / count;
+      m[j] = shift[j] + delta;
+      var[j] = std::max((s2[j] - s1[j] * delta) / count, 0.0);
+      all_sound &= sound(j, delta);
+    }
+    if (!all_sound)
+      for (int64_t j = 0; j < n; ++j)
+        if (!sound(j, s1[j] / count) && !(s1[j] == 0 && s2[j] == 0)) std::tie(m[j], var[j]) = exact_moments(c + j);
+    set_affine(c, n, m, var);
+    running.update(c, n, m, var, count);
   }
 
-  std::tuple<double, double> exact_moments(int64_t c) const {
+  C10_NOINLINE std::tuple<double, double> exact_moments(int64_t c) const {
     const auto sum_of = [&](const auto& f) {
       double total = 0;
       for (int64_t r = 0; r < view.runs; ++r) {
@@ -118,10 +151,10 @@ struct BatchNormForward {
     return {m, sum_of([m](double v) { return (v - m) * (v - m); }) / n};
   }
 
-  void set_affine(int64_t c, double m, double r) {
-    mean[c] = m, rstd[c] = r;
-    const Affine a = affine<S>(m, r, parameters.weight_of(c), parameters.bias_of(c));
-    table(kCenter, c) = a.center, table(kScale, c) = a.scale, table(kOffset, c) = a.offset;
+  void set_affine(int64_t c, int64_t n, const Lot& m, const Lot& var) {
+    std::copy_n(m.data(), n, mean + c);
+    for (int64_t j = 0; j < n; ++j) rstd[c + j] = 1.0 / std::sqrt(var[j] + eps);
+    parameters.affine(c, n, mean + c, rstd + c, table.row(kCenter) + c, table.row(kScale) + c, table.row(kOffset) + c);
   }
 
   template <typename At>
@@ -197,9 +230,8 @@ struct BatchNormBackward {
   T* output() const { return dx != nullptr ? dx : dresidual; }
   void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2), __builtin_prefetch(dy + i, 0, 2); }
 
-  void prepare(int64_t c) {
-    const Affine a = affine<S>(mean[c], rstd[c], parameters.weight_of(c), parameters.bias_of(c));
-    table(kCenter, c) = a.center, table(kScale, c) = a.scale, table(kOffset, c) = a.offset;
+  void prepare(int64_t c, int64_t n) {
+    parameters.affine(c, n, mean + c, rstd + c, table.row(kCenter) + c, table.row(kScale) + c, table.row(kOffset) + c);
   }
 
   template <bool kPartial, typename At>
@@ -221,15 +253,20 @@ struct BatchNormBackward {
     }
   }
 
-  void finish(int64_t c, double s1, double s2) {
-    const double n = view.count(), r = rstd[c];
-    const double lost = std::isfinite(mean[c]) ? mean[c] - table(kCenter, c) : 0.0;
-    const double centered_sum = s2 - lost * s1;  // of g * (x - mean)
-    if (dbias) dbias.set(c, s1);
-    if (dweight) dweight.set(c, centered_sum * r);
-    const double slope = -r * r * centered_sum / n;
-    table(kSlope, c) = slope;
-    table(kMeanGradient, c) = s1 / n + slope * lost;
+  void finish(int64_t c, int64_t n, const double* s1, const double* s2) {
+    const double count = view.count();
+    const S* const center = table.row(kCenter) + c;
+    S *const slope = table.row(kSlope) + c, *const mean_gradient = table.row(kMeanGradient) + c;
+    Lot normalized_sum;  // of g * (x - mean) * rstd
+    for (int64_t j = 0; j < n; ++j) {
+      const double r = rstd[c + j], lost = lost_digits(mean[c + j], center[j]);
+      normalized_sum[j] = (s2[j] - lost * s1[j]) * r;
+      const double s = -r * normalized_sum[j] / count;
+      slope[j] = static_cast<S>(s);
+      mean_gradient[j] = static_cast<S>(s1[j] / count + s * lost);
+    }
+    if (dbias) dbias.write(c, n, s1);
+    if (dweight) dweight.write(c, n, normalized_sum.data());
   }
 
   template <typename At>

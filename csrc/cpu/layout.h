@@ -23,24 +23,29 @@ class ChannelVector {
         type_(t.defined() ? t.scalar_type() : at::kFloat),
         stride_(t.defined() ? t.stride(0) : 0) {}
   explicit operator bool() const { return data_ != nullptr; }
-  double get(int64_t c) const {
-    switch (type_) {
-      case at::kFloat: return static_cast<const float*>(data_)[c * stride_];
-      case at::kDouble: return static_cast<const double*>(data_)[c * stride_];
-      case at::kBFloat16: return static_cast<const c10::BFloat16*>(data_)[c * stride_];
-      default: return static_cast<const c10::Half*>(data_)[c * stride_];
-    }
+  // n channels from c.
+  void read(int64_t c, int64_t n, double* values) const {
+    with_data([&](const auto* data) {
+      for (int64_t j = 0; j < n; ++j) values[j] = data[(c + j) * stride_];
+    });
   }
-  void set(int64_t c, double value) const {
-    switch (type_) {
-      case at::kFloat: static_cast<float*>(data_)[c * stride_] = static_cast<float>(value); break;
-      case at::kDouble: static_cast<double*>(data_)[c * stride_] = value; break;
-      case at::kBFloat16: static_cast<c10::BFloat16*>(data_)[c * stride_] = static_cast<float>(value); break;
-      default: static_cast<c10::Half*>(data_)[c * stride_] = static_cast<float>(value);
-    }
+  void write(int64_t c, int64_t n, const double* values) const {
+    with_data([&]<typename E>(E* data) {
+      for (int64_t j = 0; j < n; ++j) data[(c + j) * stride_] = static_cast<compute_t<E>>(values[j]);
+    });
   }
 
  private:
+  template <typename F>
+  void with_data(const F& f) const {
+    switch (type_) {
+      case at::kFloat: return f(static_cast<float*>(data_));
+      case at::kDouble: return f(static_cast<double*>(data_));
+      case at::kBFloat16: return f(static_cast<c10::BFloat16*>(data_));
+      default: return f(static_cast<c10::Half*>(data_));
+    }
+  }
+
   void* data_;
   at::ScalarType type_;
   int64_t stride_;

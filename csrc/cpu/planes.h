@@ -155,12 +155,10 @@ class PieceSums {
     }
   }
 
-  void add_to(double* sums) {  // (channels of the block, 2)
+  void add_to(double* s1, double* s2) {  // of the block's channels
     for (int64_t c = 0; c < channels_; ++c) {
       flush(c);
-      double t1 = 0, t2 = 0;
-      for (int64_t j = 0; j < L; ++j) t1 += wide1_[c][j], t2 += wide2_[c][j];
-      sums[2 * c] += t1, sums[2 * c + 1] += t2;
+      s1[c] += sum_pairwise<L>(wide1_[c]), s2[c] += sum_pairwise<L>(wide2_[c]);
     }
   }
 
@@ -225,7 +223,9 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S>& sweeps) {
   if (!sweeps.reduces) return map_planes(sweeps, far, stream);
   const auto end_of = [&](int64_t block) { return std::min(s.C, (block + 1) * cut.block); };
   const auto prepare = [&](int64_t block) { sweeps.prepare(block * cut.block, end_of(block)); };
-  const auto finish = [&](int64_t block, const double* sums) { sweeps.finish(block * cut.block, end_of(block), sums); };
+  const auto finish = [&](int64_t block, const double* sums) {  // (2, channels of a block)
+    sweeps.finish(block * cut.block, end_of(block), sums, sums + cut.block);
+  };
   // Second sweep over part of a block's planes in image n.
   const auto map = [&](int64_t block, int64_t n, int64_t part, int64_t ahead) {
     const int64_t c0 = block * cut.block, channels = end_of(block) - c0, p0 = part * cut.part;
@@ -244,7 +244,7 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S>& sweeps) {
           sweeps.add(piece, n, p, ahead);
           if ((n + 1) % cut.group != 0 && n + 1 != s.N) continue;
           std::fill_n(part, 2 * cut.block, 0.0);
-          piece.add_to(part);
+          piece.add_to(part, part + cut.block);
           for (int64_t j = 0; j < 2 * cut.block; ++j) sums[j] += part[j];
         }
       };
@@ -282,7 +282,7 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S>& sweeps) {
     for (int64_t u = begin; u < end; ++u) {
       piece.start(u % cut.blocks);
       cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) { sweeps.add(piece, n, p, far); });
-      piece.add_to(&partial[u * 2 * cut.block]);
+      piece.add_to(&partial[u * 2 * cut.block], &partial[(u * 2 + 1) * cut.block]);
     }
     stream_fence();
   });

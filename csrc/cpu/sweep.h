@@ -5,9 +5,9 @@
 //   Reduction                      the type whose sums the first sweep takes: the policy, or a base of it
 //   reduces(), maps()              which of the two sweeps it makes
 //   prefetch(i)                    asks for the first sweep's inputs at element i
-//   prepare(c)                     before the first sweep, channel c
+//   prepare(c, n)                  before the first sweep, n channels from c, at most kLot
 //   term<kPartial>(at, i, n, s1, s2)  first sweep: adds element i (a vector; its first n lanes if kPartial) to two sums
-//   finish(c, s1, s2)              the channel's sums -> constants of the second sweep
+//   finish(c, n, s1, s2)           the channels' sums -> constants of the second sweep
 //   map(at, i, stream)             second sweep: computes and stores element i (a vector), past the caches if `stream`
 //   map_part(at, i, n)             the same for its first n lanes
 //   output()                       where the second sweep stores
@@ -41,9 +41,11 @@ constexpr int64_t kBlockBytes = 1 << 19;   // of one tensor that a thread reads 
 constexpr int64_t kSerial = 16384;         // elements below which waking a second thread costs more than it saves
 constexpr int64_t kMaxBlock = 64;          // channels of a block
 constexpr int64_t kChannels = 512;         // whose constants a thread works out in one go, in rows
+constexpr int64_t kLot = 64;               // channels whose constants are worked out in vectors, step by step
 constexpr int64_t kShortPlane = 512;       // elements of a plane so short that a branch a plane costs
 constexpr int64_t kStretch = 65536;        // elements of rows that are read forward in the reversed second sweep
 constexpr int64_t kAhead = 8192;           // bytes between what is read and what is fetched
+constexpr int64_t kCoreCache = 1 << 20;    // bytes of a tensor that is not fetched ahead: it is a core's own caches' (rows)
 
 // How many elements p is short of the alignment of a whole vector.
 template <typename T>
@@ -106,8 +108,8 @@ class ChannelTable {
     width_ = width;
     data_.resize(kRows * width);
   }
-  compute_t<T>& operator()(int row, int64_t c) { return data_[row * width_ + c]; }
   const compute_t<T>* row(int r) const { return data_.data() + r * width_; }
+  compute_t<T>* row(int r) { return data_.data() + r * width_; }
   void replicate() {
     if (channels_ == width_) return;
     for (int row = 0; row < kRows; ++row) {
@@ -178,7 +180,7 @@ struct Sweeps {
   bool reduces, maps;
   const void* output;
   virtual void prepare(int64_t begin, int64_t end) = 0;
-  virtual void finish(int64_t begin, int64_t end, const double* sums) = 0;  // sums: (end - begin, 2)
+  virtual void finish(int64_t begin, int64_t end, const double* s1, const double* s2) = 0;  // sums from `begin` on
 
  protected:
   ~Sweeps() = default;
@@ -193,10 +195,11 @@ struct SweepsOf : Interface {
     this->reduces = policy.reduces(), this->maps = policy.maps(), this->output = policy.output();
   }
   void prepare(int64_t begin, int64_t end) override {
-    for (int64_t c = begin; c < end; ++c) policy.prepare(c);
+    for (int64_t c = begin; c < end; c += kLot) policy.prepare(c, std::min(kLot, end - c));
   }
-  void finish(int64_t begin, int64_t end, const double* sums) override {
-    for (int64_t c = begin; c < end; ++c, sums += 2) policy.finish(c, sums[0], sums[1]);
+  void finish(int64_t begin, int64_t end, const double* s1, const double* s2) override {
+    for (int64_t c = begin; c < end; c += kLot, s1 += kLot, s2 += kLot)
+      policy.finish(c, std::min(kLot, end - c), s1, s2);
   }
 
  protected:

@@ -196,9 +196,30 @@ inline void stream_fence() {
 template <typename S>
 inline void add_lanes(double* wide, const at::vec::Vectorized<S>& v) {
   constexpr int n = at::vec::Vectorized<S>::size();
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<S, float>) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+    _mm512_storeu_pd(wide, _mm512_add_pd(_mm512_loadu_pd(wide), low));
+    _mm512_storeu_pd(wide + 8, _mm512_add_pd(_mm512_loadu_pd(wide + 8), high));
+    return;
+  }
+#endif
   alignas(64) S lanes[n];
   v.store(lanes);
   for (int j = 0; j < n; ++j) wide[j] += static_cast<double>(lanes[j]);
+}
+
+// The sum of `n` doubles, a power of two: in pairs, as one after the other they would wait for each other.
+template <int n>
+inline double sum_pairwise(const double* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (n == 16) return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)));
+  if constexpr (n == 8) return _mm512_reduce_add_pd(_mm512_loadu_pd(p));
+#endif
+  if constexpr (n == 1)
+    return *p;
+  else
+    return sum_pairwise<n / 2>(p) + sum_pairwise<n / 2>(p + n / 2);
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
