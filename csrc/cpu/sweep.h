@@ -84,9 +84,10 @@ inline bool is_mapped(const void* p) {
 }
 
 // Whether a result of so many bytes is written past the caches: faster where nothing is in cache yet, as when an operator
-// follows others on other tensors, while a small result is found in cache by who reads it next.
-inline bool beyond_cache(const void* out, int64_t bytes) {
-  return 16 * bytes > last_level_cache_bytes() && is_mapped(static_cast<const char*>(out) + bytes / 2);
+// follows others on other tensors, while a small result is found in cache by who reads it next. `share` of the last-level
+// cache is what a result may take: less in training, where inputs are read again.
+inline bool beyond_cache(const void* out, int64_t bytes, int64_t share = 16) {
+  return share * bytes > last_level_cache_bytes() && is_mapped(static_cast<const char*>(out) + bytes / 2);
 }
 
 struct Planes {  // contiguous: (N, C, HW)
@@ -179,6 +180,9 @@ struct Sweeps {
   int64_t element_bytes;
   bool reduces, maps;
   const void* output;
+  bool beyond_cache(int64_t numel) const {
+    return cnnkern::beyond_cache(output, numel * element_bytes, reduces ? 16 : 4);
+  }
   virtual void prepare(int64_t begin, int64_t end) = 0;
   virtual void finish(int64_t begin, int64_t end, const double* s1, const double* s2) = 0;  // sums from `begin` on
 
