@@ -35,8 +35,9 @@ struct Parameters {
   template <typename S>
   void affine(int64_t c, int64_t n, const double* mean, const double* rstd, S* center, S* scale, S* offset) const {
     Lot w, b;
-    if (weight) weight.read(c, n, w.data()); else w.fill(1.0);
-    if (bias) bias.read(c, n, b.data()); else b.fill(0.0);
+    w.fill(1.0), b.fill(0.0);
+    if (weight) weight.read(c, n, w.data());
+    if (bias) bias.read(c, n, b.data());
     for (int64_t j = 0; j < n; ++j) {
       center[j] = static_cast<S>(mean[j]);
       scale[j] = static_cast<S>(w[j] * rstd[j]);

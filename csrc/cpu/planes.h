@@ -218,7 +218,7 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S>& sweeps) {
   const Planes s = sweeps.s;
   const int64_t threads = s.numel() < kSerial ? 1 : at::get_num_threads();
   const PlaneCut cut(s, sweeps.element_bytes, threads);
-  const bool stream = sweeps.beyond_cache(s.numel());
+  const bool stream = sweeps.streams(s.numel());
   const int64_t far = kAhead / sweeps.element_bytes;
   if (!sweeps.reduces) return map_planes(sweeps, far, stream);
   const auto end_of = [&](int64_t block) { return std::min(s.C, (block + 1) * cut.block); };

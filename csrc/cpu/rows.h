@@ -120,7 +120,7 @@ C10_NOINLINE void sweep_rows(RowSweeps<S>& sweeps) {
   const int64_t pieces = std::clamp<int64_t>(numel / kSerial, 1, std::clamp<int64_t>(divup(numel, width) / 32, 4, 64));
   const int64_t piece = std::max<int64_t>(divup(divup(numel, width), pieces), 1) * width;
   const int64_t units = std::max<int64_t>(divup(numel, piece), 1);
-  const bool stream = sweeps.beyond_cache(numel) && width % L == 0 &&
+  const bool stream = sweeps.streams(numel) && width % L == 0 &&
                       reinterpret_cast<uintptr_t>(sweeps.output) % (L * sweeps.element_bytes) == 0;
   const bool fetch = numel * sweeps.element_bytes > kCoreCache;
   const auto parallel = [&](int64_t n, const auto& f) {

@@ -45,7 +45,7 @@ constexpr int64_t kLot = 64;               // channels whose constants are worke
 constexpr int64_t kShortPlane = 512;       // elements of a plane so short that a branch a plane costs
 constexpr int64_t kStretch = 65536;        // elements of rows that are read forward in the reversed second sweep
 constexpr int64_t kAhead = 8192;           // bytes between what is read and what is fetched
-constexpr int64_t kCoreCache = 1 << 20;    // bytes of a tensor that is not fetched ahead: it is a core's own caches' (rows)
+constexpr int64_t kCoreCache = 1 << 20;    // bytes of a tensor that a core's own caches hold: it is not fetched ahead
 
 // How many elements p is short of the alignment of a whole vector.
 template <typename T>
@@ -83,11 +83,13 @@ inline bool is_mapped(const void* p) {
 #endif
 }
 
+// How many results have to fit into the last-level cache for one to be kept there. Fewer in inference: nothing is read again.
+constexpr int64_t kResultsInCache = 16, kResultsInCacheInference = 4;
+
 // Whether a result of so many bytes is written past the caches: faster where nothing is in cache yet, as when an operator
-// follows others on other tensors, while a small result is found in cache by who reads it next. `share` of the last-level
-// cache is what a result may take: less in training, where inputs are read again.
-inline bool beyond_cache(const void* out, int64_t bytes, int64_t share = 16) {
-  return share * bytes > last_level_cache_bytes() && is_mapped(static_cast<const char*>(out) + bytes / 2);
+// follows others on other tensors, while a small result is found in cache by who reads it next.
+inline bool beyond_cache(const void* out, int64_t bytes, int64_t results_in_cache = kResultsInCache) {
+  return results_in_cache * bytes > last_level_cache_bytes() && is_mapped(static_cast<const char*>(out) + bytes / 2);
 }
 
 struct Planes {  // contiguous: (N, C, HW)
@@ -180,8 +182,8 @@ struct Sweeps {
   int64_t element_bytes;
   bool reduces, maps;
   const void* output;
-  bool beyond_cache(int64_t numel) const {
-    return cnnkern::beyond_cache(output, numel * element_bytes, reduces ? 16 : 4);
+  bool streams(int64_t numel) const {
+    return beyond_cache(output, numel * element_bytes, reduces ? kResultsInCache : kResultsInCacheInference);
   }
   virtual void prepare(int64_t begin, int64_t end) = 0;
   virtual void finish(int64_t begin, int64_t end, const double* s1, const double* s2) = 0;  // sums from `begin` on
