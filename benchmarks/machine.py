@@ -69,7 +69,7 @@ def cache_bytes(device: str) -> int | None:
 
 
 def commit() -> str:
-    """Short hash of the source tree, with '-dirty' where it has changes; 'unknown' outside git."""
+    """Short hash of the source tree, with '-dirty' where it has changes; outside git what CNNKERN_COMMIT says it is."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -79,7 +79,7 @@ def commit() -> str:
         changes = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("CNNKERN_COMMIT", "unknown")
 
 
 def kernels(options: Options) -> str:

@@ -41,6 +41,7 @@ LARGE = {
     "convnext_tiny": 0.45,
 }
 LARGE_BATCH_SIZE, GPU_BATCH_SIZE = 8, 32
+GPU_SECONDS = 3.0  # of a group on a GPU, most of them spent on the host: models are built and copied
 TRAINED_TWICE = {"resnet50": 16, "densenet121": 16}  # at this batch size as well
 LARGE_INFERENCE = (1, 16)  # batch sizes
 SIZE = 224
@@ -90,7 +91,7 @@ def groups(options: Options) -> list[Group]:
                 name, batch, mode == "training", options.device, dtype
             ),
             dtype=str(dtype).removeprefix("torch."),
-            weight=weight(name, batch, mode, len(contenders(name, mode))),
+            weight=weight(name, batch, mode, len(contenders(name, mode))) if options.device == "cpu" else GPU_SECONDS,
             compiled=COMPILED,
             peaks=True,
             min_rounds=3,

@@ -20,6 +20,8 @@ from cnnkern.testing import Case, Layer
 
 # Seconds an element; forward and backward are training's halves, with a graph that is built and kept.
 WEIGHTS = {"training": 1.5e-7, "inference": 6e-8, "forward": 7e-8, "backward": 1e-7}
+# On a GPU what takes time is to draw the inputs, on the host; and each contender is captured.
+GPU_WEIGHT, GPU_CONTENDER_SECONDS = 3e-8, 0.05
 USUAL_MODES = ("training", "inference")
 
 
@@ -71,6 +73,9 @@ def _group(network: str, mode: str, drawn: "Drawn", with_compile: bool, max_auto
     if mode == "backward":
         forward = case.elements(layer, training=False)
         read, written = read - forward[0], written - forward[1]
+    seconds = numel * WEIGHTS[mode] * (1 + len(case.bench_forms))
+    if drawn.device == "cuda":
+        seconds = numel * GPU_WEIGHT + GPU_CONTENDER_SECONDS * len(layouts) * len(names)
     return Group(
         suite="operators",
         operator=case.name + ("" if drawn.variant == case.bench_variant else f" ({drawn.variant})"),
@@ -80,9 +85,7 @@ def _group(network: str, mode: str, drawn: "Drawn", with_compile: bool, max_auto
         api="functional",
         contenders=tuple(Contender(name, layout) for layout in layouts for name in names),
         open=lambda: OperatorBench(drawn, mode),
-        weight=0.2
-        + numel * WEIGHTS[mode] * (1 + len(case.bench_forms))
-        + (6 if mode == "inference" else 12) * len(layouts) * len(compiled),
+        weight=0.2 + seconds + (6 if mode == "inference" else 12) * len(layouts) * len(compiled),
         compiled=frozenset(compiled),
         dtype=str(drawn.dtype).removeprefix("torch."),
         bytes_read=read * itemsize,
