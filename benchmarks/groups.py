@@ -143,18 +143,23 @@ class Session:
             bench = group.open()
         except Unavailable as error:
             return dict.fromkeys(group.contenders, Refused("not available", str(error)))
+        except Exception as error:
+            return dict.fromkeys(group.contenders, failure(error))
         for contender in group.contenders:
             made = self._step(group, bench, contender)
             (refused if isinstance(made, Refused) else steps)[contender] = made
-        before = self.copy_gb_s()
-        samples = timing.interleave(
-            steps,
-            deadline=until,
-            min_rounds=group.min_rounds,
-            max_rounds=group.max_rounds,
-            device="cpu" if group.on_host else self.options.device,
-        )
-        copy_gb_s = (before + self.copy_gb_s()) / 2
+        try:
+            before = self.copy_gb_s()
+            samples = timing.interleave(
+                steps,
+                deadline=until,
+                min_rounds=group.min_rounds,
+                max_rounds=group.max_rounds,
+                device="cpu" if group.on_host else self.options.device,
+            )
+            copy_gb_s = (before + self.copy_gb_s()) / 2
+        except Exception as error:  # what has run on a GPU says so only here, and not whose it was
+            return refused | dict.fromkeys(steps, failure(error))
         self.conditions = {contender: {"copy_gb_s": copy_gb_s} for contender in steps}
         if group.peaks:
             for contender, step in steps.items():
@@ -180,11 +185,16 @@ class Session:
         except AssertionError as error:
             return Refused("wrong", first_line(error))
         except Exception as error:  # one contender's failure is a row of the report, and the others are still timed
-            traceback.print_exc(file=sys.stderr)
-            return Refused("failed", f"{type(error).__name__}: {first_line(error)}")
+            return failure(error)
         finally:
             if compiles:
                 self.compile_left -= time.perf_counter() - start
+
+
+def failure(error: Exception) -> Refused:
+    """As it is handled: the traceback goes to the worker's log."""
+    traceback.print_exc(file=sys.stderr)
+    return Refused("failed", f"{type(error).__name__}: {first_line(error)}")
 
 
 class TimeIsUp(BaseException):

@@ -34,7 +34,11 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(step: Callable[[], object] = step) -> None:  # keeps `step`, and so the tensors that the graph reads
+        graph.replay()
+
+    return replay
 
 
 def interleave(

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import re
 import signal
 import subprocess
@@ -251,6 +252,28 @@ def test_what_fails_is_a_row_with_one_line(error, status, note, capsys):
     (row,), _ = measure(plan)
     assert (row.status, row.note) == (status, note)
     assert ("Traceback" in capsys.readouterr().err) == (status == "failed")  # the log keeps the whole of it
+
+
+@pytest.mark.parametrize("when", ["opened", "timed"])
+def test_a_group_that_fails_is_a_row_for_each_contender(when, capsys):
+    calls = itertools.count()
+
+    def fails(after=0):
+        if next(calls) >= after:
+            raise RuntimeError("no memory")
+
+    class FailsWhenTimed:
+        def step(self, contender, verify):
+            return lambda: fails(after=3)  # as on a GPU, where an error shows some calls later
+
+    contenders = (Contender("eager", "contiguous"), Contender("ours", "contiguous"))
+    bench = fails if when == "opened" else FailsWhenTimed
+    plan = [Group("models", "m", "m", "1", "training", "module", contenders, bench, 1.0) for _ in range(2)]
+    measured, events = measure(plan)
+    assert [r.contender for r in measured] == ["eager", "ours"] * 2
+    assert {(r.status, r.note) for r in measured} == {("failed", "RuntimeError: no memory")}
+    assert capsys.readouterr().err.count("Traceback") == 2  # a group is tried once
+    assert not any("verified" in e for e in events)
 
 
 def test_groups_without_time_left_are_listed(tiny_case):
