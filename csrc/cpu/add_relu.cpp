@@ -57,12 +57,11 @@ void forward(const T* x, const T* residual, T* y, BitWriter mask, int64_t numel)
 template <typename T>
 void backward(const T* dy, T* dx, BitReader mask, int64_t numel) {
   constexpr int64_t L = kLanes<T>, ahead = kAhead / static_cast<int64_t>(sizeof(T));
-  // Unlike the forward pass's, which is two sequences of reads to one of writes, it waits for what is not fetched wherever a
-  // core's own caches do not hold it: up to twice as long, depending on where dx lies.
-  const bool fetch = numel * static_cast<int64_t>(sizeof(T)) > kCoreCache;
+  // Unlike the forward pass, with two sequences of reads to one of writes, this one waits for what is not fetched wherever it
+  // is not in a core's own caches, up to twice as long depending on where dx lies; and a fetch too many costs it nothing.
   over_stretches(dx, numel, [&](bool stream, int64_t i, int64_t end) {
     for (; i + L <= end; i += L) {
-      if (fetch) __builtin_prefetch(dy + i + ahead, 0, 2);
+      __builtin_prefetch(dy + i + ahead, 0, 2);
       vput(dx + i, zero_unless(vload(dy + i), mask.from(i)), stream);
     }
     if (i < end) vstore(dx + i, zero_unless(vload(dy + i, end - i, Vec<T>(0)), mask.from(i)), end - i);
