@@ -16,7 +16,7 @@ from rich.console import Console
 
 import cnnkern
 from benchmarks import __main__ as driver
-from benchmarks import accuracy, cores, machine, onednn, passes, report, rows, sweeps, worker
+from benchmarks import accuracy, cores, gpu_kernels, machine, onednn, passes, report, rows, sweeps, worker
 from benchmarks.bandwidth import Bandwidth
 from benchmarks.options import Options
 from cnnkern import memory, testing
@@ -70,6 +70,24 @@ def test_bad_arguments_are_one_line(arguments, words, capsys):
         code = error.code
     assert code == 2
     assert_one_line(capsys.readouterr().err, words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_kernels_of_a_gpu_want_one(capsys):
+    with pytest.raises(SystemExit) as exit:
+        gpu_kernels.main([])
+    assert exit.value.code == 2
+    assert "torch finds no CUDA device on this machine" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_of_a_gpu_are_a_table(monkeypatch, capsys):
+    monkeypatch.setattr(gpu_kernels, "SHAPES", {"bn_act": ((2, 8, 4, 4),)})
+    assert gpu_kernels.main(["--dtype", "bfloat16", "--kernels"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:3] for line in lines[2:] if line.startswith("|")] == [
+        ["| bn_act", "2x8x4x4", layout] for layout in ("contiguous", "channels_last")
+    ]
 
 
 def full_disk(self, data):
