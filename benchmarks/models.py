@@ -91,7 +91,7 @@ def groups(options: Options) -> list[Group]:
                 name, batch, mode == "training", options.device, dtype
             ),
             dtype=str(dtype).removeprefix("torch."),
-            weight=weight(name, batch, mode, len(contenders(name, mode))) if options.device == "cpu" else GPU_SECONDS,
+            weight=weight(options.device, name, batch, mode, len(contenders(name, mode))),
             compiled=COMPILED,
             peaks=True,
             min_rounds=3,
@@ -103,7 +103,9 @@ def groups(options: Options) -> list[Group]:
     ]
 
 
-def weight(name: str, batch: int, mode: str, contenders: int) -> float:
+def weight(device: str, name: str, batch: int, mode: str, contenders: int) -> float:
+    if device == "cuda":
+        return GPU_SECONDS
     if name in LARGE:
         return batch * LARGE[name] * contenders * (4 if mode == "training" else 1.5)
     return batch * (1.0 if mode == "training" else 0.4) * (1 if name == "resnet18" else 3.5)

@@ -158,7 +158,7 @@ class OperatorBench:
                 self.eager[contender.layout] = _run(case.reference, case, inputs, dy)
             out = _run(function, case, inputs, dy)
             assert_as_good_as(out, self.eager[contender.layout], self.reference64)
-        step = _timed(function, case, inputs, dy, self.mode)
+        step = timed(function, case, inputs, dy, self.mode)
         return timing.captured(step) if self.device == "cuda" else step
 
 
@@ -167,7 +167,7 @@ def _run(function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], dy
         return testing.run(function, case, inputs, dy)
 
 
-def _timed(
+def timed(
     function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], dy: Tensor | None, mode: str
 ) -> Callable[[], object]:
     """What `mode` means for `function`; what a call returns is freed within the time."""

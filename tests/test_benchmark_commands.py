@@ -80,14 +80,32 @@ def test_kernels_of_a_gpu_want_one(capsys):
     assert "torch finds no CUDA device on this machine" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_of_a_gpu_are_a_table(monkeypatch, capsys):
-    monkeypatch.setattr(gpu_kernels, "SHAPES", {"bn_act": ((2, 8, 4, 4),)})
+    if not torch.cuda.is_available():  # all but the profiler, on the CPU
+        longest = itertools.cycle((4.0, 2.0))  # eager's, ours
+
+        def profiled(step):
+            step()
+            return {"first": next(longest), "second": 2.0}
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(cnnkern, "backend", lambda name: None)
+        monkeypatch.setattr(gpu_kernels, "microseconds", profiled)
+        drawn = gpu_kernels.operators.Drawn
+        monkeypatch.setattr(gpu_kernels.operators, "Drawn", lambda *values: drawn(*values[:-1], "cpu"))
+    monkeypatch.setattr(gpu_kernels, "SHAPES", {"bn_act": ((2, 8, 4, 4),), "layer_norm": ((6, 8),)})
     assert gpu_kernels.main(["--dtype", "bfloat16", "--kernels"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[:3] for line in lines[2:] if line.startswith("|")] == [
-        ["| bn_act", "2x8x4x4", layout] for layout in ("contiguous", "channels_last")
+    found = [line.strip("| ").split(" | ") for line in lines[2:] if line.startswith("|")]
+    assert [row[:3] for row in found] == [
+        ["bn_act", "2x8x4x4", "contiguous"],
+        ["bn_act", "2x8x4x4", "channels_last"],
+        ["layer_norm", "6x8", "contiguous"],
     ]
+    for _, _, _, eager, ours, ratio in found:
+        assert float(ratio.removesuffix("x")) == pytest.approx(float(eager) / float(ours), abs=0.05)
+    if not torch.cuda.is_initialized():
+        assert {tuple(row[3:]) for row in found} == {("6.0", "4.0", "1.50x")}
 
 
 def full_disk(self, data):

@@ -136,7 +136,7 @@ def test_a_half_does_what_it_says(tiny_case, monkeypatch):
     case = replace(tiny_case, differentiable=("input",), mutated=())
     expected = {"forward": ["forward"] * 2, "backward": ["backward"] * 2, "training": ["forward", "backward"] * 2}
     for mode, called in expected.items():
-        step = operators._timed(lambda input: Twice.apply(input), case, inputs, dy, mode)
+        step = operators.timed(lambda input: Twice.apply(input), case, inputs, dy, mode)
         calls.clear()
         step()
         step()
