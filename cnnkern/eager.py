@@ -10,9 +10,21 @@ import torch
 from torch import Tensor
 
 from cnnkern import reference
-from cnnkern.ops import fake
 from cnnkern.triton_kernels import check
-from cnnkern.triton_kernels.layout import in_layout, in_layout_of, in_rows, is_rows, mask_bytes
+from cnnkern.triton_kernels.layout import (
+    Strides,
+    empty_strided_like,
+    in_batch_norm_layout,
+    in_layout,
+    in_layout_of,
+    laid_out,
+    mask_bytes,
+    memory_order,
+    strides_in_order,
+    strides_of_sum,
+    with_plain_strides,
+    with_strides,
+)
 
 _aten = torch.ops.aten
 
@@ -30,12 +42,14 @@ def _asked(
 ) -> tuple[Tensor, ...]:
     """The gradients that were asked for, each in the dtype of what it is the gradient of; the others empty."""
     triples = zip(grads, output_mask, like, strict=True)
-    return tuple(g.to(t.dtype) if wanted else x.new_empty(0) for g, wanted, t in triples)
+    return tuple(g.to(_wide(x) if t is None else t.dtype) if wanted else x.new_empty(0) for g, wanted, t in triples)
 
 
-def _zeros(output_mask: Sequence[bool], like: Sequence[Tensor | None], x: Tensor) -> tuple[Tensor, ...]:
-    pairs = zip(like, output_mask, strict=True)
-    return tuple(t.new_zeros(t.shape) if wanted else x.new_empty(0) for t, wanted in pairs)
+def _zeros(output_mask: Sequence[bool], like: Sequence[Tensor | None], shape: Sequence[int], x: Tensor):
+    """Gradients of x and of parameters of `shape` where x has no elements."""
+    pairs = zip(output_mask[1:], like, strict=True)
+    parameters = (check.parameter_gradient(wanted, t, shape, x).zero_() for wanted, t in pairs)
+    return (torch.zeros_like(x) if output_mask[0] else x.new_empty(0), *parameters)
 
 
 def _shifts(t: Tensor) -> Tensor:
@@ -44,16 +58,16 @@ def _shifts(t: Tensor) -> Tensor:
 
 def _packed(y: Tensor) -> Tensor:
     """[y > 0], NaN included, one bit an element in the order of y's memory."""
-    flat = (y if y.is_contiguous() else y.movedim(1, -1)).reshape(-1)
+    flat = y.permute(memory_order(y)).reshape(-1)
     bits = torch.zeros(8 * mask_bytes(y.numel()), dtype=torch.uint8, device=y.device)
     bits[: y.numel()] = ~(flat <= 0)
     return (bits.view(-1, 8) << _shifts(y)).sum(1, dtype=torch.uint8)
 
 
-def _unpacked(mask: Tensor, x: Tensor, rows: bool) -> Tensor:
-    """A mask as booleans in the shape of x, whose memory order is that of rows or of planes."""
+def _unpacked(mask: Tensor, x: Tensor, strides: Strides) -> Tensor:
+    """A mask as booleans of the shape of x that lie in memory with these strides."""
     bits = (mask[:, None] >> _shifts(mask) & 1).bool().view(-1)[: x.numel()]
-    return bits.view(x.movedim(1, -1).shape).movedim(-1, 1) if rows else bits.view(x.shape)
+    return bits.as_strided(x.shape, strides)
 
 
 def bn_act(x, weight, bias, running_mean, running_var, training, momentum, eps, act):
@@ -64,7 +78,7 @@ def bn_act(x, weight, bias, running_mean, running_var, training, momentum, eps, 
 
 
 def _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps):
-    y = fake.empty_like_layout(x)
+    y = torch.empty_like(in_batch_norm_layout(x))
     if x.numel() == 0:
         mean = x.new_zeros(x.shape[1], dtype=torch.float64)
         return y, mean, torch.ones_like(mean)
@@ -85,9 +99,9 @@ _ACTIVATION_GRADIENTS = {
 
 
 def bn_act_backward(dy, x, weight, bias, mean, rstd, training, act, output_mask: Sequence[bool]):
-    check.batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, mean, rstd, output_mask)
+    check.batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, act != "none", mean, rstd, output_mask)
     check.activation("cnnkern::bn_act_backward", act)
-    x = in_layout(x)
+    x = in_batch_norm_layout(x)
     if act != "none" and x.numel() > 0:  # the operator saves no mask, so what the activation saw is computed again
         wide = _wide(x)
         w, b, m, var = _to(wide, weight), _to(wide, bias), mean.to(wide), rstd.pow(-2).to(wide)
@@ -98,7 +112,7 @@ def bn_act_backward(dy, x, weight, bias, mean, rstd, training, act, output_mask:
 def _batch_norm_backward(dy, x, weight, bias, mean, rstd, training, output_mask):
     parameters = (x, weight, bias)
     if x.numel() == 0:
-        return _zeros(output_mask, parameters, x)
+        return _zeros(output_mask, parameters[1:], x.shape[1:2], x)
     wide = _wide(x)
     mean, rstd, var = mean.to(wide), rstd.to(wide), rstd.pow(-2).to(wide)
     # PyTorch 2.11's CUDA kernels give a bias that has no weight beside it a wrong gradient in eval, or crash.
@@ -116,20 +130,25 @@ def bn_add_act(x, residual, weight, bias, running_mean, running_var, training, m
     check.same_shape("cnnkern::bn_add_act", "residual", residual, x)
     check.relu_or_none("cnnkern::bn_add_act", act)
     pre, mean, rstd = _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    strides = strides_of_sum(pre, residual, act == "relu")
     y = reference.ACTIVATIONS[act](pre.add_(residual))
-    return y, mean, rstd, _packed(y) if act == "relu" else x.new_empty(0, dtype=torch.uint8)
+    mask = _packed(y) if act == "relu" else x.new_empty(0, dtype=torch.uint8)
+    return with_strides(y, strides), mean, rstd, mask
 
 
-def bn_add_act_backward(dy, x, weight, bias, mean, rstd, mask, training, act, output_mask: Sequence[bool]):
+def bn_add_act_backward(
+    dy, x, weight, bias, mean, rstd, mask, channels_last, training, act, output_mask: Sequence[bool]
+):
     op = "cnnkern::bn_add_act_backward"
     wants_dx, wants_dresidual, *wants = output_mask
-    check.batch_norm_backward(op, dy, x, weight, bias, mean, rstd, [wants_dx, *wants])
+    check.batch_norm_backward(op, dy, x, weight, bias, False, mean, rstd, [wants_dx, *wants])
     check.relu_or_none(op, act)
+    check.channels_last(op, x, channels_last)
     check.mask(op, mask, mask_bytes(x.numel()) if act == "relu" else 0, x)
-    x = in_layout(x)
+    x = laid_out(x, channels_last)
     g = in_layout_of(dy, x)
     if act == "relu":
-        g = torch.where(_unpacked(mask, x, is_rows(x) and not x.is_contiguous()), g, 0)
+        g = in_layout_of(torch.where(_unpacked(mask, x, x.stride()), g, 0), x)
     dx, dweight, dbias = _batch_norm_backward(g, x, weight, bias, mean, rstd, training, [wants_dx, *wants])
     return dx, g.clone() if wants_dresidual else x.new_empty(0), dweight, dbias
 
@@ -137,17 +156,17 @@ def bn_add_act_backward(dy, x, weight, bias, mean, rstd, mask, training, act, ou
 def add_relu(x, residual):
     check.floating("cnnkern::add_relu", x)
     check.same_shape("cnnkern::add_relu", "residual", residual, x)
-    x = in_layout(x)
-    y = torch.relu(x + in_layout_of(residual, x))
+    y = torch.relu(x + residual)
     return y, _packed(y)
 
 
-def add_relu_backward(dy, mask, channels_last):
+def add_relu_backward(dy, mask, order: Sequence[int]):
     check.floating("cnnkern::add_relu_backward", dy)
     check.mask("cnnkern::add_relu_backward", mask, mask_bytes(dy.numel()), dy)
-    check.channels_last("cnnkern::add_relu_backward", dy, channels_last)
-    dy = in_rows(dy) if channels_last else dy.contiguous()
-    return in_layout_of(torch.where(_unpacked(mask, dy, channels_last), dy, 0), dy)
+    check.order("cnnkern::add_relu_backward", order, dy)
+    strides = strides_in_order(dy.shape, order)
+    dx = empty_strided_like(dy, strides)
+    return dx.copy_(torch.where(_unpacked(mask, dy, strides), dy, 0))
 
 
 def grouped_conv2d(x, weight, bias, stride, padding, dilation, groups):
@@ -166,7 +185,7 @@ def layer_norm(x, normalized_shape, weight, bias, eps):
     wide = _wide(x)
     shape = list(normalized_shape)
     y, mean, rstd = torch.native_layer_norm(x.to(wide), shape, _to(wide, weight), _to(wide, bias), eps)
-    return y.to(x.dtype).contiguous(), mean, rstd
+    return with_plain_strides(y.to(x.dtype).contiguous()), mean, rstd
 
 
 def layer_norm_backward(dy, x, normalized_shape, weight, bias, mean, rstd, output_mask: Sequence[bool]):
@@ -177,9 +196,11 @@ def layer_norm_backward(dy, x, normalized_shape, weight, bias, mean, rstd, outpu
     check.layer_norm_saved(op, dy, x, kept, weight, bias, mean, rstd, output_mask)
     wide = _wide(x)
     inputs = (dy.to(wide).contiguous(), x.to(wide).contiguous())
-    parameters = (_to(wide, weight), _to(wide, bias))
+    # PyTorch's operator needs a bias to give its gradient, but does not read it.
+    parameters = (_to(wide, weight), x.new_zeros(shape, dtype=wide) if output_mask[2] else None)
     grads = _aten.native_layer_norm_backward(*inputs, shape, mean, rstd, *parameters, list(output_mask))
-    return _asked(grads, output_mask, (x, weight, bias), x)
+    dx, dweight, dbias = _asked(grads, output_mask, (x, weight, bias), x)
+    return with_plain_strides(dx), dweight, dbias
 
 
 def layer_norm2d(x, weight, bias, eps):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cnnkern import eager
+from cnnkern.triton_kernels.layout import batch_norm_in_rows, memory_order
 
 WARNING = (
     "cnnkern: the compiled extension is not there, so PyTorch's own operators compute on the CPU, at their speed; "
@@ -67,7 +68,9 @@ def _autograd(name: str) -> Callable:
             results = below(*arguments)
             every = results if isinstance(results, tuple) else (results,)
             known = dict(zip(inputs, arguments, strict=True)) | dict(zip(outputs, every, strict=True))
-            known["channels_last"] = not every[0].is_contiguous()
+            known |= {"channels_last": batch_norm_in_rows(arguments[0]), "order": memory_order(every[0])}
+            if name != "bn_act" or known["act"] == "none":
+                known["bias"] = None  # which that gradient does not read
             ctx.names = [n for n in needed if isinstance(known.get(n), Tensor)]
             ctx.save_for_backward(*(known[n] for n in ctx.names))
             ctx.others = {n: known[n] for n in needed if n in known and n not in ctx.names}
@@ -78,7 +81,9 @@ def _autograd(name: str) -> Callable:
         @once_differentiable
         def backward(ctx, dy, *others):
             wanted = dict(zip(inputs, ctx.needs_input_grad, strict=True))
-            known = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.others
+            # A hook may give what the operator returned back in other strides, which gradient operators refuse.
+            saved = zip(ctx.names, ctx.saved_tensors, strict=True)
+            known = {n: t.contiguous() if n in outputs else t for n, t in saved} | ctx.others
             known |= {"dy": dy, "output_mask": [wanted[n] for n in returned]}
             with torch._C._AutoDispatchBelowAutograd():
                 grads = gradient(*(known[n] for n in needed))
@@ -88,9 +93,15 @@ def _autograd(name: str) -> Callable:
             return tuple(found[n] if wants else None for n, wants in wanted.items())
 
     def kernel(*arguments):
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-            return Function.apply(*arguments)
-        return below(*arguments)
+        if not torch.is_grad_enabled() or not any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+            return below(*arguments)
+        # What is saved may be refused when all is computed: what the call changes in place changes after that.
+        copies = {i: arguments[i].detach().clone() for i in mutated if arguments[i] is not None}
+        results = Function.apply(*(copies.get(i, a) for i, a in enumerate(arguments)))
+        with torch.no_grad():
+            for i, copy in copies.items():
+                arguments[i].copy_(copy)
+        return results
 
     return kernel
 

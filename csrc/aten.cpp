@@ -4,6 +4,7 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
@@ -11,6 +12,9 @@ namespace cnnkern::aten {
 
 at::Tensor empty(at::IntArrayRef size, const at::TensorOptions& options) { return at::empty(size, options); }
 at::Tensor empty_like(const at::Tensor& t) { return at::empty_like(t); }
+at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef strides, const at::TensorOptions& options) {
+  return at::empty_strided(size, strides, options);
+}
 at::Tensor zeros(at::IntArrayRef size, const at::TensorOptions& options) { return at::zeros(size, options); }
 at::Tensor sum(const at::Tensor& t, at::IntArrayRef dims) { return at::sum(t, dims); }
 

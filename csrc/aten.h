@@ -12,6 +12,7 @@ namespace cnnkern::aten {
 
 at::Tensor empty(at::IntArrayRef size, const at::TensorOptions& options);
 at::Tensor empty_like(const at::Tensor& t);
+at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef strides, const at::TensorOptions& options);
 at::Tensor zeros(at::IntArrayRef size, const at::TensorOptions& options);
 at::Tensor sum(const at::Tensor& t, at::IntArrayRef dims);
 

@@ -9,6 +9,7 @@
 #include <array>
 #include <optional>
 #include <string_view>
+#include <vector>
 
 #include "activations.h"
 
@@ -23,6 +24,9 @@ inline const Tensor& tensor_or_undefined(const OptionalTensor& t) {
 }
 
 inline OptionalTensor optional_of(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+// That of sums over x, and of what has no dtype of its own.
+inline at::ScalarType wide_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 inline void check_floating(const char* op, const Tensor& x) {
   const auto t = x.scalar_type();
@@ -82,7 +86,7 @@ inline void check_batch_norm(const char* op, const Tensor& x, const OptionalTens
 }
 
 inline void check_batch_norm_backward(const char* op, const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
-                                      const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
+                                      const OptionalTensor& bias, bool reads_bias, const Tensor& mean, const Tensor& rstd,
                                       const std::array<bool, 3>& output_mask) {
   check_image(op, x);
   check_same_shape(op, "dy", dy, x);
@@ -94,7 +98,8 @@ inline void check_batch_norm_backward(const char* op, const Tensor& dy, const Te
                 op, ": mean and rstd must be the vectors that the forward operator returned: float64, ", x.size(1),
                 " elements, on ", x.device(), "; got ", t->scalar_type(), " ", t->sizes(), " on ", t->device());
   TORCH_CHECK(!output_mask[1] || tensor_or_undefined(weight).defined(), op, ": output_mask asks for dweight, but weight is None");
-  TORCH_CHECK(!output_mask[2] || tensor_or_undefined(bias).defined(), op, ": output_mask asks for dbias, but bias is None");
+  TORCH_CHECK(!output_mask[2] || !reads_bias || tensor_or_undefined(bias).defined(), op,
+              ": output_mask asks for dbias behind an activation, which reads the bias, but bias is None");
 }
 
 // What layer norm asks of its inputs: parameters have the shape of the last dimensions of x.
@@ -133,7 +138,6 @@ inline void check_layer_norm_saved(const char* op, const Tensor& dy, const Tenso
                 ": mean and rstd must be those that the forward operator returned: ", type, ", of shape ", shape, ", on ",
                 x.device(), "; got ", t->scalar_type(), " ", t->sizes(), " on ", t->device());
   TORCH_CHECK(!output_mask[1] || tensor_or_undefined(weight).defined(), op, ": output_mask asks for dweight, but weight is None");
-  TORCH_CHECK(!output_mask[2] || tensor_or_undefined(bias).defined(), op, ": output_mask asks for dbias, but bias is None");
 }
 
 // Of a mask of one bit an element. At least four, which is what a vectorised kernel reads or writes at once.
@@ -146,10 +150,19 @@ inline void check_mask(const char* op, const Tensor& mask, int64_t bytes, const 
               "; got ", mask.scalar_type(), " ", mask.sizes(), " on ", mask.device());
 }
 
-// What add_relu_backward says of the order of its mask.
-inline void check_channels_last(const char* op, const Tensor& dy, bool channels_last) {
-  TORCH_CHECK(!channels_last || (dy.dim() >= 3 && dy.dim() <= 5), op,
-              ": channels_last needs a dy of 3 to 5 dimensions; got ", dy.sizes());
+// What bn_add_act_backward is told of the order of its mask.
+inline void check_channels_last(const char* op, const Tensor& x, bool channels_last) {
+  TORCH_CHECK(!channels_last || (x.dim() >= 3 && x.dim() <= 5), op,
+              ": channels_last needs an input of 3 to 5 dimensions; got ", x.sizes());
+}
+
+// What add_relu_backward is told of the order of its mask: every dimension once.
+inline void check_order(const char* op, at::IntArrayRef order, const Tensor& dy) {
+  std::vector<int64_t> sorted(order.begin(), order.end());
+  std::sort(sorted.begin(), sorted.end());
+  bool fits = static_cast<int64_t>(sorted.size()) == dy.dim();
+  for (size_t d = 0; fits && d < sorted.size(); ++d) fits = sorted[d] == static_cast<int64_t>(d);
+  TORCH_CHECK(fits, op, ": order must name each of the ", dy.dim(), " dimensions of dy once; got ", order);
 }
 
 // Calls f with the activation named `act`, one of none and relu, as a type.

@@ -34,11 +34,11 @@ using bn_act_backward = Three(const Tensor& dy, const Tensor& x, Optional weight
 using bn_add_act = Four(const Tensor& x, const Tensor& residual, Optional weight, Optional bias, Optional running_mean,
                         Optional running_var, bool training, double momentum, double eps, c10::string_view act);
 using bn_add_act_backward = Four(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
-                                 const Tensor& rstd, const Tensor& mask, bool training, c10::string_view act,
-                                 std::array<bool, 4> output_mask);
+                                 const Tensor& rstd, const Tensor& mask, bool channels_last, bool training,
+                                 c10::string_view act, std::array<bool, 4> output_mask);
 
 using add_relu = Two(const Tensor& x, const Tensor& residual);
-using add_relu_backward = One(const Tensor& dy, const Tensor& mask, bool channels_last);
+using add_relu_backward = One(const Tensor& dy, const Tensor& mask, Sizes order);
 
 using grouped_conv2d = One(const Tensor& x, const Tensor& weight, Optional bias, Sizes stride, Sizes padding, Sizes dilation,
                            int64_t groups);

@@ -21,17 +21,22 @@ inline c10::SmallVector<int64_t, 6> statistics_shape(const Tensor& x, int64_t fi
 
 inline std::array<Tensor, 2> empty_statistics(const Tensor& x, int64_t first, int64_t last) {
   const auto shape = statistics_shape(x, first, last);
-  const auto options = x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  const auto options = x.options().dtype(wide_type(x));
   return {aten::empty(shape, options), aten::empty(shape, options)};
 }
 
-// The gradients of a layer norm: those that are wanted defined, the others empty when they are handed out.
+// The gradients of a layer norm: those that are wanted defined, the others empty when they are handed out. dbias is in the
+// dtype of sums where the bias, which no gradient reads, is not given.
 struct LayerNormGradients {
   Tensor dx, dweight, dbias;
-  LayerNormGradients(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, std::array<bool, 3> wanted) {
+  LayerNormGradients(const Tensor& x, at::IntArrayRef shape, const OptionalTensor& weight, const OptionalTensor& bias,
+                     std::array<bool, 3> wanted) {
     if (wanted[0]) dx = aten::empty_like(x);
-    if (wanted[1]) dweight = aten::empty(weight->sizes(), weight->options());
-    if (wanted[2]) dbias = aten::empty(bias->sizes(), bias->options());
+    if (wanted[1]) dweight = aten::empty(shape, weight->options());
+    if (wanted[2]) {
+      const Tensor& b = tensor_or_undefined(bias);
+      dbias = aten::empty(shape, b.defined() ? b.options() : x.options().dtype(wide_type(x)));
+    }
   }
   bool of_parameters() const { return dweight.defined() || dbias.defined(); }
   std::tuple<Tensor, Tensor, Tensor> zeros(const Tensor& x) const {

@@ -3,18 +3,20 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(cnnkern, m) {
-  // y = act(batch_norm(x)). mean and rstd are the fp64 vectors of C that the gradient needs.
+  // y = act(batch_norm(x)). mean and rstd are the fp64 vectors of C that the gradient needs. A gradient operator reads the
+  // bias only for an activation (but none), here and below; without one dbias is float32, or float64 beside float64.
   m.def("bn_act(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, str act) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def("bn_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool training, str act, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
-  // y = act(batch_norm(x) + residual), act none or relu. mask is [y > 0], one bit an element; empty for none.
+  // y = act(batch_norm(x) + residual), act none or relu. mask is [y > 0], one bit an element; empty for none. channels_last
+  // says whether its order is that of channels_last, or that of a contiguous tensor: of x as the forward pass saw it.
   m.def("bn_add_act(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, str act) -> (Tensor y, Tensor mean, Tensor rstd, Tensor mask)");
-  m.def("bn_add_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor mask, bool training, str act, bool[4] output_mask) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
+  m.def("bn_add_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor mask, bool channels_last, bool training, str act, bool[4] output_mask) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
 
   // y = relu(x + residual). mask is [y > 0], one bit an element in the order of y's memory; the gradient of both
-  // inputs is dx. channels_last says which order that is.
+  // inputs is dx. order has y's dimensions from the outermost to the innermost in memory.
   m.def("add_relu(Tensor x, Tensor residual) -> (Tensor y, Tensor mask)");
-  m.def("add_relu_backward(Tensor dy, Tensor mask, bool channels_last) -> Tensor dx");
+  m.def("add_relu_backward(Tensor dy, Tensor mask, int[] order) -> Tensor dx");
 
   // y = conv2d(x, weight, bias) of any number of groups, depthwise included; dx, dweight and dbias as asked for.
   m.def("grouped_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor y");

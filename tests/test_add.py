@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from cnnkern.triton_kernels.layout import memory_order
 from torch import nn
 
 import cnnkern
@@ -136,7 +137,7 @@ def test_masks_are_the_signs_of_the_output_bit_for_bit(dtype, layout, generator)
             assert torch.equal(bits, ~(y <= 0))
             assert not rest.any()
             assert 0 < bits.sum() < y.numel()
-            dx = torch.ops.cnnkern.add_relu_backward(torch.ones_like(y), mask, not y.is_contiguous())
+            dx = torch.ops.cnnkern.add_relu_backward(torch.ones_like(y), mask, memory_order(y))
             assert torch.equal(dx != 0, bits)
 
 
@@ -175,7 +176,7 @@ def test_misuse_is_one_clear_error_and_leaves_running_statistics():
         functional.add_relu(x.int(), x.int())
     _, mask = torch.ops.cnnkern.add_relu(x, x)
     with pytest.raises(RuntimeError, match=r"add_relu_backward: mask must be the one .* 12 bytes.* got Byte \[11\]"):
-        torch.ops.cnnkern.add_relu_backward(x, mask[:11], False)
+        torch.ops.cnnkern.add_relu_backward(x, mask[:11], list(range(x.dim())))
     assert torch.equal(rm, torch.zeros(5))
     assert torch.equal(rv, torch.ones(5))
 

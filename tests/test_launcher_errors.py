@@ -21,10 +21,8 @@ MISUSE = {
         "integers": {"dy": Tensor.long},
         "mask of another size": {"mask": lambda t: t[:-1]},
         "mask of another dtype": {"mask": Tensor.int},
-        "channels_last of two dimensions": {
-            "dy": lambda t: t.reshape(-1, 4),
-            "channels_last": lambda _: True,
-        },
+        "a dimension twice": {"order": lambda order: [*order[:-1], order[0]]},
+        "a dimension too few": {"order": lambda order: order[:-1]},
     },
     "bn_add_act": {
         "another activation": {"act": lambda _: "silu"},
@@ -39,7 +37,17 @@ MISUSE = {
         "another activation": {"act": lambda _: "silu"},
         "float32 mean": {"mean": Tensor.float},
         "dweight without weight": {"weight": lambda _: None},
-        "dbias without bias": {"bias": lambda _: None},
+        "channels_last of two dimensions": {
+            **{name: lambda t: t.movedim(1, -1).flatten(0, -2) for name in ("dy", "x")},
+            "channels_last": lambda _: True,
+        },
+    },
+    "bn_act_backward": {
+        "dy of another shape": {"dy": lambda t: t[:, :, :-1]},
+        "another activation": {"act": lambda _: "gelu"},
+        "float32 rstd": {"rstd": Tensor.float},
+        "dweight without weight": {"weight": lambda _: None},
+        "dbias behind an activation without bias": {"bias": lambda _: None},
     },
     "layer_norm": {
         "integers": {"x": Tensor.long},
@@ -63,7 +71,7 @@ MISUSE = {
     "layer_norm2d_backward": {
         "dy of another shape": {"dy": lambda t: t[:1]},
         "rstd of another shape": {"rstd": lambda t: t[:1]},
-        "dbias without bias": {"bias": lambda _: None},
+        "dweight without weight": {"weight": lambda _: None},
     },
     "grouped_conv2d": {
         "weight of other channels": {"weight": lambda t: t[:, :0]},

@@ -285,6 +285,21 @@ def test_torch_func(name):
     torch.testing.assert_close(*results)
 
 
+@names
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_functionalize(name, training):
+    twin = TWINS[name]
+    ours, _ = pair(name)
+    inputs = inputs_of(twin)
+    run(twin, ours, inputs, ours=True)  # lazy ones know their sizes then
+    ours.train(training)
+    other = copy.deepcopy(ours)
+    wanted = run(twin, other, inputs, ours=True)
+    found = run(twin, torch.func.functionalize(ours), inputs, ours=True)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(ours.state_dict(), other.state_dict())
+
+
 MIXES = (
     {"affine": False},
     {"bias": False},

@@ -332,5 +332,5 @@ def test_without_the_switch_the_rule_chooses(kernels, monkeypatch):
     monkeypatch.delenv("CNNKERN_TRITON_AUTOTUNE", raising=False)
     kernel = kernels.add_relu.add_relu_backward_kernel
     kernel.tuners.clear()
-    kernels.add_relu.add_relu_backward(torch.ones(8), torch.zeros(4, dtype=torch.uint8), False)
+    kernels.add_relu.add_relu_backward(torch.ones(8), torch.zeros(4, dtype=torch.uint8), [0])
     assert not kernel.tuners

@@ -39,6 +39,19 @@ for case in testing.CASES.values():
                 }
                 dy = torch.randn_like(testing.run(case.reference, case, inputs)["output"])
                 testing.check(case, inputs, dy)
+        # A hook that gives tensors back in another memory format; the last layout drawn is channels_last.
+        place = lambda t: testing.with_layout(t, "contiguous" if t.dim() == 4 else "permuted").clone()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, place):
+            testing.check(case, inputs, dy)
+
+statistics = torch.zeros(3), torch.ones(3)
+try:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: 1 / 0, lambda t: t):
+        cnnkern.functional.batch_norm_relu(x.clone().requires_grad_(), *statistics, training=True)
+except ZeroDivisionError:
+    assert statistics[0].eq(0).all() and statistics[1].eq(1).all(), "a refused call has changed them"
+else:
+    raise AssertionError("not refused")
 
 status = backends.status()
 assert status.keys() == {n + s for n in testing.CASES for s in ("", "_backward")}

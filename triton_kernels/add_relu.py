@@ -4,13 +4,22 @@
 # mask.
 """add_relu and add_relu_backward of csrc/ops.cpp in Triton."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from cnnkern.triton_kernels import check, layout
 from cnnkern.triton_kernels.activations import act_value, rounds_to_zero
 from cnnkern.triton_kernels.bits import above, grid_of, packed, stretch, unpacked
-from cnnkern.triton_kernels.layout import in_layout, in_layout_of, in_rows, mask_bytes, on_device_of
+from cnnkern.triton_kernels.layout import (
+    densely,
+    empty_strided_like,
+    mask_bytes,
+    on_device_of,
+    strides_in_order,
+    strides_of_sum,
+)
 from cnnkern.triton_kernels.tuning import Tunable
 from torch import Tensor
 
@@ -38,22 +47,22 @@ def add_relu(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """y and the mask, as the schema in csrc/ops.cpp has it."""
     check.floating("cnnkern::add_relu", x)
     check.same_shape("cnnkern::add_relu", "residual", residual, x)
-    x = in_layout(x)
-    residual = in_layout_of(residual, x)
-    y = torch.empty_like(x)
+    strides = strides_of_sum(x, residual, relu=True)  # in which memory is read from end to end
+    x, residual = densely(x, strides), densely(residual, strides)
+    y = empty_strided_like(x, strides)
     mask = x.new_empty(mask_bytes(x.numel()), dtype=torch.uint8)
     with on_device_of(x):
         add_relu_kernel[grid_of(x.numel())](x, residual, y, mask, x.numel(), mask.numel(), BYTES=layout.TILE // 8)
     return y, mask
 
 
-def add_relu_backward(dy: Tensor, mask: Tensor, channels_last: bool) -> Tensor:
+def add_relu_backward(dy: Tensor, mask: Tensor, order: Sequence[int]) -> Tensor:
     """dx, as the schema in csrc/ops.cpp has it."""
     check.floating("cnnkern::add_relu_backward", dy)
     check.mask("cnnkern::add_relu_backward", mask, mask_bytes(dy.numel()), dy)
-    check.channels_last("cnnkern::add_relu_backward", dy, channels_last)
-    dy = in_rows(dy) if channels_last else dy.contiguous()
-    dx = torch.empty_like(dy)
+    check.order("cnnkern::add_relu_backward", order, dy)
+    strides = strides_in_order(dy.shape, order)
+    dy, dx = densely(dy, strides), empty_strided_like(dy, strides)
     with on_device_of(dy):
         add_relu_backward_kernel[grid_of(dy.numel())](dy, mask, dx, dy.numel(), BYTES=layout.TILE // 8)
     return dx

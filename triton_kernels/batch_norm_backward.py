@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from cnnkern.triton_kernels import check
 from cnnkern.triton_kernels.activations import act_grad
 from cnnkern.triton_kernels.batch_norm import (
     affine,
@@ -23,7 +24,7 @@ from cnnkern.triton_kernels.batch_norm import (
     tile,
 )
 from cnnkern.triton_kernels.bits import bit_at
-from cnnkern.triton_kernels.layout import COMBINE, Cut, dense, in_layout, in_layout_of, on_device_of
+from cnnkern.triton_kernels.layout import COMBINE, Cut, dense, in_layout_of, on_device_of
 from cnnkern.triton_kernels.reduce import store_rounded
 from cnnkern.triton_kernels.tuning import Tunable
 from torch import Tensor
@@ -178,13 +179,12 @@ def backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dresidual, dweight and dbias, through the mask `bits` where there is one, else through `act`."""
-    x = in_layout(x)
     dy = in_layout_of(dy, x)
     C = x.shape[1]
     wants_dx, wants_dresidual, wants_dweight, wants_dbias = output_mask
     dx, dresidual = (torch.empty_like(x) if wanted else x.new_empty(0) for wanted in output_mask[:2])
     dweight = torch.empty_like(weight) if wants_dweight else x.new_empty(0)
-    dbias = torch.empty_like(bias) if wants_dbias else x.new_empty(0)
+    dbias = check.parameter_gradient(wants_dbias, bias, x.shape[1:2], x)
     if x.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     cut = Cut.of(x)

@@ -13,7 +13,7 @@ from cnnkern.triton_kernels import check
 from cnnkern.triton_kernels.activations import act_value
 from cnnkern.triton_kernels.batch_norm import affine, program, statistics, tile
 from cnnkern.triton_kernels.batch_norm_backward import backward
-from cnnkern.triton_kernels.layout import Cut, dense, in_layout, on_device_of
+from cnnkern.triton_kernels.layout import Cut, batch_norm_result, dense, in_batch_norm_layout, on_device_of
 from cnnkern.triton_kernels.tuning import Tunable
 from torch import Tensor
 
@@ -62,8 +62,8 @@ def bn_act(
     """y and the float64 vectors (C,) mean and rstd, as the schema in csrc/ops.cpp has it."""
     check.batch_norm("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, eps)
     check.activation("cnnkern::bn_act", act)
-    x = in_layout(x)
-    y = torch.empty_like(x)
+    x = in_batch_norm_layout(x)
+    y = batch_norm_result(x, act)
     if x.numel() == 0:
         mean = x.new_zeros(x.shape[1], dtype=torch.float64)
         return y, mean, torch.ones_like(mean)
@@ -88,8 +88,8 @@ def bn_act_backward(
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias as the schema in csrc/ops.cpp has it; of no elements where `output_mask` is False."""
-    check.batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, mean, rstd, output_mask)
+    check.batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, act != "none", mean, rstd, output_mask)
     check.activation("cnnkern::bn_act_backward", act)
     mask = (output_mask[0], False, *output_mask[1:])
-    dx, _, dweight, dbias = backward(dy, x, None, weight, bias, mean, rstd, training, act, mask)
+    dx, _, dweight, dbias = backward(dy, in_batch_norm_layout(x), None, weight, bias, mean, rstd, training, act, mask)
     return dx, dweight, dbias

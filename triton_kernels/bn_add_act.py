@@ -14,7 +14,17 @@ from cnnkern.triton_kernels.activations import act_value, rounds_to_zero
 from cnnkern.triton_kernels.batch_norm import affine, program, statistics, tile
 from cnnkern.triton_kernels.batch_norm_backward import backward
 from cnnkern.triton_kernels.bits import above, pack_positive, packed
-from cnnkern.triton_kernels.layout import Cut, dense, in_layout, in_layout_of, mask_bytes, on_device_of
+from cnnkern.triton_kernels.layout import (
+    Cut,
+    dense,
+    in_batch_norm_layout,
+    in_layout_of,
+    laid_out,
+    mask_bytes,
+    on_device_of,
+    strides_of_sum,
+    with_strides,
+)
 from cnnkern.triton_kernels.tuning import Tunable
 from torch import Tensor
 
@@ -72,12 +82,18 @@ def bn_add_act(
     check.batch_norm(op, x, weight, bias, running_mean, running_var, training, eps)
     check.same_shape(op, "residual", residual, x)
     check.relu_or_none(op, act)
-    x = in_layout(x)
+    x = in_batch_norm_layout(x)
+    strides = strides_of_sum(x, residual, act == "relu")
     residual = in_layout_of(residual, x)
     y = torch.empty_like(x)
     if x.numel() == 0:
         mean = x.new_zeros(x.shape[1], dtype=torch.float64)
-        return y, mean, torch.ones_like(mean), x.new_zeros(4 if act == "relu" else 0, dtype=torch.uint8)
+        return (
+            with_strides(y, strides),
+            mean,
+            torch.ones_like(mean),
+            x.new_zeros(4 if act == "relu" else 0, dtype=torch.uint8),
+        )
     cut = Cut.of(x)
     whole_bytes = cut.unit % 8 == 0 and x.numel() >= 32
     mask = x.new_empty(mask_bytes(x.numel()) if act == "relu" and whole_bytes else 0, dtype=torch.uint8)
@@ -88,7 +104,7 @@ def bn_add_act(
         bn_add_act_apply_kernel[cut.grid](x, residual, y, bits, *vectors, *cut.sizes, ACT=act, **cut.constants)
         if act == "relu" and bits is None:
             mask = pack_positive(y)
-    return y, mean, rstd, mask
+    return with_strides(y, strides), mean, rstd, mask
 
 
 def bn_add_act_backward(
@@ -99,14 +115,18 @@ def bn_add_act_backward(
     mean: Tensor,
     rstd: Tensor,
     mask: Tensor,
+    channels_last: bool,
     training: bool,
     act: str,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dresidual, dweight and dbias as the schema in csrc/ops.cpp has it; empty where `output_mask` is False."""
     op = "cnnkern::bn_add_act_backward"
-    check.batch_norm_backward(op, dy, x, weight, bias, mean, rstd, [output_mask[0], output_mask[2], output_mask[3]])
+    check.batch_norm_backward(
+        op, dy, x, weight, bias, False, mean, rstd, [output_mask[0], output_mask[2], output_mask[3]]
+    )
     check.relu_or_none(op, act)
+    check.channels_last(op, x, channels_last)
     check.mask(op, mask, mask_bytes(x.numel()) if act == "relu" else 0, x)
     bits = mask if act == "relu" else None
-    return backward(dy, x, bits, weight, bias, mean, rstd, training, "none", output_mask)
+    return backward(dy, laid_out(x, channels_last), bits, weight, bias, mean, rstd, training, "none", output_mask)

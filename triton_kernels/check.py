@@ -78,9 +78,14 @@ def mask(op: str, mask: Tensor, size: int, x: Tensor) -> None:
         )
 
 
-def channels_last(op: str, dy: Tensor, channels_last: bool) -> None:
-    if channels_last and not 3 <= dy.dim() <= 5:
-        raise RuntimeError(f"{op}: channels_last needs a dy of 3 to 5 dimensions; got {list(dy.shape)}")
+def channels_last(op: str, x: Tensor, channels_last: bool) -> None:
+    if channels_last and not 3 <= x.dim() <= 5:
+        raise RuntimeError(f"{op}: channels_last needs an input of 3 to 5 dimensions; got {list(x.shape)}")
+
+
+def order(op: str, order: Sequence[int], dy: Tensor) -> None:
+    if sorted(order) != list(range(dy.dim())):
+        raise RuntimeError(f"{op}: order must name each of the {dy.dim()} dimensions of dy once; got {list(order)}")
 
 
 def batch_norm(
@@ -115,6 +120,7 @@ def batch_norm_backward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    reads_bias: bool,
     mean: Tensor,
     rstd: Tensor,
     output_mask: Sequence[bool],
@@ -130,7 +136,11 @@ def batch_norm_backward(
                 f"{op}: mean and rstd must be the vectors that the forward operator returned: float64, {x.shape[1]} "
                 f"elements, on {x.device}; got {_type_name(t)} {list(t.shape)} on {t.device}"
             )
-    wanted_parameters(op, output_mask, weight, bias)
+    wanted_weight(op, output_mask, weight)
+    if output_mask[2] and reads_bias and bias is None:
+        raise RuntimeError(
+            f"{op}: output_mask asks for dbias behind an activation, which reads the bias, but bias is None"
+        )
 
 
 def layer_norm(op: str, x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> None:
@@ -186,10 +196,16 @@ def layer_norm_saved(
                 f"{op}: mean and rstd must be those that the forward operator returned: {wanted}, of shape "
                 f"{list(shape)}, on {x.device}; got {_type_name(t)} {list(t.shape)} on {t.device}"
             )
-    wanted_parameters(op, output_mask, weight, bias)
+    wanted_weight(op, output_mask, weight)
 
 
-def wanted_parameters(op: str, output_mask: Sequence[bool], weight: Tensor | None, bias: Tensor | None) -> None:
-    for wanted, name, v in ((output_mask[1], "weight", weight), (output_mask[2], "bias", bias)):
-        if wanted and v is None:
-            raise RuntimeError(f"{op}: output_mask asks for d{name}, but {name} is None")
+def wanted_weight(op: str, output_mask: Sequence[bool], weight: Tensor | None) -> None:
+    if output_mask[1] and weight is None:
+        raise RuntimeError(f"{op}: output_mask asks for dweight, but weight is None")
+
+
+def parameter_gradient(wanted: bool, v: Tensor | None, shape: Sequence[int], x: Tensor) -> Tensor:
+    """A new gradient of v, in its dtype; in that of sums where v, which the gradient need not read, is not given."""
+    if not wanted:
+        return x.new_empty(0)
+    return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32) if v is None else v.dtype)

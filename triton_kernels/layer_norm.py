@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from cnnkern.triton_kernels import check, lines
-from cnnkern.triton_kernels.layout import dense
+from cnnkern.triton_kernels.layout import dense, with_plain_strides
 from torch import Tensor
 
 
@@ -21,7 +21,7 @@ def layer_norm(
     """y, mean and rstd, as the schema in csrc/ops.cpp has it."""
     check.layer_norm("cnnkern::layer_norm", x, normalized_shape, weight, bias)
     cut, shape = _rows(x, normalized_shape)
-    return lines.forward(x.contiguous(), cut, dense(weight), dense(bias), eps, shape)
+    return lines.forward(with_plain_strides(x.contiguous()), cut, dense(weight), dense(bias), eps, shape)
 
 
 def layer_norm_backward(
@@ -39,4 +39,5 @@ def layer_norm_backward(
     check.layer_norm(op, x, normalized_shape, weight, bias)
     cut, shape = _rows(x, normalized_shape)
     check.layer_norm_saved(op, dy, x, shape, weight, bias, mean, rstd, output_mask)
-    return lines.backward(dy.contiguous(), x.contiguous(), cut, weight, bias, mean, rstd, output_mask)
+    x = with_plain_strides(x.contiguous())
+    return lines.backward(dy.contiguous(), x, cut, weight, bias, mean, rstd, normalized_shape, output_mask)

@@ -38,4 +38,4 @@ def layer_norm2d_backward(
     check.layer_norm_saved(op, dy, x, (N, 1, H, W), weight, bias, mean, rstd, output_mask)
     x = in_layout(x)
     dy = in_layout_of(dy, x)
-    return lines.backward(dy, x, _lines(x), weight, bias, mean, rstd, output_mask)
+    return lines.backward(dy, x, _lines(x), weight, bias, mean, rstd, x.shape[1:2], output_mask)

@@ -1,6 +1,7 @@
 """Tensors in, memory layouts out (csrc/memory_layout.h in Python), and how a tensor is cut into programs."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,27 +17,134 @@ COMBINE = {"K": 256, "CB": 4}
 MAX_CHUNK = 16  # tiles a program: the additions that an fp32 lane makes before it moves on to fp64
 
 
+Strides = tuple[int, ...]
+
+
 def is_rows(x: Tensor) -> bool:
     """Channels innermost and dense, as channels_last has it; (N, L, C) transposed to (N, C, L) counts too."""
     return 3 <= x.dim() <= 5 and x.movedim(1, -1).is_contiguous()
 
 
+def with_plain_strides(x: Tensor) -> Tensor:
+    """x, with the strides that a new tensor of its layout has: those of dimensions of one element may be anything in x,
+    and what is allocated like it would keep them."""
+    order = list(range(x.dim())) if x.is_contiguous() else [0, *range(2, x.dim()), 1]
+    strides = strides_in_order(x.shape, order)
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
+
+
 def in_layout(x: Tensor) -> Tensor:
     """x itself where it has one of the two layouts, else a copy in the one that its strides suggest."""
     if x.is_contiguous() or is_rows(x):
-        return x
+        return with_plain_strides(x)
     return x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
 
 
+def batch_norm_in_rows(x: Tensor) -> bool:
+    """Whether batch norms compute x with channels innermost. 3-D results are contiguous on a CPU, as PyTorch's."""
+    if x.is_contiguous() or (x.dim() == 3 and x.device.type == "cpu"):
+        return False
+    return is_rows(x) or torch._prims_common.suggest_memory_format(x) != torch.contiguous_format
+
+
+def laid_out(t: Tensor, rows: bool) -> Tensor:
+    """t, or a copy of it, with channels innermost or, without `rows`, contiguous."""
+    if is_rows(t) if rows else t.is_contiguous():
+        return with_plain_strides(t)
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if rows else t.contiguous()
+
+
+def in_batch_norm_layout(x: Tensor) -> Tensor:
+    return laid_out(x, batch_norm_in_rows(x))
+
+
+def batch_norm_result(x: Tensor, act: str) -> Tensor:
+    """The result of a batch norm of x, from in_batch_norm_layout, with the strides of PyTorch's activation behind its
+    batch norm. relu6 keeps those of its input."""
+    if act in ("none", "relu6"):
+        return torch.empty_like(x)
+    return empty_strided_like(x, elementwise_strides(x.shape, x.stride(), x.stride()))
+
+
+def with_strides(t: Tensor, strides: Strides) -> Tensor:
+    """t, or a copy of it, with these strides."""
+    return t if t.stride() == strides else empty_strided_like(t, strides).copy_(t)
+
+
+def densely(t: Tensor, strides: Strides) -> Tensor:
+    """t, or a copy of it, whose elements lie as with these strides: those of dimensions of one element may differ."""
+    return t if lie_alike(t.shape, t.stride(), strides) else empty_strided_like(t, strides).copy_(t)
+
+
 def in_layout_of(t: Tensor, x: Tensor) -> Tensor:
-    """t, or a copy of it, with the strides of x."""
-    same = all(n <= 1 or a == b for n, a, b in zip(x.shape, t.stride(), x.stride(), strict=True))
-    return t if same else torch.empty_like(x).copy_(t)
+    """t, or a copy of it, whose elements lie as those of x do."""
+    return densely(t, x.stride())
 
 
-def in_rows(t: Tensor) -> Tensor:
-    """t, or a copy of it, with channels innermost."""
-    return t if is_rows(t) else t.movedim(1, -1).contiguous().movedim(-1, 1)
+def empty_strided_like(t: Tensor, strides: Strides) -> Tensor:
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device)
+
+
+def lie_alike(sizes: Sequence[int], a: Strides, b: Strides) -> bool:
+    """Whether elements lie in the same places: the strides of dimensions of one element do not matter."""
+    return all(n <= 1 or x == y for n, x, y in zip(sizes, a, b, strict=True))
+
+
+def elementwise_strides(sizes: Sequence[int], a: Strides, b: Strides) -> Strides:
+    """The strides of PyTorch's elementwise operators on two tensors, by the rule of its TensorIterator.
+
+    They are those that both lie in, else the dimensions are sorted by the strides of the first that tells two apart.
+    """
+    dims = range(len(sizes))
+    for order in ([*dims], [0, 2, 3, 1])[: 2 if len(sizes) == 4 else 1]:
+        plain = strides_in_order(sizes, order)
+        if 0 in sizes or (lie_alike(sizes, a, plain) and lie_alike(sizes, b, plain)):
+            return plain
+    if a == b and lie_alike(sizes, a, strides_in_order(sizes, sorted(dims, key=lambda d: -a[d]))):
+        return a
+
+    def compare(d: int, e: int) -> int:
+        """Whether d lies further in than e: negative, further out: positive, or nobody knows."""
+        for strides in (a, b):
+            if strides[d] == 0 or strides[e] == 0:
+                continue
+            if strides[d] != strides[e]:
+                return -1 if strides[d] < strides[e] else 1
+            if sizes[d] > sizes[e]:
+                return 1
+        return 0
+
+    order = [*reversed(dims)]  # from the innermost
+    for i in dims:
+        at = i
+        for before in reversed(range(i)):
+            found = compare(order[before], order[at])
+            if found < 0:
+                break
+            if found > 0:
+                order[before], order[at] = order[at], order[before]
+                at = before
+    return strides_in_order(sizes, order[::-1])
+
+
+def strides_of_sum(a: Tensor, b: Tensor, relu: bool) -> Strides:
+    """The strides of PyTorch's a + b, or relu(a + b)."""
+    total = elementwise_strides(a.shape, a.stride(), b.stride())
+    return elementwise_strides(a.shape, total, total) if relu else total
+
+
+def memory_order(y: Tensor) -> list[int]:
+    """The dimensions from the outermost to the innermost in the memory of a dense tensor."""
+    return sorted(range(y.dim()), key=lambda d: -y.stride(d))
+
+
+def strides_in_order(sizes: Sequence[int], order: Sequence[int]) -> Strides:
+    """The strides of a dense tensor whose dimensions lie in that order."""
+    strides, stride = [0] * len(order), 1
+    for d in reversed(order):
+        strides[d] = stride
+        stride *= max(sizes[d], 1)
+    return tuple(strides)
 
 
 def dense(v: Tensor | None) -> Tensor | None:

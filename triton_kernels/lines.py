@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from cnnkern.triton_kernels import layout
+from cnnkern.triton_kernels import check, layout
 from cnnkern.triton_kernels.layout import ceil_power, on_device_of
 from cnnkern.triton_kernels.reduce import sum_chunks
 from cnnkern.triton_kernels.tuning import Tunable
@@ -300,12 +300,13 @@ def backward(
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
+    parameter_shape: Sequence[int],
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias; of no elements where `output_mask` is False."""
     dx = torch.empty_like(x) if output_mask[0] else x.new_empty(0)
     wanted = ((output_mask[1], weight), (output_mask[2], bias))
-    parameters = [v.new_empty(v.shape) if wants else x.new_empty(0) for wants, v in wanted]
+    parameters = [check.parameter_gradient(wants, v, parameter_shape, x) for wants, v in wanted]
     if x.numel() == 0:
         return dx, *(g.zero_() for g in parameters)
     if not any(output_mask):

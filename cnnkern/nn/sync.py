@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from cnnkern.nn.batchnorm import _FusedBatchNorm, _FusedBatchNormAdd
 from cnnkern.ops.bn_act import batch_norm_act
 from cnnkern.ops.bn_add_act import batch_norm_add_act
+from cnnkern.triton_kernels.layout import batch_norm_in_rows
 
 _ops = torch.ops.cnnkern
 _TINY = 1e-300  # an eps that the variance can be recovered from
@@ -70,6 +71,7 @@ class _Synchronised(torch.autograd.Function):
             unbiased = var * (count / (count - 1))
             running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
         ctx.save_for_backward(x, weight, bias, mean, rstd, mask)
+        ctx.channels_last = batch_norm_in_rows(x)
         ctx.count, ctx.act, ctx.group = count, act, group
         return y
 
@@ -87,7 +89,7 @@ class _Synchronised(torch.autograd.Function):
             dx, dweight, dbias = _ops.bn_act_backward(dy, x, w, b, mean, rstd, False, ctx.act, [True] * 3)
         else:
             dx, dresidual, dweight, dbias = _ops.bn_add_act_backward(
-                dy, x, w, b, mean, rstd, mask, False, ctx.act, [True] * 4
+                dy, x, w, b, mean, rstd, mask, ctx.channels_last, False, ctx.act, [True] * 4
             )
         sums = torch.cat([dbias.double(), dweight.double()])
         dist.all_reduce(sums, group=ctx.group)

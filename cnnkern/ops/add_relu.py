@@ -15,7 +15,7 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
     """``F.relu(input + other)``. The gradient saves one bit an element, and neither input nor result.
 
     Shapes: any, the same for both. Dtypes: float32, float64, bfloat16 or float16, the same for both.
-    The result has the memory format of ``input``.
+    The result has the strides of PyTorch's.
 
     Raises RuntimeError for shapes, dtypes or devices that differ: nothing is broadcast or promoted.
     """
@@ -29,11 +29,10 @@ def _(x, residual):
     if fake.is_meta(x):
         check.floating("cnnkern::add_relu", x)
     fake.check_residual("cnnkern::add_relu", x, residual)
-    return fake.empty_like_layout(x), fake.mask_of(x)
+    return fake.sum_of(x, residual, relu=True), fake.mask_of(x)
 
 
 @torch.library.register_fake("cnnkern::add_relu_backward")
-def _(dy, mask, channels_last):
-    if channels_last:
-        return torch.empty_like(dy.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
-    return torch.empty_like(dy, memory_format=torch.contiguous_format)
+def _(dy, mask, order):
+    inverse = sorted(range(dy.dim()), key=lambda d: order[d])
+    return torch.empty_like(dy.permute(order), memory_format=torch.contiguous_format).permute(inverse)

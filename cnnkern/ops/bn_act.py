@@ -26,13 +26,12 @@ def batch_norm_act(
 
     Equivalent to ``F.relu(F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))``
     for ``act="relu"``, to the batch norm alone for ``act="none"``; other activations are ``"relu6"``, ``"leaky_relu"``
-    (slope 0.01), ``"sigmoid"``, ``"silu"`` and ``"hardswish"``, as `torch.nn.functional` has them. On a GPU those five
-    are PyTorch's own operators while gradients are recorded.
+    (slope 0.01), ``"sigmoid"``, ``"silu"`` and ``"hardswish"``, as `torch.nn.functional` has them.
 
     Shapes: ``input`` and the result (N, C, ...) of 2 to 5 dimensions; the others (C,) or None. ``running_mean`` and
     ``running_var`` are updated in place when training, and are needed when not.
     Dtypes: float32, float64, bfloat16 or float16; the vectors in the input's dtype, or float32 beside the 16-bit ones.
-    The result has the memory format of the input. The gradient saves the input and two float64 vectors of C.
+    The result has the strides of PyTorch's. The gradient saves the input and two float64 vectors of C.
 
     Raises ValueError for one value a channel in training, an unknown ``act`` or an impossible ``eps``, RuntimeError
     for shapes, dtypes or devices that do not fit; running statistics are then left as they were.
@@ -67,10 +66,11 @@ def _(x, weight, bias, running_mean, running_var, training, momentum, eps, act):
         "cnnkern::bn_act", x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
     )
     stats = x.new_empty(x.shape[1], dtype=torch.float64)
-    return fake.empty_like_layout(x), stats, torch.empty_like(stats)
+    return fake.batch_norm_of(x, act), stats, torch.empty_like(stats)
 
 
 @torch.library.register_fake("cnnkern::bn_act_backward")
 def _(dy, x, weight, bias, mean, rstd, training, act, output_mask):
-    dx = fake.empty_like_layout(x) if output_mask[0] else x.new_empty(0)
-    return dx, fake.like(output_mask[1], weight, x), fake.like(output_mask[2], bias, x)
+    dx = fake.batch_norm_of(x) if output_mask[0] else x.new_empty(0)
+    parameters = zip(output_mask[1:], (weight, bias), strict=True)
+    return dx, *(fake.parameter_gradient(wanted, v, x.shape[1:2], x) for wanted, v in parameters)

@@ -31,7 +31,7 @@ def batch_norm_add_act(
     Shapes: ``input``, ``residual`` and the result (N, C, ...) of 2 to 5 dimensions, all the same; the others (C,) or
     None. ``running_mean`` and ``running_var`` are updated in place when training, and are needed when not.
     Dtypes: float32, float64, bfloat16 or float16, ``residual`` that of ``input``; the vectors in the input's dtype, or
-    float32 beside the 16-bit ones. The result has the memory format of the input. The gradient saves the input, two
+    float32 beside the 16-bit ones. The result has the strides of PyTorch's. The gradient saves the input, two
     float64 vectors of C and, for ``"relu"``, one bit an element; not the residual.
 
     Raises ValueError for one value a channel in training, an unknown ``act`` or an impossible ``eps``, RuntimeError
@@ -72,10 +72,12 @@ def _(x, residual, weight, bias, running_mean, running_var, training, momentum, 
     fake.check_residual("cnnkern::bn_add_act", x, residual)
     stats = x.new_empty(x.shape[1], dtype=torch.float64)
     mask = fake.mask_of(x) if act == "relu" else x.new_empty(0, dtype=torch.uint8)
-    return fake.empty_like_layout(x), stats, torch.empty_like(stats), mask
+    return fake.sum_of(fake.batch_norm_of(x), residual, act == "relu"), stats, torch.empty_like(stats), mask
 
 
 @torch.library.register_fake("cnnkern::bn_add_act_backward")
-def _(dy, x, weight, bias, mean, rstd, mask, training, act, output_mask):
-    dx, dresidual = (fake.empty_like_layout(x) if wanted else x.new_empty(0) for wanted in output_mask[:2])
-    return dx, dresidual, fake.like(output_mask[2], weight, x), fake.like(output_mask[3], bias, x)
+def _(dy, x, weight, bias, mean, rstd, mask, channels_last, training, act, output_mask):
+    like = fake.in_order_of(x, channels_last)
+    dx, dresidual = (torch.empty_like(like) if wanted else x.new_empty(0) for wanted in output_mask[:2])
+    parameters = zip(output_mask[2:], (weight, bias), strict=True)
+    return dx, dresidual, *(fake.parameter_gradient(wanted, v, x.shape[1:2], x) for wanted, v in parameters)

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from cnnkern.triton_kernels.layout import batch_norm_result, empty_strided_like, strides_of_sum
 
 
 def is_meta(x: Tensor) -> bool:
@@ -11,18 +14,39 @@ def is_meta(x: Tensor) -> bool:
     return x.device.type == "meta"
 
 
+def _format(x: Tensor) -> torch.memory_format:
+    """What x is dense in, or what its strides suggest."""
+    formats = (torch.contiguous_format, *((torch.channels_last,) if x.dim() == 4 else ()))
+    formats += (torch.channels_last_3d,) if x.dim() == 5 else ()
+    return next((f for f in formats if x.is_contiguous(memory_format=f)), None) or suggest_memory_format(x)
+
+
 def empty_like_layout(x: Tensor) -> Tensor:
     """An output of the kernels: dense, in the input's memory format."""
-    transposed = x.dim() == 3 and x.transpose(1, 2).is_contiguous()
-    dense = (
-        x.is_contiguous()
-        or transposed
-        or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        or (x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d))
-    )
-    if dense:
-        return torch.empty_like(x)
-    return torch.empty_like(x, memory_format=torch._prims_common.suggest_memory_format(x))
+    if x.dim() == 3 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous():
+        return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    return torch.empty_like(x, memory_format=_format(x))
+
+
+def batch_norm_of(x: Tensor, act: str = "none") -> Tensor:
+    """The output of a batch norm: as PyTorch's on a CPU, where three-dimensional ones are contiguous."""
+    if x.dim() == 3 and x.device.type == "cpu":
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return batch_norm_result(empty_like_layout(x), act)
+
+
+def in_order_of(x: Tensor, channels_last: bool) -> Tensor:
+    """Like x, with channels innermost or contiguous."""
+    if channels_last:
+        return torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def sum_of(a: Tensor, b: Tensor, relu: bool) -> Tensor:
+    """a + b or relu(a + b), with PyTorch's own strides."""
+    if a.is_contiguous() and b.is_contiguous():
+        return torch.empty_like(a, memory_format=torch.contiguous_format)
+    return empty_strided_like(a, strides_of_sum(a, b, relu))
 
 
 def mask_of(x: Tensor) -> Tensor:
@@ -30,9 +54,15 @@ def mask_of(x: Tensor) -> Tensor:
     return x.new_empty(torch.sym_max((x.numel() + 7) // 8, 4), dtype=torch.uint8)
 
 
-def like(wanted: bool, t: Tensor | None, x: Tensor) -> Tensor:
-    """A gradient of t where it is wanted, else an empty tensor."""
-    return torch.empty_like(t) if wanted else x.new_empty(0)  # type: ignore[arg-type]  # not wanted of None
+def parameter_gradient(wanted: bool, t: Tensor | None, shape: Sequence[int], x: Tensor) -> Tensor:
+    """A gradient of t where it is wanted, else an empty tensor; in the dtype of sums where t is not given."""
+    if not wanted:
+        return x.new_empty(0)
+    return x.new_empty(shape, dtype=wide_type(x) if t is None else t.dtype)
+
+
+def wide_type(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_channel_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
@@ -61,14 +91,5 @@ def check_residual(op: str, x: Tensor, residual: Tensor) -> None:
 def layer_norm_statistics(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
     """mean and rstd of a layer norm over `dims`: those dimensions have one element."""
     shape = [1 if d in dims else n for d, n in enumerate(x.shape)]
-    mean = x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    mean = x.new_empty(shape, dtype=wide_type(x))
     return mean, torch.empty_like(mean)
-
-
-def layer_norm_parameters(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, output_mask: Sequence[bool]
-) -> tuple[Tensor, Tensor]:
-    """dweight and dbias of a layer norm, dense whatever the parameters' strides."""
-    wanted = ((output_mask[1], weight), (output_mask[2], bias))
-    dense = [v.new_empty(v.shape) if want and v is not None else x.new_empty(0) for want, v in wanted]
-    return dense[0], dense[1]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 _grouped_conv2d = torch.ops.cnnkern.grouped_conv2d.default
 
@@ -71,7 +72,10 @@ def _pad(
 
 @torch.library.register_fake("cnnkern::grouped_conv2d")
 def _(x, weight, bias, stride, padding, dilation, groups):
-    return torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+    y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+    # PyTorch's own fake has other strides than its kernels where strides suggest a format that x is not dense in.
+    channels_last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
+    return torch.empty_like(y, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 @torch.library.register_fake("cnnkern::grouped_conv2d_backward")

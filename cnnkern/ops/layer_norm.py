@@ -56,4 +56,5 @@ def _(x, normalized_shape, weight, bias, eps):
 @torch.library.register_fake("cnnkern::layer_norm_backward")
 def _(dy, x, normalized_shape, weight, bias, mean, rstd, output_mask):
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if output_mask[0] else x.new_empty(0)
-    return dx, *fake.layer_norm_parameters(x, weight, bias, output_mask)
+    parameters = zip(output_mask[1:], (weight, bias), strict=True)
+    return dx, *(fake.parameter_gradient(wanted, v, normalized_shape, x) for wanted, v in parameters)

@@ -38,4 +38,5 @@ def _(x, weight, bias, eps):
 @torch.library.register_fake("cnnkern::layer_norm2d_backward")
 def _(dy, x, weight, bias, mean, rstd, output_mask):
     dx = fake.empty_like_layout(x) if output_mask[0] else x.new_empty(0)
-    return dx, *fake.layer_norm_parameters(x, weight, bias, output_mask)
+    parameters = zip(output_mask[1:], (weight, bias), strict=True)
+    return dx, *(fake.parameter_gradient(wanted, v, x.shape[1:2], x) for wanted, v in parameters)

@@ -8,6 +8,7 @@ from torch import Tensor
 from cnnkern import functional, reference
 from cnnkern.testing.case import Case, Shape, randn
 from cnnkern.testing.shapes import ADD_LAYERS, RAGGED_SHAPES
+from cnnkern.triton_kernels.layout import memory_order
 
 
 def add_relu_inputs(
@@ -24,7 +25,7 @@ def add_relu_inputs(
 
 def add_relu_backward_call(inputs: dict[str, Any], dy: Tensor) -> tuple:
     y, mask = torch.ops.cnnkern.add_relu(inputs["input"].detach(), inputs["other"].detach())
-    return torch.ops.cnnkern.add_relu_backward.default, (dy, mask, not y.is_contiguous())
+    return torch.ops.cnnkern.add_relu_backward.default, (dy, mask, memory_order(y))
 
 
 ADD_RELU = Case(

@@ -9,6 +9,7 @@ from cnnkern import functional, reference
 from cnnkern.testing.case import Case, Shape, randn
 from cnnkern.testing.judge import to_float64
 from cnnkern.testing.shapes import ADD_LAYERS, BATCH_NORM_LAYERS, RAGGED_SHAPES
+from cnnkern.triton_kernels.layout import batch_norm_in_rows
 
 # Where an activation's derivative jumps.
 KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
@@ -117,7 +118,8 @@ def bn_add_act_backward_call(inputs: dict[str, Any], dy: Tensor) -> tuple:
     _, mean, rstd, mask = operator(*arguments)
     wanted = [True, True, a["weight"] is not None, a["bias"] is not None]
     return torch.ops.cnnkern.bn_add_act_backward.default, (
-        *(dy, a["input"], a["weight"], a["bias"], mean, rstd, mask, a["training"], a["act"], wanted),
+        *(dy, a["input"], a["weight"], a["bias"], mean, rstd, mask, batch_norm_in_rows(a["input"])),
+        *(a["training"], a["act"], wanted),
     )
 
 

@@ -21,31 +21,38 @@ const auto& forward_op() {
 const auto& backward_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("cnnkern::add_relu_backward", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, bool)>();
+                             .typed<Tensor(const Tensor&, const Tensor&, at::IntArrayRef)>();
   return op;
 }
 
 struct AddReluBackward : torch::autograd::Function<AddReluBackward> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& dy, const Tensor& mask, bool channels_last) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& dy, const Tensor& mask, std::vector<int64_t> order) {
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->save_for_backward({mask});
-    ctx->saved_data["channels_last"] = channels_last;
-    return backward_op().call(dy, mask, channels_last);
+    Tensor dx = backward_op().call(dy, mask, order);
+    ctx->saved_data["order"] = std::move(order);
+    return dx;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const bool channels_last = ctx->saved_data["channels_last"].toBool();
-    return {backward_op().call(grads[0], ctx->get_saved_variables()[0], channels_last), Tensor(), Tensor()};
+    const auto order = ctx->saved_data["order"].toIntVector();
+    return {backward_op().call(grads[0], ctx->get_saved_variables()[0].contiguous(), order), Tensor(), Tensor()};
   }
 };
 
 struct AddRelu {
   static constexpr const char* kName = "AddRelu";
   static constexpr size_t kInputs = 2;  // x, residual
-  bool channels_last;
+  std::vector<int64_t> order;           // of the mask
+  Strides strides;                      // of y
+
+  static AddRelu of(const Tensor& y) {
+    return {has_numbers(y) ? memory_order(y.strides()) : memory_order(y.sym_strides()), strides_of(y)};
+  }
 
   variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 2>& needs) const {
-    const Tensor dx = backward_op().call(dy, saved[0], channels_last);
+    Tensor dx = backward_op().call(dy, saved[0].contiguous(), order);
+    if (!strides.empty()) dx = restrided(dx, strides_of_gradient(dy, strides, "relu"));
     return {needs[0] ? dx : Tensor(), needs[1] ? dx : Tensor()};
   }
 };
@@ -57,21 +64,21 @@ std::tuple<Tensor, Tensor> add_relu_by_pytorch(const Tensor& x, const Tensor& re
 }
 
 std::tuple<Tensor, Tensor> add_relu_autograd(const Tensor& x, const Tensor& residual) {
-  if (under_functorch() || has_tangent(x) || has_tangent(residual)) return add_relu_by_pytorch(x, residual);
+  if (has_tangent(x) || has_tangent(residual)) return add_relu_by_pytorch(x, residual);
   const auto forward = [&] { return forward_op().call(x, residual); };
   if (at::GradMode::is_enabled() && (x.requires_grad() || residual.requires_grad()))
-    return recorded({x, residual}, forward, [](const auto& results) {
+    return recorded<AddRelu>({x, residual}, {}, forward, [](const auto& results) {
       const auto& [y, mask] = results;
-      return std::pair(AddRelu{!y.is_contiguous()}, variable_list{mask});
+      return std::pair(AddRelu::of(y), variable_list{mask});
     });
   at::AutoDispatchBelowADInplaceOrView below;
   return forward();
 }
 
-Tensor add_relu_backward_autograd(const Tensor& dy, const Tensor& mask, bool channels_last) {
-  if (at::GradMode::is_enabled() && dy.requires_grad()) return AddReluBackward::apply(dy, mask, channels_last);
+Tensor add_relu_backward_autograd(const Tensor& dy, const Tensor& mask, at::IntArrayRef order) {
+  if (at::GradMode::is_enabled() && dy.requires_grad()) return AddReluBackward::apply(dy, mask, order.vec());
   at::AutoDispatchBelowADInplaceOrView below;
-  return backward_op().call(dy, mask, channels_last);
+  return backward_op().call(dy, mask, order);
 }
 
 }  // namespace
@@ -82,4 +89,4 @@ TORCH_LIBRARY_IMPL(cnnkern, Autograd, m) {
   m.impl("add_relu_backward", &cnnkern::add_relu_backward_autograd);
 }
 
-TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("add_relu", &cnnkern::add_relu_by_pytorch); }
+TORCH_LIBRARY_IMPL(cnnkern, FuncTorchDynamicLayerFrontMode, m) { m.impl("add_relu", &cnnkern::add_relu_by_pytorch); }

@@ -39,6 +39,7 @@ struct BnActBackward : torch::autograd::Function<BnActBackward> {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [dx, dweight, dbias] = backward_op().call(dy, x, weight, bias, mean, rstd, training, act, output_mask);
     ctx->save_for_backward({dy, x, tensor_or_undefined(weight), tensor_or_undefined(bias), mean, rstd});
+    ctx->saved_data["dbias"] = output_mask[2];
     ctx->saved_data["training"] = training;
     ctx->saved_data["act"] = std::move(act);
     return {dx, dweight, dbias};
@@ -46,9 +47,11 @@ struct BnActBackward : torch::autograd::Function<BnActBackward> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const variable_list inputs = {saved[0], saved[1], saved[2], saved[3]};  // dy, x, weight, bias
+    variable_list inputs = {saved[0], saved[1], saved[2], saved[3]};  // dy, x, weight, bias
+    const auto needs = needs_grad(ctx, inputs);
+    inputs[3] = bias_or_zeros(saved[3], ctx->saved_data["dbias"].toBool(), saved[4], saved[4].sym_sizes());
     variable_list out = second_order(
-        inputs, needs_grad(ctx, inputs), grads,
+        inputs, needs, grads,
         [&](const variable_list& v) {
           return bn_act_composite(v[1], v[2], v[3], saved[4], saved[5], ctx->saved_data["training"].toBool(),
                                   ctx->saved_data["act"].toStringView());
@@ -63,10 +66,13 @@ struct BnAct {
   static constexpr size_t kInputs = 3;  // x, weight, bias
   bool training;
   std::string act;
+  Strides strides;  // of y
 
   variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 3>& needs) const {
-    auto [dx, dweight, dbias] = backward_op().call(dy, saved[0], optional_of(saved[1]), optional_of(saved[2]), saved[3],
-                                                   saved[4], training, act, needs);
+    const Tensor& x = saved[0];
+    auto [dx, dweight, dbias] = backward_op().call(dy, x, optional_of(saved[1]), optional_of(saved[2]), saved[3].contiguous(),
+                                                   saved[4].contiguous(), training, act, needs);
+    if (needs[0]) dx = in_strides_of_batch_norm_gradient(dx, x, dy, strides, act);
     return {needs[0] ? dx : Tensor(), needs[1] ? dweight : Tensor(), needs[2] ? dbias : Tensor()};
   }
 };
@@ -82,26 +88,21 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_autograd(const Tensor& x, const Option
                                                    const OptionalTensor& running_var, bool training, double momentum,
                                                    double eps, c10::string_view act) {
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
-  if (under_functorch() || has_tangent(x) || has_tangent(w) || has_tangent(b))
+  if (has_tangent(x) || has_tangent(w) || has_tangent(b))
     return bn_act_by_pytorch(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
   check_statistics_want_no_gradient("cnnkern::bn_act", running_mean, running_var);
-  const auto forward = [&] {
-    return forward_op().call(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
-  };
-  const auto result = [&]() -> std::tuple<Tensor, Tensor, Tensor> {
-    if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b)))
-      return recorded({x, w, b}, forward, [&](const auto& results) {
-        return std::pair(BnAct{training, std::string(act)},
-                         variable_list{x, w, b, std::get<1>(results), std::get<2>(results)});
+  return with_running_statistics(training, running_mean, running_var, [&](const OptionalTensor& mean, const OptionalTensor& var) {
+    const auto forward = [&] { return forward_op().call(x, weight, bias, mean, var, training, momentum, eps, act); };
+    if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b))) {
+      const bool plain = act == "none";  // whose gradient does not read the bias
+      return recorded<BnAct>({x, w, b}, {x, w, plain ? Tensor() : b}, forward, [&](const auto& results) {
+        const auto& [y, mean, rstd] = results;
+        return std::pair(BnAct{training, std::string(act), strides_of(y)}, variable_list{mean, rstd});
       });
+    }
     at::AutoDispatchBelowADInplaceOrView below;
     return forward();
-  }();
-  if (training) {
-    bump_version(running_mean);
-    bump_version(running_var);
-  }
-  return result;
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_backward_autograd(const Tensor& dy, const Tensor& x,
@@ -125,4 +126,4 @@ TORCH_LIBRARY_IMPL(cnnkern, Autograd, m) {
   m.impl("bn_act_backward", &cnnkern::bn_act_backward_autograd);
 }
 
-TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("bn_act", &cnnkern::bn_act_by_pytorch); }
+TORCH_LIBRARY_IMPL(cnnkern, FuncTorchDynamicLayerFrontMode, m) { m.impl("bn_act", &cnnkern::bn_act_by_pytorch); }

@@ -88,12 +88,12 @@ Tensor conv2d_by_pytorch(const Tensor& x, const Tensor& weight, const OptionalTe
 Tensor grouped_conv2d_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                                IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
   const Tensor& b = tensor_or_undefined(bias);
-  if (under_functorch() || has_tangent(x) || has_tangent(weight) || has_tangent(b))
+  if (has_tangent(x) || has_tangent(weight) || has_tangent(b))
     return conv2d_by_pytorch(x, weight, bias, stride, padding, dilation, groups);
   const auto forward = [&] { return forward_op().call(x, weight, bias, stride, padding, dilation, groups); };
   if (at::GradMode::is_enabled() && (x.requires_grad() || weight.requires_grad() || requires_grad(b)))
-    return recorded({x, weight, b}, forward, [&](const Tensor&) {
-      return std::pair(GroupedConv2d{{stride.vec(), padding.vec(), dilation.vec(), groups}}, variable_list{x, weight});
+    return recorded<GroupedConv2d>({x, weight, b}, {x, weight}, forward, [&](const Tensor&) {
+      return std::pair(GroupedConv2d{{stride.vec(), padding.vec(), dilation.vec(), groups}}, variable_list());
     });
   at::AutoDispatchBelowADInplaceOrView below;
   return forward();
@@ -133,4 +133,4 @@ TORCH_LIBRARY_IMPL(cnnkern, AutocastCPU, m) {
 TORCH_LIBRARY_IMPL(cnnkern, AutocastCUDA, m) {
   m.impl("grouped_conv2d", &cnnkern::grouped_conv2d_autocast<c10::DispatchKey::AutocastCUDA, c10::DeviceType::CUDA>);
 }
-TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("grouped_conv2d", &cnnkern::conv2d_by_pytorch); }
+TORCH_LIBRARY_IMPL(cnnkern, FuncTorchDynamicLayerFrontMode, m) { m.impl("grouped_conv2d", &cnnkern::conv2d_by_pytorch); }

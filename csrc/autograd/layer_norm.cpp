@@ -39,6 +39,7 @@ struct LayerNormBackward : torch::autograd::Function<LayerNormBackward> {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [dx, dweight, dbias] = backward_op().call(dy, x, normalized_shape, weight, bias, mean, rstd, output_mask);
     ctx->save_for_backward({dy, x, tensor_or_undefined(weight), tensor_or_undefined(bias), mean, rstd});
+    ctx->saved_data["dbias"] = output_mask[2];
     ctx->saved_data["dims"] = static_cast<int64_t>(normalized_shape.size());
     return {dx, dweight, dbias};
   }
@@ -47,8 +48,11 @@ struct LayerNormBackward : torch::autograd::Function<LayerNormBackward> {
     const auto saved = ctx->get_saved_variables();
     std::vector<int64_t> dims;
     for (int64_t d = ctx->saved_data["dims"].toInt(); d > 0; --d) dims.push_back(-d);
-    const variable_list inputs = {saved[0], saved[1], saved[2], saved[3]};  // dy, x, weight, bias
-    const variable_list found = second_order(inputs, needs_grad(ctx, inputs), grads, [&](const variable_list& v) {
+    variable_list inputs = {saved[0], saved[1], saved[2], saved[3]};  // dy, x, weight, bias
+    const auto needs = needs_grad(ctx, inputs);
+    const auto shape = saved[1].sym_sizes().slice(saved[1].dim() - dims.size());
+    inputs[3] = bias_or_zeros(saved[3], ctx->saved_data["dbias"].toBool(), saved[4], shape);
+    const variable_list found = second_order(inputs, needs, grads, [&](const variable_list& v) {
       return layer_norm_composite(v[1], v[2], v[3], saved[4], saved[5], dims);
     });
     variable_list out(8);
@@ -65,7 +69,7 @@ struct LayerNorm {
   variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 3>& needs) const {
     const Tensor& x = saved[0];
     auto [dx, dweight, dbias] = backward_op().call(dy, x, x.sym_sizes().slice(x.dim() - dims), optional_of(saved[1]),
-                                                   optional_of(saved[2]), saved[3], saved[4], needs);
+                                                   std::nullopt, saved[2].contiguous(), saved[3].contiguous(), needs);
     return {needs[0] ? dx : Tensor(), needs[1] ? dweight : Tensor(), needs[2] ? dbias : Tensor()};
   }
 };
@@ -80,13 +84,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_autograd(const Tensor& x, c10::Sym
                                                        const OptionalTensor& weight, const OptionalTensor& bias,
                                                        double eps) {
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
-  if (under_functorch() || has_tangent(x) || has_tangent(w) || has_tangent(b))
+  if (has_tangent(x) || has_tangent(w) || has_tangent(b))
     return layer_norm_by_pytorch(x, normalized_shape, weight, bias, eps);
   const auto forward = [&] { return forward_op().call(x, normalized_shape, weight, bias, eps); };
   if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b)))
-    return recorded({x, w, b}, forward, [&](const auto& results) {
+    return recorded<LayerNorm>({x, w, b}, {x, w}, forward, [&](const auto& results) {
       return std::pair(LayerNorm{static_cast<int64_t>(normalized_shape.size())},
-                       variable_list{x, w, b, std::get<1>(results), std::get<2>(results)});
+                       variable_list{std::get<1>(results), std::get<2>(results)});
     });
   at::AutoDispatchBelowADInplaceOrView below;
   return forward();
@@ -123,4 +127,4 @@ TORCH_LIBRARY_IMPL(cnnkern, Autograd, m) {
   m.impl("layer_norm_backward", &cnnkern::layer_norm_backward_autograd);
 }
 
-TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("layer_norm", &cnnkern::layer_norm_by_pytorch); }
+TORCH_LIBRARY_IMPL(cnnkern, FuncTorchDynamicLayerFrontMode, m) { m.impl("layer_norm", &cnnkern::layer_norm_by_pytorch); }

@@ -28,7 +28,7 @@ T in_float32(const T& t) {
 
 // What PyTorch computes in the operator's place has no statistics to save.
 inline std::tuple<Tensor, Tensor, Tensor> without_statistics(const Tensor& y, const Tensor& x) {
-  const Tensor none = at::empty({0}, x.options().dtype(x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  const Tensor none = at::empty({0}, x.options().dtype(wide_type(x)));
   return {y, none, none.clone()};
 }
 

@@ -40,13 +40,16 @@ struct LayerNorm2dBackward : torch::autograd::Function<LayerNorm2dBackward> {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [dx, dweight, dbias] = backward_op().call(dy, x, weight, bias, mean, rstd, output_mask);
     ctx->save_for_backward({dy, x, tensor_or_undefined(weight), tensor_or_undefined(bias), mean, rstd});
+    ctx->saved_data["dbias"] = output_mask[2];
     return {dx, dweight, dbias};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const variable_list inputs = {saved[0], saved[1], saved[2], saved[3]};  // dy, x, weight, bias
-    variable_list out = second_order(inputs, needs_grad(ctx, inputs), grads, [&](const variable_list& v) {
+    variable_list inputs = {saved[0], saved[1], saved[2], saved[3]};  // dy, x, weight, bias
+    const auto needs = needs_grad(ctx, inputs);
+    inputs[3] = bias_or_zeros(saved[3], ctx->saved_data["dbias"].toBool(), saved[4], saved[1].sym_sizes().slice(1, 1));
+    variable_list out = second_order(inputs, needs, grads, [&](const variable_list& v) {
       return layer_norm_composite(v[1], over_channels(v[2]), over_channels(v[3]), saved[4], saved[5], {1});
     });
     out.resize(7);
@@ -60,7 +63,7 @@ struct LayerNorm2d {
 
   variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 3>& needs) const {
     auto [dx, dweight, dbias] =
-        backward_op().call(dy, saved[0], optional_of(saved[1]), optional_of(saved[2]), saved[3], saved[4], needs);
+        backward_op().call(dy, saved[0], optional_of(saved[1]), std::nullopt, saved[2].contiguous(), saved[3].contiguous(), needs);
     return {needs[0] ? dx : Tensor(), needs[1] ? dweight : Tensor(), needs[2] ? dbias : Tensor()};
   }
 };
@@ -74,12 +77,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_by_pytorch(const Tensor& x, cons
 std::tuple<Tensor, Tensor, Tensor> layer_norm2d_autograd(const Tensor& x, const OptionalTensor& weight,
                                                          const OptionalTensor& bias, double eps) {
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
-  if (under_functorch() || has_tangent(x) || has_tangent(w) || has_tangent(b))
+  if (has_tangent(x) || has_tangent(w) || has_tangent(b))
     return layer_norm2d_by_pytorch(x, weight, bias, eps);
   const auto forward = [&] { return forward_op().call(x, weight, bias, eps); };
   if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b)))
-    return recorded({x, w, b}, forward, [&](const auto& results) {
-      return std::pair(LayerNorm2d{}, variable_list{x, w, b, std::get<1>(results), std::get<2>(results)});
+    return recorded<LayerNorm2d>({x, w, b}, {x, w}, forward, [&](const auto& results) {
+      return std::pair(LayerNorm2d{}, variable_list{std::get<1>(results), std::get<2>(results)});
     });
   at::AutoDispatchBelowADInplaceOrView below;
   return forward();
@@ -114,4 +117,4 @@ TORCH_LIBRARY_IMPL(cnnkern, Autograd, m) {
   m.impl("layer_norm2d_backward", &cnnkern::layer_norm2d_backward_autograd);
 }
 
-TORCH_LIBRARY_IMPL(cnnkern, FuncTorchBatched, m) { m.impl("layer_norm2d", &cnnkern::layer_norm2d_by_pytorch); }
+TORCH_LIBRARY_IMPL(cnnkern, FuncTorchDynamicLayerFrontMode, m) { m.impl("layer_norm2d", &cnnkern::layer_norm2d_by_pytorch); }

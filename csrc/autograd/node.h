@@ -23,10 +23,9 @@ namespace cnnkern {
 // `Operator` keeps what its gradient needs beside tensors, and has
 //   kName, kInputs      its name, and how many tensors may want a gradient
 //   backward(dy, saved, needs)   their gradients, one for each; `needs` says which are wanted
+// Saved tensors may come back from a hook in other strides than they had: what depends on those is kept in the operator.
 template <typename Operator>
 struct OperatorNode final : torch::autograd::Node {
-  explicit OperatorNode(Operator op) : op_(std::move(op)) {}
-
   std::string name() const override { return Operator::kName; }
 
   void save(const torch::autograd::variable_list& tensors) {
@@ -46,11 +45,12 @@ struct OperatorNode final : torch::autograd::Node {
     if (!grads[0].defined()) return torch::autograd::variable_list(Operator::kInputs);
     std::array<bool, Operator::kInputs> needs;
     for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
-    return op_.backward(grads[0], saved, needs);
+    return op.backward(grads[0], saved, needs);
   }
 
+  Operator op{};
+
  private:
-  Operator op_;
   std::vector<torch::autograd::SavedVariable> saved_;
 };
 
@@ -71,17 +71,21 @@ const at::Tensor& output_of(const std::tuple<at::Tensor, Rest...>& results) {
 }
 
 // What `forward` gives, computed below autograd, with a node behind the first of it. `inputs` are the operator's kInputs
-// tensors, undefined ones too; `describe` makes a pair of the results: the operator, and the tensors to save.
-template <typename Forward, typename Describe>
-auto recorded(const torch::autograd::variable_list& inputs, const Forward& forward, const Describe& describe) {
+// tensors, undefined ones too, and `saves` those of its arguments that it saves: before anything is computed, because this
+// may be refused. `describe` makes a pair of the results: the operator, and the tensors to save of them.
+template <typename Operator, typename Forward, typename Describe>
+auto recorded(const torch::autograd::variable_list& inputs, const torch::autograd::variable_list& saves, const Forward& forward,
+              const Describe& describe) {
+  auto node = make_node<OperatorNode<Operator>>();
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs));
+  node->save(saves);
   auto results = [&] {
     at::AutoDispatchBelowADInplaceOrView below;
     return forward();
   }();
-  auto [op, saves] = describe(results);
-  auto node = make_node<OperatorNode<decltype(op)>>(std::move(op));
-  node->set_next_edges(torch::autograd::collect_next_edges(inputs));
-  node->save(saves);
+  torch::autograd::variable_list of_results;
+  std::tie(node->op, of_results) = describe(results);
+  node->save(of_results);
   torch::autograd::set_history(output_of(results), node);
   if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
   return results;

@@ -73,8 +73,9 @@ void backward(const T* dy, T* dx, BitReader mask, int64_t numel) {
 std::tuple<Tensor, Tensor> add_relu_cpu(const Tensor& x, const Tensor& residual) {
   check_floating("cnnkern::add_relu", x);
   check_same_shape("cnnkern::add_relu", "residual", residual, x);
-  const Tensor x_ = in_layout(x), residual_ = in_layout_of(residual, x_);
-  Tensor y = aten::empty_like(x_), mask = aten::empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte));
+  const Strides strides = strides_of_sum(x, residual, /*relu=*/true);  // in which memory is read from end to end
+  const Tensor x_ = densely(x, strides), residual_ = densely(residual, strides);
+  Tensor y = aten::empty_strided(x.sizes(), strides, x.options()), mask = aten::empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte));
   // Only the bytes that bits are added to one by one have to be zero: with fewer than 8 lanes every one.
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "add_relu", [&] {
     uint8_t* bits = mask.mutable_data_ptr<uint8_t>();
@@ -87,13 +88,14 @@ std::tuple<Tensor, Tensor> add_relu_cpu(const Tensor& x, const Tensor& residual)
   return {y, mask};
 }
 
-Tensor add_relu_backward_cpu(const Tensor& dy, const Tensor& mask, bool channels_last) {
+Tensor add_relu_backward_cpu(const Tensor& dy, const Tensor& mask, at::IntArrayRef order) {
   const char* op = "cnnkern::add_relu_backward";
   check_floating(op, dy);
   check_mask(op, mask, mask_bytes(dy.numel()), dy);
-  check_channels_last(op, dy, channels_last);
-  const Tensor dy_ = channels_last ? in_rows(dy) : dy.contiguous();
-  Tensor dx = aten::empty_like(dy_);
+  check_order(op, order, dy);
+  const Strides strides = strides_in_order(dy.sizes(), order);
+  const Tensor dy_ = densely(dy, strides);
+  Tensor dx = aten::empty_strided(dy.sizes(), strides, dy.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dy.scalar_type(), "add_relu_backward", [&] {
     backward(dy_.const_data_ptr<scalar_t>(), dx.mutable_data_ptr<scalar_t>(),
              BitReader{mask.const_data_ptr<uint8_t>(), mask.numel()}, dy.numel());

@@ -299,9 +299,16 @@ void run(Policy&& policy, const Layout& layout) {
     run_planes(policy, layout.as_planes());
 }
 
-// A gradient of t, or an empty tensor where it is not wanted.
-inline Tensor gradient_like(bool wanted, const OptionalTensor& t, const Tensor& x) {
-  return wanted ? aten::empty_like(*t) : aten::empty({0}, x.options());
+// The gradient of x, or of what is like it; an empty tensor where it is not wanted.
+inline Tensor gradient_like(bool wanted, const Tensor& x) {
+  return wanted ? aten::empty_like(x) : aten::empty({0}, x.options());
+}
+
+// That of a vector of C, in its dtype; in the dtype of sums where the vector, which the gradient need not read, is not given.
+inline Tensor parameter_gradient(bool wanted, const OptionalTensor& t, const Tensor& x) {
+  if (!wanted) return aten::empty({0}, x.options());
+  const Tensor& given = tensor_or_undefined(t);
+  return given.defined() ? aten::empty_like(given) : aten::empty({x.size(1)}, x.options().dtype(wide_type(x)));
 }
 
 // Calls f with a value of the element type.

@@ -37,9 +37,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_cpu(const Tensor& x, const OptionalTen
                                               bool training, double momentum, double eps, c10::string_view act) {
   check_batch_norm("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, eps);
   check_activation("cnnkern::bn_act", act);
-  const Tensor x_ = in_layout(x);
+  const Tensor x_ = in_batch_norm_layout(x);
   const Layout layout = layout_of(x_);
-  Tensor y = aten::empty_like(x_);
+  Tensor y = batch_norm_result(x_, act);
   Tensor mean = aten::empty({layout.C}, x.options().dtype(at::kDouble)), rstd = aten::empty_like(mean);
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
   with_type(x_, [&](auto scalar) {
@@ -59,12 +59,12 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_cpu(const Tensor& dy, const T
                                                        const OptionalTensor& bias, const Tensor& mean,
                                                        const Tensor& rstd, bool training, c10::string_view act,
                                                        std::array<bool, 3> output_mask) {
-  check_batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, mean, rstd, output_mask);
+  check_batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, /*reads_bias=*/act != "none", mean, rstd, output_mask);
   check_activation("cnnkern::bn_act_backward", act);
-  const Tensor x_ = in_layout(x), dy_ = in_layout_of(dy, x_);
+  const Tensor x_ = in_batch_norm_layout(x), dy_ = in_layout_of(dy, x_);
   const Layout layout = layout_of(x_);
-  Tensor dx = gradient_like(output_mask[0], x_, x_);
-  Tensor dweight = gradient_like(output_mask[1], weight, x_), dbias = gradient_like(output_mask[2], bias, x_);
+  Tensor dx = gradient_like(output_mask[0], x_);
+  Tensor dweight = parameter_gradient(output_mask[1], weight, x_), dbias = parameter_gradient(output_mask[2], bias, x_);
   if (x.numel() == 0) return {dx, dweight.zero_(), dbias.zero_()};
   with_type(x_, [&](auto scalar) {
     using T = decltype(scalar);

@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_cpu(const Tensor& x, const
   check_batch_norm("cnnkern::bn_add_act", x, weight, bias, running_mean, running_var, training, eps);
   check_same_shape("cnnkern::bn_add_act", "residual", residual, x);
   check_relu_or_none("cnnkern::bn_add_act", act);
-  const Tensor x_ = in_layout(x), residual_ = in_layout_of(residual, x_);
+  const Tensor x_ = in_batch_norm_layout(x), residual_ = in_layout_of(residual, x_);
   const Layout layout = layout_of(x_);
   Tensor y = aten::empty_like(x_);
   Tensor mean = aten::empty({layout.C}, x.options().dtype(at::kDouble)), rstd = aten::empty_like(mean);
@@ -68,23 +68,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_cpu(const Tensor& x, const
           layout);
     });
   });
-  return {y, mean, rstd, mask};
+  return {in_strides_of_sum(y, x_, residual, act == "relu"), mean, rstd, mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward_cpu(const Tensor& dy, const Tensor& x,
                                                                    const OptionalTensor& weight,
                                                                    const OptionalTensor& bias, const Tensor& mean,
-                                                                   const Tensor& rstd, const Tensor& mask,
+                                                                   const Tensor& rstd, const Tensor& mask, bool channels_last,
                                                                    bool training, c10::string_view act,
                                                                    std::array<bool, 4> output_mask) {
   const char* op = "cnnkern::bn_add_act_backward";
-  check_batch_norm_backward(op, dy, x, weight, bias, mean, rstd, {output_mask[0], output_mask[2], output_mask[3]});
+  check_batch_norm_backward(op, dy, x, weight, bias, /*reads_bias=*/false, mean, rstd,
+                            {output_mask[0], output_mask[2], output_mask[3]});
   check_relu_or_none(op, act);
+  check_channels_last(op, x, channels_last);
   check_mask(op, mask, act == "relu" ? mask_bytes(x.numel()) : 0, x);
-  const Tensor x_ = in_layout(x), dy_ = in_layout_of(dy, x_);
+  const Tensor x_ = laid_out(x, channels_last), dy_ = in_layout_of(dy, x_);
   const Layout layout = layout_of(x_);
-  Tensor dx = gradient_like(output_mask[0], x_, x_), dresidual = gradient_like(output_mask[1], x_, x_);
-  Tensor dweight = gradient_like(output_mask[2], weight, x_), dbias = gradient_like(output_mask[3], bias, x_);
+  Tensor dx = gradient_like(output_mask[0], x_), dresidual = gradient_like(output_mask[1], x_);
+  Tensor dweight = parameter_gradient(output_mask[2], weight, x_), dbias = parameter_gradient(output_mask[3], bias, x_);
   if (x.numel() == 0) return {dx, dresidual, dweight.zero_(), dbias.zero_()};
   with_type(x_, [&](auto scalar) {
     using T = decltype(scalar);

@@ -14,6 +14,7 @@
 #include <c10/macros/Macros.h>
 
 #include "aten.h"
+#include "memory_layout.h"
 
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
@@ -365,7 +366,7 @@ void layer_norm_rows_backward(const Tensor& dy, const Tensor& x, int64_t cols, c
 std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(const Tensor& x, at::IntArrayRef normalized_shape,
                                                   const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   check_layer_norm("cnnkern::layer_norm", x, normalized_shape, weight, bias);
-  const Tensor x_ = x.contiguous();
+  const Tensor x_ = with_plain_strides(x.contiguous());
   Tensor y = aten::empty_like(x_);
   auto [mean, rstd] = empty_statistics(x_, x.dim() - static_cast<int64_t>(normalized_shape.size()), x.dim());
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
@@ -382,8 +383,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(const Tensor& dy, con
   check_layer_norm(op, x, normalized_shape, weight, bias);
   const int64_t first = x.dim() - static_cast<int64_t>(normalized_shape.size());
   check_layer_norm_saved(op, dy, x, statistics_shape(x, first, x.dim()), weight, bias, mean, rstd, output_mask);
-  const Tensor x_ = x.contiguous(), dy_ = dy.contiguous();
-  LayerNormGradients grads(x_, weight, bias, output_mask);
+  const Tensor x_ = with_plain_strides(x.contiguous()), dy_ = dy.contiguous();
+  LayerNormGradients grads(x_, normalized_shape, weight, bias, output_mask);
   if (x.numel() == 0) return grads.zeros(x);
   layer_norm_rows_backward(dy_, x_, c10::multiply_integers(normalized_shape), tensor_or_undefined(weight), mean, rstd,
                            grads.dx, grads.dweight, grads.dbias);

@@ -279,7 +279,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_backward_cpu(const Tensor& dy, c
   check_layer_norm2d(op, x, weight, bias);
   check_layer_norm_saved(op, dy, x, statistics_shape(x, 1, 2), weight, bias, mean, rstd, output_mask);
   const Tensor x_ = in_layout(x), dy_ = in_layout_of(dy, x_), &w = tensor_or_undefined(weight);
-  LayerNormGradients grads(x_, weight, bias, output_mask);
+  LayerNormGradients grads(x_, x.sizes().slice(1, 1), weight, bias, output_mask);
   if (x.numel() == 0) return grads.zeros(x);
   const Layout layout = layout_of(x_);
   if (layout.rows) {

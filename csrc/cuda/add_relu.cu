@@ -18,7 +18,9 @@ std::tuple<Tensor, Tensor> add_relu_cuda(const Tensor& x, const Tensor& residual
   check_floating("cnnkern::add_relu", x);
   check_same_shape("cnnkern::add_relu", "residual", residual, x);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor x_ = in_layout(x), residual_ = in_layout_of(residual, x_), y = aten::empty_like(x_);
+  const Strides strides = strides_of_sum(x, residual, /*relu=*/true);  // in which memory is read from end to end
+  const Tensor x_ = densely(x, strides), residual_ = densely(residual, strides);
+  const Tensor y = aten::empty_strided(x.sizes(), strides, x.options());
   const Tensor mask = words_of_mask(x, [](int64_t n, const auto& options) { return aten::empty({n}, options); });
   if (x.numel() == 0) return {y, mask.zero_()};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "add_relu", [&] {
@@ -29,13 +31,14 @@ std::tuple<Tensor, Tensor> add_relu_cuda(const Tensor& x, const Tensor& residual
   return {y, mask};
 }
 
-Tensor add_relu_backward_cuda(const Tensor& dy, const Tensor& mask, bool channels_last) {
+Tensor add_relu_backward_cuda(const Tensor& dy, const Tensor& mask, at::IntArrayRef order) {
   const char* op = "cnnkern::add_relu_backward";
   check_floating(op, dy);
   check_mask(op, mask, mask_bytes(dy.numel()), dy);
-  check_channels_last(op, dy, channels_last);
+  check_order(op, order, dy);
   const c10::cuda::CUDAGuard guard(dy.device());
-  const Tensor dy_ = channels_last ? in_rows(dy) : dy.contiguous(), dx = aten::empty_like(dy_);
+  const Strides strides = strides_in_order(dy.sizes(), order);
+  const Tensor dy_ = densely(dy, strides), dx = aten::empty_strided(dy.sizes(), strides, dy.options());
   if (dy.numel() == 0) return dx;
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, dy.scalar_type(), "add_relu_backward", [&] {
     gpu::add_relu_backward(dy_.const_data_ptr<scalar_t>(), gpu::BitReader{mask.const_data_ptr<uint8_t>()},

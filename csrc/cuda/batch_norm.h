@@ -90,8 +90,15 @@ void launch_backward(const Gate& gate, const Tensor& dy, const Tensor& x, const 
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// A gradient of t where it is wanted.
-inline Tensor gradient_like(bool wanted, const OptionalTensor& t) { return wanted ? aten::empty_like(*t) : Tensor(); }
+// The gradient of x, or of what is like it, where it is wanted.
+inline Tensor gradient_like(bool wanted, const Tensor& x) { return wanted ? aten::empty_like(x) : Tensor(); }
+
+// That of a vector of C, in its dtype; in the dtype of sums where the vector, which the gradient need not read, is not given.
+inline Tensor parameter_gradient(bool wanted, const OptionalTensor& t, const Tensor& x) {
+  if (!wanted) return Tensor();
+  const Tensor& given = tensor_or_undefined(t);
+  return given.defined() ? aten::empty_like(given) : aten::empty({x.size(1)}, x.options().dtype(wide_type(x)));
+}
 
 // What the operator returns of it.
 inline Tensor or_empty(const Tensor& gradient, const Tensor& x) {

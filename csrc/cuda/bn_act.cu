@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_cuda(const Tensor& x, const OptionalTe
   check_batch_norm("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, eps);
   check_activation("cnnkern::bn_act", act);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor x_ = in_layout(x), y = aten::empty_like(x_);
+  const Tensor x_ = in_batch_norm_layout(x), y = batch_norm_result(x_, act);
   const Tensor mean = aten::empty({x.size(1)}, x.options().dtype(at::kDouble)), rstd = aten::empty_like(mean);
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "bn_act", [&] {
@@ -28,12 +28,12 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_cuda(const Tensor& dy, const 
                                                         const OptionalTensor& bias, const Tensor& mean,
                                                         const Tensor& rstd, bool training, c10::string_view act,
                                                         std::array<bool, 3> output_mask) {
-  check_batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, mean, rstd, output_mask);
+  check_batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, /*reads_bias=*/act != "none", mean, rstd, output_mask);
   check_activation("cnnkern::bn_act_backward", act);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor x_ = in_layout(x), dy_ = in_layout_of(dy, x_);
-  const BatchNormGradients gradients = {gradient_like(output_mask[0], x_), Tensor(), gradient_like(output_mask[1], weight),
-                                        gradient_like(output_mask[2], bias)};
+  const Tensor x_ = in_batch_norm_layout(x), dy_ = in_layout_of(dy, x_);
+  const BatchNormGradients gradients = {gradient_like(output_mask[0], x_), Tensor(), parameter_gradient(output_mask[1], weight, x_),
+                                        parameter_gradient(output_mask[2], bias, x_)};
   if (x.numel() == 0) {
     zero(gradients);
   } else {

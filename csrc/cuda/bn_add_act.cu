@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_cuda(const Tensor& x, cons
   check_same_shape(op, "residual", residual, x);
   check_relu_or_none(op, act);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor x_ = in_layout(x), residual_ = in_layout_of(residual, x_), y = aten::empty_like(x_);
+  const Tensor x_ = in_batch_norm_layout(x), residual_ = in_layout_of(residual, x_), y = aten::empty_like(x_);
   const Tensor mean = aten::empty({x.size(1)}, x.options().dtype(at::kDouble)), rstd = aten::empty_like(mean);
   // Zeros: vectors that share a byte add their bits to it.
   const Tensor mask = act == "relu" ? words_of_mask(x, [](int64_t n, const auto& options) { return aten::zeros({n}, options); })
@@ -31,23 +31,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_cuda(const Tensor& x, cons
       launch_forward<scalar_t>(forward, x_, forward.x, forward.residual, forward.y);
     });
   });
-  return {y, mean, rstd, mask};
+  return {in_strides_of_sum(y, x_, residual, act == "relu"), mean, rstd, mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward_cuda(const Tensor& dy, const Tensor& x,
                                                                     const OptionalTensor& weight,
                                                                     const OptionalTensor& bias, const Tensor& mean,
-                                                                    const Tensor& rstd, const Tensor& mask,
+                                                                    const Tensor& rstd, const Tensor& mask, bool channels_last,
                                                                     bool training, c10::string_view act,
                                                                     std::array<bool, 4> output_mask) {
   const char* op = "cnnkern::bn_add_act_backward";
-  check_batch_norm_backward(op, dy, x, weight, bias, mean, rstd, {output_mask[0], output_mask[2], output_mask[3]});
+  check_batch_norm_backward(op, dy, x, weight, bias, /*reads_bias=*/false, mean, rstd,
+                            {output_mask[0], output_mask[2], output_mask[3]});
   check_relu_or_none(op, act);
+  check_channels_last(op, x, channels_last);
   check_mask(op, mask, act == "relu" ? mask_bytes(x.numel()) : 0, x);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor x_ = in_layout(x), dy_ = in_layout_of(dy, x_);
+  const Tensor x_ = laid_out(x, channels_last), dy_ = in_layout_of(dy, x_);
   const BatchNormGradients gradients = {gradient_like(output_mask[0], x_), gradient_like(output_mask[1], x_),
-                                        gradient_like(output_mask[2], weight), gradient_like(output_mask[3], bias)};
+                                        parameter_gradient(output_mask[2], weight, x_), parameter_gradient(output_mask[3], bias, x_)};
   if (x.numel() == 0) {
     zero(gradients);
   } else {

@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cuda(const Tensor& x, at::IntArray
                                                    const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
   check_layer_norm("cnnkern::layer_norm", x, normalized_shape, weight, bias);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor x_ = x.contiguous(), y = aten::empty_like(x_);
+  const Tensor x_ = with_plain_strides(x.contiguous()), y = aten::empty_like(x_);
   const auto [mean, rstd] = empty_statistics(x_, x.dim() - static_cast<int64_t>(normalized_shape.size()), x.dim());
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
   launch_layer_norm_rows(x_, c10::multiply_integers(normalized_shape), dense(weight), dense(bias), eps, y, mean, rstd);
@@ -48,8 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(const Tensor& dy, co
   const int64_t first = x.dim() - static_cast<int64_t>(normalized_shape.size());
   check_layer_norm_saved(op, dy, x, statistics_shape(x, first, x.dim()), weight, bias, mean, rstd, output_mask);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Tensor x_ = x.contiguous(), dy_ = dy.contiguous();
-  const LayerNormGradients gradients(x_, weight, bias, output_mask);
+  const Tensor x_ = with_plain_strides(x.contiguous()), dy_ = dy.contiguous();
+  const LayerNormGradients gradients(x_, normalized_shape, weight, bias, output_mask);
   if (x.numel() == 0) return gradients.zeros(x);
   launch_layer_norm_rows_backward(dy_, x_, c10::multiply_integers(normalized_shape), dense(weight), mean, rstd, gradients);
   return gradients.tuple(x);

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_backward_cuda(const Tensor& dy, 
   check_layer_norm_saved(op, dy, x, statistics_shape(x, 1, 2), weight, bias, mean, rstd, output_mask);
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor x_ = in_layout(x), dy_ = in_layout_of(dy, x_), w = dense(weight);
-  const LayerNormGradients gradients(x_, weight, bias, output_mask);
+  const LayerNormGradients gradients(x_, x.sizes().slice(1, 1), weight, bias, output_mask);
   if (x.numel() == 0) return gradients.zeros(x);
   const gpu::Layout layout = layout_of(x_);
   if (layout.rows) {
