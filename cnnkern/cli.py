@@ -122,10 +122,13 @@ def zoo(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from cnnkern import zoo
+    from cnnkern.models.registry import list_models, unknown_model
 
     if options.action != "show":
         zoo.table(Console(highlight=False, width=None if sys.stdout.isatty() else 240))
         return 0
+    if options.name not in list_models():
+        return fail(unknown_model(options.name, "`cnnkern zoo` lists the models"))
     try:
         print(zoo.show(options.name, options.input, fused=not options.eager))
     except ValueError as error:
