@@ -7,7 +7,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,8 @@ class _Watched:
     """A file that remembers the first error of a write: torch and others put errors of their own in its place."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.error = file, None
+        self._file = file
+        self.error: OSError | None = None
 
     def write(self, content: Any) -> int:
         try:
@@ -56,7 +57,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as opened:
             file = _Watched(opened)
-            write(file)
+            write(cast(IO[bytes], file))
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(unfinished, path)
@@ -97,9 +98,9 @@ def load(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"the checkpoint {path} is damaged: {reason}") from error
     if changed:
         raise CheckpointError(f"the checkpoint {path} is damaged: the checksum of {changed} in it is another")
-    if reason := _problem(checkpoint):
-        raise CheckpointError(f"{path} is no checkpoint of cnnkern train: {reason}")
-    return checkpoint
+    if problem := _problem(checkpoint):
+        raise CheckpointError(f"{path} is no checkpoint of cnnkern train: {problem}")
+    return cast(dict[str, Any], checkpoint)
 
 
 def _problem(checkpoint: Any) -> str | None:

@@ -20,8 +20,10 @@ from cnnkern.output import CHECKPOINT
 from cnnkern.schedule import LEARNING_RATES, SCHEDULES
 
 # What a run that is resumed must share with the one that it continues.
-FIXED = ("dataset", "resize", "batch_size", "optimizer", "momentum", "weight_decay", "augment", "seed")
-FIXED += ("amp", "float64", "eager", "sync_bn")
+FIXED = (
+    *("dataset", "resize", "batch_size", "optimizer", "momentum", "weight_decay", "augment", "seed"),
+    *("amp", "float64", "eager", "sync_bn"),
+)
 # All that shapes a run.
 SETTINGS = (*FIXED, "epochs", "lr", "schedule", "data_dir", "channels_last", "compile", "threads", "device")
 
@@ -162,7 +164,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     path = given["output"] / CHECKPOINT if given.get("resume") else given.get("resume_from")
     stamp = file_stamp(path)
     found = checkpoints.load(path) if path else None
-    settings, notes = _settings(parser, given, path, found) if found else ({}, [])
+    settings, notes = _settings(parser, given, path, found) if path and found else ({}, [])
     options = argparse.Namespace(**(parser.defaults | settings | given), checkpoint=found, path=path)
     options.stamp, options.notes = stamp, notes
     options.lr = LEARNING_RATES[options.optimizer] if options.lr is None else options.lr

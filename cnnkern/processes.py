@@ -40,20 +40,17 @@ class Processes:
 
         Else they would wait for that process in their next collective operation.
         """
-        failed: list[Exception | bool] = [False]
+        failure: Exception | None = None
         if self.rank == 0:
             try:
                 action()
             except Exception as error:
-                failed = [error]
+                failure = error
+        failed = [failure is not None]
         if self.count > 1:
-            shared = [bool(failed[0])]
-            dist.broadcast_object_list(shared)
-            failed = failed if self.rank == 0 else shared
-        if isinstance(failed[0], Exception):
-            raise failed[0]
+            dist.broadcast_object_list(failed)
         if failed[0]:
-            raise FailedElsewhere
+            raise failure or FailedElsewhere
 
 
 @contextlib.contextmanager
