@@ -140,7 +140,7 @@ def make_parser() -> Parser:
     add("--output", type=Path, metavar="DIR", said="runs/MODEL", help="the folder of checkpoint.pt and the curves")
     add("--overwrite", False, action="store_true", help="replace the run that the output folder has")
     add("--resume", False, action="store_true", help="go on from the checkpoint in the output folder")
-    add("--resume-from", type=Path, metavar="FILE", help="go on from this checkpoint")
+    add("--resume-from", type=Path, metavar="FILE", help="go on from this checkpoint, or the one in this folder")
     add("--compare", False, action="store_true", help="measure training steps with fused and eager layers, and stop")
     return parser
 
@@ -162,6 +162,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if given.get("resume") and given.get("overwrite"):
         parser.error("--resume goes on with the run that --overwrite would replace: leave one of them out")
     path = given["output"] / CHECKPOINT if given.get("resume") else given.get("resume_from")
+    path = path / CHECKPOINT if path and path.is_dir() else path
     stamp = file_stamp(path)
     found = checkpoints.load(path) if path else None
     settings, notes = _settings(parser, given, path, found) if path and found else ({}, [])

@@ -184,7 +184,7 @@ def test_damaged_and_foreign_checkpoints(tiny, tmp_path, capsys, monkeypatch):
     path.write_bytes(good)
     checkpoints.save(path, checkpoints.load(path) | {"classes": ["a", "b"]})
     assert "is of other classes: a, b; this data has 0, 1" in error_of(capsys, *options)
-    for key, value in (("model", "nope"), ("arguments", {"colour": 1})):
+    for key, value in (("model", "nope"), ("arguments", checkpoint["arguments"] | {"colour": 1})):
         path.write_bytes(good)
         checkpoints.save(path, checkpoints.load(path) | {key: value})
         with pytest.raises(checkpoints.CheckpointError, match="does not fit"):

@@ -139,7 +139,7 @@ def test_resumed_when_all_is_done_and_into_another_folder(done, tmp_path, capsys
     assert "1 epochs are done already: give --epochs 2 or more" in error_of(capsys, *done)
     path = tmp_path / "run" / "checkpoint.pt"
     content = path.read_bytes()
-    elsewhere = [done[0], "--resume-from", str(path), "--epochs", "2", "--output", str(tmp_path / "other")]
+    elsewhere = [done[0], "--resume-from", str(path.parent), "--epochs", "2", "--output", str(tmp_path / "other")]
     assert train.main(elsewhere) == 0
     assert path.read_bytes() == content
     assert checkpoints.load(tmp_path / "other" / "checkpoint.pt")["epoch"] == 2
