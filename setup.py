@@ -2,7 +2,8 @@
 
 CNNKERN_CUDA=0|1 leaves the CUDA kernels out or insists on them; by default they are built whenever a
 toolkit and a CUDA build of torch are there, GPU or not. CNNKERN_EXTENSION=0 builds no extension at all, where there is
-no compiler: Triton's kernels then answer on a GPU, and PyTorch's own operators on the CPU.
+no compiler: Triton's kernels are then used on a GPU, and PyTorch's own operators on the CPU. An extension is only built
+against a torch that pyproject.toml allows: pip would exchange any other behind it, and it would not load.
 """
 
 import itertools
@@ -13,13 +14,47 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
+from packaging.requirements import Requirement  # which setuptools brings, as tomli
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
 
 ROOT = Path(__file__).parent
 # The toolkit that PyPI's nvidia-* wheels install; found before torch looks for one.
 PYPI_CUDA = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13"
 if "CUDA_HOME" not in os.environ and (PYPI_CUDA / "bin" / "nvcc").exists():
     os.environ["CUDA_HOME"] = str(PYPI_CUDA)
+
+EXTENSION = os.environ.get("CNNKERN_EXTENSION") != "0"
+
+
+def supported_torch() -> Requirement:
+    """The package's own dependency on torch."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        dependencies = tomllib.load(file)["project"]["dependencies"]
+    return next(r for r in map(Requirement, dependencies) if r.name == "torch")
+
+
+def check_torch() -> None:
+    """Ends a build that would be of no use, before anything of it begins."""
+    wanted = supported_torch()
+    advice = f"`pip install '{wanted}'` first, or leave --no-build-isolation out, and pip fetches one for the build"
+    try:
+        from torch import __version__ as found
+    except ImportError as error:
+        raise SystemExit(f"cnnkern: torch cannot be imported ({error}), and is needed to build: {advice}") from error
+    if not wanted.specifier.contains(found, prereleases=True):
+        raise SystemExit(
+            f"cnnkern: torch {found} is not supported: the extension needs {wanted}, to build as well as to load: "
+            f"{advice}"
+        )
+
+
+if EXTENSION:
+    check_torch()
 
 import torch  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
@@ -140,11 +175,11 @@ packages = [
     "cnnkern.testing",
     "cnnkern.triton_kernels",
 ]
-setup(
+setuptools.setup(
     packages=[*packages, "cnnkern.csrc"],
     # The bare name `triton_kernels` belongs to another distribution.
     package_dir={"cnnkern.triton_kernels": "triton_kernels", "cnnkern.csrc": "csrc"},
     include_package_data=False,  # no other source
-    ext_modules=[] if os.environ.get("CNNKERN_EXTENSION") == "0" else [extension()],
+    ext_modules=[extension()] if EXTENSION else [],
     cmdclass={"build_ext": BuildExtension},
 )

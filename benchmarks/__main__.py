@@ -48,49 +48,76 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return value
 
     parser = Parser(prog="cnnkern bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few shapes and one model, about a minute")
+    parser.add_argument("--quick", action="store_true", help="time few shapes and one model, in about a minute")
     parser.add_argument(
         "--filter",
         default="",
         metavar="TEXT[,TEXT]",
-        help="only what has TEXT, or one of several, in its name: operator, shape, network, contender, ...",
+        help="time only rows with TEXT, or one of several texts, in their name: operator, shape, network, ... "
+        "(default: all)",
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--backend", default="cuda", choices=("cuda", "triton"), help="whose kernels, on a GPU")
-    parser.add_argument("--save", type=file_name, metavar="NAME", help="write to results/published/NAME.*")
-    parser.add_argument("--threads", type=count, default=torch.get_num_threads(), metavar="N")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="the device to time (default: cpu)")
+    parser.add_argument(
+        "--backend", default="cuda", choices=("cuda", "triton"), help="the kernels to time on a GPU (default: cuda)"
+    )
+    parser.add_argument("--save", type=file_name, metavar="NAME", help="write to benchmarks/results/published/NAME.*")
+    threads = torch.get_num_threads()
+    parser.add_argument("--threads", type=count, default=threads, metavar="N", help=f"CPU threads (default: {threads})")
     parser.add_argument(
         "--dtype",
         default="float32",
         choices=("float32", "bfloat16", "float16", "float64"),
-        help="of operators; bfloat16 also of models, which train under autocast (else float32)",
-    )
-    parser.add_argument("--networks", default="resnet50", choices=("resnet50", "all"), help="whose shapes")
-    parser.add_argument("--seconds", type=seconds, metavar="N", help="for everything; what comes later is not timed")
-    parser.add_argument(
-        "--compile-seconds", type=seconds, default=60.0, metavar="N", help="of those, for torch.compile (default 60)"
+        help="the dtype of the operators' rows; with bfloat16 models train under autocast, else in float32 "
+        "(default: float32)",
     )
     parser.add_argument(
-        "--compile-shapes", default="one", choices=("one", "all"), help="of a network, that operators are compiled for"
+        "--networks",
+        default="resnet50",
+        choices=("resnet50", "all"),
+        help="the networks whose shapes are timed (default: resnet50)",
+    )
+    usual = f"{FULL_SECONDS:.0f}, or {QUICK_SECONDS:.0f} with --quick"
+    parser.add_argument(
+        "--seconds",
+        type=seconds,
+        metavar="N",
+        help=f"stop after this time; rows that are left then are reported as not timed (default: {usual})",
+    )
+    parser.add_argument(
+        "--compile-seconds",
+        type=seconds,
+        default=60.0,
+        metavar="N",
+        help="how much of that time torch.compile may take (default: 60)",
+    )
+    parser.add_argument(
+        "--compile-shapes",
+        default="one",
+        choices=("one", "all"),
+        help="the shapes of a network that operators are compiled for by torch.compile (default: one)",
     )
     parser.add_argument(
         "--max-autotune",
         action="store_true",
-        help="torch.compile with that mode as well, which may take minutes for each shape: see --compile-seconds",
+        help="time torch.compile in its mode max-autotune as well, which may take minutes for each shape: see "
+        "--compile-seconds",
     )
     parser.add_argument(
         "--modes",
         default="usual",
         choices=("usual", "all"),
-        help="of operators: training and inference, or also a training step's forward and backward by themselves",
+        help="usual: training and inference of operators; all: also the forward and the backward pass of a training "
+        "step by themselves (default: usual)",
     )
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="what is faster or slower than in that run")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="say what is faster or slower than in that run"
+    )
     parser.add_argument(
         "--agree",
         type=Path,
         nargs=2,
         metavar=("A.json", "B.json"),
-        help="measure nothing; say how nearly two runs of the same code agree",
+        help="measure nothing; say how much two runs of the same code differ",
     )
     arguments = parser.parse_args(argv)
     arguments.before = []

@@ -1,6 +1,6 @@
 """Inference of torchvision's models as they are, compiled, converted and folded; and folded grouped convolutions.
 
-`python -m benchmarks.folded [MODEL ...] [--batch N ...] [--contenders NAME ...] [--threads N] [--seconds S]
+`python -m benchmarks.folded [MODEL ...] [--batch N[,N]] [--contenders NAME[,NAME]] [--threads N] [--seconds S]
 [--bfloat16] [--default-malloc]` prints milliseconds and the ratio to eager in the same layout, on photographs, after
 outputs have been compared. `--grouped` times the grouped convolutions of six networks instead, each on oneDNN's
 kernel with its ReLU and on ours with a ReLU behind it, and says which of them `cnnkern.fold` takes.
@@ -95,10 +95,27 @@ def grouped_rows(batch: int, arguments: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    def batches(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    def contenders(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(CONTENDERS):
+            raise argparse.ArgumentTypeError(f"no contender is called {', '.join(sorted(unknown))}")
+        return text.split(",")
+
+    # No option takes a variable number of values: it would take MODEL, where that comes next.
     parser = argparse.ArgumentParser(prog="python -m benchmarks.folded", description=__doc__)
     parser.add_argument("models", nargs="*", default=["resnet50"], metavar="MODEL")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="NAME")
+    parser.add_argument(
+        "--batch", type=batches, default=[1, 16], metavar="N[,N]", help="images in a batch (default: 1,16)"
+    )
+    parser.add_argument(
+        "--contenders",
+        type=contenders,
+        default=list(CONTENDERS),
+        metavar="NAME[,NAME]",
+        help=f"what is timed (default: {','.join(CONTENDERS)})",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=None, help="for each model and batch (30), or layer (1)")
     parser.add_argument("--bfloat16", action="store_true")

@@ -200,6 +200,5 @@ def write(path: Path, content: str | bytes) -> None:
     try:
         partial.write_bytes(data)
         os.replace(partial, path)
-    except OSError:
+    finally:  # after Ctrl-C too
         partial.unlink(missing_ok=True)
-        raise

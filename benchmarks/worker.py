@@ -86,7 +86,10 @@ def run(options: Options, malloc: str, scratch: Path, bar: Progress) -> Result:
     if process.returncode not in (0, PYTEST_FAILED_TESTS):
         raise Failed(f"{malloc} malloc: the worker {ending(process.returncode, log.read_text())}, at: {current}")
     found = written.read_text() if written.exists() else ""  # empty where no contender could be timed
-    return Result(json.loads(found)["benchmarks"] if found else [], refused, tuple(verified))
+    try:
+        return Result(json.loads(found)["benchmarks"] if found else [], refused, tuple(verified))
+    except ValueError as error:  # a full disk cut it off
+        raise Failed(f"{malloc} malloc: the worker's results in {written} are damaged: {error}") from error
 
 
 def counts(event: dict[str, Any]) -> dict[str, float]:

@@ -46,24 +46,24 @@ def run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="cnnkern", description="Fused kernels for convolutional networks.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
-        "doctor", help="versions, instruction set, the kernel that answers for each operator, and what is missing"
+        "doctor", help="show versions, instruction set, the kernels of each operator and device, and what is missing"
     )
-    commands.add_parser("bench", add_help=False, help="the benchmark suite, in a checkout; takes the suite's arguments")
-    commands.add_parser(
-        "train", add_help=False, help="train a model of the zoo; `cnnkern train --help` has the options"
+    handed_on = {"bench": bench, "train": train}
+    commands.add_parser("bench", add_help=False, help="run the benchmarks of a checkout (see cnnkern bench --help)")
+    commands.add_parser("train", add_help=False, help="train a model of the zoo (see cnnkern train --help)")
+    zoo_parser = commands.add_parser("zoo", help="list the models: parameters, operations, fused layers")
+    show_parser = zoo_parser.add_subparsers(dest="action").add_parser("show", help="show the layers of one model")
+    show_parser.add_argument("name", metavar="NAME", help="the model; `cnnkern zoo` lists them")
+    show_parser.add_argument(
+        "--input", type=image_size, metavar="C,H,W", help="the shape of its input (default: the model's usual input)"
     )
-    zoo_parser = commands.add_parser("zoo", help="the models: parameters, operations, fused layers")
-    show_parser = zoo_parser.add_subparsers(dest="action").add_parser("show", help="the layers of one model")
-    show_parser.add_argument("name", metavar="NAME")
-    show_parser.add_argument("--input", type=image_size, metavar="C,H,W", help="default: the model's usual input")
-    show_parser.add_argument("--eager", action="store_true", help="the unfused twin")
-    options, others = parser.parse_known_args(arguments)
-    if options.command == "bench":
-        return bench(others)
-    if options.command == "train":
-        return train(others)
-    if others:
-        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    show_parser.add_argument(
+        "--eager", action="store_true", help="show the model in PyTorch's own operators, without fused layers"
+    )
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in handed_on:
+        return handed_on[arguments[0]](list(arguments[1:]))
+    options = parser.parse_args(arguments)
     return zoo(options) if options.command == "zoo" else doctor()
 
 
@@ -122,10 +122,13 @@ def zoo(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from cnnkern import zoo
+    from cnnkern.models.registry import list_models, unknown_model
 
     if options.action != "show":
         zoo.table(Console(highlight=False, width=None if sys.stdout.isatty() else 240))
         return 0
+    if options.name not in list_models():
+        return fail(unknown_model(options.name, "`cnnkern zoo` lists the models"))
     try:
         print(zoo.show(options.name, options.input, fused=not options.eager))
     except ValueError as error:
@@ -149,10 +152,11 @@ def missing_packages(command: str, *names: str) -> str | None:
 
 Rows = Iterable[tuple[str, ...]]
 CORRECT = "gives correct results"
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
 def doctor() -> int:
-    """Prints what is installed, which kernels answer and what is missing; 0 where the CPU kernels work."""
+    """Prints what is installed, the kernel of each operator and what is missing; 0 where the kernels work."""
     from rich.console import Console
     from rich.table import Table
 
@@ -175,13 +179,14 @@ def doctor() -> int:
         return fail(problem)
     show("CPU", cpu())
     show("GPU", gpus())
-    results = cpu_results()
+    results = {device: check_kernels(device) for device in devices()}
     show("Kernels", kernels(results))
     console.print("Missing", style="bold")
     for line in missing() or ["nothing"]:
         console.print(line, soft_wrap=True)
-    if wrong := [f"{name}: {result}" for name, result in results.items() if result != CORRECT]:
-        return fail(f"the CPU kernels do not work: {'; '.join(wrong)}")
+    for device, found in results.items():
+        if wrong := [f"{name}: {result}" for name, result in found.items() if result != CORRECT]:
+            return fail(f"the {DEVICES[device]} kernels do not work: {'; '.join(wrong)}")
     return 0
 
 
@@ -260,8 +265,15 @@ def gpus() -> Rows:
         yield f"cuda:{index}", device.name, f"sm_{device.major}{device.minor}", f"{device.total_memory / 2**30:.0f} GB"
 
 
-def cpu_results() -> dict[str, str]:
-    """Runs every operator on the CPU, forward and backward: CORRECT or what is wrong, by operator."""
+def devices() -> list[str]:
+    """Those that kernels can be run on here."""
+    import torch
+
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def check_kernels(device: str) -> dict[str, str]:
+    """Runs every operator on the device, forward and backward: CORRECT or what is wrong, by operator."""
     import torch
 
     from cnnkern import testing
@@ -271,26 +283,34 @@ def cpu_results() -> dict[str, str]:
         generator = torch.Generator().manual_seed(0)
         shape = case.gradcheck_shapes[0]
         inputs = case.inputs(shape, torch.float32, generator=generator)
+        dy = testing.randn(shape, generator, torch.float32)
+        inputs = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
         try:
-            testing.check(case, inputs, testing.randn(shape, generator, torch.float32))
+            testing.check(case, inputs, dy.to(device))
             results[name] = CORRECT
         except (AssertionError, RuntimeError) as error:
             results[name] = str(error).splitlines()[0]
     return results
 
 
-def kernels(cpu_results: dict[str, str]) -> Rows:
+def kernels(results: dict[str, dict[str, str]]) -> Rows:
+    """A row for each operator and device: the kernel, and whether it gives correct results here."""
+    import torch
+
     from cnnkern import backends
 
     for operator, devices in backends.status().items():
         for device, kernel in devices.items():
+            name = kernel.partition(":")[0]
             # One run goes through an operator and its gradient.
-            result = cpu_results.get(operator.removesuffix("_backward"), "") if device == "cpu" else ""
-            yield operator, device, kernel.partition(":")[0], result
+            result = results.get(device, {}).get(operator.removesuffix("_backward"), "")
+            if device == "cuda" and not torch.cuda.is_available():
+                result = f"{'built, ' if name == 'CUDA C++' else ''}not run: no GPU"
+            yield operator, device, name, result
 
 
 def missing() -> list[str]:
-    """What would make more kernels answer, or faster ones, and how to get it."""
+    """What would make more kernels available, or faster ones, and how to get it."""
     import torch
 
     from cnnkern import _C, backends
@@ -311,7 +331,7 @@ def missing() -> list[str]:
     for operator, devices in backends.status().items():
         for device, kernel in devices.items():
             _, _, reason = kernel.partition(": ")
-            if reason:  # nobody answers, or somebody in another's place
+            if reason:  # there is no kernel, or one takes another's place
                 reasons.setdefault((device, reason), []).append(operator)
     lines += [f"{device} kernels of {', '.join(names)}: {reason}" for (device, reason), names in reasons.items()]
     if not torch.cuda.is_available():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mimetypes
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -169,14 +170,48 @@ def _in_memory(train, test, classes: list[str], size: int | None) -> Data:
 
 
 def read_image(path: Path):
-    """The image as RGB; OSError where it cannot be read, with the path."""
+    """The image as RGB with 8 bits a channel; OSError where it cannot be read, with the path."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return _to_8_bits(image).convert("RGB")
     except Exception as error:  # a damaged file raises whatever the decoder met: OSError, SyntaxError, ValueError, ...
         raise OSError(f"{path}: {error}") from error
+
+
+def _to_8_bits(image):
+    """A grey image of 16 bits scaled to 8: Pillow's own conversion makes everything above 255 white."""
+    from PIL import Image
+
+    # What Pillow calls I is 16 bits wide in the formats that have no wider pixels.
+    if not image.mode.startswith("I;16") and not (image.mode == "I" and image.format in ("PNG", "PPM", "JPEG2000")):
+        if image.mode in ("I", "F"):
+            raise ValueError(f"the range of its pixels, of mode {image.mode}, is not known")
+        return image
+    values = np.asarray(image).astype(np.uint32)
+    return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _files(folder: Path) -> list[Path]:
+    """All that is no directory in `folder` and below, in order; links to directories are followed, but not in circles.
+
+    A link that leads nowhere is among them, so that it is reported.
+    """
+    found: list[Path] = []
+
+    def walk(directory: Path, above: frozenset[str]) -> None:
+        real = os.path.realpath(directory)
+        if real in above:
+            return
+        for path in sorted(directory.iterdir()):
+            if path.is_dir():
+                walk(path, above | {real})
+            elif path.is_file() or not path.exists():  # no pipe, which would never end
+                found.append(path)
+
+    walk(folder, frozenset())
+    return sorted(found)
 
 
 def _folder(root: Path, size: int | None) -> Data:
@@ -209,7 +244,7 @@ def _folder(root: Path, size: int | None) -> Data:
 
 def _left_out(root: Path, paths: list[Path]) -> list[str]:
     """Warnings of the images among these files and directories of ``root``, which are of no class."""
-    found = {p: [f for f in (p.rglob("*") if p.is_dir() else [p]) if _is_image(f)] for p in paths}
+    found = {p: [f for f in (_files(p) if p.is_dir() else [p]) if _is_image(f)] for p in paths}
     found = {p: images for p, images in found.items() if images}
     if not found:
         return []
@@ -237,7 +272,7 @@ def _scan(root: Path, warnings: list[str]) -> tuple[list[str], list[Path], list[
     classes = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
     if not classes:
         raise DataError(f"folder: no class directories in {root}; expected: {FILES['folder']}")
-    files = [(p, label) for label, c in enumerate(classes) for p in sorted((root / c).rglob("*")) if p.is_file()]
+    files = [(p, label) for label, c in enumerate(classes) for p in _files(root / c)]
 
     def problem(path: Path) -> str | None:
         try:

@@ -1,6 +1,12 @@
-"""Settings of the C library's allocator that decide what a large tensor costs."""
+"""How much memory there is, and settings of the C library's allocator that decide what a large tensor costs."""
+
+from __future__ import annotations
 
 import ctypes
+import re
+from pathlib import Path
+
+import torch
 
 # glibc's malloc.h: mallopt's parameters ...
 _PARAMETERS = {"TRIM_THRESHOLD": -1, "TOP_PAD": -2, "MMAP_THRESHOLD": -3}
@@ -38,3 +44,13 @@ def tune_malloc() -> str:
         f"cnnkern: glibc {release} now reuses blocks up to 2 GiB instead of mapping them anew; "
         "resident memory stays near its peak"
     )
+
+
+def total(device: str) -> int | None:
+    """The bytes of memory that a process can have at most, swap space included; None where that is not known."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_properties(device).total_memory
+    if device != "cpu" or not Path("/proc/meminfo").exists():
+        return None
+    found = dict(re.findall(r"^(\w+): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.M))
+    return 1024 * (int(found["MemTotal"]) + int(found.get("SwapTotal", 0)))

@@ -10,17 +10,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,63 +24,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from cnnkern import checkpoint as checkpoints
-from cnnkern import curves, data
+from cnnkern import curves, data, memory
 from cnnkern.models import create_model, get_builder
 from cnnkern.nn import convert_sync_batchnorm
-
-# Factor of the learning rate by the share of the run that is done.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda done: 1.0,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    "step": lambda done: 0.1 ** int(3 * done),
-}
-# What a run that is resumed must share with the one that it resumes, to be its continuation.
-FIXED = ("dataset", "size", "batch_size", "optimizer", "momentum", "weight_decay", "augment", "seed")
-FIXED += ("amp", "float64", "eager", "sync_bn")
-# What it shares unless it is told otherwise.
-RATES = ("lr", "schedule")
-LEARNING_RATES = {"adam": 1e-3, "adamw": 1e-3, "sgd": 0.05}
+from cnnkern.options import SETTINGS
+from cnnkern.output import CHECKPOINT
+from cnnkern.processes import Processes
+from cnnkern.schedule import SCHEDULES
 
 
 class TrainingError(Exception):
     """The run cannot start or go on; the message says why and what to change."""
-
-
-@dataclass(frozen=True)
-class Processes:
-    """This process among those that train together."""
-
-    rank: int = 0
-    count: int = 1
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over the processes of a tensor that each has."""
-        if self.count > 1:
-            dist.all_reduce(values)
-            values /= self.count
-        return values
-
-    def sum(self, values: Tensor) -> Tensor:
-        if self.count > 1:
-            dist.all_reduce(values)
-        return values
-
-
-@contextlib.contextmanager
-def processes(device: str) -> Iterator[Processes]:
-    """The process group that torchrun's environment describes; one process without it."""
-    launched = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-    count = int(os.environ["WORLD_SIZE"]) if launched else 1  # which others set as well
-    if count == 1:
-        yield Processes()
-        return
-    if device.startswith("cuda"):
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield Processes(dist.get_rank(), count)
-    finally:
-        dist.destroy_process_group()
 
 
 class Run:
@@ -95,19 +45,22 @@ class Run:
         self.dtype = torch.float64 if options.float64 else torch.float32
         self.layout = torch.channels_last if options.channels_last else torch.contiguous_format
         self.console = Console(highlight=False, quiet=group.rank > 0)
-        try:
-            builder = get_builder(options.model)
-        except ValueError as error:
-            raise TrainingError(str(error)) from error
+        builder = get_builder(options.model)
+        for line in options.notes:
+            self._warn(line)
         self.data = data.load(options.dataset, options.data_dir, options.resize or builder.input_size[-1])
+        options.resize = self.data.size
         for line in self.data.warnings:
             self._warn(line)
-        path = options.output / "checkpoint.pt" if options.resume is True else options.resume
-        found = checkpoints.load(path) if path else None
-        self._choose_rates(found["settings"] if found else {})
         self.arguments = {"num_classes": len(self.data.classes), "in_channels": self.data.channels}
         self._check_sizes(builder.input_size)
-        self.settings = {name: getattr(options, name, None) for name in (*FIXED, *RATES)} | {"size": self.data.size}
+        # What has no option, or only a default, and is said where it has changed on --resume.
+        self.environment = {
+            "training images": len(self.data.train),
+            "test images": len(self.data.test),
+            "processes": group.count,
+            "threads": torch.get_num_threads(),
+        }
         self.model = self._build(fused=not options.eager)
         self.optimizer = self._optimizer(self.model)
         self.step = self._wrap(self.model)
@@ -119,22 +72,13 @@ class Run:
         mine = range(group.rank, len(self.data.test), group.count)
         self.test_loader = self._loader(self.data.test, mine, drop_last=False)
         self.epoch, self.history, self.losses = 0, [], []
-        if found:
-            self._resume(path, found)
+        self.saved = False  # whether the checkpoint in the output folder is of this run
+        if options.checkpoint:
+            self._resume(options.path, options.checkpoint)
 
     def _warn(self, line: str) -> None:
         plain = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)  # a file's name
         self.console.print(f"warning: {plain}", style="yellow", markup=False, soft_wrap=True)
-
-    def _choose_rates(self, before: dict[str, Any]) -> None:
-        """Learning rate and schedule: as told, else those of the run that is resumed, else the usual ones."""
-        usual = {"lr": LEARNING_RATES[self.options.optimizer], "schedule": "constant"}
-        for name in RATES:
-            told, old = getattr(self.options, name), before.get(name)
-            if told is None:
-                setattr(self.options, name, usual[name] if old is None else old)
-            elif old not in (None, told):
-                self._warn(f"--{name} {told} from here on, {old} before")
 
     def _check_sizes(self, usual: tuple[int, ...]) -> None:
         options, group = self.options, self.group
@@ -147,17 +91,28 @@ class Run:
         # As many images as batch statistics are taken over: the last layers of a small image may have one pixel.
         together = options.batch_size if options.sync_bn else options.batch_size // group.count
         shape = (together, self.data.channels, self.data.size, self.data.size)
-        try:  # on no data: shapes alone
-            with torch.device("meta"):
-                create_model(options.model, fused=False, **self.arguments)(torch.empty(shape))
+        try:
+            elements = _saved_elements(options.model, self.arguments, shape)
         except (RuntimeError, ValueError) as error:
-            advice = f"--resize {usual[-1]}"
-            if self.data.size >= usual[-1]:
+            reason = str(error).splitlines()[0]
+            if "more than 1 value per channel" in reason and self.data.size >= usual[-1]:
                 advice = "a larger --batch-size" + (" or --sync-bn" if group.count > 1 and not options.sync_bn else "")
+            elif "overflow" in reason:  # more elements than can be counted
+                advice = f"--resize {usual[-1]} or a smaller --batch-size"
+            else:
+                advice = f"--resize {usual[-1]}"
             raise TrainingError(
-                f"{options.model} cannot train on {'x'.join(map(str, shape))} ({str(error).splitlines()[0]}); "
+                f"{options.model} cannot train on {'x'.join(map(str, shape))} ({reason}); "
                 f"its usual input is {'x'.join(map(str, usual))}: try {advice}"
             ) from error
+        needed = elements * options.batch_size / group.count / together * (2 if options.amp else self.dtype.itemsize)
+        present = memory.total(options.device)
+        if present is not None and needed > present:
+            raise TrainingError(
+                f"{options.device} has too little memory for {options.model} with --batch-size {options.batch_size} "
+                f"and --resize {self.data.size}: lower them (a step keeps at least {needed / 1e9:,.0f} GB for its "
+                f"backward pass, and {present / 1e9:,.0f} GB are there)"
+            )
 
     def _build(self, fused: bool) -> nn.Module:
         torch.manual_seed(self.options.seed)
@@ -199,10 +154,7 @@ class Run:
 
     def train(self) -> None:
         """Trains the epochs that are left; after each there are a checkpoint and curves in the output folder."""
-        options, last = self.options, self.options.output / "checkpoint.pt"
-        options.output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=options.output):  # or it cannot be written to, which is better known now
-            pass
+        options, last = self.options, self.options.output / CHECKPOINT
         if self.epoch >= options.epochs:
             raise TrainingError(f"{self.epoch} epochs are done already: give --epochs {self.epoch + 1} or more")
         while self.epoch < options.epochs:
@@ -227,9 +179,7 @@ class Run:
                 f"test loss {test_loss:.4f}  test accuracy {test_accuracy:.2%}  {seen / seconds:.0f} images/s",
                 soft_wrap=True,
             )
-            if self.group.rank == 0:
-                checkpoints.save(last, self._checkpoint())
-                curves.write(options.output, self.history, self.losses)
+            self.group.first(self._save)
         self.console.print(f"{last}, curves.png, epochs.csv and steps.csv beside it", soft_wrap=True)
 
     def train_epoch(self) -> tuple[list[float], int, int]:
@@ -295,6 +245,11 @@ class Run:
         loss, correct, seen = self.group.sum(sums).tolist()
         return loss / seen, correct / seen
 
+    def _save(self) -> None:
+        checkpoints.save(self.options.output / CHECKPOINT, self._checkpoint())
+        self.saved = True
+        curves.write(self.options.output, self.history, self.losses)
+
     def _checkpoint(self) -> dict[str, Any]:
         return {
             "model": self.options.model,
@@ -304,23 +259,23 @@ class Run:
             "epoch": self.epoch,
             "history": self.history,
             "steps": self.losses,
-            "settings": self.settings,
+            "settings": {name: getattr(self.options, name) for name in SETTINGS},
+            "environment": self.environment,
             "classes": self.data.classes,
         }
 
-    def _resume(self, path: str | Path, found: dict[str, Any]) -> None:
-        if found["model"] != self.options.model:
-            raise checkpoints.CheckpointError(f"{path} is of {found['model']}, not of {self.options.model}")
+    def _resume(self, path: Path, found: dict[str, Any]) -> None:
         if found["classes"] != self.data.classes:
             raise checkpoints.CheckpointError(
-                f"{path} is of other classes: {', '.join(map(str, found['classes']))}; "
-                f"this data has {', '.join(self.data.classes)}"
+                f"{path} is of other classes: {', '.join(found['classes'])}; this data has "
+                f"{', '.join(self.data.classes)}"
             )
-        if other := [n for n in FIXED if found["settings"].get(n) != self.settings[n]]:
-            said = ", ".join(f"{n} {found['settings'].get(n)} (now {self.settings[n]})" for n in other)
-            raise checkpoints.CheckpointError(f"{path} was made with {said}: resume with the same options")
         checkpoints.restore(path, self.model, found, self.optimizer)
         self.epoch, self.history, self.losses = found["epoch"], found["history"], found["steps"]
+        self.saved = is_own_checkpoint(self.options)
+        for name, now in self.environment.items():
+            if (before := found["environment"].get(name)) not in (None, now):
+                self._warn(f"{now} {name} from here on, {before} before")
 
     def compare(self, rounds: int = 9) -> dict[str, float]:
         """Prints and returns images a second of training steps on one batch, fused and eager, rounds interleaved."""
@@ -359,3 +314,27 @@ class Run:
 def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The datasets hand out whole batches: there is nothing to collate."""
     return batch
+
+
+def is_own_checkpoint(options: argparse.Namespace) -> bool:
+    """Whether the run continues the one that its output folder has."""
+    return options.path is not None and options.path.resolve() == (options.output / CHECKPOINT).resolve()
+
+
+def _saved_elements(name: str, arguments: dict[str, Any], shape: tuple[int, ...]) -> int:
+    """How many numbers a step keeps for its backward pass at least: the inputs of convolutions and linear layers.
+
+    Runs a training step's forward pass without memory, and raises what that raises, RuntimeError or ValueError.
+    """
+    inputs: dict[int, Tensor] = {}  # which keeps them, so that no two have the same id
+
+    def look(layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        inputs[id(given[0])] = given[0]
+
+    with torch.device("meta"):
+        model = create_model(name, fused=False, **arguments)
+        for layer in model.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.register_forward_pre_hook(look)
+        model(torch.empty(shape))
+    return sum(t.numel() for t in inputs.values())

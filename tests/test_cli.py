@@ -35,6 +35,41 @@ def test_doctor_names_versions_kernels_and_instruction_set(capsys):
     for operator in CASES:
         assert any(line[:2] == [operator, "cpu"] and cli.CORRECT in " ".join(line) for line in lines), operator
     assert "\x1b" not in said
+    cuda = [line for line in lines if line[1:2] == ["cuda"]]
+    assert len(cuda) >= 2 * len(CASES)
+    for line in cuda:  # a status in every row, and a kernel that was built is told from one that stands in for it
+        status = " ".join(line)
+        if torch.cuda.is_available():
+            assert cli.CORRECT in status
+        else:
+            assert status.endswith("built, not run: no GPU" if "CUDA C++" in status else "not run: no GPU")
+            assert ("built" in status) == ("CUDA C++" in status)
+
+
+def test_a_kernel_of_the_gpu_is_run_where_there_is_one(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "devices", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cli, "gpus", lambda: [("a GPU",)])
+    found = {"cpu": {"bn_act": cli.CORRECT}, "cuda": {"bn_act": "wrong on cuda"}}
+    monkeypatch.setattr(cli, "check_kernels", found.get)
+    assert cli.main(["doctor"]) == 1
+    said, errors = capsys.readouterr()
+    assert errors == "cnnkern: the GPU kernels do not work: bn_act: wrong on cuda\n"
+    assert re.search(r"^bn_act_backward +cuda .*wrong on cuda *$", said, re.M)
+
+
+def test_a_built_cuda_kernel_that_was_not_run_says_so(monkeypatch, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, on which kernels are run")
+    status = {
+        "bn_act": {"cpu": "C++ AVX2", "cuda": "CUDA C++"},
+        "add_relu": {"cpu": "C++ AVX2", "cuda": "Triton: none"},
+    }
+    monkeypatch.setattr("cnnkern.backends.status", lambda: status)
+    assert [row[3] for row in cli.kernels({"cpu": {"bn_act": cli.CORRECT, "add_relu": cli.CORRECT}})] == [
+        *(cli.CORRECT, "built, not run: no GPU"),
+        *(cli.CORRECT, "not run: no GPU"),
+    ]
 
 
 @pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])
@@ -65,12 +100,13 @@ def test_capability_of_cpu(monkeypatch, flags, capability):
 
 
 def test_doctor_fails_where_a_cpu_kernel_is_wrong(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "cpu_results", lambda: {"bn_act": "output: error 1.0"})
+    monkeypatch.setattr(cli, "check_kernels", lambda device: {"bn_act": "output: error 1.0"})
+    monkeypatch.setattr(cli, "devices", lambda: ["cpu"])
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().err == "cnnkern: the CPU kernels do not work: bn_act: output: error 1.0\n"
 
 
-def test_cpu_results_reports_a_wrong_kernel_and_a_missing_one(monkeypatch):
+def test_a_check_reports_a_wrong_kernel_and_a_missing_one(monkeypatch):
     from dataclasses import replace
 
     def missing(**arguments):
@@ -79,7 +115,7 @@ def test_cpu_results_reports_a_wrong_kernel_and_a_missing_one(monkeypatch):
     case = CASES["bn_act"]
     wrong = replace(case, function=lambda **arguments: case.function(**arguments) + 1)
     monkeypatch.setattr("cnnkern.testing.CASES", {"wrong": wrong, "missing": replace(case, function=missing)})
-    results = cli.cpu_results()
+    results = cli.check_kernels("cpu")
     assert results["wrong"].startswith("output: error")
     assert results["missing"] == "Could not run 'cnnkern::bn_act'"
 
@@ -188,3 +224,13 @@ def test_too_large_an_input_is_one_line(capsys):
     said = capsys.readouterr().err
     assert said.startswith("cnnkern: googlenet does not take an input of 99999999x8x8")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [["train"], ["zoo", "show"]])
+def test_an_unknown_model_leads_to_the_command_that_lists_them(command, capsys):
+    for name, near in (("ResNet-18", "did you mean resnet18 or "), ("xyz", "")):
+        assert cli.main([*command, name]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"cnnkern: no model is called {name!r}: {near}")
+        assert line.endswith("`cnnkern zoo` lists the models")
+        assert "list_models()" not in line

@@ -477,3 +477,21 @@ def test_what_cannot_be_converted_says_so():
     assert "Own has a forward pass of its own" in str(report)
     assert "nothing to convert" in str(cnnkern.conversion_report(nn.Linear(2, 2)))
     assert "1 BatchNorm + ReLU" in str(cnnkern.conversion_report(nn.Sequential(nn.BatchNorm1d(2), nn.ReLU())))
+
+
+@pytest.mark.parametrize("change", [cnnkern.convert, cnnkern.fold])
+def test_the_report_looks_through_a_compiled_module(change):
+    def model():
+        return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).eval()
+
+    expected = cnnkern.conversion_report(change(model())).counts
+    assert sum(expected.values()) >= 1
+    compiled = torch.compile(model(), backend="eager")
+    changed = change(compiled)
+    assert cnnkern.conversion_report(changed).counts == expected
+    x = torch.randn(2, 2, 5, 5)
+    torch.testing.assert_close(changed(x), compiled(x))
+    if change is cnnkern.convert:
+        assert cnnkern.conversion_report(compiled).counts == expected, "what it would do"
+        assert cnnkern.conversion_report(cnnkern.revert(changed)).counts == expected
+        assert not any("cnnkern" in type(m).__module__ for m in cnnkern.revert(changed).modules())

@@ -1,8 +1,11 @@
 """Data to train on: what is read, and what is said of files that are missing, damaged or no images."""
 
+import os
 import re
 import struct
+import zlib
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -183,6 +186,86 @@ def test_unreadable_images_are_reported_with_their_path_and_counted(folder):
         str(folder / "test" / "without a suffix"),
     ]
     assert f"{folder / 'train'}: 1 {left_out}" in data.load("folder", folder / "train", size=8).warnings
+
+
+def test_links_to_folders_are_followed_as_image_folder_does(folder, tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    elsewhere = tmp_path / "elsewhere"
+    for i in range(3):
+        picture(elsewhere / "deep" / f"{i}.png", "red")
+        picture(tmp_path / "a class" / f"{i}.png", "green")
+    root = folder / "train"
+    (root / "red" / "link").symlink_to(elsewhere, target_is_directory=True)
+    (root / "red" / "file.png").symlink_to(elsewhere / "deep" / "0.png")
+    for part in ("train", "test"):  # a class that is a link itself
+        (folder / part / "green").symlink_to(tmp_path / "a class", target_is_directory=True)
+    found = data.load("folder", root.parent, size=8)
+    theirs = ImageFolder(root)
+    assert sorted(map(str, found.train.paths)) == sorted(path for path, _ in theirs.samples)
+    assert len(found.train) == 10 + 4 + 3
+    assert {str(p): found.classes[i] for p, i in zip(found.train.paths, found.train.labels, strict=True)} == {
+        path: theirs.classes[i] for path, i in theirs.samples
+    }
+    (folder / "val").mkdir()
+    (folder / "val" / "link").symlink_to(elsewhere, target_is_directory=True)
+    assert f"{folder / 'val'}: 3 images" in data.load("folder", folder, size=8).warnings
+
+
+def test_links_in_circles_end_and_links_to_nothing_are_reported(folder):
+    root = folder / "train" / "red"
+    (root / "self").symlink_to(root, target_is_directory=True)
+    (root / "more" / "up").symlink_to(folder / "train", target_is_directory=True)
+    (root / "gone.png").symlink_to(folder / "nothing.png")
+    os.mkfifo(root / "pipe.png")
+    found = data.load("folder", folder, size=8)
+    # Through `up` blue is reached once, and red, which is above, is not again.
+    assert len(found.train) == 5 + 10
+    assert [line for line in found.warnings if "gone.png" in line]
+    assert not [line for line in found.warnings if "pipe.png" in line]
+
+
+def png(path, depth, kind, rows):
+    """A PNG file with `depth` bits a channel; `kind` is 0 for grey, 2 for RGB, 4 for grey and alpha."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width, *_ = rows.shape
+    lines = b"".join(b"\0" + row.astype(">u2" if depth == 16 else "u1").tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(0, 1), (2, 3), (4, 2)], ids=["grey", "RGB", "grey and alpha"])
+def test_images_of_16_bits_are_scaled(tmp_path, kind, channels):
+    values = np.random.default_rng(0).integers(0, 65536, (7, 5, channels))
+    values[0, 0], values[1, 0] = 0, 65535
+    if kind == 4:
+        values[..., 1] = 65535
+    for depth in (8, 16):
+        png(tmp_path / f"{depth}.png", depth, kind, values if depth == 16 else np.round(values / 257))
+    narrow, wide = (np.asarray(data.read_image(tmp_path / f"{depth}.png"), dtype=int) for depth in (8, 16))
+    assert wide.shape == (7, 5, 3)
+    assert wide.max() == 255
+    assert wide.min() == 0
+    assert np.abs(wide - narrow).max() <= (0 if kind == 0 else 1)  # of RGB Pillow itself drops the lower byte
+    assert len(np.unique(wide)) > 20, "white where it is clipped"
+
+
+def test_wide_grey_images_of_other_formats(tmp_path):
+    values = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    (tmp_path / "a.pgm").write_bytes(b"P5 8 6 65535\n" + values.astype(">u2").tobytes())
+    expected = np.round(values / 257)
+    for name in ("a.tif", "a.pgm"):
+        found = np.asarray(data.read_image(tmp_path / name), dtype=int)
+        assert (found == expected[..., None]).all(), name
+    for name, dtype in (("i.tif", np.int32), ("f.tif", np.float32)):  # any range is possible: no guess
+        Image.fromarray(values.astype(dtype)).save(tmp_path / name)
+        with pytest.raises(OSError, match=rf"{name}: the range of its pixels, of mode [IF], is not known"):
+            data.read_image(tmp_path / name)
 
 
 def test_an_image_that_goes_away_later_is_an_error(folder):

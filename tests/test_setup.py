@@ -354,3 +354,65 @@ def test_stamps_survive_as_json(bootstrap, checkout):
     bootstrap.set_up(checkout, lint=False)
     stamps = json.loads((checkout / ".venv" / "setup-stamps.json").read_text())
     assert {"csrc/check.h", "setup.py", "CNNKERN_CUDA", "the installed torch"} <= stamps["build"].keys()
+
+
+# ---- setup.py ---------------------------------------------------------------------------------------------------
+
+
+def run_setup(folder: Path, version: str | None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`setup.py build_ext` with a torch that has this version and nothing else, or that cannot be imported."""
+    (folder / "torch").mkdir()
+    text = f"__version__ = {version!r}\n" if version else "raise ImportError('libtorch.so: cannot open')\n"
+    (folder / "torch" / "__init__.py").write_text(text)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "setup.py"), "-q", "build_ext", "--build-lib", str(folder / "built")],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(folder)} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def supported() -> str:
+    (line,) = re.findall(r'^dependencies = \["torch([^"]+)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    return line
+
+
+@pytest.mark.parametrize(
+    "version", ["2.9.1+cu128", "2.13.0", "2.14.0a0+git1234", "2.15.0", "2.15.0.dev20261101", "3.0"]
+)
+def test_a_torch_that_is_not_supported_is_refused_at_once(tmp_path, version):
+    done = run_setup(tmp_path, version)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        f"cnnkern: torch {version} is not supported: the extension needs torch<2.15,>=2.14, to build"
+    )
+    assert "`pip install 'torch<2.15,>=2.14'` first" in line
+    assert not (tmp_path / "built").exists()
+
+
+def test_no_torch_is_a_sentence_too(tmp_path):
+    done = run_setup(tmp_path, None)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("cnnkern: torch cannot be imported (libtorch.so: cannot open), and is needed to build: `pip")
+
+
+@pytest.mark.parametrize(("version", "settings"), [("2.14.0", {}), ("2.9.1", {"CNNKERN_EXTENSION": "0"})])
+def test_a_torch_that_is_supported_or_not_built_against_goes_on(tmp_path, version, settings):
+    """Up to the part of torch that compiles, which is not there."""
+    done = run_setup(tmp_path, version, **settings)
+    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: No module named 'torch.utils'")
+    assert "not supported" not in done.stderr
+
+
+def test_the_pins_are_supported(bootstrap):
+    from packaging.specifiers import SpecifierSet
+
+    pinned = bootstrap.read_pins(ROOT)["torch"]
+    (isolated,) = re.findall(r'"torch==([^"]+)"', (ROOT / "pyproject.toml").read_text())
+    assert isolated == pinned
+    assert SpecifierSet(supported()).contains(pinned)
+    said = "cnnkern: torch 2.9.1 is not supported: the extension needs another"  # and `make` hands it on
+    assert bootstrap.diagnose(f"running build_ext\n  {said}\nerror: subprocess-exited-with-error") == said

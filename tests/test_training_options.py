@@ -10,7 +10,7 @@ from rich.console import Console
 from torch._utils import ExceptionWrapper
 
 from cnnkern import checkpoint as checkpoints
-from cnnkern import cli, data, train, trainer
+from cnnkern import cli, data, options, train, trainer
 from tests.training import error_of, rows
 
 pytestmark = pytest.mark.usefixtures("malloc_as_it_was")
@@ -86,11 +86,11 @@ def test_training_on_the_files_of_mnist_and_cifar(tiny, mnist, cifar, tmp_path):
     folder, _ = mnist  # and CIFAR-10's, beside them
     for name, channels, steps in (("mnist", 1, 3), ("fashion-mnist", 1, 3), ("cifar10", 3, 5)):
         options = ["--dataset", name, "--data-dir", str(folder), "--resize", "8", "--batch-size", "2", "--epochs", "2"]
-        assert cli.main(["train", tiny, *options, "--output", str(tmp_path / "run")]) == 0
-        checkpoint = checkpoints.load(tmp_path / "run" / "checkpoint.pt")
+        assert cli.main(["train", *options, tiny, "--output", str(tmp_path / f"run {name}")]) == 0
+        checkpoint = checkpoints.load(tmp_path / f"run {name}" / "checkpoint.pt")
         assert checkpoint["arguments"] == {"num_classes": 10, "in_channels": channels, "fused": True}
         assert checkpoint["state"]["0.weight"].shape == (8, channels, 3, 3)
-        assert len(rows(tmp_path / "run" / "steps.csv")) == 2 * steps
+        assert len(rows(tmp_path / f"run {name}" / "steps.csv")) == 2 * steps
 
 
 def test_damaged_data_files_are_one_line(tiny, mnist, cifar, tmp_path, capsys):
@@ -104,6 +104,40 @@ def test_damaged_data_files_are_one_line(tiny, mnist, cifar, tmp_path, capsys):
         assert said.startswith(f"cnnkern: {name}: the files in {folder} are missing or damaged (")
         assert f"expected: {expected}" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_no_option_takes_the_model(place):
+    """Wherever MODEL is, and whatever is before it."""
+    parser = options.make_parser()
+    words = {"--output": "x", "--resize": "8", "--amp": "bf16", "--data-dir": "x", "--resume-from": "x", "--lr": "1"}
+    words |= {"--threads": "1"}
+    for name, action in parser.actions.items():
+        for option in action.option_strings:
+            value = [] if action.nargs == 0 else [words.get(option, str(parser.defaults[name]))]
+            parts = [["lenet"], [option, *value], ["--seed", "3"]]
+            parts[0], parts[place] = parts[place], parts[0]
+            namespace = parser.parse_args([word for part in parts for word in part])
+            assert namespace.model == "lenet", option
+            assert name == "seed" or namespace.seed == 3, option
+
+
+def test_the_help_has_every_default(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for default in (
+        "digits",
+        "5",
+        "64",
+        "0.001 for adam, 0.001 for adamw, 0.05 for sgd",
+        "adam",
+        "0.9",
+        "0",
+        "constant",
+    ):
+        assert f"(default: {default})" in said
+    assert said.count("(default: ") == 21
 
 
 def test_an_error_of_a_process_that_reads_ahead_is_one_line():

@@ -69,6 +69,17 @@ def test_two_processes_with_batch_statistics_of_their_own_resume_bit_by_bit(tmp_
             parameter.data -= 0.05 * gradient
 
 
+def test_what_stops_the_first_process_stops_both_at_once(tmp_path):
+    """A run that is there already: the first process finds it, and the other does not wait for it for half an hour."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "steps.csv").write_text("of another run")
+    done = torchrun("-m", "cnnkern", "train", "lenet_relu", "--output", "run", folder=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("cnnkern: run holds a run already (steps.csv): replace it (--overwrite)") == 1
+    assert "FailedElsewhere" not in done.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["steps.csv"]
+
+
 def test_a_batch_that_cannot_be_divided_among_processes():
     options = train.parse(["lenet_relu", "--batch-size", "63"])
     with pytest.raises(train.TrainingError, match="--batch-size 63 cannot be divided among 2 processes"):

@@ -77,3 +77,17 @@ def test_a_command_that_fails_says_what_it_said(tmp_path):
     with pytest.raises(tool.Failed, match=r"ended with status 3, not 0:\nit broke"):
         tool.run("sh", "-c", "echo it broke; exit 3", cwd=tmp_path)
     assert tool.run("sh", "-c", "exit 3", cwd=tmp_path, code=3).returncode == 3
+
+
+def test_a_full_disk_is_one_line(checkout, monkeypatch, capsys):
+    (checkout / "cnnkern").mkdir()
+    (checkout / "cnnkern" / "__init__.py").write_text('__version__ = "0.1.0"\n')
+    monkeypatch.setattr(tool, "DIST", checkout / "dist")
+
+    def full(*arguments):
+        with open("/dev/full", "w") as file:
+            file.write("a wheel")
+
+    monkeypatch.setattr(tool, "build", full)
+    assert tool.main([]) == 1
+    assert capsys.readouterr().err == "cnnkern: [Errno 28] No space left on device\n"

@@ -166,35 +166,38 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="do not compile the source distribution")
     parser.add_argument("--tests", action="store_true", help="run some of the operators' tests on the installed wheel")
     options = parser.parse_args(argv)
+    try:
+        make(options)
+    except (Failed, OSError) as error:
+        print(f"cnnkern: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def make(options: argparse.Namespace) -> None:
+    """Both distributions, built and tried. Raises Failed or, of a full disk for one, OSError."""
     version = re.search(r'^__version__ = "(.*)"', (ROOT / "cnnkern" / "__init__.py").read_text(), re.MULTILINE)[1]
     DIST.mkdir(exist_ok=True)
     for old in DIST.glob("cnnkern-*"):
         old.unlink()
     with tempfile.TemporaryDirectory(prefix="cnnkern-wheel-") as scratch:
-        try:
-            say("Building the wheel")
-            wheel = build(ROOT, "wheel", DIST)
-            check_wheel(wheel)
-            python = environment(Path(scratch) / "wheel", wheel)
-            found = try_it(python, version)
-            if options.tests:
-                run_tests(python)
-            say(f"dist/{wheel.name}: CPU {found['cpu_capabilities']}, CUDA {found['cuda'] or 'none'}")
-            say("Building the source distribution")
-            sdist = build(ROOT, "sdist", DIST)
-            tree = check_sdist(sdist, Path(scratch) / "unpacked")
-            if not options.quick:
-                say("Building from the source distribution (minutes)")
-                (Path(scratch) / "dist").mkdir()
-                built = build(tree, "wheel", Path(scratch) / "dist")
-                try_it(environment(Path(scratch) / "sdist", built), version)
-            say(
-                f"dist/{sdist.name}: as the checkout" + (", not compiled" if options.quick else ", installed and tried")
-            )
-        except Failed as error:
-            print(f"cnnkern: {error}", file=sys.stderr)
-            return 1
-    return 0
+        say("Building the wheel")
+        wheel = build(ROOT, "wheel", DIST)
+        check_wheel(wheel)
+        python = environment(Path(scratch) / "wheel", wheel)
+        found = try_it(python, version)
+        if options.tests:
+            run_tests(python)
+        say(f"dist/{wheel.name}: CPU {found['cpu_capabilities']}, CUDA {found['cuda'] or 'none'}")
+        say("Building the source distribution")
+        sdist = build(ROOT, "sdist", DIST)
+        tree = check_sdist(sdist, Path(scratch) / "unpacked")
+        if not options.quick:
+            say("Building from the source distribution (minutes)")
+            (Path(scratch) / "dist").mkdir()
+            built = build(tree, "wheel", Path(scratch) / "dist")
+            try_it(environment(Path(scratch) / "sdist", built), version)
+        say(f"dist/{sdist.name}: as the checkout" + (", not compiled" if options.quick else ", installed and tried"))
 
 
 if __name__ == "__main__":

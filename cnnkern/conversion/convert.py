@@ -11,6 +11,7 @@ ever changes a meaning. Grouped convolutions and layer norms are exchanged alone
 
 import copy
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -102,8 +103,9 @@ def convert(model: nn.Module, inplace: bool = False, verify: Any = None) -> nn.M
         _verify(model, verify if isinstance(verify, tuple) else (verify,))
     if not inplace:
         model = _sharing_copy(model)
-    if "_cnnkern_report" not in model.__dict__:
-        model.__dict__["_cnnkern_report"] = convert_layers(model)
+    inner = uncompiled(model)
+    if "_cnnkern_report" not in inner.__dict__:
+        inner.__dict__["_cnnkern_report"] = convert_layers(inner)
     return model
 
 
@@ -139,7 +141,7 @@ def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
 def conversion_report(model: nn.Module) -> ConversionReport:
     """What :func:`convert` did to this model or, for a model not converted yet, what it would do."""
     check_module("conversion_report", model)
-    return convert(model).__dict__["_cnnkern_report"]
+    return uncompiled(convert(model)).__dict__["_cnnkern_report"]
 
 
 def _verify(model: nn.Module, inputs: tuple) -> None:
@@ -186,6 +188,12 @@ def check_module(name: str, model: Any) -> None:
         raise TypeError(
             f"cnnkern.{name}: a torch.jit module cannot be converted; convert the model before scripting it"
         )
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module inside of torch.compile's, which loses attributes of its own when it is copied."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # which takes a second to import, and there is none without it
+    return model._orig_mod if dynamo is not None and isinstance(model, dynamo.OptimizedModule) else model
 
 
 def _sharing_copy(model: nn.Module) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from cnnkern.conversion import timm_layers
 from cnnkern.conversion.activations import act_of_module, is_apart, is_identity
-from cnnkern.conversion.convert import ConversionReport, check_module, convert_layers, revert
+from cnnkern.conversion.convert import ConversionReport, check_module, convert_layers, revert, uncompiled
 from cnnkern.conversion.layers import DIMENSIONS, NAMES, Absorbed, Moved
 from cnnkern.conversion.patterns import (
     Fusion,
@@ -71,7 +71,7 @@ def fold(model: nn.Module) -> nn.Module:
         if not folder.became:
             folded, report = copy.deepcopy(model), ConversionReport()
     report.made_by, report.nothing = "cnnkern.fold", "no convolution in this model, nothing to fold"
-    folded.__dict__["_cnnkern_report"] = report
+    uncompiled(folded).__dict__["_cnnkern_report"] = report
     return folded
 
 

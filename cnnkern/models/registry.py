@@ -49,7 +49,12 @@ def create_model(name: str, fused: bool = True, **kwargs) -> nn.Module:
 def get_builder(name: str) -> Builder:
     """The builder of the model ``name``; its ``input_size`` is (channels, height, width). ValueError if unknown."""
     if name not in BUILDERS:
-        near = difflib.get_close_matches(name, BUILDERS, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "cnnkern.models.list_models() has the names"
-        raise ValueError(f"no model is called {name!r}: {hint}")
+        raise ValueError(unknown_model(name, "cnnkern.models.list_models() has the names"))
     return BUILDERS[name]
+
+
+def unknown_model(name: str, listed: str) -> str:
+    """What is said of a name that no model has: those that are near, and `listed`, where all are."""
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), BUILDERS, n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"no model is called {name!r}: {hint}{listed}"
