@@ -15,6 +15,7 @@ __all__ = [
     "convert",
     "fold",
     "functional",
+    "keep_operators",
     "models",
     "nn",
     "revert",
@@ -50,3 +51,4 @@ else:
     from cnnkern.conversion.convert import ConversionError, ConversionReport, conversion_report, convert, revert
     from cnnkern.conversion.fold import fold
     from cnnkern.memory import tune_malloc
+    from cnnkern.ops.route import keep_operators
