@@ -79,10 +79,10 @@ def is_pytorchs(
             return True
     if _is_compiling():
         if torch.compiler.is_exporting():
-            return not _kept.get() and _alike(*inputs)
-        return fuses and _left_to_inductor(inputs[0], training) and _alike(*inputs)
+            return not _kept.get() and alike(*inputs)
+        return fuses and _left_to_inductor(inputs[0], training) and alike(*inputs)
     if _tracing_state() is not None:
-        return not _kept.get() and _alike_while_tracing(*inputs)
+        return not _kept.get() and alike(*inputs)
     return False
 
 
@@ -101,6 +101,19 @@ def has_kernels(t: Tensor) -> bool:
     """Whether a tensor is laid out, and where, as our kernels take it: not sparse, nested, quantized, on no accelerator
     but CUDA's."""
     return t.layout is _strided and (t.is_cpu or t.is_cuda or t.is_meta) and not t.is_nested and not t.is_quantized
+
+
+def alike(input: Tensor, *others: Tensor) -> bool:
+    """Whether PyTorch would neither broadcast nor promote these."""
+    if _is_compiling() or _tracing_state() is None:
+        return _alike(input, *others)
+    with warnings.catch_warnings():  # of torch.jit.trace, that it records no comparison
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        return _alike(input, *others)
+
+
+def _alike(input: Tensor, *others: Tensor) -> bool:
+    return all(other.shape == input.shape and other.dtype == input.dtype for other in others)
 
 
 def _is_known(t: Any, input: Any, shards: bool) -> bool:
@@ -141,11 +154,3 @@ def _left_to_inductor(input: Tensor, training: bool) -> bool:
     return input.device.type == "cpu" and input.dim() >= 4 and input.is_contiguous()
 
 
-def _alike(input: Tensor, *others: Tensor) -> bool:
-    return all(other.shape == input.shape and other.dtype == input.dtype for other in others)
-
-
-def _alike_while_tracing(*inputs: Tensor) -> bool:
-    with warnings.catch_warnings():  # that this comparison of shapes is no part of the trace
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
-        return _alike(*inputs)
