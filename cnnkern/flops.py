@@ -1,7 +1,7 @@
 """What `torch.utils.flop_counter` counts for our operators: what it counts for PyTorch's in their place.
 
-It counts convolutions and nothing for norms, additions and activations. Importing it imports Triton, which takes longer
-than the whole of cnnkern, so the formulas wait until somebody else does: a finder, ahead of all others, sees that import.
+It counts convolutions, and nothing for norms, additions and activations. Importing it imports Triton, which `import
+cnnkern` does not, so the formulas wait until somebody else does: a finder ahead of all others sees that import.
 """
 
 import sys
@@ -65,8 +65,7 @@ class _AtImport(MetaPathFinder):
 
 
 def count_flops() -> None:
-    """Registers the formulas, now or when `torch.utils.flop_counter` is imported."""
+    """Registers the formulas, now and whenever `torch.utils.flop_counter` is imported."""
     if COUNTER in sys.modules:
         _register(sys.modules[COUNTER])
-    else:
-        sys.meta_path.insert(0, _AtImport())
+    sys.meta_path.insert(0, _AtImport())

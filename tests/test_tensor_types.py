@@ -159,7 +159,9 @@ def test_modes_see_our_operators(case):
     """Of tensors that we have kernels for: plain ones, parameters, subclasses without behaviour."""
     inputs = case.inputs(case.gradcheck_shapes[0], torch.float32, generator=torch.Generator().manual_seed(0))
     for change in (lambda t: t, lambda t: t.as_subclass(Renamed), nn.Parameter):
-        arguments = {n: change(v.clone()) if n in case.differentiable and v is not None else v for n, v in inputs.items()}
+        arguments = {
+            n: change(v.clone()) if n in case.differentiable and v is not None else v for n, v in inputs.items()
+        }
         with Operators() as operators:
             case.function(**arguments).sum().backward() if change is nn.Parameter else case.function(**arguments)
         assert f"cnnkern::{case.name}" in operators.called

@@ -1,6 +1,6 @@
-"""Which operators compute a call: ours, or PyTorch's own as :mod:`cnnkern.reference` has them. All that decides is here.
+"""Which operators compute a call: ours, or PyTorch's own as :mod:`cnnkern.reference` has them. It is decided here alone.
 
-Every function of :mod:`cnnkern.functional` asks :func:`is_pytorchs` first and, where that is so, is
+Every function of :mod:`cnnkern.functional` asks :func:`is_pytorchs` first, and where that is so it is
 :func:`by_pytorch`.
 """
 
@@ -33,9 +33,9 @@ _kept: ContextVar[bool] = ContextVar("cnnkern.keep_operators", default=False)
 def keep_operators() -> Iterator[None]:
     """In this block an exported or traced program calls the operators of cnnkern.
 
-    ``torch.export``, ``torch.onnx.export`` and ``torch.jit.trace`` otherwise record PyTorch's operators where a layer of
-    ours stands, so that whatever reads the program needs no cnnkern. A program with ours runs on our kernels, where
-    cnnkern is imported first: for AOTInductor, or to load it again in Python. ONNX has no such operators.
+    ``torch.export``, ``torch.onnx.export`` and ``torch.jit.trace`` otherwise record PyTorch's operators in the place of
+    each of our layers, so that whatever reads the program needs no cnnkern. One with our operators runs on our kernels,
+    after ``import cnnkern``: AOTInductor compiles it, and Python loads it again. ONNX has no such operators.
 
     >>> with cnnkern.keep_operators():
     ...     program = torch.export.export(model, (x,))
@@ -57,14 +57,15 @@ def is_pytorchs(
 ) -> bool:
     """Whether PyTorch's own operators compute a call of these tensors.
 
-    1. They do for tensors that we have no kernels for: :func:`has_kernels`, and :func:`_is_known` of their types.
-    2. They do where a program is exported or traced, except within :func:`keep_operators`.
-    3. Under torch.compile they do where Inductor then makes less of it: :func:`_left_to_inductor`, for operators that it
-       fuses.
-    Two inputs that PyTorch would broadcast or promote are never theirs in 2 and 3: ours refuse them.
+    1. For tensors that we have no kernels for they do: :func:`has_kernels` and, of their types, :func:`_is_known`.
+    2. In a program that is exported or traced they do, except within :func:`keep_operators`.
+    3. Under torch.compile they do where Inductor makes more of them: :func:`_left_to_inductor`, of operators that
+       Inductor fuses.
 
-    `fuses`: the operator is one pass over memory. `training`: it takes statistics. `shards`: it has strategies
-    for DTensors (cnnkern/ops/sharding.py).
+    Two inputs that PyTorch would broadcast or promote are ours in 2 and 3, to be refused.
+
+    `fuses`: the operator is one pass over memory. `training`: it takes statistics. `shards`: it has strategies for
+    DTensors (cnnkern/ops/sharding.py).
     """
     for t in inputs:
         if type(t) not in _KNOWN_TYPES:
@@ -132,11 +133,13 @@ def _is_known(t: Any, input: Any, shards: bool) -> bool:
 
 def _is_sharded(t: Any, input: Any) -> bool:
     """Whether this is a DTensor, beside another."""
-    if type(t).__name__ != "DTensor" or torch.compiler.is_compiling():
+    if type(t).__name__ != "DTensor" or _is_compiling():
         return False
-    from cnnkern.ops import sharding  # registers our strategies; torch.distributed.tensor is there by now
+    from torch.distributed.tensor import DTensor  # which somebody has imported to make one
 
-    return isinstance(t, sharding.DTensor) and isinstance(input, sharding.DTensor)
+    import cnnkern.ops.sharding  # noqa: F401  (registers our strategies)
+
+    return isinstance(t, DTensor) and isinstance(input, DTensor)
 
 
 def _left_to_inductor(input: Tensor, training: bool) -> bool:
@@ -152,5 +155,3 @@ def _left_to_inductor(input: Tensor, training: bool) -> bool:
     if not torch.is_grad_enabled():
         return not training
     return input.device.type == "cpu" and input.dim() >= 4 and input.is_contiguous()
-
-

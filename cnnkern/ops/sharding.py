@@ -4,14 +4,14 @@ Layer norms take shards of their rows, grouped convolutions shards of the batch.
 and DTensors get PyTorch's there: a batch norm's statistics are those of the whole batch, and the bits of a ReLU's mask,
 packed over all of a tensor, are not those of its shards.
 
-Imported with the first DTensor that such an operator meets, and never under torch.compile. The public `register_sharding` would not do: it keeps the
-result for one `normalized_shape`, stride or output mask for all others.
+Imported with the first DTensor that such an operator meets, and never under torch.compile. The public
+`register_sharding` would not do: it takes what it found for one `normalized_shape`, stride or output mask for all.
 """
 
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import Partial, Placement, Replicate
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor._ops.single_dim_strategy import _ShardingPlaceholder, register_single_dim_strategy
 
@@ -31,7 +31,7 @@ def _gradients(dim: int, output_mask: list[bool]) -> Placements:
 
 def _layer_norm(dims: range | tuple[int, ...], *parameters: Any) -> list[Placements]:
     # y, mean, rstd, x
-    return [[_ShardingPlaceholder(d) for _ in range(4)] + _present(*parameters) for d in dims]
+    return [[*(_ShardingPlaceholder(d) for _ in range(4)), *_present(*parameters)] for d in dims]
 
 
 def _layer_norm_backward(dims: range | tuple[int, ...], weight: Any, bias: Any, mask: list[bool]) -> list[Placements]:
