@@ -1,4 +1,4 @@
-"""Which operators compute a call: ours, or PyTorch's own as :mod:`cnnkern.reference` has them. It is decided here alone.
+"""Which operators compute a call: ours, or PyTorch's own as :mod:`cnnkern.reference` has them: decided here alone.
 
 Every function of :mod:`cnnkern.functional` asks :func:`is_pytorchs` first, and where that is so it is
 :func:`by_pytorch`.
