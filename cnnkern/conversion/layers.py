@@ -60,7 +60,7 @@ class AddsWhatFits(batchnorm._FusedBatchNormAdd):
 
 def takes(input: Any, residual: Any) -> bool:
     """Whether the fused operators add these two; under `torch.fx`, which knows nothing of them, the layer will tell."""
-    if isinstance(input, fx.Proxy):
+    if isinstance(input, fx.Proxy) or isinstance(residual, fx.Proxy):
         return True
     both = isinstance(input, Tensor) and isinstance(residual, Tensor)
     return both and input.is_floating_point() and route.has_kernels(input) and _alike(input, residual)
