@@ -15,6 +15,7 @@ __all__ = [
     "convert",
     "fold",
     "functional",
+    "keep_operators",
     "models",
     "nn",
     "revert",
@@ -49,4 +50,8 @@ else:
     from cnnkern.backends import backend
     from cnnkern.conversion.convert import ConversionError, ConversionReport, conversion_report, convert, revert
     from cnnkern.conversion.fold import fold
+    from cnnkern.flops import count_flops
     from cnnkern.memory import tune_malloc
+    from cnnkern.ops.route import keep_operators
+
+    count_flops()

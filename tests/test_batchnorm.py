@@ -212,15 +212,6 @@ def test_frozen_parts_get_no_gradient_and_the_others_theirs():
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_export_and_reload(tmp_path):
-    fused, _, _ = pair("BatchNormReLU2d")
-    model, x = nn.Sequential(nn.Conv2d(3, 5, 3), fused).eval(), torch.randn(2, 3, 8, 8)
-    torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
-    exported = torch.export.load(tmp_path / "model.pt2")
-    assert any("cnnkern.bn_act" in str(n.target) for n in exported.graph.nodes)
-    torch.testing.assert_close(exported.module()(x), model(x))
-
-
 @pytest.mark.parametrize("name", [n for n in cnnkern.nn.__all__ if n.startswith("LazyBatchNorm")])
 def test_lazy_forms_become_the_module_they_stand_for(name):
     lazy_class, eager_class = getattr(cnnkern.nn, name), getattr(cnnkern.nn, name.removeprefix("Lazy"))

@@ -1,7 +1,6 @@
-"""Converted models under torch.compile: one graph, no recompilation, any batch; exported, saved and loaded again."""
+"""Converted models under torch.compile: one graph, no recompilation, any batch."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -137,7 +136,7 @@ def test_inductor_trains_and_infers():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("training", [False, True])
 def test_who_computes_batch_norms_in_a_compiled_graph(training, layout):
-    """The rule of ops/compiled.py: without gradients ours where statistics are taken, with them in channels_last."""
+    """The rule of ops/route.py: without gradients ours where statistics are taken, with them in channels_last."""
     called = set()
 
     def backend(graph, inputs):
@@ -165,28 +164,3 @@ def test_errors_are_ours_in_a_compiled_graph_too():
         for residual, act in ((x, "silu"), (x[:1], "relu"), (x.double(), "relu")):
             with pytest.raises(Exception, match="cnnkern::bn_add_act"):
                 compiled(x, residual, vector, vector, act=act)
-
-
-def test_export_save_and_load():
-    model = converted("resnet18").eval()
-    x = images(2)
-    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}})
-    called = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
-    assert {"cnnkern.bn_act.default", "cnnkern.bn_add_act.default"} <= called
-    file = io.BytesIO()
-    torch.export.save(exported, file)
-    file.seek(0)
-    loaded = torch.export.load(file).module()
-    with torch.no_grad():
-        for batch in BATCHES:
-            torch.testing.assert_close(loaded(images(batch)), model(images(batch)))
-
-
-def test_ahead_of_time_inductor(tmp_path):
-    model = small().eval()
-    x = images(2)[..., :12, :12].contiguous()
-    with torch.no_grad():
-        exported = torch.export.export(model, (x,))
-        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "small.pt2"))
-        loaded = torch._inductor.aoti_load_package(path)
-        torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from meanings import CASES, PATCHED, Layers, TakesATensorOrAList, X
-from torch import nn
+from torch import fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import cnnkern
@@ -273,5 +273,9 @@ def test_converted_models_are_traced_as_torchvision_traces_them(name):
     converted = cnnkern.convert(model)
     last = get_graph_node_names(converted)[1][-1]
     x = torch.randn(1, 3, 64, 64)
+    modules = [(p, m) for p, m in converted.named_modules() if not isinstance(m, nn.Identity)]
+    ours = {path for path, m in modules if type(m).__module__.startswith("cnnkern")}
+    called = {node.target for node in fx.symbolic_trace(converted).graph.nodes if node.op == "call_module"}
+    assert ours <= called
     traced = create_feature_extractor(converted, [last])
     torch.testing.assert_close(traced(x)[last], converted(x))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import cnnkern
 from cnnkern import testing
@@ -398,14 +399,38 @@ def test_gradients_and_transforms_of_the_input():
     torch.testing.assert_close(torch.func.vmap(folded.layer1[0])(batch), expected.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_compiles_and_exports():
+def test_compiles():
     folded = cnnkern.fold(randomised(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())))
     x = torch.randn(2, 3, 9, 9)
     with torch.no_grad():
         y = folded(x)
         compiled = torch.compile(folded, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), y)
-        torch.testing.assert_close(torch.export.export(folded, (x,)).module()(x), y)
+
+
+def test_folded_convolutions_are_leaves_under_fx():
+    folded = cnnkern.fold(build("resnet18"))
+    convolutions = {name for name, m in folded.named_modules() if isinstance(m, FoldedConv)}
+    traced, x = torch.fx.symbolic_trace(folded), torch.randn(2, 3, 64, 64)
+    assert convolutions <= {node.target for node in traced.graph.nodes if node.op == "call_module"}
+    with torch.no_grad():
+        assert torch.equal(traced(x), folded(x))
+
+
+def test_tensors_that_onednn_has_nothing_for():
+    """They get PyTorch's convolution: fakes, subclasses, what is another device's."""
+    folded = cnnkern.fold(randomised(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())))
+    x = torch.randn(2, 3, 9, 9)
+    two = TwoTensor(x, x + 1)
+    with torch.no_grad():
+        y = folded(two)
+        torch.testing.assert_close(y.a, folded(x))
+        torch.testing.assert_close(y.b, folded(x + 1))
+        assert folded(x.to("meta")).is_meta
+        with pytest.raises((RuntimeError, NotImplementedError)) as theirs:
+            F.conv2d(x.to_sparse(), folded[1].weight)
+        with pytest.raises(theirs.type):
+            folded(x.to_sparse())
 
 
 def test_two_threads_share_a_folded_model():

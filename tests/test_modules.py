@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchvision.models.convnext import LayerNorm2d
 
 import cnnkern
@@ -298,6 +298,46 @@ def test_functionalize(name, training):
     found = run(twin, torch.func.functionalize(ours), inputs, ours=True)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(ours.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("name", [n for n in TWINS if not n.startswith("Sync")])
+def test_vmap_in_training(name):
+    """A batch of batches, each with statistics of its own, where eager has it: without running statistics."""
+    twin = TWINS[name]
+    ours, theirs = pair(name, **({"track_running_stats": False} if "BatchNorm" in name else {}))
+    inputs = inputs_of(twin)
+    run(twin, ours, inputs, ours=True), run(twin, theirs, inputs, ours=False)
+    theirs.load_state_dict(ours.state_dict())
+    ours, theirs = ours.double().train(), theirs.double().train()
+    stacked = [torch.stack([t, t.flip(0).square()]).double() for t in inputs]
+    found = torch.func.vmap(lambda *inputs: run(twin, ours, list(inputs), True))(*stacked)
+    expected = torch.func.vmap(lambda *inputs: run(twin, theirs, list(inputs), False))(*stacked)
+    torch.testing.assert_close(found, expected)
+
+
+@names
+def test_leaf_under_fx(name):
+    """As torch's layers are: one node, of the module, wherever the traced value comes in."""
+    twin = TWINS[name]
+    layer, _ = pair(name)
+    inputs = inputs_of(twin)
+    layer(*inputs)  # what is lazy becomes what it stands for
+
+    class Model(nn.Module):
+        def __init__(self, constant: int | None) -> None:
+            super().__init__()
+            self.layer, self.constant = layer.eval(), constant
+
+        def forward(self, x: Tensor) -> Tensor:
+            traced = [inputs[i] if i == self.constant else x for i in range(twin.inputs)]
+            return self.layer(*traced)
+
+    for constant in (None, 0, 1) if twin.inputs == 2 else (None,):
+        model = Model(constant)
+        traced = fx.symbolic_trace(model)
+        nodes = [(node.op, node.target) for node in traced.graph.nodes if node.op not in ("get_attr", "placeholder")]
+        assert nodes == [("call_module", "layer"), ("output", "output")]
+        assert torch.equal(traced(inputs[-1]), model(inputs[-1]))
 
 
 MIXES = (

@@ -10,6 +10,7 @@ from cnnkern import reference
 from cnnkern.conversion import timm_layers
 from cnnkern.nn import batchnorm, layer_norm, sync
 from cnnkern.nn.conv import GroupedConv2d
+from cnnkern.ops import route
 from cnnkern.ops.bn_act import batch_norm_act
 
 IN_PLACE = "_cnnkern_adds_in_place"  # in a module that does
@@ -59,14 +60,14 @@ class AddsWhatFits(batchnorm._FusedBatchNormAdd):
 
 def takes(input: Any, residual: Any) -> bool:
     """Whether the fused operators add these two; under `torch.fx`, which knows nothing of them, the layer will tell."""
-    if isinstance(input, fx.Proxy):
+    if isinstance(input, fx.Proxy) or isinstance(residual, fx.Proxy):
         return True
     both = isinstance(input, Tensor) and isinstance(residual, Tensor)
-    return both and input.is_floating_point() and _alike(input, residual)
+    return both and input.is_floating_point() and route.has_kernels(input) and _alike(input, residual)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return route.alike(a, b) and a.device == b.device
 
 
 ACT_CLASSES = {

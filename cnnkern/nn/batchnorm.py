@@ -21,7 +21,7 @@ class _FusedBatchNorm(_BatchNorm):
         return self._normalize(input, batch_norm_act)
 
     def _normalize(self, input: Tensor, operator: Callable[..., Tensor], *residual: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy):
+        if isinstance(input, fx.Proxy) or (residual and isinstance(residual[0], fx.Proxy)):
             return leaf(self, input, *residual)
         self._check_input_dim(input)
         counter = self.num_batches_tracked if self.training and self.track_running_stats else None

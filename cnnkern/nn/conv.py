@@ -15,7 +15,9 @@ class GroupedConv2d(nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return leaf(self, input) if isinstance(input, fx.Proxy) else super().forward(input)
+        if isinstance(input, fx.Proxy):
+            return leaf(self, input)
+        return super().forward(input)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding: int | str | tuple[int, ...] = self.padding

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from cnnkern import reference
+from cnnkern.nn.traced import leaf
+from cnnkern.ops import route
 
 _mkldnn = torch.ops.mkldnn
 # Our activations as oneDNN has them: name, scalars.
@@ -82,6 +84,8 @@ class FoldedConv(nn.Module):
         self._packed: tuple[Any, dict[Any, Tensor]] = (None, {})  # what it was made from, and by shape and dtype
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, fx.Proxy) or isinstance(residual, fx.Proxy):
+            return leaf(self, input, *(() if residual is None else (residual,)))
         if (residual is not None) != self.adds:
             raise TypeError(f"FoldedConv: expected {'a residual' if self.adds else 'no residual'} behind the input")
         x = input if self._pad is None else F.pad(input, self._pad[0], self._pad[1])
@@ -127,7 +131,8 @@ class FoldedConv(nn.Module):
         tensors = (x, self.weight) if residual is None else (x, self.weight, residual)
         dtype = _computed_in(x)
         return bool(
-            not torch.jit.is_tracing()
+            all(type(t) in (Tensor, nn.Parameter) and route.has_kernels(t) and t.is_cpu for t in tensors)
+            and not torch.jit.is_tracing()
             and _has_kernels(dtype)
             and torch.backends.mkldnn.enabled
             and dtype == _computed_in(self.weight)
@@ -136,7 +141,6 @@ class FoldedConv(nn.Module):
             and x.shape[1] == self.in_channels
             and x.numel() > 0
             and min(self._output_shape(x)) > 0
-            and all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" for t in tensors)
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
             and torch._C._functorch.peek_interpreter_stack() is None
         )

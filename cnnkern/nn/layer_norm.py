@@ -1,7 +1,8 @@
 """Layer norms on the fused kernels; each is a `torch.nn.LayerNorm` and takes its checkpoints."""
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from cnnkern.nn.traced import leaf
 from cnnkern.ops.layer_norm import layer_norm
 from cnnkern.ops.layer_norm2d import layer_norm2d
 
@@ -10,6 +11,8 @@ class LayerNorm(nn.LayerNorm):
     """:class:`torch.nn.LayerNorm` on the fused kernel. Input (\\*, \\*normalized_shape)."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return leaf(self, input)
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -32,4 +35,6 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(num_channels, eps, elementwise_affine, bias, device, dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return leaf(self, input)
         return layer_norm2d(input, self.weight, self.bias, self.eps)

@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from cnnkern import reference
-from cnnkern.ops import fake
-from cnnkern.ops.compiled import left_to_inductor
+from cnnkern.ops import fake, route
 from cnnkern.triton_kernels import check
 
 _add_relu = torch.ops.cnnkern.add_relu.default
@@ -19,8 +17,8 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
 
     Raises RuntimeError for shapes, dtypes or devices that differ: nothing is broadcast or promoted.
     """
-    if left_to_inductor(input, other):
-        return reference.add_relu(input, other)
+    if route.is_pytorchs((input, other), (), fuses=True):
+        return route.by_pytorch(add_relu, input, other)
     return _add_relu(input, other)[0]
 
 

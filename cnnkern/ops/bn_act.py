@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from cnnkern import reference
-from cnnkern.ops import fake
-from cnnkern.ops.compiled import left_to_inductor
+from cnnkern.ops import fake, route
 from cnnkern.triton_kernels import check
 
 _bn_act = torch.ops.cnnkern.bn_act.default
@@ -38,8 +37,9 @@ def batch_norm_act(
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167).
     """
-    if act in reference.ACTIVATIONS and left_to_inductor(input, training=training):
-        return reference.batch_norm_act(input, running_mean, running_var, weight, bias, training, momentum, eps, act)
+    vectors = (running_mean, running_var, weight, bias)
+    if route.is_pytorchs((input,), vectors, fuses=True, training=training) and act in reference.ACTIVATIONS:
+        return route.by_pytorch(batch_norm_act, input, *vectors, training, momentum, eps, act)
     return _bn_act(input, weight, bias, running_mean, running_var, training, momentum, eps, act)[0]
 
 

@@ -3,9 +3,7 @@
 import torch
 from torch import Tensor
 
-from cnnkern import reference
-from cnnkern.ops import fake
-from cnnkern.ops.compiled import left_to_inductor
+from cnnkern.ops import fake, route
 from cnnkern.triton_kernels import check
 
 _bn_add_act = torch.ops.cnnkern.bn_add_act.default
@@ -39,9 +37,9 @@ def batch_norm_add_act(
 
     Source: He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385), figure 2.
     """
-    if act in ("none", "relu") and left_to_inductor(input, residual, training=training):
-        vectors = (running_mean, running_var, weight, bias)
-        return reference.batch_norm_add_act(input, residual, *vectors, training, momentum, eps, act)
+    vectors = (running_mean, running_var, weight, bias)
+    if route.is_pytorchs((input, residual), vectors, fuses=True, training=training) and act in ("none", "relu"):
+        return route.by_pytorch(batch_norm_add_act, input, residual, *vectors, training, momentum, eps, act)
     return _bn_add_act(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, act)[0]
 
 

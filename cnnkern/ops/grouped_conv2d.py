@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from cnnkern.ops import route
+
 _grouped_conv2d = torch.ops.cnnkern.grouped_conv2d.default
 
 
@@ -32,6 +34,8 @@ def conv2d(
     Raises RuntimeError, as PyTorch does, for shapes, dtypes or devices that do not fit, for groups that do not divide
     the channels and for a kernel larger than the padded input.
     """
+    if route.is_pytorchs((input,), (weight, bias), shards=True):
+        return route.by_pytorch(conv2d, input, weight, bias, stride, padding, dilation, groups)
     # Complex numbers are convolved by F.conv2d alone, in real parts; and it has the errors for tensors of other ranks.
     if input.is_complex() or input.dim() not in (3, 4) or weight.dim() != 4:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)

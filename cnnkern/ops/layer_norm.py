@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cnnkern.ops import fake
+from cnnkern.ops import fake, route
 from cnnkern.triton_kernels import check
 
 _layer_norm = torch.ops.cnnkern.layer_norm.default
@@ -31,6 +31,8 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016 (arXiv:1607.06450).
     """
+    if route.is_pytorchs((input,), (weight, bias), shards=True):
+        return route.by_pytorch(layer_norm, input, normalized_shape, weight, bias, eps)
     return _layer_norm(input, normalized_shape, weight, bias, eps)[0]
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cnnkern.ops import fake
+from cnnkern.ops import fake, route
 from cnnkern.triton_kernels import check
 
 _layer_norm2d = torch.ops.cnnkern.layer_norm2d.default
@@ -23,6 +23,8 @@ def layer_norm2d(input: Tensor, weight: Tensor | None = None, bias: Tensor | Non
 
     Source: Liu et al., A ConvNet for the 2020s, 2022 (arXiv:2201.03545).
     """
+    if route.is_pytorchs((input,), (weight, bias), shards=True):
+        return route.by_pytorch(layer_norm2d, input, weight, bias, eps)
     return _layer_norm2d(input, weight, bias, eps)[0]
 
 
