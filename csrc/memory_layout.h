@@ -27,7 +27,7 @@ using Strides = c10::SmallVector<int64_t, 6>;
 
 // The strides of a new tensor with the dimensions in that order, from the outermost to the innermost.
 inline Strides strides_in_order(at::IntArrayRef sizes, at::IntArrayRef order) {
-  Strides strides(sizes.size());
+  Strides strides(sizes.begin(), sizes.end());
   int64_t stride = 1;
   for (size_t i = order.size(); i-- > 0;) {
     strides[order[i]] = stride;
@@ -38,10 +38,16 @@ inline Strides strides_in_order(at::IntArrayRef sizes, at::IntArrayRef order) {
 
 // Those of a contiguous tensor or, with `rows`, of one with channels innermost.
 inline Strides plain_strides(at::IntArrayRef sizes, bool rows) {
-  c10::SmallVector<int64_t, 6> order(sizes.size());
-  std::iota(order.begin(), order.end(), 0);
-  if (rows) std::rotate(order.begin() + 1, order.begin() + 2, order.end());
-  return strides_in_order(sizes, order);
+  Strides strides(sizes.begin(), sizes.end());
+  int64_t stride = 1;
+  const auto next = [&](size_t d) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes[d], 1);
+  };
+  if (rows) next(1);
+  for (size_t d = sizes.size(); d-- > (rows ? 2 : 0);) next(d);
+  if (rows) next(0);
+  return strides;
 }
 
 // The dimensions from the outermost to the innermost in the memory of a dense tensor.
