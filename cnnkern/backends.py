@@ -17,8 +17,11 @@ from cnnkern import eager
 
 BACKENDS = ("cuda", "triton", "eager")
 _LABELS = {"triton": "Triton", "eager": "eager PyTorch"}
-# Modules of cnnkern.triton_kernels, each with the launchers of an operator and its gradient operator.
-_TRITON_KERNELS = ("bn_act", "bn_add_act", "add_relu", "grouped_conv2d", "layer_norm", "layer_norm2d")
+# Modules of cnnkern.triton_kernels, and the operators that each has the launchers of.
+_TRITON_KERNELS = {
+    name: (name, f"{name}_backward")
+    for name in ("bn_act", "bn_add_act", "add_relu", "grouped_conv2d", "layer_norm", "layer_norm2d")
+} | {"sync_bn": ("sync_bn_stats", "sync_bn", "sync_bn_sums", "sync_bn_backward")}
 _WITHOUT_CUDA = (
     "the extension was built without CUDA; `CNNKERN_CUDA=1 pip install --no-build-isolation .` builds it with, given "
     "nvcc and a CUDA build of torch (requirements.txt has both)"
@@ -40,9 +43,9 @@ def _launchers(name: str) -> dict[str, Launcher]:
     if not _has_triton():
         raise RuntimeError("cnnkern: backend 'triton' needs the package triton, which is not installed")
     launchers = {}
-    for kernel in _TRITON_KERNELS:
+    for kernel, operators in _TRITON_KERNELS.items():
         module = importlib.import_module(f"cnnkern.triton_kernels.{kernel}")
-        launchers |= {operator: getattr(module, operator) for operator in (kernel, f"{kernel}_backward")}
+        launchers |= {operator: getattr(module, operator) for operator in operators}
     return launchers
 
 
@@ -81,7 +84,8 @@ def _default_launchers() -> tuple[str, dict[str, Launcher]]:
     missing = [name for name in _operators() if name not in _CUDA_OPERATORS]
     if not _has_triton():
         return "eager", {name: eager.LAUNCHERS[name] for name in missing}
-    return "triton", {name: _imported_when_called(name.removesuffix("_backward"), name) for name in missing}
+    module_of = {operator: module for module, operators in _TRITON_KERNELS.items() for operator in operators}
+    return "triton", {name: _imported_when_called(module_of[name], name) for name in missing}
 
 
 # For as long as they live, libraries keep what they registered. The default ones are below any other.

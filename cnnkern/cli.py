@@ -297,13 +297,14 @@ def kernels(results: dict[str, dict[str, str]]) -> Rows:
     """A row for each operator and device: the kernel, and whether it gives correct results here."""
     import torch
 
-    from cnnkern import backends
+    from cnnkern import backends, testing
 
+    case_of = {operator: case.name for case in testing.CASES.values() for operator in case.operators}
     for operator, devices in backends.status().items():
         for device, kernel in devices.items():
             name = kernel.partition(":")[0]
             # One run goes through an operator and its gradient.
-            result = results.get(device, {}).get(operator.removesuffix("_backward"), "")
+            result = results.get(device, {}).get(case_of[operator], "")
             if device == "cuda" and not torch.cuda.is_available():
                 result = f"{'built, ' if name == 'CUDA C++' else ''}not run: no GPU"
             yield operator, device, name, result

@@ -153,6 +153,77 @@ def bn_add_act_backward(
     return dx, g.clone() if wants_dresidual else x.new_empty(0), dweight, dbias
 
 
+def sync_bn_stats(x):
+    check.image("cnnkern::sync_bn_stats", x)
+    values = x.movedim(1, -1).reshape(-1, x.shape[1]).double()
+    if x.numel() == 0:
+        return values.new_zeros(2 * x.shape[1] + 1)
+    var, mean = torch.var_mean(values, 0, correction=0)
+    return torch.cat([mean, var, mean.new_full((1,), values.shape[0])])
+
+
+def sync_bn(x, residual, weight, bias, mean, rstd, act):
+    op = "cnnkern::sync_bn"
+    check.sync_bn(op, x, weight, bias, mean, rstd)
+    check.sync_bn_residual(op, x, residual, act)
+    x = in_batch_norm_layout(x)
+    pre = _normalized(x, weight, bias, mean, rstd).to(x.dtype)
+    none = x.new_empty(0, dtype=torch.uint8)
+    if residual is None:
+        return reference.ACTIVATIONS[act](in_layout_of(pre, x)), none
+    strides = strides_of_sum(x, residual, act == "relu")
+    y = in_layout_of(reference.ACTIVATIONS[act](pre + residual), x)
+    return with_strides(y, strides), _packed(y) if act == "relu" else none
+
+
+def _columns(x: Tensor, v: Tensor) -> Tensor:
+    return v.to(_wide(x)).view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _normalized(x, weight, bias, mean, rstd):
+    """(x - mean) * weight * rstd + bias in float32 at least. The difference is that of float64 vectors."""
+    pre = ((x.double() - mean.view(1, -1, *[1] * (x.dim() - 2))).to(_wide(x))) * _columns(x, rstd)
+    pre = pre if weight is None else pre * _columns(x, weight)
+    return pre if bias is None else pre + _columns(x, bias)
+
+
+def _through(dy, x, weight, bias, mean, rstd, mask, act):
+    """The part of dy that the mask or the activation lets through, in float32 at least."""
+    if mask is not None:
+        return torch.where(_unpacked(mask, x, x.stride()), dy, 0).to(_wide(x))
+    if act == "none" or x.numel() == 0:
+        return dy.to(_wide(x))
+    return _ACTIVATION_GRADIENTS[act](dy, _normalized(x, weight, bias, mean, rstd).to(x.dtype)).to(_wide(x))
+
+
+def sync_bn_sums(dy, x, weight, bias, mean, rstd, mask, channels_last, act):
+    check.sync_bn_backward("cnnkern::sync_bn_sums", dy, x, weight, bias, mean, rstd, mask, channels_last, act)
+    dims = [d for d in range(x.dim()) if d != 1]
+    dy, x = laid_out(dy, channels_last), laid_out(x, channels_last)
+    g = _through(dy, x, weight, bias, mean, rstd, mask, act)
+    normalized = _normalized(x, None, None, mean, rstd)
+    return torch.stack([g.sum(dims, dtype=torch.float64), (g * normalized).sum(dims, dtype=torch.float64)])
+
+
+def sync_bn_backward(
+    dy, x, weight, bias, mean, rstd, mask, channels_last, act, sums, count, output_mask: Sequence[bool]
+):
+    op = "cnnkern::sync_bn_backward"
+    check.sync_bn_backward(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, output_mask[1])
+    check.fp64(op, "sums", sums, (2, x.shape[1]), x)
+    check.fp64(op, "count", count, (1,), x)
+    x = laid_out(x, channels_last)
+    g = _through(laid_out(dy, channels_last), x, weight, bias, mean, rstd, mask, act)
+    scale = rstd if weight is None else rstd * weight
+    means = sums / count
+    dx = g - _columns(x, means[0]) - _normalized(x, None, None, mean, rstd) * _columns(x, means[1])
+    grads = (dx * _columns(x, scale), g)
+    return tuple(
+        in_layout_of(t.to(x.dtype), x) if wanted else x.new_empty(0)
+        for t, wanted in zip(grads, output_mask, strict=True)
+    )
+
+
 def add_relu(x, residual):
     check.floating("cnnkern::add_relu", x)
     check.same_shape("cnnkern::add_relu", "residual", residual, x)
@@ -227,4 +298,6 @@ BACKWARD: tuple[Callable, ...] = (
     *(bn_act_backward, bn_add_act_backward, add_relu_backward),
     *(grouped_conv2d_backward, layer_norm_backward, layer_norm2d_backward),
 )
-LAUNCHERS: dict[str, Callable] = {function.__name__: function for function in (*FORWARD, *BACKWARD)}
+# Parts of a layer whose derivative is that of the whole: cnnkern/ops/sync_bn_autograd.py.
+PARTS: tuple[Callable, ...] = (sync_bn_stats, sync_bn, sync_bn_sums, sync_bn_backward)
+LAUNCHERS: dict[str, Callable] = {function.__name__: function for function in (*FORWARD, *BACKWARD, *PARTS)}

@@ -6,6 +6,7 @@ from cnnkern.ops.bn_add_act import batch_norm_add_act, batch_norm_add_relu
 from cnnkern.ops.grouped_conv2d import conv2d
 from cnnkern.ops.layer_norm import layer_norm
 from cnnkern.ops.layer_norm2d import layer_norm2d
+from cnnkern.ops.sync_bn import sync_batch_norm_act
 
 __all__ = [
     "add_relu",
@@ -16,4 +17,5 @@ __all__ = [
     "conv2d",
     "layer_norm",
     "layer_norm2d",
+    "sync_batch_norm_act",
 ]

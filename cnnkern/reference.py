@@ -51,6 +51,24 @@ def batch_norm_add_act(
     return ACTIVATIONS[act](y + residual)
 
 
+def sync_batch_norm_act(
+    input: Tensor,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    act="relu",
+    residual=None,
+    group=None,
+) -> Tensor:
+    """In a process alone. Over several it is this of their batches behind one another, which no process has."""
+    y = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return ACTIVATIONS[act](y if residual is None else y + residual)
+
+
 def add_relu(input: Tensor, other: Tensor) -> Tensor:
     return F.relu(input + other)
 

@@ -12,6 +12,8 @@
 #define CNNKERN_OPERATORS(f)                        \
   f(bn_act) f(bn_act_backward)                      \
   f(bn_add_act) f(bn_add_act_backward)              \
+  f(sync_bn_stats) f(sync_bn)                       \
+  f(sync_bn_sums) f(sync_bn_backward)               \
   f(add_relu) f(add_relu_backward)                  \
   f(grouped_conv2d) f(grouped_conv2d_backward)      \
   f(layer_norm) f(layer_norm_backward)              \
@@ -36,6 +38,15 @@ using bn_add_act = Four(const Tensor& x, const Tensor& residual, Optional weight
 using bn_add_act_backward = Four(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
                                  const Tensor& rstd, const Tensor& mask, bool channels_last, bool training,
                                  c10::string_view act, std::array<bool, 4> output_mask);
+
+using sync_bn_stats = One(const Tensor& x);
+using sync_bn = Two(const Tensor& x, Optional residual, Optional weight, Optional bias, const Tensor& mean, const Tensor& rstd,
+                    c10::string_view act);
+using sync_bn_sums = One(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
+                         const Tensor& rstd, Optional mask, bool channels_last, c10::string_view act);
+using sync_bn_backward = Two(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
+                             const Tensor& rstd, Optional mask, bool channels_last, c10::string_view act, const Tensor& sums,
+                             const Tensor& count, std::array<bool, 2> output_mask);
 
 using add_relu = Two(const Tensor& x, const Tensor& residual);
 using add_relu_backward = One(const Tensor& dy, const Tensor& mask, Sizes order);

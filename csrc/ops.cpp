@@ -13,6 +13,18 @@ TORCH_LIBRARY(cnnkern, m) {
   m.def("bn_add_act(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, str act) -> (Tensor y, Tensor mean, Tensor rstd, Tensor mask)");
   m.def("bn_add_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor mask, bool channels_last, bool training, str act, bool[4] output_mask) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
 
+  // Batch norm over processes, in parts, between which statistics and sums travel. moments are 2 C + 1 fp64 numbers of x:
+  // every channel's mean and biased variance, then the elements a channel.
+  m.def("sync_bn_stats(Tensor x) -> Tensor moments");
+  // y = act(batch_norm(x) + residual) from given statistics, fp64 vectors of C. mask is [y > 0] where there are a residual
+  // and a relu, one bit an element in the order of y's memory; else empty.
+  m.def("sync_bn(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, str act) -> (Tensor y, Tensor mask)");
+  // With g the part of dy that act lets through, or the mask where it is given: sums are the fp64 (2, C) sums of g and of
+  // g * (x - mean) * rstd. channels_last says which order the mask is in, and the results.
+  m.def("sync_bn_sums(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor? mask, bool channels_last, str act) -> Tensor sums");
+  // dx from the sums over all processes and their elements a channel, an fp64 tensor of one element; dresidual is g.
+  m.def("sync_bn_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor? mask, bool channels_last, str act, Tensor sums, Tensor count, bool[2] output_mask) -> (Tensor dx, Tensor dresidual)");
+
   // y = relu(x + residual). mask is [y > 0], one bit an element in the order of y's memory; the gradient of both
   // inputs is dx. order has y's dimensions from the outermost to the innermost in memory.
   m.def("add_relu(Tensor x, Tensor residual) -> (Tensor y, Tensor mask)");

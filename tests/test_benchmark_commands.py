@@ -16,7 +16,7 @@ from rich.console import Console
 
 import cnnkern
 from benchmarks import __main__ as driver
-from benchmarks import accuracy, cores, gpu_kernels, machine, onednn, passes, report, rows, sweeps, worker
+from benchmarks import accuracy, cores, gpu_kernels, machine, onednn, passes, report, rows, sweeps, sync, worker
 from benchmarks.bandwidth import Bandwidth
 from benchmarks.options import Options
 from cnnkern import memory, testing
@@ -290,6 +290,23 @@ def test_accuracy_prints_two_rows_for_every_case_and_number(monkeypatch, capsys)
     ]
     assert all(row[4] == row[5] for row in cells), "what stands for torch.compile is eager here"
     assert all(float(row[3]) < 1e-5 for row in cells if row[1] == "normal")
+
+
+def test_batch_norm_over_processes_is_timed_beside_the_formula(capfd, monkeypatch):
+    """The real thing: two processes, of which the first prints a row for every shape and layout."""
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    assert sync.main(["--seconds", "0.01"]) == 0
+    lines = [line.strip("| ").split(" | ") for line in capfd.readouterr().out.splitlines() if "|---" not in line]
+    names, *table = [line for line in lines if len(line) == 8]
+    assert names[2:6] == ["ours", "written out", "alone", "sent"]
+    assert [row[:2] for row in table] == [
+        ["x".join(map(str, shape)), layout] for shape in sync.SHAPES for layout in sync.LAYOUTS
+    ]
+    for row in table:
+        ours, theirs, alone, sent, speedup, over_alone = map(float, row[2:])
+        assert min(ours, theirs, alone, sent) > 0
+        assert speedup == pytest.approx(theirs / ours, rel=0.1)
+        assert over_alone == pytest.approx(ours / alone, rel=0.1)
 
 
 def test_sweeps_count_every_tensor_once(monkeypatch, capsys):

@@ -175,6 +175,35 @@ def exact_moments(x, c, mask, count, channel_stride, runs, run_stride, length, s
     return m, m2
 
 
+@triton.jit
+def combined_moments(
+    x, partial, c, mask, count, C, chunks, channel_stride, runs, run_stride, length, step, K: tl.constexpr
+):
+    """Mean and sum of squared deviations of the channels c (Chan's formula about the first chunk's mean)."""
+    row = tl.cast(chunks, tl.int64) * C
+    about = tl.load(partial + row + c, mask, other=0.0)
+    s1 = tl.zeros_like(about)
+    s2 = tl.zeros_like(about)
+    for k0 in range(0, chunks, K):
+        k = k0 + tl.arange(0, K)[:, None]
+        inside = (k < chunks) & mask[None, :]
+        p = partial + k.to(tl.int64) * C + c[None, :]
+        n = tl.load(p, inside, other=0.0)
+        d = tl.where(inside, tl.load(p + row, inside, other=0.0) - about[None, :], 0.0)
+        s1 += tl.sum(n * d, axis=0)
+        s2 += tl.sum(tl.load(p + 2 * row, inside, other=0.0) + n * d * d, axis=0)
+    delta = s1 / count
+    m = about + delta
+    m2 = s2 - s1 * delta
+    m2 = tl.where(m2 <= 0.0, 0.0, m2)
+    unsound = (m2 != m2) & mask
+    if tl.max(unsound.to(tl.int32)) > 0:
+        exact_m, exact_m2 = exact_moments(x, c, unsound, count, channel_stride, runs, run_stride, length, step, K)
+        m = tl.where(unsound, exact_m, m)
+        m2 = tl.where(unsound, exact_m2, m2)
+    return m, m2
+
+
 @triton.jit(do_not_specialize=["count", "C", "chunks", "channel_stride", "runs", "run_stride", "length", "step"])
 def moments_finalise_kernel(
     x,
@@ -198,31 +227,11 @@ def moments_finalise_kernel(
     K: tl.constexpr,
     CB: tl.constexpr,
 ):
-    """Chunks of CB channels -> mean, rstd and running statistics (Chan's formula about the first chunk's mean)."""
+    """Chunks of CB channels -> mean, rstd and running statistics."""
     c = tl.program_id(0) * CB + tl.arange(0, CB)
     mask = c < C
-    row = tl.cast(chunks, tl.int64) * C
-    about = tl.load(partial + row + c, mask, other=0.0)
-    s1 = tl.zeros_like(about)
-    s2 = tl.zeros_like(about)
-    for k0 in range(0, chunks, K):
-        k = k0 + tl.arange(0, K)[:, None]
-        inside = (k < chunks) & mask[None, :]
-        p = partial + k.to(tl.int64) * C + c[None, :]
-        n = tl.load(p, inside, other=0.0)
-        d = tl.where(inside, tl.load(p + row, inside, other=0.0) - about[None, :], 0.0)
-        s1 += tl.sum(n * d, axis=0)
-        s2 += tl.sum(tl.load(p + 2 * row, inside, other=0.0) + n * d * d, axis=0)
     count = tl.cast(count, tl.float64)
-    delta = s1 / count
-    m = about + delta
-    m2 = s2 - s1 * delta
-    m2 = tl.where(m2 <= 0.0, 0.0, m2)
-    unsound = (m2 != m2) & mask
-    if tl.max(unsound.to(tl.int32)) > 0:
-        exact_m, exact_m2 = exact_moments(x, c, unsound, count, channel_stride, runs, run_stride, length, step, K)
-        m = tl.where(unsound, exact_m, m)
-        m2 = tl.where(unsound, exact_m2, m2)
+    m, m2 = combined_moments(x, partial, c, mask, count, C, chunks, channel_stride, runs, run_stride, length, step, K)
     tl.store(mean + c, m, mask)
     tl.store(rstd + c, 1.0 / tl.sqrt(m2 / count + eps), mask)
     if running_mean is not None:

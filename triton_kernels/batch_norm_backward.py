@@ -138,6 +138,7 @@ def backward_apply_kernel(
     x,
     bits,
     dx,
+    dresidual,
     mean,
     rstd,
     weight,
@@ -162,8 +163,11 @@ def backward_apply_kernel(
     for step in range(k * chunk, tl.minimum(k * chunk + chunk, steps)):
         _, at, mask, _ = tile(step, first, outer, C, units, UNIT, ROWS, R, B)
         g, centered = gradient(dy, x, bits, at, mask, center, scale, offset, ACT, S)
-        out = tl.fma(g, scale, tl.fma(centered, slope, constant))
-        tl.store(dx + at, out.to(dx.dtype.element_ty), mask)
+        if dx is not None:
+            out = tl.fma(g, scale, tl.fma(centered, slope, constant))
+            tl.store(dx + at, out.to(dx.dtype.element_ty), mask)
+        if dresidual is not None:
+            tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask)
 
 
 def backward(
@@ -228,6 +232,6 @@ def backward(
             )
         if applies:
             backward_apply_kernel[cut.grid](
-                dy, x, bits, dx, mean, rstd, weight, bias, table, *cut.sizes, ACT=act, **cut.constants
+                dy, x, bits, dx, None, mean, rstd, weight, bias, table, *cut.sizes, ACT=act, **cut.constants
             )
     return dx, dresidual, dweight, dbias

@@ -95,16 +95,30 @@ def bn_add_act(
             x.new_zeros(4 if act == "relu" else 0, dtype=torch.uint8),
         )
     cut = Cut.of(x)
-    whole_bytes = cut.unit % 8 == 0 and x.numel() >= 32
-    mask = x.new_empty(mask_bytes(x.numel()) if act == "relu" and whole_bytes else 0, dtype=torch.uint8)
     with on_device_of(x):
         mean, rstd = statistics(x, cut, running_mean, running_var, training, momentum, eps)
-        bits = mask if mask.numel() > 0 else None
-        vectors = (mean, rstd, dense(weight), dense(bias))
-        bn_add_act_apply_kernel[cut.grid](x, residual, y, bits, *vectors, *cut.sizes, ACT=act, **cut.constants)
-        if act == "relu" and bits is None:
-            mask = pack_positive(y)
+        mask = apply(x, residual, y, mean, rstd, weight, bias, act, cut)
     return with_strides(y, strides), mean, rstd, mask
+
+
+def apply(
+    x: Tensor,
+    residual: Tensor,
+    y: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act: str,
+    cut: Cut,
+) -> Tensor:
+    """Writes y, and returns the mask, on the current device."""
+    whole_bytes = cut.unit % 8 == 0 and x.numel() >= 32
+    mask = x.new_empty(mask_bytes(x.numel()) if act == "relu" and whole_bytes else 0, dtype=torch.uint8)
+    bits = mask if mask.numel() > 0 else None
+    vectors = (mean, rstd, dense(weight), dense(bias))
+    bn_add_act_apply_kernel[cut.grid](x, residual, y, bits, *vectors, *cut.sizes, ACT=act, **cut.constants)
+    return pack_positive(y) if act == "relu" and bits is None else mask
 
 
 def bn_add_act_backward(

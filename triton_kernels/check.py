@@ -97,7 +97,9 @@ def batch_norm(
     running_var: Tensor | None,
     training: bool,
     eps: float,
+    alone: bool = True,
 ) -> None:
+    """`alone`: no other process may have further values of a channel."""
     image(op, x)
     vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     for name, v in vectors.items():
@@ -107,7 +109,7 @@ def batch_norm(
         raise ValueError(f"{op}: running_mean and running_var must both be given or both be None; got only {given}")
     if not training and running_mean is None:
         raise RuntimeError(f"{op}: running_mean and running_var must be defined in evaluation mode; got None")
-    if training and x.shape[1] > 0 and x.numel() // x.shape[1] == 1:
+    if training and alone and x.shape[1] > 0 and x.numel() // x.shape[1] == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(x.shape)} ({op})")
     if not (eps > 0 if training else eps >= 0):
         wanted = "positive during training" if training else "non-negative"
@@ -141,6 +143,56 @@ def batch_norm_backward(
         raise RuntimeError(
             f"{op}: output_mask asks for dbias behind an activation, which reads the bias, but bias is None"
         )
+
+
+def fp64(op: str, name: str, t: Tensor, shape: Sequence[int], x: Tensor) -> None:
+    """What was computed elsewhere, for instance summed over processes."""
+    fits = list(t.shape) == list(shape) and t.dtype == torch.float64
+    if not (fits and t.is_contiguous() and t.device == x.device):
+        raise RuntimeError(
+            f"{op}: {name} must be float64, contiguous, of shape {list(shape)}, on {x.device}; "
+            f"got {_type_name(t)} {list(t.shape)} on {t.device}"
+        )
+
+
+def sync_bn(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> None:
+    image(op, x)
+    channel_vector(op, "weight", weight, x)
+    channel_vector(op, "bias", bias, x)
+    fp64(op, "mean", mean, x.shape[1:2], x)
+    fp64(op, "rstd", rstd, x.shape[1:2], x)
+
+
+def sync_bn_residual(op: str, x: Tensor, residual: Tensor | None, act: str) -> None:
+    """A residual, and the activations beside one: those that a mask of one bit an element tells the gradient of."""
+    if residual is None:
+        activation(op, act)
+    else:
+        same_shape(op, "residual", residual, x)
+        relu_or_none(op, act)
+
+
+def sync_bn_backward(
+    op: str,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    bits: Tensor | None,
+    last: bool,
+    act: str,
+    wants_dresidual: bool = False,
+) -> None:
+    sync_bn(op, x, weight, bias, mean, rstd)
+    same_shape(op, "dy", dy, x)
+    if bits is not None:
+        mask(op, bits, max((x.numel() + 7) // 8, 4), x)
+    elif wants_dresidual:
+        raise RuntimeError(f"{op}: output_mask asks for dresidual, but mask is None")
+    channels_last(op, dy, last)
+    activation(op, act)
 
 
 def layer_norm(op: str, x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> None:

@@ -25,10 +25,6 @@ class _FusedBatchNorm(_BatchNorm):
             return leaf(self, input, *residual)
         self._check_input_dim(input)
         counter = self.num_batches_tracked if self.training and self.track_running_stats else None
-        if self.momentum is not None:
-            momentum = self.momentum
-        else:  # cumulative average over the batches, this one included
-            momentum = 1.0 / (float(counter) + 1.0) if counter is not None else 0.0
         uses_running = not self.training or self.track_running_stats
         arguments = (
             input,
@@ -38,7 +34,7 @@ class _FusedBatchNorm(_BatchNorm):
             self.weight,
             self.bias,
             self.training or (self.running_mean is None and self.running_var is None),
-            momentum,
+            self._average_factor(counter),
             self.eps,
             self.act,
         )
@@ -52,6 +48,13 @@ class _FusedBatchNorm(_BatchNorm):
         except (RuntimeError, TypeError, ValueError):  # the operator refused, and has changed nothing
             counter.sub_(1)
             raise
+
+    def _average_factor(self, counter: Tensor | None) -> float | Tensor:
+        """The weight of this batch's statistics in the running ones."""
+        if self.momentum is not None:
+            return self.momentum
+        # A cumulative average over the batches, this one included.
+        return 1.0 / (float(counter) + 1.0) if counter is not None else 0.0
 
 
 class _FusedBatchNormAdd(_FusedBatchNorm):

@@ -1,110 +1,17 @@
 """Batch norm over all processes of a group, with the activation and the residual in the kernels.
 
-Each way one collective: forward's all_gather brings every process's count, mean and variance of each channel, combined
-in the order of ranks; backward's all_reduce sums two vectors of C. Unlike torch's own, it runs on the CPU (gloo)
-as well.
+Each way one collective (cnnkern/ops/sync_bn.py). Unlike torch's own, it runs on the CPU (gloo) as well.
 """
 
-import functools
-import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from cnnkern.nn.batchnorm import _FusedBatchNorm, _FusedBatchNormAdd
 from cnnkern.ops.bn_act import batch_norm_act
 from cnnkern.ops.bn_add_act import batch_norm_add_act
-from cnnkern.triton_kernels.layout import batch_norm_in_rows
-
-_ops = torch.ops.cnnkern
-_TINY = 1e-300  # an eps that the variance can be recovered from
-
-
-def _local_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
-    """(elements a channel, mean, biased variance), the vectors in float64."""
-    count = x.numel() // max(x.shape[1], 1)
-    if count <= 1:  # for one element the kernel would be right to refuse; the other processes may have more
-        mean = x.detach().movedim(1, -1).reshape(count, x.shape[1]).double().sum(0)
-        return count, mean, torch.zeros_like(mean)
-    _, mean, rstd = _ops.bn_act(x.detach(), None, None, None, None, True, 0.0, _TINY, "none")
-    return count, mean, rstd.pow(-2) - _TINY
-
-
-def _sum(terms: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(operator.add, terms)
-
-
-def _global_moments(x: Tensor, group: dist.ProcessGroup) -> tuple[int, Tensor, Tensor]:
-    count, mean, var = _local_moments(x)
-    mine = torch.cat([mean.new_tensor([count]), mean, var])
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, mine, group=group)
-    channels = x.shape[1]
-    counts = [int(e[0].item()) for e in everyone]
-    total = sum(counts)
-    if total <= 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got {total} over all processes")
-    mean = _sum(n * e[1 : 1 + channels] for n, e in zip(counts, everyone, strict=True)) / total
-    squares = [
-        n * (e[1 + channels :] + (e[1 : 1 + channels] - mean).square()) for n, e in zip(counts, everyone, strict=True)
-    ]
-    return total, mean, _sum(squares) / total
-
-
-class _Synchronised(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, bias, running_mean, running_var, momentum, eps, act, group):
-        count, batch_mean, var = _global_moments(x, group)
-        # With the statistics given, the kernels of eval mode do the rest.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        vectors = (weight, bias, batch_mean.to(dtype), var.to(dtype))
-        mask = None
-        if residual is None:
-            y, mean, rstd = _ops.bn_act(x, *vectors, False, 0.0, eps, act)
-        else:
-            y, mean, rstd, mask = _ops.bn_add_act(x, residual, *vectors, False, 0.0, eps, act)
-        if running_mean is not None:  # after the kernels, which raise before anything has changed
-            running_mean.mul_(1 - momentum).add_(batch_mean.to(running_mean.dtype), alpha=momentum)
-            unbiased = var * (count / (count - 1))
-            running_var.mul_(1 - momentum).add_(unbiased.to(running_var.dtype), alpha=momentum)
-        ctx.save_for_backward(x, weight, bias, mean, rstd, mask)
-        ctx.channels_last = batch_norm_in_rows(x)
-        ctx.count, ctx.act, ctx.group = count, act, group
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, bias, mean, rstd, mask = ctx.saved_tensors
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        channels = x.shape[1]
-        # In float32 at least, whatever the parameters are, for their gradients are sums that others are added to.
-        w = x.new_ones(channels, dtype=dtype) if weight is None else weight.to(dtype)
-        b = x.new_zeros(channels, dtype=dtype) if bias is None else bias.to(dtype)
-        dresidual = None
-        if mask is None:
-            dx, dweight, dbias = _ops.bn_act_backward(dy, x, w, b, mean, rstd, False, ctx.act, [True] * 3)
-        else:
-            dx, dresidual, dweight, dbias = _ops.bn_add_act_backward(
-                dy, x, w, b, mean, rstd, mask, ctx.channels_last, False, ctx.act, [True] * 4
-            )
-        sums = torch.cat([dbias.double(), dweight.double()])
-        dist.all_reduce(sums, group=ctx.group)
-        scale = w.double() * rstd / ctx.count
-        shape = (1, channels) + (1,) * (x.dim() - 2)
-
-        def column(v: Tensor) -> Tensor:
-            return v.to(dtype).view(shape)
-
-        centred = x.to(dtype) - column(mean)
-        through_statistics = centred * column(scale * rstd * sums[channels:]) + column(scale * sums[:channels])
-        dx = (dx.to(dtype) - through_statistics).to(x.dtype)
-        dweight = None if weight is None else dweight.to(weight.dtype)
-        dbias = None if bias is None else dbias.to(bias.dtype)
-        return dx, dresidual, dweight, dbias, None, None, None, None, None, None
+from cnnkern.ops.sync_bn import sync_batch_norm_act
 
 
 class SyncBatchNorm(_FusedBatchNorm):
@@ -138,20 +45,29 @@ class SyncBatchNorm(_FusedBatchNorm):
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
+    def _several(self) -> bool:
+        """Whether the statistics are those of several processes."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return False
+        return dist.get_world_size(self.process_group or dist.group.WORLD) > 1
+
+    def _average_factor(self, counter: Tensor | None) -> float | Tensor:
+        if self.momentum is None and counter is not None and self._several():
+            return 1 / (counter.double() + 1)  # a tensor, for nothing is to wait for the device
+        return super()._average_factor(counter)
+
     def _over_processes(self, alone: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The operator `alone` with the statistics of all processes; itself where there is one process."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return alone
-        group = self.process_group or dist.group.WORLD
-        if dist.get_world_size(group) == 1:
+        if not self._several():
             return alone
 
         def together(input: Tensor, *arguments) -> Tensor:
             *residual, mean, var, weight, bias, training, momentum, eps, act = arguments
             if not training:
                 return alone(input, *arguments)
-            return _Synchronised.apply(
-                input, *(residual or (None,)), weight, bias, mean, var, momentum, eps, act, group
+            added = residual[0] if residual else None
+            return sync_batch_norm_act(
+                input, mean, var, weight, bias, training, momentum, eps, act, added, self.process_group
             )
 
         return together

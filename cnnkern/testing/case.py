@@ -53,6 +53,12 @@ class Case:
     float32_parameters: bool = True  # beside a 16-bit input: whether `inputs` knows parameter_dtype
 
     output_shape: Callable[[Layer], Shape] | None = None  # where it is not the input's
+    parts: tuple[str, ...] = ()  # the operators in the order of their calls, where they are more than two
+
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """In the order in which a forward and a backward pass call them."""
+        return self.parts or (self.name, f"{self.name}_backward")
 
     def elements(self, layer: Layer, training: bool) -> tuple[int, int]:
         """How many elements have to be (read, written)."""

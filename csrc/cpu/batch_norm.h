@@ -115,9 +115,16 @@ struct BatchNormForward {
   }
 
   void finish(int64_t c, int64_t n, const double* s1, const double* s2) {
+    Lot m, var;
+    moments(c, n, s1, s2, m, var);
+    set_affine(c, n, m, var);
+    running.update(c, n, m, var, view.count());
+  }
+
+  // Means and biased variances of n channels from c.
+  void moments(int64_t c, int64_t n, const double* s1, const double* s2, Lot& m, Lot& var) const {
     const double count = view.count();
     const S* const shift = table.row(kShift) + c;
-    Lot m, var;
     // Far from the mean the shift was of no use; squares may have left the arithmetic type's range; NaN fails too.
     const auto sound = [&](int64_t j, double delta) {
       return bool((delta * delta <= 8 * var[j]) & (s2[j] <= std::numeric_limits<S>::max()) & (s2[j] > 1e-28 * count));
@@ -132,8 +139,6 @@ struct BatchNormForward {
     if (!all_sound)
       for (int64_t j = 0; j < n; ++j)
         if (!sound(j, s1[j] / count) && !(s1[j] == 0 && s2[j] == 0)) std::tie(m[j], var[j]) = exact_moments(c + j);
-    set_affine(c, n, m, var);
-    running.update(c, n, m, var, count);
   }
 
   C10_NOINLINE std::tuple<double, double> exact_moments(int64_t c) const {
@@ -255,19 +260,24 @@ struct BatchNormBackward {
   }
 
   void finish(int64_t c, int64_t n, const double* s1, const double* s2) {
-    const double count = view.count();
     const S* const center = table.row(kCenter) + c;
-    S *const slope = table.row(kSlope) + c, *const mean_gradient = table.row(kMeanGradient) + c;
     Lot normalized_sum;  // of g * (x - mean) * rstd
-    for (int64_t j = 0; j < n; ++j) {
-      const double r = rstd[c + j], lost = lost_digits(mean[c + j], center[j]);
-      normalized_sum[j] = (s2[j] - lost * s1[j]) * r;
-      const double s = -r * normalized_sum[j] / count;
-      slope[j] = static_cast<S>(s);
-      mean_gradient[j] = static_cast<S>(s1[j] / count + s * lost);
-    }
+    for (int64_t j = 0; j < n; ++j)
+      normalized_sum[j] = (s2[j] - lost_digits(mean[c + j], center[j]) * s1[j]) * rstd[c + j];
     if (dbias) dbias.write(c, n, s1);
     if (dweight) dweight.write(c, n, normalized_sum.data());
+    set_slopes(c, n, s1, normalized_sum.data(), view.count());
+  }
+
+  // What the statistics' share of dx needs, from the sums over all `count` elements a channel.
+  void set_slopes(int64_t c, int64_t n, const double* sum, const double* normalized_sum, double count) {
+    const S* const center = table.row(kCenter) + c;
+    S *const slope = table.row(kSlope) + c, *const mean_gradient = table.row(kMeanGradient) + c;
+    for (int64_t j = 0; j < n; ++j) {
+      const double s = -rstd[c + j] * normalized_sum[j] / count;
+      slope[j] = static_cast<S>(s);
+      mean_gradient[j] = static_cast<S>(sum[j] / count + s * lost_digits(mean[c + j], center[j]));
+    }
   }
 
   template <typename At>

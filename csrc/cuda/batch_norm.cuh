@@ -30,6 +30,7 @@ struct Statistics {
   ChannelView view;
   ChannelVector<T> running_mean, running_var;
   double momentum, eps;
+  double* variance = nullptr;  // where that is wanted in place of rstd
 
   // Sums are taken of x - center, so that a large mean costs no digits: a few elements' mean is near enough.
   __device__ Before before(int64_t c) const {
@@ -98,6 +99,10 @@ struct Statistics {
 
   __device__ void publish(int64_t c, double m, double var) const {
     mean[c] = m;
+    if (variance != nullptr) {
+      variance[c] = var;
+      return;
+    }
     rstd[c] = 1.0 / ::sqrt(var + eps);
     if (running_mean.data == nullptr) return;
     const double n = static_cast<double>(view.count());

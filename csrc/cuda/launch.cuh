@@ -94,28 +94,41 @@ void map(const P& p, const Cut<typename P::Scalar>& cut, Stream stream) {
   }
 }
 
-// Both sweeps. workspace: cut.workspace() doubles.
-template <typename P>
-void reduce_and_map(const P& p, const Cut<typename P::Scalar>& cut, double* workspace, Stream stream) {
-  using R = typename P::Reduction;
-  constexpr int V = kVector<typename P::Scalar>;
-  const R& reduction = p;
+// The first sweep by slices or strips that share a channel. workspace: cut.workspace() doubles.
+template <typename R>
+void reduce_shared(const R& p, const Cut<typename R::Scalar>& cut, double* workspace, Stream stream) {
+  constexpr int V = kVector<typename R::Scalar>;
   int64_t C, slices;
   if (cut.by_rows) {
     C = cut.rows.C, slices = cut.rows.strips;
     const dim3 grid(static_cast<unsigned>(cut.rows.tiles * slices));
     launch(cut.rows.vector ? reduce_rows_kernel<R, V> : reduce_rows_kernel<R, 1>, grid, dim3(kThreads),
-           cut.rows.scratch_bytes(cut.rows.vector ? V : 1), stream, reduction, cut.rows, workspace);
+           cut.rows.scratch_bytes(cut.rows.vector ? V : 1), stream, p, cut.rows, workspace);
   } else {
     C = cut.planes.C, slices = cut.planes.slices;
-    if constexpr (!P::kWritesWhileReducing)
-      if (cut.planes.owned)
-        return launch(cut.planes.ragged ? own_planes_kernel<P, true> : own_planes_kernel<P, false>, dim3(static_cast<unsigned>(C)),
-                      dim3(cut.threads()), 0, stream, p, cut.planes, p.maps());
     launch(cut.planes.ragged ? reduce_planes_kernel<R, true> : reduce_planes_kernel<R, false>,
-           dim3(static_cast<unsigned>(C * slices)), dim3(kThreads), 0, stream, reduction, cut.planes, workspace);
+           dim3(static_cast<unsigned>(C * slices)), dim3(kThreads), 0, stream, p, cut.planes, workspace);
   }
-  launch(finish_kernel<R>, dim3(static_cast<unsigned>(C)), dim3(kFinishThreads), 0, stream, reduction, slices, workspace);
+  launch(finish_kernel<R>, dim3(static_cast<unsigned>(C)), dim3(kFinishThreads), 0, stream, p, slices, workspace);
+}
+
+// The first sweep alone.
+template <typename R>
+void reduce(const R& p, const Cut<typename R::Scalar>& cut, double* workspace, Stream stream) {
+  if (cut.by_rows || !cut.planes.owned) return reduce_shared(p, cut, workspace, stream);
+  launch(cut.planes.ragged ? own_sums_kernel<R, true> : own_sums_kernel<R, false>, dim3(static_cast<unsigned>(cut.planes.C)),
+         dim3(cut.threads()), 0, stream, p, cut.planes);
+}
+
+// Both sweeps.
+template <typename P>
+void reduce_and_map(const P& p, const Cut<typename P::Scalar>& cut, double* workspace, Stream stream) {
+  if constexpr (!P::kWritesWhileReducing)
+    if (!cut.by_rows && cut.planes.owned)
+      return launch(cut.planes.ragged ? own_planes_kernel<P, true> : own_planes_kernel<P, false>,
+                    dim3(static_cast<unsigned>(cut.planes.C)), dim3(cut.threads()), 0, stream, p, cut.planes, p.maps());
+  const typename P::Reduction& reduction = p;
+  reduce_shared(reduction, cut, workspace, stream);
   if constexpr (!P::kWritesWhileReducing)
     if (p.maps()) map(p, cut, stream);
 }

@@ -87,6 +87,14 @@ __global__ void __launch_bounds__(kThreads) map_planes_kernel(P p, PlaneCut cut)
   map_planes<kRagged>(p, cut, b / cut.slices, b % cut.slices);
 }
 
+// The first sweep of a channel.
+template <typename P, bool kRagged>
+__global__ void __launch_bounds__(kOwnerThreads, 1) own_sums_kernel(P p, PlaneCut cut) {
+  double sums[2];
+  reduce_planes<kRagged>(p, cut, blockIdx.x, 0, sums);
+  p.finish(blockIdx.x, sums[0], sums[1]);
+}
+
 // Both sweeps of a channel.
 template <typename P, bool kRagged>
 __global__ void __launch_bounds__(kOwnerThreads, 1) own_planes_kernel(P p, PlaneCut cut, bool maps) {

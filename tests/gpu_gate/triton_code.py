@@ -56,10 +56,12 @@ def of_batch_norms(rows: bool) -> dict[str, Launch]:
         "bn_act backward sums": Launch(
             batch_norm_backward.backward_sums_kernel, relu | unmasked | {"dx": None}, tile, 2
         ),
-        "bn_act backward": Launch(batch_norm_backward.backward_apply_kernel, relu | {"bits": None}, tile, 2, 1),
+        "bn_act backward": Launch(batch_norm_backward.backward_apply_kernel, relu | unmasked, tile, 2, 1),
         "bn_add_act": Launch(bn_add_act.bn_add_act_apply_kernel, relu, tile, 2, 1),
         "bn_add_act backward sums": Launch(batch_norm_backward.backward_sums_kernel, masked | {"dx": None}, tile, 2, 1),
-        "bn_add_act backward": Launch(batch_norm_backward.backward_apply_kernel, masked, tile, 2, 1),
+        "bn_add_act backward": Launch(
+            batch_norm_backward.backward_apply_kernel, masked | {"dresidual": None}, tile, 2, 1
+        ),
     }
 
 
