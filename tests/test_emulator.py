@@ -180,6 +180,20 @@ def test_results_do_not_depend_on_the_order_of_blocks_and_threads(case, dtype, g
                     assert torch.equal(value, other[name]), f"{shape} {layout} {variant}: {name}"
 
 
+@pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
+def test_saved_tensors_come_back_in_another_layout(case, generator):
+    for layout, other in (("channels_last", "contiguous"), ("contiguous", "channels_last")):
+        inputs, dy = drawn(case, (3, 16, 4, 5), layout, next(iter(case.variants.values())), torch.float32, generator)
+
+        def hooked(other=other, **arguments):
+            place = lambda t: testing.with_layout(t, other).clone()  # noqa: E731
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, place):
+                return case.function(**arguments)
+
+        with emulator.Emulator():
+            testing.check(case, inputs, dy, hooked)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["add_relu", "bn_add_act"])
 def test_masks_are_those_of_the_cpu_kernels(name, dtype, generator):

@@ -1,6 +1,7 @@
 """Saved-tensor hooks that give tensors back in another memory format, by way of another dtype, or from elsewhere, as
 offloading and compressing libraries do. What a node saves may not depend on how another saved tensor comes back."""
 
+import copy
 import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -125,25 +126,34 @@ def test_a_converted_network(hook):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
-MODULES = [
-    *((getattr(cnnkern.nn, n), 4) for n in cnnkern.nn.__all__ if n.startswith("BatchNorm") and n.endswith("2d")),
-    (cnnkern.nn.LayerNorm2d, 4),
-]
+def _of_channels(name: str) -> bool:
+    return "Norm" in name and not name.startswith(("Lazy", "LayerNorm")) and name != "LayerNorm"
+
+
+SHAPES = {"1d": (3, 4, 30), "2d": (3, 4, 5, 6), "3d": (3, 4, 2, 3, 5)}
+MODULES = {  # name -> (module, shape of its inputs)
+    **{n: (getattr(cnnkern.nn, n)(4), SHAPES.get(n[-2:], SHAPES["2d"])) for n in cnnkern.nn.__all__ if _of_channels(n)},
+    "AddReLU": (cnnkern.nn.AddReLU(), SHAPES["2d"]),
+    "LayerNorm": (cnnkern.nn.LayerNorm((5, 6)), SHAPES["2d"]),
+    "LayerNorm2d": (cnnkern.nn.LayerNorm2d(4), SHAPES["2d"]),
+    "GroupedConv2d": (cnnkern.nn.GroupedConv2d(4, 8, 3, groups=4), SHAPES["2d"]),
+}
 
 
 @hooks
-@pytest.mark.parametrize(("module", "channels"), MODULES, ids=lambda v: getattr(v, "__name__", ""))
-def test_modules(module, channels, hook):
+@pytest.mark.parametrize("name", MODULES)
+def test_modules(name, hook):
     torch.manual_seed(0)
-    layer = module(channels).double()
-    more = 1 + ("Add" in module.__name__)
-    tensors = [torch.randn(3, channels, 5, 6, dtype=torch.float64).requires_grad_() for _ in range(more)]
+    module, shape = MODULES[name]
+    layer = copy.deepcopy(module).double()
+    tensors = [torch.randn(shape, dtype=torch.float64).requires_grad_() for _ in range(1 + ("Add" in name))]
     for layout in LAYOUTS[:2]:
         placed = [testing.with_layout(t, layout) for t in tensors]
-        dy = torch.randn_like(placed[0])
-        wanted = torch.autograd.grad(layer(*placed), [*tensors, *layer.parameters()], dy)
+        dy = torch.randn_like(layer(*placed))
+        leaves = [*tensors, *layer.parameters()]
+        wanted = torch.autograd.grad(layer(*placed), leaves, dy)
         with HOOKS[hook]():
-            found = torch.autograd.grad(layer(*placed), [*tensors, *layer.parameters()], dy)
+            found = torch.autograd.grad(layer(*placed), leaves, dy)
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b)
 

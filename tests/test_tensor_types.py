@@ -128,7 +128,7 @@ def test_layers_compute_what_torch_s_do(kind, layer, training):
             torch.testing.assert_close(mine, expected)
 
 
-@pytest.mark.parametrize("case", testing.CASES.values(), ids=str)
+@pytest.mark.parametrize("case", testing.CASES.values(), ids=testing.CASES.keys())
 def test_functions_take_them_in_every_argument(case):
     """A parameter of another type is PyTorch's as well: their operators see it, ours would not."""
     inputs = case.inputs(case.gradcheck_shapes[0], torch.float32, generator=torch.Generator().manual_seed(0))
@@ -154,7 +154,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("case", testing.CASES.values(), ids=str)
+@pytest.mark.parametrize("case", testing.CASES.values(), ids=testing.CASES.keys())
 def test_modes_see_our_operators(case):
     """Of tensors that we have kernels for: plain ones, parameters, subclasses without behaviour."""
     inputs = case.inputs(case.gradcheck_shapes[0], torch.float32, generator=torch.Generator().manual_seed(0))

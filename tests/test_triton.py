@@ -219,6 +219,19 @@ def test_gradients_arrive_in_any_layout_and_results_lie_as_eagers_do(case):
 
 
 @cases
+def test_saved_tensors_come_back_in_another_layout(case):
+    for layout, other in (("channels_last", "contiguous"), ("contiguous", "channels_last")):
+        inputs, dy = draw(case, (3, 6, 4, 5), layout=layout)
+
+        def hooked(other=other, **arguments):
+            place = lambda t: testing.with_layout(t, other).clone()  # noqa: E731
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, place):
+                return case.function(**arguments)
+
+        testing.check(case, inputs, dy, hooked)
+
+
+@cases
 def test_empty_batch(case):
     for shape in case.empty_shapes:
         inputs, dy = draw(case, shape)
