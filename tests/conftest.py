@@ -36,6 +36,11 @@ def pytest_addoption(parser):
         "emulator (docs/emulator.md)",
     )
     parser.addoption(
+        "--cpu-tool",
+        help="judge CPU kernels that the tests build with this (tests/cpu_kernels) instead of the extension's: plain, or a "
+        "sanitizer that Python was started under",
+    )
+    parser.addoption(
         "--emulator-tool",
         default="plain",
         help="what the emulated kernels are built with: plain, or a sanitizer that Python was started under",
@@ -67,6 +72,18 @@ def device(pytestconfig):
         yield Device("cuda", "cpu", elements=512 if tool == "thread" else 4096)
     if launches is not None:
         launches.write_text(json.dumps(machine.launches()))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cpu_kernels(pytestconfig):
+    tool = pytestconfig.getoption("--cpu-tool")
+    if tool is None:
+        yield
+        return
+    import cpu_kernels
+
+    with cpu_kernels.answering(tool):
+        yield
 
 
 @pytest.fixture(autouse=True)

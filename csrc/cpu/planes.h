@@ -65,8 +65,10 @@ void map_span(const Policy& policy, const Planes& s, int64_t begin, int64_t end,
     // Without a branch that depends on where planes begin: such branches cannot be foreseen.
     for (; i + L <= end; i += L) {
       if (ahead != 0) policy.prefetch(i + ahead);
-      const int64_t next = i + L == end ? c : c + 1 == s.C ? 0 : c + 1;  // behind `end` constants may be another thread's
-      policy.map(K::joined(K::broadcast(policy, c), K::broadcast(policy, next), std::min(left, L)), i, stream);
+      const int64_t next = c + 1 == s.C ? 0 : c + 1;
+      // Those of a channel that has no lane here may be another thread's, which works them out meanwhile.
+      const int64_t behind = left < L ? next : c;
+      policy.map(K::joined(K::broadcast(policy, c), K::broadcast(policy, behind), std::min(left, L)), i, stream);
       left -= L;
       const bool over = left <= 0;
       left += over ? s.HW : 0;

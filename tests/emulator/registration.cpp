@@ -2,6 +2,11 @@
 #include "registration.h"
 
 #include "aten.cpp"
+#include "kernels.h"
+#ifdef OPERATORS_BUILT  // native.py: not all of them
+#undef CNNKERN_OPERATORS
+#define CNNKERN_OPERATORS(f) OPERATORS_BUILT(f)
+#endif
 #define CNNKERN_CUDA
 #include "register_cuda.cpp"
 

@@ -1,0 +1,232 @@
+"""Faults of csrc/cuda. The kernels of one operator are built for the emulator, in float32 (tests/emulator)."""
+
+from faults import Fault
+
+EVERY = "tests/test_emulator.py::test_every_kernel"
+BATTERY = ("tests/test_battery.py", EVERY)
+
+
+def fault(operator: str, name: str, file: str, right: str, wrong: str, more: str = "", tool: str = "float32") -> Fault:
+    """`more`: which of the battery's tests are asked beside test_every_kernel."""
+    # test_every_kernel[bn_act-float32], and of the battery [bn_act-relu-float32].
+    chosen = f"as_good_as and ({more})" if more else "as_good_as"
+    tests = (*BATTERY, "-k", f"{operator}- and float32 and (every_kernel or ({chosen}))")
+    return Fault("cuda", operator, name, file, right, wrong, tests, tool)
+
+
+FAULTS = [
+    # ---- batch norm
+    fault(
+        "bn_act",
+        "no activation",
+        "bn_act.cuh",
+        "out[k] = act.template value<T>(constants[K == 1 ? 0 : k].pre(in.x[k]));",
+        "out[k] = constants[K == 1 ? 0 : k].pre(in.x[k]);",
+    ),
+    fault(
+        "bn_act",
+        "a factor left out of backward's slope",
+        "batch_norm.cuh",
+        "const double slope = -r * r * centered_sum / n;",
+        "const double slope = -r * centered_sum / n;",
+    ),
+    fault(
+        "bn_act",
+        "a biased running variance",
+        "batch_norm.cuh",
+        "momentum * (var * (n / (n - 1)))",
+        "momentum * var",
+    ),
+    fault(
+        "bn_act",
+        "sums of g * x for those of g * (x - center)",
+        "batch_norm.cuh",
+        "s2 = fma(g, in.x[k] - b.center, s2);",
+        "s2 = fma(g, in.x[k], s2);",
+    ),
+    fault(
+        "bn_act",
+        "a plane's last vector taken whole",
+        "planes.cuh",
+        "lanes.last = static_cast<int>(smaller(V, start + cut.HW - at[u]));",
+        "lanes.last = V;",
+    ),
+    fault(
+        "bn_act",
+        "sums that have not been moved to double are dropped",
+        "planes.cuh",
+        "  mine.flush();\n  sums[0] = mine.wide[0]",
+        "  sums[0] = mine.wide[0]",
+    ),
+    fault(
+        "bn_act",
+        "rows left over from whole batches left out",
+        "rows.cuh",
+        "  while (r < end) batch(std::integral_constant<int, 1>{});",
+        "",
+    ),
+    fault(
+        "bn_act",
+        "no barrier before shared memory is used again",
+        "reduce.cuh",
+        "  __syncthreads();  // the caller may come back at once, and write scratch\n",
+        "",
+        "relu",
+        "thread",
+    ),
+    fault(
+        "bn_add_act",
+        "no residual",
+        "bn_add_act.cuh",
+        "const S pre = constants[K == 1 ? 0 : k].pre(in.x[k]) + in.residual[k];",
+        "const S pre = constants[K == 1 ? 0 : k].pre(in.x[k]);",
+    ),
+    fault(
+        "bn_add_act",
+        "backward without the mask",
+        "batch_norm.cuh",
+        "for (int k = 0; k < V; ++k) dy[k] = bits >> k & 1 ? dy[k] : S(0);",
+        "for (int k = 0; k < V; ++k) dy[k] = bits >> k & 1 ? dy[k] : dy[k];",
+    ),
+    fault(
+        "bn_add_act",
+        "the bits of a vector that fall into the next word",
+        "bits.cuh",
+        "atomicOr(words + i / 32 + 1, bits >> (32 - shift));",
+        "atomicOr(words + i / 32 + 1, 0u);",
+    ),
+    fault(
+        "bn_add_act",
+        "a mask that reads one byte where a vector's bits are in two",
+        "bits.cuh",
+        "if (shift + lanes.last - lanes.first > 8) bits |=",
+        "if (shift + lanes.last - lanes.first > 16) bits |=",
+    ),
+    # ---- add_relu
+    fault(
+        "add_relu",
+        "lanes' bits that are not joined",
+        "add_relu.cuh",
+        "word |= __shfl_xor_sync(kAllLanes, word, distance);",
+        "word = __shfl_xor_sync(kAllLanes, word, distance);",
+    ),
+    fault(
+        "add_relu",
+        "backward without the mask",
+        "add_relu.cuh",
+        "g[u][k] = bits[u] >> k & 1 ? g[u][k] : S(0);",
+        "g[u][k] = bits[u] >> k & 1 ? g[u][k] : g[u][k];",
+    ),
+    fault(
+        "add_relu",
+        "a word of the mask beyond its end",
+        "add_relu.cuh",
+        "(!kRagged || at < numel)) mask[at / 32] = word;",
+        "true) mask[at / 32] = word;",
+        "",
+        "address+undefined",
+    ),
+    # ---- layer_norm
+    fault(
+        "layer_norm",
+        "the gradients of weight and bias exchanged",
+        "layer_norm_terms.cuh",
+        "if (row == 0 && c < cols) gradients.set(c, sums[0], sums[1]);",
+        "if (row == 0 && c < cols) gradients.set(c, sums[1], sums[0]);",
+    ),
+    fault(
+        "layer_norm",
+        "the mean of the gradient left in it",
+        "layer_norm_rows.cuh",
+        "out[k] = fma(-xhat[u][k], slope, dy[u][k] * weight[u][k] - level) * now.rstd;",
+        "out[k] = fma(-xhat[u][k], slope, dy[u][k] * weight[u][k]) * now.rstd;",
+    ),
+    fault(
+        "layer_norm",
+        "squares of slices joined as if about one mean",
+        "layer_norm_slices.cuh",
+        "double squares[1] = {fma(n * d, d, mine.squares)};",
+        "double squares[1] = {mine.squares};",
+    ),
+    fault(
+        "layer_norm",
+        "the variance without eps",
+        "layer_norm_terms.cuh",
+        "const double var = fma(m.squares, per_element, eps);",
+        "const double var = fma(m.squares, per_element, 0 * eps);",
+    ),
+    fault(
+        "layer_norm",
+        "the sum over a group of threads without its last step",
+        "layer_norm_rows.cuh",
+        "for (int distance = threads / 2; distance > 0; distance /= 2)",
+        "for (int distance = threads / 2; distance > 1; distance /= 2)",
+    ),
+    # ---- layer_norm2d
+    fault(
+        "layer_norm2d",
+        "the mean of the gradient left in it",
+        "layer_norm2d.cuh",
+        "out[k] = fma(-xhat, slope[k], in_dy[k] * weight[0] - level[k]) * rstd[k];",
+        "out[k] = fma(-xhat, slope[k], in_dy[k] * weight[0]) * rstd[k];",
+    ),
+    fault(
+        "layer_norm2d",
+        "the last chunk of channels for all of them",
+        "layer_norm2d.cuh",
+        "*cell = first ? v[k] : *cell + v[k];",
+        "*cell = v[k];",
+    ),
+    fault(
+        "layer_norm2d",
+        "one warp's part left out of a pixel's sums",
+        "layer_norm2d.cuh",
+        "for (int w = 0; w < warps; ++w)\n",
+        "for (int w = 1; w < warps; ++w)\n",
+    ),
+    # ---- grouped_conv2d
+    fault(
+        "grouped_conv2d",
+        "planes: the first channel's bias for all",
+        "depthwise_planes.cuh",
+        "const S start = bias != nullptr ? static_cast<S>(bias[channel]) : S(0);",
+        "const S start = bias != nullptr ? static_cast<S>(bias[0]) : S(0);",
+    ),
+    fault(
+        "grouped_conv2d",
+        "planes: a sum over a part of the lanes",
+        "depthwise_planes.cuh",
+        "if (upper) first += kHalf;",
+        "if (upper) first += 0;",
+    ),
+    fault(
+        "grouped_conv2d",
+        "rows: the filter not turned round for the gradient",
+        "depthwise_rows.cuh",
+        "filters[(work.flipped ? K * K - 1 - tap : tap) * pitch + channel]",
+        "filters[tap * pitch + channel]",
+    ),
+    fault(
+        "grouped_conv2d",
+        "rows: padding above taken for the image",
+        "depthwise_rows.cuh",
+        "if (row + ky < 0 || row + ky >= H) continue;",
+        "if (row + ky >= H) continue;",
+        "",
+        "address+undefined",
+    ),
+    fault(
+        "grouped_conv2d",
+        "groups: the filter not turned round for the gradient",
+        "grouped_planes.cuh",
+        "    if (flipped) tap = kSquare - 1 - tap;\n",
+        "",
+    ),
+    fault(
+        "grouped_conv2d",
+        "any: a gradient of the weight without dilation",
+        "conv_any.cuh",
+        "const int h = oh * work.sh - work.ph + ky * work.dh, w = ow * work.sw - work.pw + kx * work.dw;",
+        "const int h = oh * work.sh - work.ph + ky, w = ow * work.sw - work.pw + kx;",
+    ),
+]
