@@ -6,8 +6,8 @@ from pathlib import Path
 
 # What the interpreter, the C++ library, the sanitizers and PyTorch say where memory cannot be had.
 NONE_LEFT = re.compile(
-    r"\bMemoryError\b|std::bad_alloc|can't allocate memory|Cannot allocate memory|failed to (?:allocate|mmap)|out of memory"
-    r"|Resource temporarily unavailable.*thread|exitcode\s*:\s*-9\b|Signal 9 \(SIGKILL\)",
+    r"\bMemoryError\b|std::bad_alloc|can't allocate memory|Cannot allocate memory|failed to (?:allocate|mmap)"
+    r"|out of memory|Resource temporarily unavailable.*thread|exitcode\s*:\s*-9\b|Signal 9 \(SIGKILL\)",
 )
 KILLED = (-9, 137)  # by the system, and as a shell reports it
 
@@ -24,28 +24,27 @@ def memory() -> str:
     return f"{free:.1f} GB of {total:.1f} GB are free now, and pytest's process has {own:.1f} GB"
 
 
-def refuse_lack_of_memory(done: subprocess.CompletedProcess, command: object = None) -> None:
+def refuse_lack_of_memory(done: subprocess.CompletedProcess[str]) -> None:
     """Raises OutOfMemory where a process was killed, or says itself that it got no memory."""
-    said = "".join(text if isinstance(text, str) else text.decode(errors="replace") for text in (done.stdout, done.stderr) if text)
+    said = (done.stdout or "") + (done.stderr or "")
     if done.returncode in KILLED:
         how = "was killed (SIGKILL), which the system does to a process when memory has run out"
     elif done.returncode and (found := NONE_LEFT.search(said)):
         how = f"got no memory: it ended with {found[0]!r}"
     else:
         return
-    given = command if command is not None else done.args
-    given = given if isinstance(given, str | bytes) else " ".join(map(str, given))
+    given = done.args if isinstance(done.args, str) else " ".join(map(str, done.args))
     raise OutOfMemory(f"a process that this test has started {how}; {memory()}.\n{given[:400]}\n{said[-1500:]}")
 
 
-def run_child(command, *, check: bool = False, **options) -> subprocess.CompletedProcess:
+def run_child(command, *, check: bool = False, **options) -> subprocess.CompletedProcess[str]:
     """subprocess.run with the output as text, of both streams, for every process that a test starts.
 
-    Raises OutOfMemory for one that memory ran out for; with `check` AssertionError, with what it said, for one that failed.
+    Raises OutOfMemory for one that memory ran out for, and with `check` AssertionError, with what it said, for one that
+    failed.
     """
-    if not {"stdout", "stderr"} & options.keys():
-        options.setdefault("capture_output", True)
-    done = subprocess.run(command, text=True, check=False, **options)
+    done = subprocess.run(command, text=True, check=False, capture_output=True, **options)
     refuse_lack_of_memory(done)
-    assert not check or done.returncode == 0, f"exit status {done.returncode}\n{(done.stdout or '')[-3000:]}\n{(done.stderr or '')[-4000:]}"
+    said = f"{done.stdout[-3000:]}\n{done.stderr[-4000:]}"
+    assert not check or done.returncode == 0, f"exit status {done.returncode}\n{said}"
     return done

@@ -1,10 +1,13 @@
 """Every test runs with freshly allocated memory filled with NaN, so that an element nobody wrote shows."""
 
+import ctypes
+import gc
 import json
 import math
 import os
 import pickle
 import struct
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +40,7 @@ def pytest_addoption(parser):
     )
     parser.addoption(
         "--cpu-tool",
-        help="judge CPU kernels that the tests build with this (tests/cpu_kernels) instead of the extension's: plain, or a "
+        help="judge CPU kernels that the tests build with this (tests/cpu_kernels), not the extension's: plain, or a "
         "sanitizer that Python was started under",
     )
     parser.addoption(
@@ -84,6 +87,32 @@ def _cpu_kernels(pytestconfig):
 
     with cpu_kernels.answering(tool):
         yield
+
+
+def _resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+_kept = 0  # of them that stay when all has been given back that can be
+
+
+@pytest.fixture(autouse=True)
+def _memory_is_given_back():
+    """What tests are done with goes back to the system, from 256 MB on: models in cycles, compiled graphs, free blocks.
+
+    A process of tests would otherwise keep the sum of what each of a hundred models has had at most.
+    """
+    yield
+    global _kept
+    if _resident() < _kept + 2**28:
+        return
+    if dynamo := sys.modules.get("torch._dynamo"):
+        dynamo.reset()
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # of glibc
+        libc.malloc_trim(0)
+    _kept = _resident()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import subprocess
 import sys
 import threading
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 import cnnkern
 from cnnkern import backends, eager, functional, testing
+from tests.child import run_child
 
 CASE = testing.CASES["bn_act"]
 DTYPES = {
@@ -97,7 +97,7 @@ def test_default_launchers_are_those_of_the_kernels():
         "    for n in vars(m): setattr(m, n, lambda *a, n=n: (n, a)) if n in b._defaults else None\n"
         "for n, launch in b._defaults.items(): assert launch(1, 2) == (n, (1, 2)), n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_child([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
@@ -231,13 +231,13 @@ def test_importing_the_package_imports_no_triton():
         "import sys, cnnkern, cnnkern.backends as b; b.status(); b.backend('eager'); "
         "assert not any(m.partition('.')[0] == 'triton' for m in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_child([sys.executable, "-c", code], check=True)
 
 
 @needs_triton
 def test_launchers_are_importable_from_the_package():
     code = "import cnnkern.triton_kernels.bn_act as m; assert callable(m.bn_act) and callable(m.bn_act_backward)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+    run_child([sys.executable, "-c", code], check=True, cwd="/")
 
 
 @pytest.mark.usefixtures("eager_on_cpu")

@@ -21,6 +21,7 @@ from benchmarks.bandwidth import Bandwidth
 from benchmarks.options import Options
 from cnnkern import memory, testing
 from cnnkern.testing import Layer
+from tests.child import run_child
 from tests.results import assert_one_line, some_rows
 
 
@@ -212,8 +213,8 @@ def test_commit_outside_git_is_unknown_or_what_the_environment_says(monkeypatch,
     monkeypatch.setenv("CNNKERN_COMMIT", "1234567")  # of a copy of the tree
     assert machine.commit() == "1234567"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    run_child([*git, "init", "-q"], check=True)
+    run_child([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
     clean = machine.commit()
     assert re.fullmatch(r"[0-9a-f]{7,}", clean)
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
@@ -235,7 +236,7 @@ def run_pytest(*options, folder):
     clean = {n: v for n, v in machine.malloc_environment("default").items() if not n.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", *options]
     command += [f"--benchmark-storage=file://{folder}", "--bench-threads=1"]
-    return subprocess.run(command, cwd=machine.ROOT, env=clean, capture_output=True, text=True, timeout=240)
+    return run_child(command, cwd=machine.ROOT, env=clean, timeout=240)
 
 
 def test_pytest_saves_and_compares_as_pytest_benchmark_does(tmp_path):

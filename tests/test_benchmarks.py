@@ -5,7 +5,6 @@ import io
 import itertools
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import fields, replace
@@ -20,6 +19,7 @@ from benchmarks.groups import MAX_AUTOTUNE, Contender, Group, Unavailable, selec
 from benchmarks.options import Options
 from cnnkern import testing
 from cnnkern.testing import Layer
+from tests.child import run_child
 from tests.results import measure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -315,7 +315,7 @@ def test_without_a_compiler_torch_compile_is_not_available(tmp_path):
         "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
     command = [sys.executable, "-c", NO_COMPILER]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    done = run_child(command, cwd=ROOT, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     assert "compiler" in done.stdout

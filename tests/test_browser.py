@@ -8,11 +8,11 @@ import base64
 import json
 import re
 import shutil
-import subprocess
 
 import pytest
 
 from benchmarks import page, report, rows
+from tests.child import run_child
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PHONE, DESK = (390, 844), (1280, 900)
@@ -113,7 +113,7 @@ def test_the_page_in_a_browser(size, dark, published, tmp_path):
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
         frame.as_uri(),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = run_child(command, timeout=180)
     judged = re.search("JUDGED(.+?)JUDGED", done.stdout)
     assert judged, done.stderr[-2000:]
     found = json.loads(base64.b64decode(judged[1]).decode("latin-1"))

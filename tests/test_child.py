@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from child import OutOfMemory, memory, refuse_lack_of_memory, run_child
+
+from tests.child import OutOfMemory, memory, refuse_lack_of_memory, run_child
 
 
 @pytest.mark.parametrize(
@@ -15,7 +16,7 @@ from child import OutOfMemory, memory, refuse_lack_of_memory, run_child
     [
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"was killed \(SIGKILL\), .* memory has run out"),
         ("raise MemoryError", "got no memory: it ended with 'MemoryError'"),
-        ("import torch; torch.empty(1 << 60)", "got no memory: it ended with \"can't allocate memory\""),
+        ("import torch; torch.empty(1 << 60)", 'got no memory: it ended with "can\'t allocate memory"'),
     ],
 )
 def test_a_child_without_memory_says_so(code, said):
@@ -32,7 +33,7 @@ def test_another_failure_is_not_taken_for_it():
     done = run_child([sys.executable, "-c", "import sys; print('out of memory', file=sys.stderr)"])
     assert (done.returncode, done.stderr) == (0, "out of memory\n")
     assert run_child([sys.executable, "-c", "raise KeyError(9)"]).returncode == 1
-    with pytest.raises(AssertionError, match="(?s)exit status 3.*the reason") as error:
+    with pytest.raises(AssertionError, match=r"(?s)exit status 3.*the reason") as error:
         run_child([sys.executable, "-c", "import sys; print('the reason'); sys.exit(3)"], check=True)
     assert not isinstance(error.value, OutOfMemory)
 
@@ -43,15 +44,15 @@ def test_memory_is_counted():
 
 
 def test_every_test_starts_its_processes_by_it():
-    """But for those that are to be watched while they run, and which pass what came of them to refuse_lack_of_memory."""
+    """But for those that are watched while they run: what came of them goes to refuse_lack_of_memory."""
     here = Path(__file__).parent
     for path in sorted(here.rglob("*.py")):
-        if path.name in ("child.py", Path(__file__).name) or path.parent.name in ("gpu_gate", "faults") or path.name == "native.py":
-            continue
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
+        if path.name in ("child.py", "native.py", Path(__file__).name) or path.parent.name == "gpu_gate":
+            continue  # the latter two compile, and say what the compiler said
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "subprocess":
-                assert node.attr not in ("run", "check_output", "check_call", "call"), f"{path}:{node.lineno}: run_child"
+                waits = ("run", "check_output", "check_call", "call")
+                assert node.attr not in waits, f"{path}:{node.lineno}: not by run_child"
         if "subprocess.Popen(" in path.read_text():
             assert "refuse_lack_of_memory" in path.read_text(), path
 

@@ -12,6 +12,7 @@ import torch
 
 from cnnkern import _C, __version__, cli
 from cnnkern.testing import CASES
+from tests.child import run_child
 
 PACKAGE = Path(cli.__file__).parent
 
@@ -19,9 +20,7 @@ PACKAGE = Path(cli.__file__).parent
 def run(*command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs Python in `folder`, from which it imports the package where there is one."""
     kept = {k: v for k, v in os.environ.items() if k not in ("ATEN_CPU_CAPABILITY", "PYTHONPATH")}
-    return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=kept | environment, capture_output=True, text=True
-    )
+    return run_child([sys.executable, *command], cwd=folder, env=kept | environment)
 
 
 def test_doctor_names_versions_kernels_and_instruction_set(capsys):
@@ -213,7 +212,7 @@ def test_impossible_arguments_of_bench(options, message):
 
 def test_a_reader_that_has_seen_enough_is_no_error():
     command = f"{sys.executable} -m cnnkern zoo show lenet | head -1"
-    ended = subprocess.run(command, shell=True, cwd=PACKAGE.parent, capture_output=True, text=True)
+    ended = run_child(command, shell=True, cwd=PACKAGE.parent)
     assert ended.stderr == ""
     ended = run("-m", "cnnkern", "zoo", "show", "lenet", folder=PACKAGE.parent, PYTHONIOENCODING="ascii")
     assert (ended.returncode, ended.stderr) == (0, "")

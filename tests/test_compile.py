@@ -116,6 +116,7 @@ def small() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_inductor_trains_and_infers():
     model = small()
     twin = copy.deepcopy(model)

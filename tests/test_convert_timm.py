@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 import cnnkern
+from tests.child import run_child
 
 # What is replaced: every batch norm and layer norm but those named in LEFT.
 MODELS = {
@@ -111,11 +111,11 @@ def test_a_pickle_brings_timm_along(tmp_path):
         "import torch; m, x, y = torch.load('model.pt', weights_only=False)\n"
         "torch.testing.assert_close(m(x), y); print(type(m.bn1).__module__)"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = run_child([sys.executable, "-c", code], cwd=tmp_path, timeout=120)
     assert done.stdout.strip() == "cnnkern.conversion.timm_layers", done.stderr
 
 
 def test_without_timm_nothing_imports_it():
     code = "import sys, torch, cnnkern; cnnkern.convert(torch.nn.BatchNorm2d(3)); assert 'timm' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = run_child([sys.executable, "-c", code], timeout=120)
     assert done.returncode == 0, done.stderr

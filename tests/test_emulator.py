@@ -18,6 +18,8 @@ from gpu_gate import gate, machine_code
 
 from cnnkern import testing
 from cnnkern.testing import CASES
+from tests.child import run_child
+from tests.slow import proved
 
 CUDA_CASES = [case for case in CASES.values() if "cuda" in case.devices]
 
@@ -27,12 +29,14 @@ CUDA_CASES = [case for case in CASES.values() if "cuda" in case.devices]
 MEMORY = (
     "as_good_as or float32_parameters or any_layout or off_a_vector or memory_format or empty_batch or every_kernel"
 )
-DTYPES = {"address+undefined": "not float64 and not float16", "thread": "not float64 and not float16 and not bfloat16"}
+ONE = "not float64 and not float16 and not bfloat16"
+DTYPES = {"float32": ONE, "address+undefined": "not float64 and not float16", "thread": ONE}
 if os.environ.get("EMULATOR_FULL") == "1":  # make sanitize
     RUNS = {"plain": f"{MEMORY} or gradcheck or compiles_to_one_graph or torch_func", **dict.fromkeys(DTYPES, MEMORY)}
-else:  # make test: test_every_kernel, and variants whose kernels differ; of the others what two dtypes make of them
+else:  # test_every_kernel, and variants whose kernels differ; of the others what two dtypes make of them
     SOME = "(alone or none or silu or plain)"
     RUNS = {
+        "float32": f"(as_good_as and {SOME}) or every_kernel",  # make test; the others are make prove's
         "plain": f"(({MEMORY}) and {SOME}) or (as_good_as and (float32 or bfloat16))"
         " or (gradcheck and (alone or plain)) or every_kernel",
         "address+undefined": f"(({MEMORY}) and {SOME}) or every_kernel",
@@ -41,20 +45,30 @@ else:  # make test: test_every_kernel, and variants whose kernels differ; of the
 RUNS = {tool: f"({chosen}) and {DTYPES[tool]}" if tool in DTYPES else chosen for tool, chosen in RUNS.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tool", RUNS)
+@pytest.mark.parametrize("tool", proved(RUNS, ["float32"]))
 def test_battery(tool, tmp_path):
     emulator.build(f"{tool}/kernels.so")
     # One process, whatever this one is part of: the sanitizers' reports end it.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
-    command += ["--device", "emulator", "--emulator-tool", tool, "-k", RUNS[tool]]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-o",
+        "addopts=",
+        "-s",
+    ]
+    command += ["-o", "addopts=", "--device", "emulator", "--emulator-tool", tool, "-k", RUNS[tool]]
     command += ["--emulator-launches", str(tmp_path / "launches.json")]
     command += ["tests/test_battery.py", f"{Path(__file__)}::test_every_kernel"]
     environment = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")} | emulator.environment(tool)
-    done = subprocess.run(
-        command, cwd=emulator.ROOT, env=environment, capture_output=True, text=True, check=False, timeout=1200
-    )
-    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    done = run_child(command, cwd=emulator.ROOT, env=environment, timeout=1200)
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[:9000]}"  # a report of a sanitizer begins there
     assert " passed" in done.stdout
     launched = json.loads((tmp_path / "launches.json").read_text())
     missing = {function(name) for name in emulator.kernels(tool)} - {function(name) for name in launched}
@@ -165,6 +179,7 @@ def test_every_kernel(case, dtype, generator, device, pytestconfig):
 # ---- thread orders ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
 def test_results_do_not_depend_on_the_order_of_blocks_and_threads(case, dtype, generator, monkeypatch):
@@ -190,10 +205,11 @@ def test_saved_tensors_come_back_in_another_layout(case, generator):
             with torch.autograd.graph.saved_tensors_hooks(lambda t: t, place):
                 return case.function(**arguments)
 
-        with emulator.Emulator():
+        with emulator.Emulator("float32"):
             testing.check(case, inputs, dy, hooked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["add_relu", "bn_add_act"])
 def test_masks_are_those_of_the_cpu_kernels(name, dtype, generator):
@@ -211,7 +227,8 @@ def test_masks_are_those_of_the_cpu_kernels(name, dtype, generator):
 
 def test_an_order_that_there_is_not(monkeypatch):
     monkeypatch.setenv("EMULATOR_ORDER", "sideways")
-    with emulator.Emulator(), pytest.raises(RuntimeError, match="forward, reverse or random:SEED; got sideways"):
+    refused = pytest.raises(RuntimeError, match="forward, reverse or random:SEED; got sideways")
+    with emulator.Emulator("float32"), refused:
         torch.ops.cnnkern.add_relu(torch.ones(3, 2), torch.ones(3, 2))
 
 
@@ -220,7 +237,7 @@ def test_the_emulator_answers_and_stands_aside():
         return torch._C._dispatch_dump("cnnkern::add_relu").partition("\nCPU: ")[2].partition("\n")[0]
 
     before = registered()
-    with emulator.Emulator():
+    with emulator.Emulator("float32"):
         assert "tests/emulator/registration.cpp" in registered()
         assert not torch.backends.mkldnn.enabled
     assert registered() == before
@@ -230,6 +247,7 @@ def test_the_emulator_answers_and_stands_aside():
 # ---- grouped convolutions: kernels and library ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
@@ -261,6 +279,7 @@ def test_who_answers_for_a_grouped_convolution(variant, planes, rows, layout, dt
                 operator(*given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "types"), [(8, 3), (12, 1), (32, 1), (33, 0)])  # of float32, bfloat16 and float16
 def test_how_wide_groups_may_be_for_our_kernels_in_contiguous_layout(width, types, generator, monkeypatch):
     case = CASES["grouped_conv2d"]
@@ -278,6 +297,7 @@ def test_how_wide_groups_may_be_for_our_kernels_in_contiguous_layout(width, type
     assert ours == types
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("width", "kernel"), [(1, 3), (1, 5), (1, 7), (3, 3), (8, 3), (18, 3)])
 def test_convolutions_of_any_padding_and_stride(width, kernel, layout, generator):
@@ -291,6 +311,7 @@ def test_convolutions_of_any_padding_and_stride(width, kernel, layout, generator
             testing.check(case, inputs, dy)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 8, 32])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradients_of_a_convolution_do_not_depend_on_dy_s_layout(layout, width, generator):
@@ -347,10 +368,10 @@ def run_faults(tool: str, *arguments: str, **switches: str) -> subprocess.Comple
     environment = {**os.environ, **emulator.environment(tool), **switches}
     environment.pop("LD_PRELOAD", None)  # the program is linked to its sanitizer
     command = [emulator.build(f"{tool}/faults"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return run_child(command, env=environment)
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", proved(FAULTS, (name for name, (tool, *_) in FAULTS.items() if tool == "plain")))
 def test_a_planted_fault_is_reported(name):
     tool, report, *order = FAULTS[name]
     done = run_faults(tool, "--fault", name, EMULATOR_ORDER=order[0] if order else "forward")
@@ -359,7 +380,7 @@ def test_a_planted_fault_is_reported(name):
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse", "random:7"])
-@pytest.mark.parametrize("tool", emulator.TOOLS)
+@pytest.mark.parametrize("tool", proved(("plain", "address+undefined", "thread"), ["plain"]))
 def test_correct_kernels_are_silent(tool, order):
     names = run_faults(tool).stdout.split()
     assert sorted(names) == sorted(FAULTS)
@@ -368,7 +389,11 @@ def test_correct_kernels_are_silent(tool, order):
 
 
 @pytest.mark.parametrize(
-    ("name", "switch"), [("early_exit", "EMULATOR_STRICT=0"), ("cross_block_race", "EMULATOR_BLOCKS=ordered")]
+    ("name", "switch"),
+    [
+        ("early_exit", "EMULATOR_STRICT=0"),
+        pytest.param("cross_block_race", "EMULATOR_BLOCKS=ordered", marks=pytest.mark.slow),
+    ],
 )
 def test_a_switch_that_hides_a_fault(name, switch):
     done = run_faults(FAULTS[name][0], "--fault", name, **dict([switch.split("=")]))

@@ -107,11 +107,13 @@ def planted() -> dict[str, machine_code.Kernel]:
     return {kernel.name.removesuffix("_kernel"): kernel for kernel in cuda.planted()}
 
 
+@pytest.mark.slow  # nvcc compiles them
 def test_a_sound_kernel_passes(planted):
     assert set(planted) == {"sound", *PLANTED}
     assert not gate.judge([planted["sound"]], "cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_kernel_is_refused(planted, name):
     lines = gate.judge([planted[name]], "cuda")

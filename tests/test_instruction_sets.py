@@ -1,14 +1,15 @@
 """The kernels of the other instruction sets: the battery's results and numerics again, in a process for each."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from cnnkern import _C
+from tests.child import run_child
 
+pytestmark = pytest.mark.slow
 RANK = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}
 
 
@@ -21,10 +22,10 @@ def test_battery_on(capability):
     tests = [str(Path(__file__).parent / name) for name in ("test_battery.py", "test_numerics.py")]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "CNNKERN_EACH_SHAPE_ONCE": "1"}
     ask = "from cnnkern import _C; print(_C.cpu_capability())"
-    done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, check=True)
+    done = run_child([sys.executable, "-c", ask], env=environment, check=True)
     assert done.stdout.strip() == capability.upper()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted, *tests]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_child(command, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
@@ -35,5 +36,5 @@ def test_grouped_convolutions_on_avx2():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted]
     command.append(str(Path(__file__).parent / "test_grouped_conv2d.py"))
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = run_child(command, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

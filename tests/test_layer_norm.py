@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 either = pytest.mark.parametrize("case", [ROWS, IMAGES], ids=lambda c: c.name)
 
 
-@pytest.fixture(params=["device", "emulator"])
+@pytest.fixture(params=["device", pytest.param("emulator", marks=pytest.mark.slow)])
 def on(request, device):
     """Where a test puts its tensors: on --device, or on the CPU while the emulated CUDA kernels answer there."""
     if request.param == "device":

@@ -1,5 +1,7 @@
-"""Sums of a million terms: of a channel in batch norm, of a column of rows in layer norm. Each moves from the arithmetic type
-to double after so many additions, so its error does not grow with its length; judged by what that allows.
+"""Sums of a million terms: of a channel in batch norm, of a column of rows in layer norm.
+
+Each moves from the arithmetic type to double after so many additions, so its error does not grow with its length. It is
+judged by what that allows.
 
 Terms are zero or one number: rounded to nearest, random terms would err to either side in turn, and the error of a long
 sum in float would hide among them. The same number again and again errs to one side.
@@ -46,8 +48,8 @@ def test_a_million_elements_a_channel(name, layout, generator, device, most):
     _, mean, rstd, *mask = forward(x, *more, None, None, None, None, True, 0.1, 1e-5, "none")
     wide = x.double()
     var, expected = torch.var_mean(wide, (0, 2, 3), correction=0)
-    # Sums are of x less a shift, which is nowhere further from the mean than the farther of two values: both sums have terms
-    # of one sign then, up to twice the deviation large, and the variance is what is left of the second.
+    # Sums are of x less a shift, which lies between the two values, and so do terms of one sign: up to twice the
+    # deviation large, and the variance is what is left of the second.
     deviation = var.sqrt()
     assert ((mean - expected).abs() <= 2 * deviation * most).all()
     assert_within(1 / rstd.square() - 1e-5, var, 8 * most, "variance")

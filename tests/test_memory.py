@@ -1,7 +1,6 @@
 """`cnnkern.tune_malloc`: fewer page faults where the C library is glibc, a clear sentence where it is not; no leaks."""
 
 import ctypes
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 
 import cnnkern
 from cnnkern import memory
+from tests.child import run_child
 from tests.leaks import MAY_STAY, leaked_by_ten_thousand
 
 FAULTS = """
@@ -29,7 +29,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_large_tensors_are_not_faulted_anew():
     clean = {"PATH": "/usr/bin:/bin"}
     default, tuned = (
-        int(subprocess.run([sys.executable, "-c", FAULTS, how], env=clean, check=True, capture_output=True).stdout)
+        int(run_child([sys.executable, "-c", FAULTS, how], env=clean, check=True).stdout)
         for how in ("default", "tuned")
     )
     pages = 10 * 30_000_000 * 4 // 4096

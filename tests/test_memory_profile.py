@@ -10,6 +10,7 @@ from gpu_gate.thresholds import SECTORS, SECTORS_OF_ALL
 
 from cnnkern import testing
 
+pytestmark = pytest.mark.slow
 CUDA_CASES = [name for name, case in testing.CASES.items() if "cuda" in case.devices]
 
 
@@ -23,7 +24,6 @@ def test_every_operator_is_profiled(calls):
     assert all(call.traffic for call in calls)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("operator", CUDA_CASES)
 def test_hot_kernels_touch_no_more_sectors_than_their_bytes_fill(calls, operator):
     for call in (call for call in calls if call.operator == operator):

@@ -1,7 +1,7 @@
 """The zoo's results against its unfused twins and torchvision.
 
-`CNNKERN_ALL_MODELS=1 pytest tests/test_models.py` compares every model with its twin and with torchvision, in 20 GB of
-memory and 25 on disk; without it, the ones of QUICK.
+`make test` compares the models of TESTED with their twins and with torchvision, `make prove` every one but for GIANTS:
+`CNNKERN_ALL_MODELS=1 pytest tests/test_models.py` those too, in 20 GB of memory and 25 on disk.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cnnkern import models, testing
 from cnnkern.models import create_model, get_builder, list_models
+from tests.slow import proved
 from tests.zoo import TORCHVISION
 
 
@@ -101,12 +102,16 @@ QUICK = {
     "convnext_tiny": 32,
 }
 ALL = os.environ.get("CNNKERN_ALL_MODELS") == "1"
-# In double precision, with gradients and momentum, one twin of these fills the memory: results wait on disk.
-LARGE = {"regnet_x_32gf", "regnet_y_32gf", "regnet_y_128gf"}
+# In double precision, with gradients and momentum, one twin of these fills the memory.
+GIANTS = {"regnet_x_32gf", "regnet_y_32gf", "regnet_y_128gf"}
+# Of these and of more than fifty million weights results wait on disk.
+LARGE = GIANTS | {"regnet_x_16gf", "regnet_y_16gf", "resnet152", "resnext101_32x8d", "resnext101_64x4d"}
 # resnet152 needs more than 64 pixels for rounding not to grow over its depth; the other sides are small, for the larger
 # models have more layers and no other kinds.
 SIDES = {"resnet152": 128}
-COMPARED = {n: QUICK.get(n, SIDES.get(n, 64)) for n in list_models()} if ALL else QUICK
+COMPARED = {n: QUICK.get(n, SIDES.get(n, 64)) for n in list_models() if ALL or n not in GIANTS}
+# One of each kind that takes no more than three seconds.
+TESTED = set(QUICK) - {"resnext50_32x4d", "convnext_tiny", "efficientnet_b0", "mobilenet_v2", "vgg11_bn", "densenet121"}
 
 
 def narrow(name: str) -> dict[str, float]:
@@ -144,7 +149,7 @@ def put_aside(large: bool):
         yield keep
 
 
-@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("name", proved(COMPARED, TESTED))
 def test_fused_is_its_unfused_twin(name):
     x, target = batch(name, COMPARED[name])
     with put_aside(name in LARGE) as keep:
@@ -215,10 +220,10 @@ def test_googlenet_with_batch_norm_is_its_unfused_twin():
 
 
 # A VGG is narrow above, and torchvision's are not: two of them, in full width, where all models are asked for.
-WITH_TORCHVISION = [n for n in TORCHVISION if n in COMPARED and not narrow(n)] + (["vgg11", "vgg11_bn"] if ALL else [])
+WITH_TORCHVISION = [n for n in TORCHVISION if n in COMPARED and not narrow(n)] + ["vgg11", "vgg11_bn"]
 
 
-@pytest.mark.parametrize("name", WITH_TORCHVISION)
+@pytest.mark.parametrize("name", proved(WITH_TORCHVISION, TESTED.intersection(WITH_TORCHVISION)))
 def test_torchvisions_state_dict_gives_torchvisions_results(name):
     x, target = batch(name, COMPARED[name])
     with put_aside(name in LARGE) as keep:

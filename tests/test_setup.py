@@ -5,12 +5,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.child import run_child
 
 ROOT = Path(__file__).parent.parent
 
@@ -91,7 +92,7 @@ def fail_in_one_line(checkout: Path, *command: str) -> str:
     """The one line on standard error of a set-up that has to fail."""
     command = command or (sys.executable, "tools/bootstrap.py")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "PYTHON", "CXX"))}
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    done = run_child(command, cwd=checkout, env=environment)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if not re.match(r"make(\[\d+\])?: \*\*\*", line)]
     assert len(lines) == 1, done.stderr

@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 
 import cnnkern
+from tests.child import refuse_lack_of_memory, run_child
 
 WORKER = Path(__file__).with_name("sync_worker.py")
 
@@ -21,7 +22,7 @@ WORKER = Path(__file__).with_name("sync_worker.py")
 def torchrun(task: str, processes: int) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-    return subprocess.run([*command, str(WORKER), task], env=environment, capture_output=True, text=True, timeout=240)
+    return run_child([*command, str(WORKER), task], env=environment, timeout=240)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,8 @@ def test_a_process_that_dies_ends_the_others_by_itself():
     finally:
         for process in both:
             process.kill()
+    for process, said in zip(both, errors, strict=True):
+        refuse_lack_of_memory(subprocess.CompletedProcess(process.args, process.returncode, None, said))
     assert both[1].returncode == 3
     assert both[0].returncode == 1
     assert "RuntimeError" in errors[0]

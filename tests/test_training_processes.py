@@ -14,6 +14,7 @@ from torch.utils.data import DistributedSampler
 
 from cnnkern import checkpoint as checkpoints
 from cnnkern import data, models, train, trainer
+from tests.child import refuse_lack_of_memory, run_child
 from tests.training import CALM, losses, rows
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("malloc_as_it_was")
 
 def torchrun(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    return subprocess.run(command, env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, timeout=240)
+    return run_child(command, env=ENVIRONMENT, cwd=folder, timeout=240)
 
 
 def test_two_processes_give_the_loss_curve_of_one(tmp_path):
@@ -109,6 +110,7 @@ def test_a_signal_leaves_the_last_checkpoint_and_nothing_unfinished(tmp_path, se
             time.sleep(0.05)
         process.send_signal(signal.Signals[sent])
         _, said = process.communicate(timeout=60)
+    refuse_lack_of_memory(subprocess.CompletedProcess(process.args, process.returncode, None, said))
     assert process.returncode == status, said
     assert said.split("cnnkern: ")[1:] == message
     assert "Traceback" not in said

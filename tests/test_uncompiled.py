@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import cnnkern
+from tests.child import run_child
 
 ROOT = Path(cnnkern.__file__).parent.parent
 PROGRAM = """
@@ -100,7 +101,7 @@ def copy(tmp_path) -> Path:
 def run(folder: Path, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     # What Python raises for a module that is not there, even if an editable installation has one.
     program = f"import sys; sys.modules['cnnkern._C'] = None\n{program}"
-    return subprocess.run([sys.executable, "-c", program, *arguments], cwd=folder, capture_output=True, text=True)
+    return run_child([sys.executable, "-c", program, *arguments], cwd=folder)
 
 
 @pytest.mark.parametrize("triton", [True, False])

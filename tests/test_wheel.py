@@ -1,12 +1,13 @@
 """What `make wheel` refuses, on archives made here. Building and installing is `make wheel` itself, which CI runs."""
 
 import importlib.util
-import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.child import run_child
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEC = importlib.util.spec_from_file_location("wheel_tool", ROOT / "tools" / "wheel.py")
@@ -49,7 +50,7 @@ def checkout(tmp_path, monkeypatch):
     (root / "csrc").mkdir(parents=True)
     for name in ("setup.py", "csrc/ops.cpp", ".gitignore"):
         (root / name).write_text(name)
-    subprocess.run(["git", "init", "-q", root], check=True)
+    run_child(["git", "init", "-q", root], check=True)
     monkeypatch.setattr(tool, "ROOT", root)
     return root
 

@@ -14,7 +14,7 @@ import native
 
 HERE = Path(__file__).parent
 BUILD = native.ROOT / "build" / "cpu_kernels"
-# The compiler is what takes time: two types, of which float64 has vectors of fewer lanes than a byte of a mask has bits.
+# The compiler is what takes time: two types. Vectors of float64 have fewer lanes than a byte of a mask has bits.
 TOOLS = {
     "plain": native.Tool(("-DSECOND_TYPE=kDouble",)),
     "address+undefined": native.ADDRESS._replace(flags=("-DSECOND_TYPE=kBFloat16", *native.ADDRESS.flags)),
@@ -34,7 +34,9 @@ def build(tool: str) -> Path:
     files = native.sources("cpu", ".cpp")
     flags = [*FLAGS, *TOOLS[tool].flags]
     folder = BUILD / tool
-    objects = [native.compiled(path, folder / f"{path.stem}.o", *flags, "-include", str(HERE / "types.h")) for path in files]
+    objects = [
+        native.compiled(path, folder / f"{path.stem}.o", *flags, "-include", str(HERE / "types.h")) for path in files
+    ]
     name = "kernels" if len(files) == len(list((native.ROOT / "csrc" / "cpu").glob("*.cpp"))) else files[0].stem
     registration = native.compiled(
         HERE / "registration.cpp", folder / f"{name}_registration.o", *flags, *native.operators_of(files, "cpu")

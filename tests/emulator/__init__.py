@@ -22,8 +22,8 @@ def _of_types(count: int, tool: native.Tool = native.PLAIN) -> native.Tool:
     return tool._replace(flags=(f"-DEMULATOR_TYPES={count}", *tool.flags))
 
 
-# The compiler is what takes time, so sanitizers see the element types that differ in what is done to memory: float32, and
-# one of 16 bits for addresses.
+# The compiler is what takes time, so sanitizers see the element types that differ in what is done to memory: float32,
+# and one of 16 bits for addresses.
 TOOLS = {
     "plain": native.PLAIN,
     "float32": _of_types(1),  # what planted faults are found in
@@ -106,7 +106,12 @@ def kernels(tool: str) -> set[str]:
 
 def environment(tool: str) -> dict[str, str]:
     """What a process needs in its environment to load the kernels of `tool`."""
-    return native.environment(TOOLS[tool])
+    needed = native.environment(TOOLS[tool])
+    if "TSAN_OPTIONS" in needed:
+        # Each of the 2560 threads of five blocks is a fiber with a history of its own, of two megabytes by default: for
+        # the stack of the access before the one that is reported. What is found does not hang on it.
+        needed["TSAN_OPTIONS"] += " history_size=0"
+    return needed
 
 
 class Emulator:

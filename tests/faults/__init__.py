@@ -1,7 +1,7 @@
 """Faults that are planted in the kernels, one at a time, each with the tests that have to notice it.
 
-`make faults` plants all of them in a copy of the tree (__main__.py). tests/test_faults.py holds them to the sources: that each
-still applies, in every `make test`, so that none rots unseen.
+`make faults` plants all of them in a copy of the tree (__main__.py). tests/test_faults.py holds them to the sources:
+that each still applies, in every `make test`, so that none rots unseen.
 """
 
 from pathlib import Path
@@ -36,7 +36,9 @@ class Fault(NamedTuple):
         path = root / self.path
         text = path.read_text()
         if text.count(self.right) != 1:
-            raise ValueError(f"{self.backend}, {self.name}: {self.path} has the text to change {text.count(self.right)} times")
+            raise ValueError(
+                f"{self.backend}, {self.name}: {self.path} has the text to change {text.count(self.right)} times"
+            )
         path.write_text(text.replace(self.right, self.wrong))
         return text
 

@@ -1,7 +1,7 @@
 """`make faults`: plants every fault of this package, each in a copy of the tree, and expects its tests to turn red.
 
-python -m faults [--jobs N] [WORD ...]: of all faults, those whose backend, operator or name contain every WORD. The same tests
-are also asked of kernels without a fault: they have to be green, or their red would say nothing.
+`python -m faults [--jobs N] [WORD ...]`: of all faults, those whose backend, operator or name contain every WORD. The
+same tests are also asked of kernels without a fault: they have to be green, or their red would say nothing.
 """
 
 import argparse
@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
-import child
 import cpu_kernels
 import emulator
+
 from faults import ROOT, Fault, all_faults
+from tests.child import run_child
 
 SECONDS = 900  # more than any of them takes on a busy machine
 REPORTS = re.compile(r"(?:WARNING|ERROR): \w+Sanitizer: ([\w -]+?)(?= \(|\n| on )|runtime error: ([^\n]+)")
@@ -44,7 +45,19 @@ def sources_of(fault: Fault) -> str:
 
 def command_of(fault: Fault) -> tuple[list[str], dict[str, str]]:
     """What asks a fault's tests, and what there is in its environment."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", *fault.tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        *fault.tests,
+    ]
     added = {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "2", "CI": "1"}
     if fault.backend == "cpu":
         command += ["--cpu-tool", fault.tool]
@@ -61,19 +74,19 @@ def asked(tree: Path, fault: Fault) -> str:
     """What notices it, by the tests' own words; nothing if all are green."""
     command, added = command_of(fault)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment = kept | added | {"PYTHONPATH": f"{tree}:{tree / 'tests'}", "CCACHE_BASEDIR": str(tree), "CCACHE_NOHASHDIR": "1"}
-    done = child.run_child(command, cwd=tree, env=environment, timeout=SECONDS)
+    added |= {"PYTHONPATH": f"{tree}:{tree / 'tests'}", "CCACHE_BASEDIR": str(tree), "CCACHE_NOHASHDIR": "1"}
+    done = run_child(command, cwd=tree, env=kept | added, timeout=SECONDS)
     said = done.stdout + done.stderr
     if done.returncode == 0:
         if not re.search(r"\d+ passed", said):
             raise RuntimeError(f"no test was asked: {' '.join(fault.tests)}\n{said[-2000:]}")
         return ""
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)(?: - ([^\n]*))?", done.stdout, re.M)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.M)
     report = REPORTS.search(said)
     if "this does not build" in said or not (failed or report):
         raise RuntimeError(f"exit status {done.returncode} of {' '.join(command)}\n{said[-6000:]}")
     reported = f"{report[1] or report[2]}, says the sanitizer" if report else ""
-    return "; ".join(part for part in (failed[0][0] if failed else "", reported) if part)
+    return "; ".join(part for part in (failed[0] if failed else "", reported) if part)
 
 
 def main() -> int:

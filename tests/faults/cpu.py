@@ -10,7 +10,9 @@ def battery(operator: str, more: str = GOOD) -> tuple[str, ...]:
     return (BATTERY, "-k", f"{operator}- and {more}")
 
 
-def fault(operator: str, name: str, file: str, right: str, wrong: str, tests: tuple[str, ...] = (), tool="plain") -> Fault:
+def fault(
+    operator: str, name: str, file: str, right: str, wrong: str, tests: tuple[str, ...] = (), tool="plain"
+) -> Fault:
     return Fault("cpu", operator, name, file, right, wrong, tests or battery(operator), tool)
 
 
