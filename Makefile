@@ -1,11 +1,14 @@
-# make: set-up only · test · bench · lint · types · docs · wheel · gpu-report. Each sets up .venv first, and then only what has changed.
+# make: set-up only · test · prove · faults · bench · lint · types · docs · wheel · gpu-report. Each sets up .venv first, and then
+# only what has changed.
 #   make test ARGS="-k bn_act"     ARGS go to pytest (which runs in two processes), or to the benchmarks
-#   make sanitize                  the battery on the emulated CUDA kernels, with each sanitizer too (docs/emulator.md)
+#   make prove                     the tests that are marked slow, which `make test` leaves out (CONTRIBUTING.md)
+#   make faults ARGS="cpu add_relu"  plants faults in a copy of the tree; each has to turn its tests red
+#   make sanitize                  all of the battery on the emulated CUDA kernels, with each sanitizer too (docs/emulator.md)
 #   make gpu-report                compiles the GPU kernels for every architecture and writes docs/gpu-report.md
 #   PYTHON=python3.12 make         chooses the interpreter (3.10 to 3.13) of .venv
 #   CNNKERN_CUDA=0 make            leaves the CUDA kernels out; 1 insists on them (see setup.py)
 
-.PHONY: setup test sanitize gpu-report bench lint types docs wheel
+.PHONY: setup test prove faults sanitize gpu-report bench lint types docs wheel
 .DEFAULT_GOAL := setup
 
 SUITABLE = -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
@@ -23,10 +26,16 @@ setup:
 	@$(BOOTSTRAP)
 
 test: setup
-	.venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+
+prove: setup
+	.venv/bin/python -m pytest -n 2 --dist worksteal -m slow $(ARGS)
+
+faults: setup
+	PYTHONPATH=tests:. .venv/bin/python -m faults $(ARGS)
 
 sanitize: setup
-	EMULATOR_FULL=1 .venv/bin/python -m pytest tests/test_emulator.py -k test_battery $(ARGS)
+	EMULATOR_FULL=1 .venv/bin/python -m pytest tests/test_emulator.py tests/test_cpu_sanitizers.py -k test_battery $(ARGS)
 
 gpu-report: setup
 	PYTHONPATH=tests:. .venv/bin/python -m gpu_gate.report

@@ -1,4 +1,4 @@
-"""The CPU kernels under sanitizers: the battery, and what threads share, in a process for each tool (tests/cpu_kernels).
+"""The CPU kernels under sanitizers: the battery, and what threads share, in a process a tool (tests/cpu_kernels).
 
 `make faults` plants what each has to report: a mask byte written without its atomic or, constants that another thread
 is working out, a read beyond the end.

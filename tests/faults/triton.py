@@ -64,6 +64,14 @@ FAULTS = [
     ),
     fault(
         "bn_act",
+        "a gradient where the output rounds to zero",
+        "activations.py",
+        "return tl.full([], 2.0**-25, tl.float32)",
+        "return tl.full([], 0.0, tl.float32)",
+        (NORMS, "-k", "gradient_mask and float16"),
+    ),
+    fault(
+        "bn_act",
         "a column beyond the end",
         "batch_norm.py",
         "columns = tl.minimum(width - column, B)",

@@ -180,7 +180,7 @@ the emulator ([emulator.md](emulator.md)). Bounds are arithmetic on data sheets.
 [{timed.partition("#")[0]}]({timed}).
 
 Every kernel here keeps the thresholds of `tests/gpu_gate/thresholds.py`, which also has each exception with its
-reason; this command and `make test` fail otherwise. `make test` judges all kernels in the built extension and a part
+reason; this command and `make prove` fail otherwise. `make prove` judges all kernels in the built extension and a part
 of them for the other architectures, this command all of them for all.
 
 ## CUDA C++: every kernel that ships
