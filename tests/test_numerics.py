@@ -3,6 +3,7 @@
 import itertools
 import os
 
+import emulator
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -57,6 +58,16 @@ def float64_can_tell(x, kind):
     return kind != 1e30 or bool((x[:, 0] != x[0, 0, 0, 0]).any())
 
 
+@pytest.fixture(params=["cpu", pytest.param("emulator", marks=pytest.mark.slow)])
+def on(request):
+    """Whose kernels answer: the CPU's, or the emulated CUDA kernels."""
+    if request.param == "cpu":
+        yield
+    else:
+        with emulator.Emulator("float32"):
+            yield
+
+
 both_norms = pytest.mark.parametrize("case", [CASES["bn_act"], CASES["bn_add_act"]], ids=lambda case: case.name)
 
 
@@ -87,6 +98,7 @@ def test_any_scale_and_offset(shape, log_scale, offset, kind, dtype, act, layout
 @both_norms
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ratio", [1e2, 1e4, 1e6])
+@pytest.mark.usefixtures("on")
 def test_mean_far_above_the_deviation(case, ratio, layout, generator):
     for shape in ((8, 5, 31, 33), (32, 40, 7, 7)):
         x = (testing.randn(shape, generator, torch.float64) + ratio).float()
@@ -98,6 +110,7 @@ def test_mean_far_above_the_deviation(case, ratio, layout, generator):
 @both_norms
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("outlier", [1e3, 1e6, 1e12, 1e30])
+@pytest.mark.usefixtures("on")
 def test_one_outlier_where_the_shift_is_sampled(case, outlier, layout, generator):
     x = testing.randn((4, 3, 64, 64), generator, torch.float32)
     x[0, :, 0, 0] = outlier
@@ -119,6 +132,7 @@ def test_constant_channels(value, layout):
 @both_norms
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("scale", [1e30, 1e18, 1e-18, 1e-30, 1e-42])
+@pytest.mark.usefixtures("on")
 def test_extreme_scales(case, scale, layout, generator):
     x = testing.with_layout((testing.randn((4, 5, 9, 11), generator, torch.float64) * scale).float(), layout)
     for eps in (1e-5, 1e-30):

@@ -5,6 +5,8 @@ from faults import Fault
 EVERY = "tests/test_emulator.py::test_every_kernel"
 BATTERY = ("tests/test_battery.py", EVERY)
 
+HARD = ("tests/test_numerics.py", "-k", "emulator and bn_act and (extreme_scales or far_above)")
+
 
 def fault(operator: str, name: str, file: str, right: str, wrong: str, more: str = "", tool: str = "float32") -> Fault:
     """`more`: which of the battery's tests are asked beside test_every_kernel."""
@@ -101,6 +103,26 @@ FAULTS = [
         "bits.cuh",
         "if (shift + lanes.last - lanes.first > 8) bits |=",
         "if (shift + lanes.last - lanes.first > 16) bits |=",
+    ),
+    Fault(
+        "cuda",
+        "bn_act",
+        "no second look at sums that are not sound",
+        "batch_norm.cuh",
+        "if (!sound[0]) publish_exact_moments(c);",
+        "if (!sound[0]) publish(c, 0.0, 0.0);",
+        HARD,
+        "float32",
+    ),
+    Fault(
+        "cuda",
+        "bn_act",
+        "what rounding the mean loses is forgotten",
+        "channels.cuh",
+        "return std::isfinite(mean) ? mean - static_cast<double>(static_cast<S>(mean)) : 0.0;",
+        "return 0.0;",
+        HARD,
+        "float32",
     ),
     # ---- add_relu
     fault(
