@@ -213,7 +213,7 @@ FAULTS = [
         "layer_norm.cpp",
         "if ((pending_ += rows) + kGroup > kRun) flush();",
         "pending_ += rows;",
-        (LONG, "-k", "rows-"),
+        (f"{LONG}::test_a_hundred_thousand_rows[rows]",),
     ),
     fault(
         "layer_norm",
