@@ -18,6 +18,7 @@ from tests.training import CALM, losses, rows
 pytestmark = pytest.mark.usefixtures("malloc_as_it_was")
 
 
+@pytest.mark.slow
 def test_fused_and_eager_runs_follow_each_other_in_float64(tmp_path):
     """Over 66 steps of a network with residuals."""
     assert train.main([*CALM, str(tmp_path / "fused"), "--epochs", "3", "--float64"]) == 0
@@ -28,6 +29,7 @@ def test_fused_and_eager_runs_follow_each_other_in_float64(tmp_path):
     torch.testing.assert_close(losses(tmp_path / "fused"), truth, rtol=1e-9, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "size", "lr", "fall"),
     # Sigmoids have no kink, and rounding does not grow. Behind ReLU it does, by some orders of magnitude in these
@@ -49,6 +51,7 @@ def test_fused_and_eager_runs_follow_each_other_in_float32(tmp_path, model, size
     testing.assert_as_good_as(*({"losses": found.float()} for found in (fused, farther)), {"losses": truth})
 
 
+@pytest.mark.slow
 def test_fused_and_eager_runs_reach_the_same_accuracy(tmp_path):
     options = ["res_lenet", "--resize", "16", "--epochs", "3", "--lr", "3e-3", "--schedule", "cosine", "--output"]
     assert train.main([*options, str(tmp_path / "fused")]) == 0
@@ -79,6 +82,7 @@ def test_the_page_has_a_command_and_an_accuracy_for_every_model_that_has_to_lear
     assert all(float(percent) / 100 >= ACCURACY[model] for model, percent in said)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("CNNKERN_LEARNS") != "1", reason="takes minutes: CNNKERN_LEARNS=1 runs it")
 @pytest.mark.parametrize("model", ACCURACY)
 def test_it_learns(model, tmp_path):

@@ -14,6 +14,7 @@ from torchvision.models.video.mvit import MSBlockConfig
 
 import cnnkern
 from tests.slow import proved
+from tests.zoo import small_vgg
 
 ADD, RELU = "BatchNorm + add + ReLU", "BatchNorm + ReLU"
 TORCHVISION = {
@@ -91,17 +92,6 @@ def detector(name: str, size: int = 64, **arguments) -> tuple[Callable[[], nn.Mo
     return (lambda: getattr(detection, name)(**extra)), scene
 
 
-def vgg() -> nn.Module:
-    model = torchvision.models.get_model("vgg11_bn", weights=None, init_weights=False, num_classes=3)
-    model.avgpool = nn.AdaptiveAvgPool2d(1)  # its linear layers have 120 million weights, a gigabyte in float64
-    model.classifier[0], model.classifier[3], model.classifier[6] = (
-        nn.Linear(512, 64),
-        nn.Linear(64, 64),
-        nn.Linear(64, 3),
-    )
-    return model
-
-
 def segmenter(name: str, size: int = 64) -> tuple[Callable[[], nn.Module], Callable[[], tuple]]:
     def make() -> nn.Module:
         return getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=3)
@@ -131,7 +121,7 @@ FAMILIES = {
             *("convnext_tiny", "swin_t", "swin_v2_t", "quantized_mobilenet_v2"),
         )
     },
-    "vgg11_bn": (vgg, images(3, 64, 64)),
+    "vgg11_bn": (lambda: small_vgg("vgg11_bn", 3), images(3, 64, 64)),
     "resnet50": classifier("resnet50"),
     "densenet121": classifier("densenet121"),
     "quantized_resnet18": classifier("quantized_resnet18"),

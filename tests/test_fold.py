@@ -15,6 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import cnnkern
 from cnnkern import testing
 from cnnkern.nn.folded_conv import FoldedConv, prefers_own
+from tests.zoo import small_vgg
 
 CONV, RELU, ADD = "Conv + BatchNorm", "Conv + BatchNorm + ReLU", "Conv + BatchNorm + add + ReLU"
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -48,8 +49,9 @@ def build(name: str) -> nn.Module:
     extra: dict = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     if name == "vit_b_16":
         extra["image_size"] = 64
-    model = torchvision.models.get_model(name, weights=None, num_classes=10, **extra)
-    return randomised(model)
+    if name.startswith("vgg"):
+        return randomised(small_vgg(name, 10))
+    return randomised(torchvision.models.get_model(name, weights=None, num_classes=10, **extra))
 
 
 def randomised(model: nn.Module) -> nn.Module:

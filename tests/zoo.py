@@ -1,8 +1,22 @@
 """Names of the zoo and its facts, for the tests of models and of `cnnkern zoo`."""
 
+import itertools
+
 import torchvision
+from torch import nn
 
 from cnnkern.models import list_models
+
+
+def small_vgg(name: str, classes: int) -> nn.Module:
+    """torchvision's, without the 120 million weights of its linear layers, which are a gigabyte in float64."""
+    model = torchvision.models.get_model(name, weights=None, init_weights=False, num_classes=1)
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    sizes = (512, 64, 64, classes)
+    for i, (fan_in, fan_out) in zip((0, 3, 6), itertools.pairwise(sizes), strict=True):
+        model.classifier[i] = nn.Linear(fan_in, fan_out)
+    return model
+
 
 OWN = {"alexnet", "googlenet"}  # torchvision's models of these names are others
 TORCHVISION = [name for name in list_models() if hasattr(torchvision.models, name) and name not in OWN]
