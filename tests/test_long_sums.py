@@ -12,8 +12,8 @@ from cnnkern import testing
 
 ADDITIONS = {"cpu": 64, "cuda": 128, "triton": 64}  # in the arithmetic type: the first lines of the kernels' files
 ROUNDING = 2.0**-24  # of float32, half a unit in the last place
-# Numbers of which 128 additions err by 32 roundings, and 256 by 49, while 64 are as good as exact: the square of half of
-# each of VALUES, and each of GRADIENTS.
+# Numbers of which 128 additions err by 32 roundings, and 256 by 49, while 64 are as good as exact: the squares of the
+# halves of VALUES, and GRADIENTS.
 VALUES = (2.807803153991699, 7.940436840057373, 5.531327247619629)
 GRADIENTS = (1.9697189331054688, 0.2462320327758789, 7.882476806640625)
 
