@@ -168,7 +168,7 @@ def losses(model: nn.Module, inputs: tuple) -> list[torch.Tensor]:
 
 TESTED = (
     *("resnet18", "vgg11_bn", "mobilenet_v3_small", "mnasnet0_5", "shufflenet_v2_x0_5", "regnet_y_400mf"),
-    *("quantized_resnet18", "googlenet", "vision transformer", "maxvit", "mvit", "r3d_18"),
+    *("quantized_resnet18", "googlenet", "vision transformer", "maxvit", "mvit"),
     *("lraspp_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn"),
 )
 

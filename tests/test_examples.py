@@ -8,6 +8,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
+@pytest.mark.slow
 def test_a_converted_resnet_learns(capsys):
     pytest.importorskip("sklearn")
     spec = importlib.util.spec_from_file_location("finetune_resnet", EXAMPLES / "finetune_resnet.py")
@@ -19,6 +20,7 @@ def test_a_converted_resnet_learns(capsys):
     assert "BatchNorm + add + ReLU" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of Jupyter's own
 def test_the_notebook_runs(tmp_path, monkeypatch):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")

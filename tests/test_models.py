@@ -238,6 +238,7 @@ def test_torchvisions_state_dict_gives_torchvisions_results(name):
             close(ours[kind], theirs[kind], f"{name}, {kind}")
 
 
+@pytest.mark.slow
 def test_convolutions_of_vgg11_bn_are_torchvisions():
     """Without the classifier of 120 million parameters."""
     torch.manual_seed(0)

@@ -29,9 +29,9 @@ def torchrun(task: str, processes: int) -> subprocess.CompletedProcess:
     ("task", "processes"),
     [
         ("equal_to_one_process_on_the_whole_batch", 2),
-        ("equal_to_one_process_on_the_whole_batch", 3),
+        pytest.param("equal_to_one_process_on_the_whole_batch", 3, marks=pytest.mark.slow),
         ("synchronised_resnet_under_ddp_is_single_process_training", 2),
-        ("synchronised_resnet_under_ddp_is_single_process_training", 3),
+        pytest.param("synchronised_resnet_under_ddp_is_single_process_training", 3, marks=pytest.mark.slow),
         ("converted_resnet_under_ddp_is_the_original_under_ddp", 2),
         ("one_collective_each_way", 2),
         ("nothing_is_read_by_the_host_and_memory_is_passed_over_once_a_part", 2),
