@@ -7,7 +7,7 @@ GOOD = "as_good_as and (float32 or float64)"
 
 
 def battery(operator: str, more: str = GOOD) -> tuple[str, ...]:
-    return (BATTERY, "-k", f"{operator}- and {more}")
+    return (BATTERY, "-k", f"{operator}- and ({more})")
 
 
 def fault(
@@ -132,7 +132,7 @@ FAULTS = [
         "planes.h",
         "const int64_t behind = left < L ? next : c;",
         "const int64_t behind = next;",
-        battery("bn_act", f"({THREADS}) and (relu or none)"),
+        battery("bn_act", f"({THREADS}) and train and relu"),
         "thread",
     ),
     # ---- bn_add_act, and masks: bits.h
@@ -163,7 +163,7 @@ FAULTS = [
         "bits.h",
         "__atomic_fetch_or(p, static_cast<uint8_t>(shifted), __ATOMIC_RELAXED);",
         "*p |= static_cast<uint8_t>(shifted);",
-        battery("bn_add_act", THREADS),
+        battery("bn_add_act", f"({THREADS}) and train and relu"),
         "thread",
     ),
     fault(

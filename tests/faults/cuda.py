@@ -37,7 +37,7 @@ FAULTS = [
         "a biased running variance",
         "batch_norm.cuh",
         "momentum * (var * (n / (n - 1)))",
-        "momentum * var",
+        "momentum * (var * (n / n))",
     ),
     fault(
         "bn_act",
@@ -161,14 +161,14 @@ FAULTS = [
         "the mean of the gradient left in it",
         "layer_norm_rows.cuh",
         "out[k] = fma(-xhat[u][k], slope, dy[u][k] * weight[u][k] - level) * now.rstd;",
-        "out[k] = fma(-xhat[u][k], slope, dy[u][k] * weight[u][k]) * now.rstd;",
+        "out[k] = fma(-xhat[u][k], slope, dy[u][k] * weight[u][k] - 0 * level) * now.rstd;",
     ),
     fault(
         "layer_norm",
         "squares of slices joined as if about one mean",
         "layer_norm_slices.cuh",
         "double squares[1] = {fma(n * d, d, mine.squares)};",
-        "double squares[1] = {mine.squares};",
+        "double squares[1] = {fma(0 * d, d, mine.squares)};",
     ),
     fault(
         "layer_norm",
@@ -190,7 +190,7 @@ FAULTS = [
         "the mean of the gradient left in it",
         "layer_norm2d.cuh",
         "out[k] = fma(-xhat, slope[k], in_dy[k] * weight[0] - level[k]) * rstd[k];",
-        "out[k] = fma(-xhat, slope[k], in_dy[k] * weight[0]) * rstd[k];",
+        "out[k] = fma(-xhat, slope[k], in_dy[k] * weight[0] - 0 * level[k]) * rstd[k];",
     ),
     fault(
         "layer_norm2d",
