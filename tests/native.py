@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).parent.parent
-UNDEFINED = "alignment,shift,signed-integer-overflow,integer-divide-by-zero"
+UNDEFINED = ("shift", "signed-integer-overflow", "integer-divide-by-zero")  # what kernels could do of it
 
 
 class Tool(NamedTuple):
@@ -25,8 +25,14 @@ class Tool(NamedTuple):
 
 
 PLAIN = Tool()
-# Of what is undefined, that which kernels do: all of it would take the compiler three times as long.
-ADDRESS = Tool((f"-fsanitize=address,{UNDEFINED}", f"-fno-sanitize-recover={UNDEFINED}"), "libasan.so")
+
+
+def address(*more: str) -> Tool:
+    """AddressSanitizer and, of what is undefined, UNDEFINED and `more`: all would take the compiler three times as long."""
+    undefined = ",".join((*UNDEFINED, *more))
+    return Tool((f"-fsanitize=address,{undefined}", f"-fno-sanitize-recover={undefined}"), "libasan.so")
+
+
 THREAD = Tool(("-fsanitize=thread",), "libtsan.so")
 
 

@@ -14,10 +14,14 @@ import native
 
 HERE = Path(__file__).parent
 BUILD = native.ROOT / "build" / "cpu_kernels"
+# A call for each access that is checked, where functions have many: in place the checks of a convolution's unrolled loops
+# took the compiler five minutes and three gigabytes.
+CALLS = "--param=asan-instrumentation-with-call-threshold=100"
+ADDRESS = native.address()
 # The compiler is what takes time: two types. Vectors of float64 have fewer lanes than a byte of a mask has bits.
 TOOLS = {
     "plain": native.Tool(("-DSECOND_TYPE=kDouble",)),
-    "address+undefined": native.ADDRESS._replace(flags=("-DSECOND_TYPE=kBFloat16", *native.ADDRESS.flags)),
+    "address+undefined": ADDRESS._replace(flags=("-DSECOND_TYPE=kBFloat16", CALLS, *ADDRESS.flags)),
     "thread": native.THREAD._replace(flags=("-DSECOND_TYPE=kDouble", f"-I{HERE / 'threads'}", *native.THREAD.flags)),
 }
 # As setup.py has it, for AVX2 where there is a choice: the instruction set whose masks have most threads at one byte.

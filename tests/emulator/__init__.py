@@ -27,7 +27,7 @@ def _of_types(count: int, tool: native.Tool = native.PLAIN) -> native.Tool:
 TOOLS = {
     "plain": native.PLAIN,
     "float32": _of_types(1),  # what planted faults are found in
-    "address+undefined": _of_types(2, native.ADDRESS),
+    "address+undefined": _of_types(2, native.address("alignment")),
     "thread": _of_types(1, native.THREAD),
 }
 PROFILED = "thread"  # the tool whose object file the profile links to a runtime of its own
