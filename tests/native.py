@@ -28,7 +28,7 @@ PLAIN = Tool()
 
 
 def address(*more: str) -> Tool:
-    """AddressSanitizer and, of what is undefined, UNDEFINED and `more`: all would take the compiler three times as long."""
+    """AddressSanitizer and, of what is undefined, UNDEFINED and `more`: all would take three times as long."""
     undefined = ",".join((*UNDEFINED, *more))
     return Tool((f"-fsanitize=address,{undefined}", f"-fno-sanitize-recover={undefined}"), "libasan.so")
 

@@ -14,8 +14,8 @@ import native
 
 HERE = Path(__file__).parent
 BUILD = native.ROOT / "build" / "cpu_kernels"
-# A call for each access that is checked, where functions have many: in place the checks of a convolution's unrolled loops
-# took the compiler five minutes and three gigabytes.
+# A call for each access that is checked, where a function has many: in place, the checks of a convolution's unrolled
+# loops took the compiler five minutes and three gigabytes.
 CALLS = "--param=asan-instrumentation-with-call-threshold=100"
 ADDRESS = native.address()
 # The compiler is what takes time: two types. Vectors of float64 have fewer lanes than a byte of a mask has bits.
