@@ -38,13 +38,14 @@ def refuse_lack_of_memory(done: subprocess.CompletedProcess[str]) -> None:
 
 
 def run_child(command, *, check: bool = False, **options) -> subprocess.CompletedProcess[str]:
-    """subprocess.run with the output as text, of both streams, for every process that a test starts.
+    """subprocess.run with the output as text, of both streams unless told otherwise, for every process of a test.
 
     Raises OutOfMemory for one that memory ran out for, and with `check` AssertionError, with what it said, for one that
     failed.
     """
-    done = subprocess.run(command, text=True, check=False, capture_output=True, **options)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    done = subprocess.run(command, check=False, **pipes | options | {"text": True})
     refuse_lack_of_memory(done)
-    said = f"{done.stdout[-3000:]}\n{done.stderr[-4000:]}"
+    said = f"{(done.stdout or '')[-3000:]}\n{(done.stderr or '')[-4000:]}"
     assert not check or done.returncode == 0, f"exit status {done.returncode}\n{said}"
     return done

@@ -1,11 +1,12 @@
 """Layers on DTensors, in two processes that torchrun starts: see dtensor_worker.py."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.child import run_child
 
 WORKER = Path(__file__).with_name("dtensor_worker.py")
 
@@ -17,5 +18,5 @@ WORKER = Path(__file__).with_name("dtensor_worker.py")
 def test_in_two_processes(task):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), task]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = run_child(command, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]

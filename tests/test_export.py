@@ -2,7 +2,6 @@
 
 import copy
 import io
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -15,6 +14,7 @@ from torchvision.models.convnext import CNBlock
 
 import cnnkern
 from cnnkern import testing
+from tests.child import run_child
 
 pytestmark = [pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")]
 
@@ -158,7 +158,7 @@ def test_a_program_loads_where_there_is_no_cnnkern(tmp_path, make, form):
         else:
             torch.jit.trace(model, x).save(tmp_path / "model.pt")
     arguments = [sys.executable, "-W", "ignore", "-c", WITHOUT, str(tmp_path / f"model.{form}")]
-    done = subprocess.run([*arguments, str(tmp_path / "example")], capture_output=True, text=True)
+    done = run_child([*arguments, str(tmp_path / "example")])
     assert done.stdout == "all right\n", done.stderr
 
 
@@ -188,6 +188,7 @@ def test_export_save_and_load_with_our_operators():
             torch.testing.assert_close(loaded.module()(images(n)), model(images(n)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keeps", [False, True])
 def test_ahead_of_time_inductor(tmp_path, keeps):
     model, x = converted(), images()

@@ -1,7 +1,6 @@
 """`torch.utils.flop_counter` counts a converted model as it counts the model, whoever is imported first."""
 
 import copy
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cnnkern
 from cnnkern import testing
+from tests.child import run_child
 
 CONVOLUTION = testing.CASES["grouped_conv2d"]
 
@@ -94,5 +94,5 @@ CNNKERN = "import torch, cnnkern"
 )
 def test_in_either_order_of_imports(first, second):
     program = PROGRAM.format(first=first, second=second)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = run_child([sys.executable, "-c", program])
     assert done.returncode == 0, done.stderr

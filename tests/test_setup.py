@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -365,12 +366,10 @@ def run_setup(folder: Path, version: str | None, **environment: str) -> subproce
     (folder / "torch").mkdir()
     text = f"__version__ = {version!r}\n" if version else "raise ImportError('libtorch.so: cannot open')\n"
     (folder / "torch" / "__init__.py").write_text(text)
-    return subprocess.run(
+    return run_child(
         [sys.executable, str(ROOT / "setup.py"), "-q", "build_ext", "--build-lib", str(folder / "built")],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(folder)} | environment,
-        capture_output=True,
-        text=True,
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from cnnkern import checkpoint as checkpoints
 from cnnkern import output, train
+from tests.child import run_child
 from tests.training import error_of, rows
 
 pytestmark = pytest.mark.usefixtures("malloc_as_it_was")
@@ -30,16 +31,14 @@ def command(*arguments: str) -> list[str]:
 
 def test_a_disk_that_is_full_is_one_line_and_the_old_checkpoint_is_kept(tmp_path):
     """No file may grow beyond 100 KB in the second process, so that its writes fail as on a full disk."""
-    first = subprocess.run(command("--epochs", "1", "--output", "run"), cwd=tmp_path, env=ENVIRONMENT)
+    first = run_child(command("--epochs", "1", "--output", "run"), cwd=tmp_path, env=ENVIRONMENT)
     assert first.returncode == 0
     before = {name: (tmp_path / "run" / name).read_bytes() for name in FILES}
     assert len(before["checkpoint.pt"]) > 500_000
-    done = subprocess.run(
+    done = run_child(
         command("--epochs", "2", "--output", "run", "--resume"),
         cwd=tmp_path,
         env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
     )
     assert done.returncode == 1
@@ -103,14 +102,7 @@ def test_an_error_that_is_none_of_the_disk_is_not_called_one(tmp_path):
 @pytest.mark.parametrize("command", [["train", "lenet_relu", "--epochs", "1"], ["zoo", "show", "lenet"], ["doctor"]])
 def test_standard_output_on_a_full_disk_is_one_line(tmp_path, command):
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "cnnkern", *command],
-            cwd=tmp_path,
-            env=ENVIRONMENT,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        done = run_child([sys.executable, "-m", "cnnkern", *command], cwd=tmp_path, env=ENVIRONMENT, stdout=full)
     assert done.returncode == 1
     assert done.stderr == "cnnkern: [Errno 28] No space left on device\n"
 
@@ -178,17 +170,17 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
                 "--output\n"
             )
             for other in ([], ["--overwrite"]):
-                second = subprocess.run(command(*other, "--output", "run"), **options)
+                second = run_child(command(*other, "--output", "run"), **options)
                 assert (second.returncode, second.stderr) == (1, said)
             wait_until(checkpoint.exists, first)
-            second = subprocess.run(command("--resume", "--output", "run"), **options)
+            second = run_child(command("--resume", "--output", "run"), **options)
             assert (second.returncode, second.stderr) == (1, said)
         finally:
             first.kill()  # as the system does where memory runs out: nothing is cleared away
     assert first.returncode == -signal.SIGKILL
     (checkpoint.parent / ".checkpoint.pt.123").write_text("half")
     epochs = str(checkpoints.load(checkpoint)["epoch"] + 1)
-    done = subprocess.run(command("--resume", "--epochs", epochs, "--output", "run"), **options)
+    done = run_child(command("--resume", "--epochs", epochs, "--output", "run"), **options)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == FILES
 
