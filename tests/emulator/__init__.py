@@ -33,7 +33,7 @@ TOOLS = {
 PROFILED = "thread"  # the tool whose object file the profile links to a runtime of its own
 # Contracting a*b+c would let forward and backward round differently; nvcc's calls of fma are spelled out.
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Werror"]
-FLAGS += ["-Wno-unknown-pragmas"]
+FLAGS += ["-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]  # g++ 12 finds the latter in PyTorch's SmallVector
 if os.uname().machine == "x86_64":
     FLAGS += ["-mfma"]
 
