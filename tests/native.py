@@ -98,7 +98,8 @@ def sources(folder: str, suffix: str) -> list[Path]:
 def operators_of(files: Iterable[Path], backend: str) -> list[str]:
     """The flags by which registration.cpp registers what these files define, and no other operator."""
     text = "".join(path.read_text() for path in files)
-    declared = re.findall(r" f\((\w+)\)", (ROOT / "csrc" / "kernels.h").read_text())
+    table = (ROOT / "csrc" / "kernels.h").read_text().partition("#define CNNKERN_OPERATORS(f)")[2]
+    declared = re.findall(r" f\((\w+)\)", table)
     defined = [name for name in declared if re.search(rf"\b{name}_{backend}\(", text)]
     return [] if defined == declared else [f"-DOPERATORS_BUILT(f)={' '.join(f'f({name})' for name in defined)}"]
 

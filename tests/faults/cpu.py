@@ -27,7 +27,7 @@ FAULTS = [
         "bn_act",
         "a factor left out of backward's slope",
         "batch_norm.h",
-        "const double s = -r * normalized_sum[j] / count;",
+        "const double s = -rstd[c + j] * normalized_sum[j] / count;",
         "const double s = -normalized_sum[j] / count;",
     ),
     fault(

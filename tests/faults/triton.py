@@ -88,8 +88,8 @@ FAULTS = [
         "bn_add_act",
         "the mask of what comes in",
         "bn_add_act.py",
-        "mask = pack_positive(y)",
-        "mask = pack_positive(x)",
+        'return pack_positive(y) if act == "relu" and bits is None else mask',
+        'return pack_positive(x) if act == "relu" and bits is None else mask',
     ),
     fault(
         "bn_add_act",
@@ -102,8 +102,9 @@ FAULTS = [
         "bn_add_act",
         "the residual's gradient scaled as x's",
         "batch_norm_backward.py",
-        "tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask)",
-        "tl.store(dresidual + at, (g * scale).to(dresidual.dtype.element_ty), mask)",
+        "s2 = tl.fma(g, centered, s2)\n        if dresidual is not None:\n            tl.store(dresidual + at, g.to(",
+        "s2 = tl.fma(g, centered, s2)\n        if dresidual is not None:\n"
+        "            tl.store(dresidual + at, (g * scale).to(",
     ),
     fault(
         "add_relu",
