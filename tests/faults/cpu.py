@@ -173,6 +173,14 @@ FAULTS = [
         "return bits >> (i - 8 * byte);",
         "return bits >> (i + 1 - 8 * byte);",
     ),
+    # ---- sync_bn
+    fault(
+        "sync_bn",
+        "the sums of all processes exchanged",
+        "sync_bn.cpp",
+        "this->set_slopes(c, n, sums + c, sums + channels + c, count);",
+        "this->set_slopes(c, n, sums + channels + c, sums + c, count);",
+    ),
     # ---- add_relu
     fault(
         "add_relu",

@@ -128,6 +128,14 @@ FAULTS = [
         HARD,
         "float32",
     ),
+    # ---- sync_bn
+    fault(
+        "sync_bn",
+        "a slope of the elements of one process",
+        "sync_bn.cuh",
+        "const double n = *elements, slope = -this->rstd[c] * sums[channels + c] / n;",
+        "const double n = *elements, slope = -this->rstd[c] * sums[channels + c] / (n + 1);",
+    ),
     # ---- add_relu
     fault(
         "add_relu",

@@ -107,6 +107,13 @@ FAULTS = [
         "            tl.store(dresidual + at, (g * scale).to(",
     ),
     fault(
+        "sync_bn",
+        "the sums of all processes exchanged",
+        "sync_bn.py",
+        "slope = -scale * r * tl.load(sums + C + c, mask, other=0.0) / n",
+        "slope = -scale * r * tl.load(sums + c, mask, other=0.0) / n",
+    ),
+    fault(
         "add_relu",
         "backward without the mask",
         "add_relu.py",
