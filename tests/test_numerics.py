@@ -109,6 +109,18 @@ def test_mean_far_above_the_deviation(case, ratio, layout, generator):
 
 @both_norms
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.usefixtures("on")
+def test_digits_that_eager_loses(case, layout, generator):
+    """The mean is between two numbers of float32 that are a tenth of the deviation apart: judged by float64 alone."""
+    x = (testing.randn((4, 5, 9, 11), generator, torch.float64) * 1e-2 + 1e4).float()
+    a = added(case, arguments(testing.with_layout(x, layout), act="none"), generator)
+    ours, ref = testing.run(case.function, case, a), testing.run(case.reference, case, testing.to_float64(a))
+    error = (ours["output"].double() - ref["output"]).abs().max()
+    assert error <= 1e-5 * ref["output"].abs().max(), f"{error:.1e}"
+
+
+@both_norms
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("outlier", [1e3, 1e6, 1e12, 1e30])
 @pytest.mark.usefixtures("on")
 def test_one_outlier_where_the_shift_is_sampled(case, outlier, layout, generator):
