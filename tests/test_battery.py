@@ -133,7 +133,9 @@ def test_outputs_and_gradients_have_the_input_s_memory_format(case, variant, gen
         if "residual" in results and inputs["act"] == "none":
             assert results.pop("residual").stride() == dy.stride()  # it is dy, as in eager
         for result in results.values():
-            keeps = layout == "channels_last" and case.keeps_layout
+            # PyTorch's batch norm on a CPU makes three dimensions contiguous.
+            norm_of_three = len(shape) == 3 and "running_mean" in case.mutated
+            keeps = layout == "channels_last" and case.keeps_layout and not norm_of_three
             dense = testing.with_layout(result, "channels_last" if keeps else "contiguous")
             assert result.stride() == dense.stride()
 

@@ -200,8 +200,8 @@ def test_saved_tensors_come_back_in_another_layout(case, generator):
     for layout, other in (("channels_last", "contiguous"), ("contiguous", "channels_last")):
         inputs, dy = drawn(case, (3, 16, 4, 5), layout, next(iter(case.variants.values())), torch.float32, generator)
 
-        def hooked(other=other, **arguments):
-            place = lambda t: testing.with_layout(t, other).clone()  # noqa: E731
+        def hooked(back_in=other, **arguments):
+            place = lambda t: testing.with_layout(t, back_in).clone()  # noqa: E731
             with torch.autograd.graph.saved_tensors_hooks(lambda t: t, place):
                 return case.function(**arguments)
 

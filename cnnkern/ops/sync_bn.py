@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cnnkern.ops import fake
+from cnnkern.ops import fake, route
 from cnnkern.ops.bn_act import batch_norm_act
 from cnnkern.ops.bn_add_act import batch_norm_add_act
 from cnnkern.ops.sync_bn_autograd import Group, normalized
@@ -42,7 +42,7 @@ def sync_batch_norm_act(
     device: the value is then its own mean, and the running statistics stay as they were, as for no value at all.
 
     Raises ValueError and RuntimeError as the other two do, before anything is sent or changed, and NotImplementedError
-    in a torch.func transform, for more than one process.
+    in a torch.func transform, an export and for tensors that there are no kernels for, for more than one process.
 
     Source: Zhang et al., Context Encoding for Semantic Segmentation, 2018 (arXiv:1803.08904), section 3.2.
     """
@@ -50,7 +50,13 @@ def sync_batch_norm_act(
     transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     if transformed and over.size > 1 and training:
         raise NotImplementedError("sync_batch_norm_act: torch.func transforms end at a process's own tensors")
-    if not training or transformed:
+    inputs = (input,) if residual is None else (input, residual)
+    # An exported program is of one process, and differentiable: the other two functions decide what it names.
+    alone = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    alone = alone or route.is_pytorchs(inputs, (running_mean, running_var, weight, bias))
+    if alone and over.size > 1 and training:
+        raise NotImplementedError("sync_batch_norm_act: over processes it takes plain tensors, and is not exported")
+    if not training or transformed or alone:
         vectors = (running_mean, running_var, weight, bias)
         if residual is None:
             return batch_norm_act(input, *vectors, training, float(momentum), eps, act)

@@ -91,18 +91,23 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_autograd(const Tensor& x, const Option
   if (has_tangent(x) || has_tangent(w) || has_tangent(b))
     return bn_act_by_pytorch(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
   check_statistics_want_no_gradient("cnnkern::bn_act", running_mean, running_var);
-  return with_running_statistics(training, running_mean, running_var, [&](const OptionalTensor& mean, const OptionalTensor& var) {
-    const auto forward = [&] { return forward_op().call(x, weight, bias, mean, var, training, momentum, eps, act); };
-    if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b))) {
-      const bool plain = act == "none";  // whose gradient does not read the bias
-      return recorded<BnAct>({x, w, b}, {x, w, plain ? Tensor() : b}, forward, [&](const auto& results) {
-        const auto& [y, mean, rstd] = results;
-        return std::pair(BnAct{training, std::string(act), strides_of(y)}, variable_list{mean, rstd});
-      });
-    }
-    at::AutoDispatchBelowADInplaceOrView below;
-    return forward();
-  });
+  const bool records = at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b));
+  const RunningStatistics statistics(training, running_mean, running_var, records);
+  const auto forward = [&] {
+    return forward_op().call(x, weight, bias, statistics.mean(), statistics.var(), training, momentum, eps, act);
+  };
+  if (records) {
+    const Tensor read = act == "none" ? Tensor() : b;  // by the gradient
+    const auto describe = [&](const auto& results) {
+      const auto& [y, mean, rstd] = results;
+      return std::pair(BnAct{training, std::string(act), strides_of(y)}, variable_list{mean, rstd});
+    };
+    return recorded<BnAct>({x, w, b}, {x, w, read}, forward, describe, [&] { statistics.settle(); });
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  auto results = forward();
+  statistics.settle();
+  return results;
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_backward_autograd(const Tensor& dy, const Tensor& x,

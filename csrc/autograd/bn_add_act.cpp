@@ -92,8 +92,8 @@ struct BnAddAct {
     if (mask[0] || mask[1] || mask[2] || mask[3]) {
       const Tensor& x = saved[0];
       auto [dx, dresidual, dweight, dbias] =
-          backward_op().call(dy, x, optional_of(saved[1]), std::nullopt, saved[2].contiguous(), saved[3].contiguous(),
-                             saved[4].contiguous(), channels_last, training, act, mask);
+          backward_op().call(dy, x, optional_of(saved[1]), std::nullopt, saved[3].contiguous(), saved[4].contiguous(),
+                             saved[2].contiguous(), channels_last, training, act, mask);
       if (mask[0]) out[0] = in_strides_of_batch_norm_gradient(dx, x, dy, strides, act);
       if (mask[1]) out[1] = strides.empty() ? dresidual : restrided(dresidual, strides_of_gradient(dy, strides, act));
       out[2] = mask[2] ? dweight : Tensor(), out[3] = mask[3] ? dbias : Tensor();
@@ -123,17 +123,24 @@ Four bn_add_act_autograd(const Tensor& x, const Tensor& residual, const Optional
   if (has_tangent(x) || has_tangent(residual) || has_tangent(w) || has_tangent(b))
     return bn_add_act_by_pytorch(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act);
   check_statistics_want_no_gradient("cnnkern::bn_add_act", running_mean, running_var);
-  return with_running_statistics(training, running_mean, running_var, [&](const OptionalTensor& mean, const OptionalTensor& var) {
-    const auto forward = [&] { return forward_op().call(x, residual, weight, bias, mean, var, training, momentum, eps, act); };
-    if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(residual) || requires_grad(w) || requires_grad(b)))
-      return recorded<BnAddAct>({x, residual, w, b}, {x, w}, forward, [&](const Four& results) {
-        const auto& [y, mean, rstd, mask] = results;
-        return std::pair(BnAddAct{training, std::string(act), batch_norm_in_rows(x), strides_of(y)},
-                         variable_list{mean, rstd, mask});
-      });
-    at::AutoDispatchBelowADInplaceOrView below;
-    return forward();
-  });
+  const bool records =
+      at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(residual) || requires_grad(w) || requires_grad(b));
+  const RunningStatistics statistics(training, running_mean, running_var, records);
+  const auto forward = [&] {
+    return forward_op().call(x, residual, weight, bias, statistics.mean(), statistics.var(), training, momentum, eps, act);
+  };
+  if (records) {
+    const auto describe = [&](const Four& results) {
+      const auto& [y, mean, rstd, mask] = results;
+      return std::pair(BnAddAct{training, std::string(act), batch_norm_in_rows(x), strides_of(y)},
+                       variable_list{mask, mean, rstd});
+    };
+    return recorded<BnAddAct>({x, residual, w, b}, {x, w}, forward, describe, [&] { statistics.settle(); });
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  auto results = forward();
+  statistics.settle();
+  return results;
 }
 
 Four bn_add_act_backward_autograd(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,

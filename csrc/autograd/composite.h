@@ -37,28 +37,35 @@ inline void bump_version(const OptionalTensor& t) {
   if (t.has_value() && t->defined() && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
 }
 
-// A training batch norm: forward(running_mean, running_var), whose results a hook on saved tensors may refuse. Where there
-// is one, the statistics change only after it has not.
-template <typename Forward>
-auto with_running_statistics(bool training, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                             const Forward& forward) {
-  const bool updates = training && tensor_or_undefined(running_mean).defined() && tensor_or_undefined(running_var).defined();
-  if (!updates || at::SavedTensorDefaultHooks::get_tls_state().stack.empty()) {
-    auto results = forward(running_mean, running_var);
-    if (training) bump_version(running_mean), bump_version(running_var);
-    return results;
-  }
-  const auto copy = [](const Tensor& t) {
+// The running statistics of one call. Hooks on saved tensors may refuse what a kernel gave: where there are some, the kernel
+// updates copies, and the statistics are settled when all but the last tensor are packed. Not after the last: a checkpointed
+// segment ends its second forward pass by raising there, and that pass counts, as in PyTorch.
+class RunningStatistics {
+ public:
+  RunningStatistics(bool training, const OptionalTensor& mean, const OptionalTensor& var, bool saves)
+      : training_(training), mean_(mean), var_(var), kernels_mean_(mean), kernels_var_(var) {
+    copied_ = training && saves && tensor_or_undefined(mean).defined() && tensor_or_undefined(var).defined() &&
+              !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+    if (!copied_) return;
     at::AutoDispatchBelowADInplaceOrView below;
-    return t.clone();
-  };
-  const Tensor mean = copy(*running_mean), var = copy(*running_var);
-  auto results = forward(mean, var);
-  at::AutoDispatchBelowADInplaceOrView below;
-  running_mean->copy_(mean), running_var->copy_(var);
-  bump_version(running_mean), bump_version(running_var);
-  return results;
-}
+    kernels_mean_ = mean->clone(), kernels_var_ = var->clone();
+  }
+  const OptionalTensor& mean() const { return kernels_mean_; }
+  const OptionalTensor& var() const { return kernels_var_; }
+  void settle() const {
+    if (!training_) return;
+    if (copied_) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      mean_->copy_(*kernels_mean_), var_->copy_(*kernels_var_);
+    }
+    bump_version(mean_), bump_version(var_);
+  }
+
+ private:
+  bool training_, copied_;
+  const OptionalTensor &mean_, &var_;
+  OptionalTensor kernels_mean_, kernels_var_;
+};
 
 // PyTorch writes no gradient of the running statistics, and refuses those that ask for one.
 inline void check_statistics_want_no_gradient(const char* op, const OptionalTensor& running_mean, const OptionalTensor& running_var) {

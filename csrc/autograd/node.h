@@ -72,10 +72,11 @@ const at::Tensor& output_of(const std::tuple<at::Tensor, Rest...>& results) {
 
 // What `forward` gives, computed below autograd, with a node behind the first of it. `inputs` are the operator's kInputs
 // tensors, undefined ones too, and `saves` those of its arguments that it saves: before anything is computed, because this
-// may be refused. `describe` makes a pair of the results: the operator, and the tensors to save of them.
-template <typename Operator, typename Forward, typename Describe>
+// may be refused. `describe` makes a pair of the results: the operator, and the tensors to save of them. `settle` is called
+// when all of these but the last are packed.
+template <typename Operator, typename Forward, typename Describe, typename Settle>
 auto recorded(const torch::autograd::variable_list& inputs, const torch::autograd::variable_list& saves, const Forward& forward,
-              const Describe& describe) {
+              const Describe& describe, const Settle& settle) {
   auto node = make_node<OperatorNode<Operator>>();
   node->set_next_edges(torch::autograd::collect_next_edges(inputs));
   node->save(saves);
@@ -85,10 +86,19 @@ auto recorded(const torch::autograd::variable_list& inputs, const torch::autogra
   }();
   torch::autograd::variable_list of_results;
   std::tie(node->op, of_results) = describe(results);
-  node->save(of_results);
+  for (size_t i = 0; i < of_results.size(); ++i) {
+    if (i + 1 == of_results.size()) settle();
+    node->save({of_results[i]});
+  }
   torch::autograd::set_history(output_of(results), node);
   if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
   return results;
+}
+
+template <typename Operator, typename Forward, typename Describe>
+auto recorded(const torch::autograd::variable_list& inputs, const torch::autograd::variable_list& saves, const Forward& forward,
+              const Describe& describe) {
+  return recorded<Operator>(inputs, saves, forward, describe, [] {});
 }
 
 }  // namespace cnnkern

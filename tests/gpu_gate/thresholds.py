@@ -58,7 +58,7 @@ SECTORS_OF_ALL = {
     ),
 }
 
-SWEEPS = "^(?:reduce|map|own)_(?:planes|rows)_kernel<"
+SWEEPS = "^(?:(?:reduce|map|own)_(?:planes|rows)|own_sums)_kernel<"
 
 LIMITS = {"cuda": Limits(), "triton": Limits()}
 
@@ -99,13 +99,17 @@ RULES = (
     cuda("OtherActivation", "activations with an exponential and a division", divisions=ANY, functions=ANY),
     cuda(f"{SWEEPS}.*ThroughMask", "a byte of the mask for each vector", narrow=4),
     cuda(
-        "^(?:map|own)_.*<BnAddActForward<.*Relu",
+        "^(?:map|own)_.*<(?:BnAddActForward<.*Relu|SyncForward<.*Relu, true>)",
         "a byte of the mask for each vector, or bits in a word",
         narrow=4,
         atomics=4,
     ),
     cuda("^(?:reduce|own)_", "sums of a few hundred elements are added up in float64", fp64=ANY),
-    cuda("^own_planes_kernel<Bn(?:Add)?ActForward", "the exact second look at statistics after a bad shift", narrow=4),
+    cuda(
+        "^(?:own_planes_kernel<Bn(?:Add)?ActForward|own_sums_kernel<SyncMoments)",
+        "the exact second look at statistics after a bad shift",
+        narrow=4,
+    ),
     cuda("^finish_kernel", "sums of slices, in float64; the exact second look at statistics", narrow=2, fp64=4),
     cuda(
         f"{SWEEPS}.*, (?:true|1)>$",
