@@ -146,8 +146,8 @@ def traffic_rows(calls: list[traffic.Call]) -> Iterable[Sequence[object]]:
 
 def bound_rows(calls: list[traffic.Call]) -> Iterable[Sequence[object]]:
     """For some layers of the network that each operator's benchmarks name first."""
-    for name in dict.fromkeys(call.operator for call in calls):
-        case = testing.CASES[name]
+    cases = (testing.CASES[name] for name in dict.fromkeys(call.operator for call in calls))
+    for case in (case for case in cases if case.bench_layers):
         layers = next(iter(case.bench_layers.values()))
         for layer in layers[:: max(1, len(layers) // LAYERS)][:LAYERS]:
             read, written = case.elements(layer, training=True)
@@ -162,7 +162,7 @@ def bound_rows(calls: list[traffic.Call]) -> Iterable[Sequence[object]]:
                 seconds = max(moved / memory, operations / arithmetic)
                 by = "memory" if seconds == moved / memory else "arithmetic"
                 bounds.append(f"{seconds * 1e6:.1f}, {by}")
-            yield (name, str(layer), f"{moved / 1e6:.1f}", *bounds)
+            yield (case.name, str(layer), f"{moved / 1e6:.1f}", *bounds)
 
 
 def page(
