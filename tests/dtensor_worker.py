@@ -1,6 +1,7 @@
 """What tests/test_dtensor.py starts in each of two processes: `torchrun ... dtensor_worker.py TASK`."""
 
 import copy
+import os
 import sys
 from collections.abc import Callable
 
@@ -174,4 +175,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     globals()[sys.argv[1]]()
+    dist.barrier()  # nobody leaves while another process still talks to it
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may end the interpreter's own exit with an abort

@@ -387,4 +387,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     globals()[sys.argv[1]]()
+    dist.barrier()  # nobody leaves while another process still talks to it
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may end the interpreter's own exit with an abort
