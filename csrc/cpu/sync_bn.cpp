@@ -170,22 +170,24 @@ std::tuple<Tensor, Tensor> sync_bn_cpu(const Tensor& x, const OptionalTensor& re
   const Layout layout = layout_of(x_);
   with_type(x_, [&](auto scalar) {
     using T = decltype(scalar);
+    const auto forward = [&]() -> BatchNormForward<T> {
+      return {.x = x_.const_data_ptr<T>(),
+              .y = y.mutable_data_ptr<T>(),
+              .mean = nullptr,
+              .rstd = nullptr,
+              .training = false,
+              .view = layout.channel(),
+              .parameters = {tensor_or_undefined(weight), tensor_or_undefined(bias)},
+              .running = {Tensor(), Tensor(), 0.0},
+              .eps = 0.0};
+    };
     const auto apply = [&](auto activation, auto with_residual) {
-      run(Apply<T, decltype(activation), decltype(with_residual)::value>{
-              {.x = x_.const_data_ptr<T>(),
-               .y = y.mutable_data_ptr<T>(),
-               .mean = nullptr,
-               .rstd = nullptr,
-               .training = false,
-               .view = layout.channel(),
-               .parameters = {tensor_or_undefined(weight), tensor_or_undefined(bias)},
-               .running = {Tensor(), Tensor(), 0.0},
-               .eps = 0.0},
-              mean.const_data_ptr<double>(),
-              rstd.const_data_ptr<double>(),
-              adds ? residual_.const_data_ptr<T>() : nullptr,
-              activation,
-              {mask.mutable_data_ptr<uint8_t>()}},
+      run(Apply<T, decltype(activation), decltype(with_residual)::value>{forward(),
+                                                                         mean.const_data_ptr<double>(),
+                                                                         rstd.const_data_ptr<double>(),
+                                                                         adds ? residual_.const_data_ptr<T>() : nullptr,
+                                                                         activation,
+                                                                         {mask.mutable_data_ptr<uint8_t>()}},
           layout);
     };
     if (adds)
