@@ -1,13 +1,12 @@
 """What tests/test_dtensor.py starts in each of two processes: `torchrun ... dtensor_worker.py TASK`."""
 
 import copy
-import os
-import sys
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from gloo import run_task
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -172,10 +171,4 @@ def fully_sharded_parameters() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    globals()[sys.argv[1]]()
-    dist.barrier()  # nobody leaves while another process still talks to it
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads may end the interpreter's own exit with an abort
+    run_task(globals())

@@ -3,12 +3,12 @@
 import copy
 import itertools
 import os
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from gloo import run_task
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -384,10 +384,4 @@ def a_process_that_dies() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    globals()[sys.argv[1]]()
-    dist.barrier()  # nobody leaves while another process still talks to it
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads may end the interpreter's own exit with an abort
+    run_task(globals())
