@@ -139,7 +139,7 @@ def extension():
     nvcc = ["-O3", "-std=c++20", "--fmad=false", "-lineinfo", "--threads=2", "-Xfatbin", "-compress-all"]
     macros = [("CNNKERN_X86", int("AVX2" in CPU_CAPABILITIES))]
     include_dirs, libraries, library_dirs = [str(ROOT / "csrc")], [], []
-    files = sources("*.cpp") + sources("autograd/*.cpp")
+    files = sources("*.cpp") + sources("autograd/*.cpp") + sources("deferred/*.cpp")
     if CUDA:
         # The wheels bring the headers of a GPU-less machine: no versionless libcudart.so, cccl in a folder of its own.
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures())

@@ -26,7 +26,7 @@ from benchmarks.groups import (
 )
 from benchmarks.judge import assert_as_good_as
 from benchmarks.options import Options
-from cnnkern.conversion.layers import exchange, exchanged_alone
+from cnnkern.conversion.layers import replace, replacements
 
 BATCH_SIZES = {"resnet18": 8, "vgg11_bn": 4}
 # With --networks all: a model, and the seconds that one image of a training step takes here.
@@ -149,10 +149,10 @@ def build(name: str) -> nn.Module:
 
 def with_grouped_convolutions(model: nn.Module) -> nn.Module:
     """The model with its grouped convolutions exchanged as `cnnkern.convert` does it, and nothing else."""
-    ours, has_groups = exchanged_alone()[nn.Conv2d]
+    ours, has_groups = replacements()[nn.Conv2d]
     for module in model.modules():
         if type(module) is nn.Conv2d and has_groups(module):
-            exchange(module, {nn.Conv2d: ours})
+            replace(module, ours)
     return model
 
 

@@ -48,8 +48,9 @@ except ImportError as error:
 else:
     from cnnkern import backends, functional, models, nn
     from cnnkern.backends import backend
-    from cnnkern.conversion.convert import ConversionError, ConversionReport, conversion_report, convert, revert
+    from cnnkern.conversion.convert import ConversionReport, conversion_report, convert, revert
     from cnnkern.conversion.fold import fold
+    from cnnkern.conversion.verify import ConversionError
     from cnnkern.flops import count_flops
     from cnnkern.memory import tune_malloc
     from cnnkern.ops.route import keep_operators

@@ -1,11 +1,16 @@
 // cnnkern._C as Python sees it: what is no operator. Importing it registers the operators.
 #include <ATen/Version.h>
 #include <torch/version.h>
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 
 #include <map>
 #include <string>
+
+#include "deferred/batch_norm.h"
+#include "deferred/folded_conv.h"
 
 namespace {
 
@@ -35,4 +40,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this extension was built with, as a dict of strings.");
   m.def("cpu_capability", &at::get_cpu_capability,
         "The instruction set whose kernels answer: DEFAULT, AVX2 or AVX512. ATEN_CPU_CAPABILITY selects it.");
+  pybind11::class_<cnnkern::Site, std::shared_ptr<cnnkern::Site>>(m, "Site", "What became of the results of one batch norm module.")
+      .def(pybind11::init<>())
+      .def(pybind11::pickle([](const cnnkern::Site&) { return pybind11::tuple(); },  // a copied module has run nothing yet
+                            [](const pybind11::tuple&) { return std::make_shared<cnnkern::Site>(); }))
+      .def("fusions", &cnnkern::Site::fusions, "How many were computed with which operation behind them.")
+      .def("alone", &cnnkern::Site::alone, "How many were computed alone, by the reason.")
+      .def("batch_norm", &cnnkern::defer_batch_norm, pybind11::call_guard<pybind11::gil_scoped_release>(),
+           "A batch norm that waits, where it can, for the activation or the addition behind it.");
+  pybind11::class_<cnnkern::FoldedConv::Settings>(m, "ConvSettings", "What a folded convolution is beside its weights.")
+      .def(pybind11::init<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, int64_t, std::vector<int64_t>, std::string,
+                          int64_t, std::vector<at::ScalarType>>());
+  pybind11::class_<cnnkern::FoldedConv, std::shared_ptr<cnnkern::FoldedConv>>(m, "FoldedConv", pybind11::dynamic_attr(),
+                                                                              "The convolution of a folded model.")
+      .def(pybind11::init<const at::Tensor&, const std::optional<at::Tensor>&, cnnkern::FoldedConv::Settings, cnnkern::FoldedConv::Pack,
+                          const std::vector<at::Tensor>&>())
+      .def("holds", &cnnkern::FoldedConv::holds, "Whether it is still what these sources give.")
+      .def("call", &cnnkern::FoldedConv::call, pybind11::call_guard<pybind11::gil_scoped_release>(),
+           "The convolution of an input, which waits for what uses it; None where PyTorch's has to compute it.")
+      .def("take_over", &cnnkern::FoldedConv::take_over, pybind11::call_guard<pybind11::gil_scoped_release>(),
+           "The same in place of another one, whose result waits.");
+  m.def("convolution_of", &cnnkern::convolution_of, "The FoldedConv whose result a tensor is, where it waits; else None.");
 }

@@ -22,12 +22,18 @@ TORCHVISION = {
     "resnet50": {RELU: 33, ADD: 16, "BatchNorm": 4},
     "vgg11_bn": {RELU: 8},
     "vgg16_bn": {RELU: 13},
-    "densenet121": {RELU: 120, "BatchNorm": 1},
+    "densenet121": {RELU: 121},
     "resnext50_32x4d": {RELU: 33, ADD: 16, "BatchNorm": 4, "GroupedConv2d": 16},
-    "mobilenet_v2": {"BatchNorm + ReLU6": 35, "BatchNorm": 17, "GroupedConv2d": 17},
-    "mobilenet_v3_small": {"BatchNorm + Hardswish": 18, RELU: 5, "BatchNorm": 11, "GroupedConv2d": 11},
+    "mobilenet_v2": {"BatchNorm + ReLU6": 35, "BatchNorm + add": 10, "BatchNorm": 7, "GroupedConv2d": 17},
+    "mobilenet_v3_small": {
+        "BatchNorm + Hardswish": 18,
+        RELU: 5,
+        "BatchNorm + add": 6,
+        "BatchNorm": 5,
+        "GroupedConv2d": 11,
+    },
     "efficientnet_b0": {"BatchNorm + SiLU": 33, "BatchNorm": 16, "GroupedConv2d": 16},
-    "regnet_y_400mf": {RELU: 33, "BatchNorm": 20, "add + ReLU": 16, "GroupedConv2d": 16},
+    "regnet_y_400mf": {RELU: 33, ADD: 16, "BatchNorm": 4, "GroupedConv2d": 16},
     "shufflenet_v2_x0_5": {RELU: 37, "BatchNorm": 19, "GroupedConv2d": 19},
     "convnext_tiny": {"GroupedConv2d": 18, "LayerNorm": 18, "LayerNorm2d": 5},
     "googlenet": {RELU: 59},
@@ -38,11 +44,11 @@ TORCHVISION = {
 def test_replaces_every_pair_of_a_torchvision_model(name):
     model = torchvision.models.get_model(name, weights=None, **extra_of(name))
     converted = cnnkern.convert(model)
+    converted(torch.randn(2, 3, 64, 64))[0].sum().backward()
     assert cnnkern.conversion_report(converted).counts == TORCHVISION[name]
-    assert cnnkern.conversion_report(model).counts == cnnkern.conversion_report(converted).counts
     assert list(converted.state_dict()) == list(model.state_dict())
     assert all(a is b for a, b in zip(model.parameters(), converted.parameters(), strict=True))
-    assert type(converted) in (type(model), *type(converted).__mro__[:3])
+    assert type(converted) is type(model)
     assert not any(isinstance(m, cnnkern.nn.BatchNorm2d | cnnkern.nn.BatchNormReLU2d) for m in model.modules())
 
 
@@ -256,7 +262,7 @@ def test_every_model_that_torchvision_registers(name, monkeypatch):
     layer_norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
     assert counts.get("GroupedConv2d", 0) == len(grouped)
     assert counts.get("LayerNorm", 0) + counts.get("LayerNorm2d", 0) == len(layer_norms)
-    assert "left alone" not in counts
+    assert "not converted" not in counts
     assert not any(type(m) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) for m in converted.modules())
     assert list(converted.state_dict()) == list(model.state_dict())
     assert [n for n, _ in converted.named_modules()] == [n for n, _ in model.named_modules()]

@@ -14,7 +14,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import cnnkern
 from cnnkern import testing
-from cnnkern.nn.folded_conv import FoldedConv, prefers_own
+from cnnkern.conversion.fold import _FoldingConv
+from cnnkern.nn.folded_conv import prefers_own
 from tests.zoo import small_vgg
 
 CONV, RELU, ADD = "Conv + BatchNorm", "Conv + BatchNorm + ReLU", "Conv + BatchNorm + add + ReLU"
@@ -27,14 +28,27 @@ FAMILIES = {
     "resnet18": {RELU: 9, ADD: 8, CONV: 3},
     "resnet50": {RELU: 33, ADD: 16, CONV: 4},
     "resnext50_32x4d": {RELU: 33, ADD: 16, CONV: 4},
-    "densenet121": {RELU: 59, "BatchNorm + ReLU": 61, "BatchNorm": 1, "Conv": 61},
+    "densenet121": {RELU: 59, "BatchNorm + ReLU": 62, "Conv": 61},
     "googlenet": {RELU: 57},
     "inception_v3": {RELU: 94},
-    "mnasnet0_5": {RELU: 35, CONV: 17},
-    "mobilenet_v2": {"Conv + BatchNorm + ReLU6": 35, CONV: 17},
-    "mobilenet_v3_small": {"Conv + BatchNorm + Hardswish": 18, RELU: 5, CONV: 11, "Conv + ReLU": 9, "Conv": 9},
-    "efficientnet_b0": {"Conv + BatchNorm + SiLU": 33, CONV: 16, "Conv + SiLU": 16, "Conv + Sigmoid": 16},
-    "regnet_y_400mf": {RELU: 33, CONV: 20, "add + ReLU": 16, "Conv + ReLU": 16, "Conv + Sigmoid": 16},
+    "mnasnet0_5": {RELU: 35, "Conv + BatchNorm + add": 10, CONV: 7},
+    "mobilenet_v2": {"Conv + BatchNorm + ReLU6": 35, "Conv + BatchNorm + add": 10, CONV: 7},
+    "mobilenet_v3_small": {
+        "Conv + BatchNorm + Hardswish": 18,
+        "Conv + BatchNorm + add": 6,
+        RELU: 5,
+        CONV: 5,
+        "Conv + ReLU": 9,
+        "Conv": 9,
+    },
+    "efficientnet_b0": {
+        "Conv + BatchNorm + SiLU": 33,
+        "Conv + BatchNorm + add": 9,
+        CONV: 7,
+        "Conv + SiLU": 16,
+        "Conv + Sigmoid": 16,
+    },
+    "regnet_y_400mf": {RELU: 33, ADD: 16, CONV: 4, "Conv + ReLU": 16, "Conv + Sigmoid": 16},
     "shufflenet_v2_x0_5": {RELU: 37, CONV: 19},
     "convnext_tiny": {"Conv": 22, "LayerNorm": 18, "LayerNorm2d": 5},
     "swin_t": {"Conv": 1, "LayerNorm": 29},
@@ -77,7 +91,11 @@ def judged(folded: nn.Module, model: nn.Module, *inputs: torch.Tensor, layouts=(
         testing.assert_as_good_as(run(folded, dtype, layout), run(model, dtype, layout), exact)
 
 
-def counts(model: nn.Module) -> dict[str, int]:
+def counts(model: nn.Module, *inputs: torch.Tensor) -> dict[str, int]:
+    """What a folded model's layers became; after it has run, on these inputs."""
+    if inputs:
+        with torch.no_grad():
+            model(*inputs)
     return cnnkern.conversion_report(model).counts
 
 
@@ -86,11 +104,12 @@ def test_every_family_is_as_good_as_eager_in_both_layouts(name):
     model = build(name)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     folded = cnnkern.fold(model)
-    assert counts(folded) == FAMILIES[name]
     x = torch.randn(2, 3, *[SIZES.get(name, 64)] * 2)
     judged(folded, model, x, layouts=LAYOUTS)
+    assert counts(folded) == FAMILIES[name]
+    assert list(folded.state_dict()) == list(model.state_dict())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert not any(isinstance(m, FoldedConv) for m in model.modules())
+    assert not any(isinstance(m, _FoldingConv) for m in model.modules())
     theirs = {p.data_ptr() for p in (*model.parameters(), *model.buffers()) if p.numel()}
     assert not theirs & {p.data_ptr() for p in (*folded.parameters(), *folded.buffers()) if p.numel()}
 
@@ -122,7 +141,7 @@ def test_copies_pickles_and_state(name):
         assert not torch.equal(other(x), y)  # and weights have been packed
         other.load_state_dict(torch.load(file))
         assert torch.equal(other(x), y)
-    assert not any(p.requires_grad for m in folded.modules() if isinstance(m, FoldedConv) for p in m.parameters())
+    assert not any(p.requires_grad for p in folded.parameters())
 
 
 def test_a_result_does_not_depend_on_what_was_computed_before():
@@ -137,24 +156,41 @@ def test_a_result_does_not_depend_on_what_was_computed_before():
             folded(x[:1, :, :size, :size])
         assert torch.equal(folded(x[:1]), alone[1])
         assert folded(x[:0]).shape == (0, 10)
-    packed = folded.bn1._packed[1]
-    assert 1 < len(packed) <= 8
-    assert len({id(p) for p in packed.values()}) < len(packed)  # shapes that want one order share it
 
 
-def test_weights_that_change_are_packed_anew():
-    folded = cnnkern.fold(nn.Sequential(nn.Conv2d(3, 16, 3), randomised(nn.BatchNorm2d(16)), nn.ReLU()).eval())
-    x = torch.randn(2, 3, 9, 9)
-    with torch.no_grad():
-        y = folded(x)
-        folded[1].weight.mul_(2)
-        folded[1].bias.mul_(2)
-        torch.testing.assert_close(folded(x), 2 * y)
-        folded[1].weight.data = folded[1].weight.data * 0
-        torch.testing.assert_close(folded(x), folded[1].bias.relu().view(1, -1, 1, 1).expand_as(y))
-    with torch.inference_mode():
-        folded[1].weight = nn.Parameter(torch.ones(16, 3, 3, 3), requires_grad=False)
-        assert folded(x).shape == y.shape
+CHANGES = {
+    "in place": lambda conv: conv.weight.mul_(2),
+    "through .data": lambda conv: conv.weight.data.mul_(2),
+    "through a view": lambda conv: conv.weight.detach()[0].mul_(2),
+    "another tensor's data": lambda conv: setattr(conv.weight, "data", conv.weight.data * 2),
+    "another parameter": lambda conv: setattr(conv, "weight", nn.Parameter(torch.ones_like(conv.weight))),
+    "NumPy": lambda conv: conv.weight.detach().numpy().__imul__(2),
+    "foreach": lambda conv: torch._foreach_mul_([conv.weight, conv.bias], 2),
+    "a checkpoint": lambda conv: conv.load_state_dict({k: 2 * v for k, v in conv.state_dict().items()}),
+    "stride": lambda conv: setattr(conv, "stride", (2, 2)),
+    "padding": lambda conv: conv.__dict__.update(padding=(1, 1), _reversed_padding_repeated_twice=(1, 1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_after_folding_is_seen(name, mode):
+    model = randomised(nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()))
+    folded, x = cnnkern.fold(model), torch.randn(2, 3, 9, 9)
+    with mode():
+        kept = folded[0].weight.detach().numpy() if name == "NumPy" else None
+        for _ in range(2):
+            before = folded(x)
+        CHANGES[name](folded[0])
+        CHANGES[name](model[0])
+        changed = folded(x)
+        torch.testing.assert_close(changed, model(x))
+        assert changed.shape != before.shape or not torch.equal(changed, before)
+        folded[1].running_mean.add_(1)
+        model[1].running_mean.add_(1)
+        folded[1].eps = model[1].eps = 1.0
+        torch.testing.assert_close(folded(x), model(x))
+    del kept
 
 
 class Written(nn.Module):
@@ -226,17 +262,17 @@ WRITTEN = {
     "no norm, residual": (lambda self, x: F.relu(self.conv(x) + x), {"Conv + add + ReLU": 1}),
     "residual": (lambda self, x: F.relu(x + self.bn(self.conv(x))), {ADD: 1}),
     "residual, no relu": (lambda self, x: self.bn(self.conv(x)).add(x) * 2, {"Conv + BatchNorm + add": 1}),
-    "broadcast": (lambda self, x: F.relu(self.bn(self.conv(x)) + x.mean((2, 3), keepdim=True)), {ADD: 1}),
+    "broadcast": (lambda self, x: F.relu(self.bn(self.conv(x)) + x.mean((2, 3), keepdim=True)), {CONV: 1}),
     "two branches": (onto_the_branch, {ADD: 1, CONV: 1}),
     "residual read again": (residual_read_again, {ADD: 1, CONV: 1}),
-    "output read twice": (lambda self, x: (lambda y: F.relu(self.bn(y)) + y)(self.conv(x)), {"BatchNorm + ReLU": 1}),
+    "output read twice": (lambda self, x: (lambda y: F.relu(self.bn(y)) + y)(self.conv(x)), {RELU: 1}),
     "norm first": (lambda self, x: self.conv(F.relu(self.bn(x))), {"BatchNorm + ReLU": 1, "Conv": 2}),
-    "called twice": (lambda self, x: self.bn(self.conv(self.bn(self.conv(x)))), {"BatchNorm": 2}),
+    "called twice": (lambda self, x: self.bn(self.conv(self.bn(self.conv(x)))), {CONV: 1}),
     "input changed between conv and norm": (in_place_between, {"BatchNorm": 2}),
-    "input changed before the add": (in_place_before_the_add, {CONV: 1, "add + ReLU": 1}),
-    "input changed behind the add": (in_place_behind_the_add, {ADD: 1}),
-    "weight read": (weight_read_elsewhere, {"Conv": 2}),
-    "untraceable": (lambda self, x: self.bn(self.conv(x)) if x.sum() < 1e9 else x, {"BatchNorm": 2, "Conv": 2}),
+    "input changed before the add": (in_place_before_the_add, {CONV: 1}),
+    "input changed behind the add": (in_place_behind_the_add, {"Conv + BatchNorm + add": 1}),
+    "weight read": (weight_read_elsewhere, {CONV: 1}),
+    "untraceable": (lambda self, x: self.bn(self.conv(x)) if x.sum() < 1e9 else x, {CONV: 1}),
 }
 
 
@@ -246,12 +282,14 @@ def test_however_it_is_written(name):
     torch.manual_seed(1)
     model = randomised(Written(forward))
     folded = cnnkern.fold(model)
-    found = counts(folded)
-    assert {k: found.get(k, 0) for k in expected} == expected
     x = torch.randn(3, 4, 9, 7)
     judged(folded, model, x, layouts=LAYOUTS)
+    found = counts(folded)
+    assert {k: found.get(k, 0) for k in expected} == expected
     with torch.no_grad():
-        assert torch.equal(copy.deepcopy(folded)(x), folded(x))
+        other = copy.deepcopy(folded)
+        other(x)  # where a result is used twice, the first call may round otherwise
+        assert torch.equal(other(x), folded(x))
 
 
 def test_views_take_what_the_convolutions_return():
@@ -264,20 +302,6 @@ def test_views_take_what_the_convolutions_return():
     judged(pickle.loads(pickle.dumps(cnnkern.fold(model))), model, x)
     bits = randomised(Written(lambda self, x: self.bn(self.conv(x)).view(torch.int32)))
     assert cnnkern.fold(bits)(x).dtype == torch.int32
-
-
-def test_a_residual_is_overwritten_only_where_nobody_reads_it_again():
-    for forward, expected in ((onto_the_branch, True), (residual_read_again, False)):
-        folded = cnnkern.fold(randomised(Written(forward)))
-        assert any(m.overwrites for m in folded.modules() if isinstance(m, FoldedConv)) is expected
-    model = randomised(Written(onto_the_branch))
-    seen = []
-    model.bn2.register_forward_hook(lambda module, args, output: seen.append(output))
-    folded = cnnkern.fold(model)
-    with torch.no_grad():
-        x = torch.randn(1, 4, 5, 5)
-        folded(x)
-        torch.testing.assert_close(seen[0], model.bn2(model.conv2(x)))
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # of eager's
@@ -304,9 +328,9 @@ def test_every_kind_of_convolution(conv, act):
     norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1](conv.out_channels)
     model = randomised(nn.Sequential(conv, norm, act))
     folded = cnnkern.fold(model)
-    assert counts(folded) == {f"Conv + BatchNorm + {type(act).__name__}": 1}
     x = torch.randn(2, 8, *(11, 12, 9)[:dims])
     judged(folded, model, x)
+    assert counts(folded) == {f"Conv + BatchNorm + {type(act).__name__}": 1}
     judged(folded, model, x.flip(-1)[..., ::2])
     judged(cnnkern.fold(copy.deepcopy(model).double()), copy.deepcopy(model).double(), x.double())
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -317,18 +341,21 @@ def test_every_kind_of_convolution(conv, act):
 
 
 def test_our_layers_and_converted_models_fold_as_their_originals():
-    for model in (cnnkern.convert(build("resnet18")), randomised(cnnkern.models.create_model("resnet18"))):
-        folded = cnnkern.fold(model)
+    for model in (
+        cnnkern.convert(build("resnet18")),
+        randomised(cnnkern.models.create_model("resnet18")),
+        randomised(cnnkern.nn.convert_sync_batchnorm(cnnkern.models.create_model("resnet18"))),
+        nn.SyncBatchNorm.convert_sync_batchnorm(build("resnet18")),
+    ):
+        folded, x = cnnkern.fold(model), torch.randn(2, 3, 64, 64)
+        judged(folded, model, x)
         assert counts(folded) == FAMILIES["resnet18"]
-        judged(folded, model, torch.randn(2, 3, 64, 64))
-    synced = randomised(cnnkern.nn.convert_sync_batchnorm(cnnkern.models.create_model("resnet18")))
-    judged(cnnkern.fold(synced), synced, torch.randn(2, 3, 64, 64))
-    assert counts(cnnkern.fold(synced)) == FAMILIES["resnet18"]
     again = cnnkern.fold(folded)
+    judged(again, model, x)
     assert counts(again) == counts(folded)
-    assert cnnkern.conversion_report(cnnkern.convert(folded)).counts == counts(folded)
-    with pytest.raises(TypeError, match=r"cnnkern.revert: a folded model has no batch norms to go back to"):
-        cnnkern.revert(folded)
+    assert counts(cnnkern.convert(folded), x) == counts(folded)
+    plain = cnnkern.revert(cnnkern.fold(build("resnet18")))
+    assert [type(m) for m in plain.modules()] == [type(m) for m in build("resnet18").modules()]
 
 
 def test_what_cannot_be_folded_says_so():
@@ -355,9 +382,9 @@ def test_hooks_and_parametrizations_see_what_they_saw():
     model[0].register_forward_hook(lambda module, args, output: seen.append(output))
     torch.nn.utils.parametrizations.weight_norm(model[3])
     folded = cnnkern.fold(model)
-    assert counts(folded) == {}
     x = torch.randn(1, 4, 3, 3)
     judged(folded, model, x)
+    assert counts(folded) == {RELU: 1}
     seen.clear()
     with torch.no_grad():
         folded(x)
@@ -374,8 +401,6 @@ def test_errors_are_those_of_the_convolution():
         with torch.no_grad(), pytest.raises(RuntimeError) as ours:
             folded(x)
         assert str(ours.value) == str(theirs.value)
-    with pytest.raises(TypeError, match="FoldedConv: expected no residual behind the input"):
-        folded[1](torch.randn(1, 4, 5, 5), torch.randn(1, 4, 3, 3))
 
 
 def test_infinities_stay_and_a_fused_relu_makes_zero_of_nan():
@@ -412,7 +437,7 @@ def test_compiles():
 
 def test_folded_convolutions_are_leaves_under_fx():
     folded = cnnkern.fold(build("resnet18"))
-    convolutions = {name for name, m in folded.named_modules() if isinstance(m, FoldedConv)}
+    convolutions = {name for name, m in folded.named_modules() if isinstance(m, _FoldingConv)}
     traced, x = torch.fx.symbolic_trace(folded), torch.randn(2, 3, 64, 64)
     assert convolutions <= {node.target for node in traced.graph.nodes if node.op == "call_module"}
     with torch.no_grad():
@@ -428,7 +453,6 @@ def test_tensors_that_onednn_has_nothing_for():
         y = folded(two)
         torch.testing.assert_close(y.a, folded(x))
         torch.testing.assert_close(y.b, folded(x + 1))
-        assert folded(x.to("meta")).is_meta
         with pytest.raises((RuntimeError, NotImplementedError)) as theirs:
             F.conv2d(x.to_sparse(), folded[1].weight)
         with pytest.raises(theirs.type):

@@ -1,57 +1,43 @@
 """Folds batch norm into convolutions for inference, with the activation and the residual addition behind them.
 
-Chains of convolution, batch norm, addition and activation are found as :func:`cnnkern.convert` finds what follows a
-batch norm, in the same traces. A chain becomes one :class:`~cnnkern.nn.folded_conv.FoldedConv`. It stands where the
-batch norm stood, which is where the residual is known, and an identity where the convolution stood.
+Convolutions and batch norms are replaced by layers of their own class, parameters and names; the model's own forward
+pass runs as it is. A convolution's result waits, as that of a converted batch norm does (csrc/deferred), for what
+uses it: a batch norm that does takes the convolution over, with its own scale and offset in the weights, and waits in
+its turn for an addition and an activation.
 """
 
 import copy
-from collections import Counter
-from collections.abc import Callable
+import threading
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from cnnkern.conversion import timm_layers
-from cnnkern.conversion.activations import act_of_module, is_apart, is_identity
-from cnnkern.conversion.convert import ConversionReport, check_module, convert_layers, revert, uncompiled
-from cnnkern.conversion.layers import DIMENSIONS, NAMES, Absorbed, Moved
-from cnnkern.conversion.patterns import (
-    Fusion,
-    can_wait,
-    fusion_at,
-    is_unseen,
-    is_view,
-    only_user,
-)
-from cnnkern.conversion.tracing import module_calls
-from cnnkern.nn import batchnorm, sync
+from cnnkern.conversion.convert import ConversionReport, Replacement, check_module, convert, revert, uncompiled
+from cnnkern.conversion.deferral import FOLDED_SITE, SITE, Site, became
+from cnnkern.conversion.layers import replace
+from cnnkern.nn import sync
+from cnnkern.nn.batchnorm import _FusedBatchNorm
 from cnnkern.nn.conv import GroupedConv2d
-from cnnkern.nn.folded_conv import FoldedConv
+from cnnkern.nn.folded_conv import folded_conv
+from cnnkern.nn.traced import leaf
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, GroupedConv2d)
-# Batch norms of ours by their forward passes, a residual being the second argument of some.
-_FORWARDS = (
-    batchnorm._FusedBatchNorm.forward,
-    batchnorm._FusedBatchNormAdd.forward,
-    sync.SyncBatchNorm.forward,
-    sync.SyncBatchNormAddReLU.forward,
-)
+_LOCK = threading.Lock()
+_CACHE = "_cnnkern_folded"  # in a convolution: it with its folded weights, by the batch norm they were folded with
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """A copy of the model for inference: convolutions with the batch norm behind them in their weights, and with the
-    residual addition and the activation behind that in their kernel.
+    """A copy of the model for inference: a convolution and the batch norm behind it run as one convolution, with the
+    residual addition and the activation behind that in its kernel.
 
-    ``model`` is in eval mode, and stays as it is; the copy shares nothing with it. Results are the same up to rounding.
-    Norms and grouped convolutions that are not folded are converted as :func:`convert` does it, and convolutions
-    without a batch norm are exchanged too, for kernels whose weights are packed ahead.
-    :func:`conversion_report` of the result tells what was done; a model without a convolution comes back as it is.
+    ``model`` is in eval mode, and stays as it is; the copy shares nothing with it, and has the same parameters, under
+    the same names. Results are the same up to rounding. Norms and grouped convolutions are converted as :func:`convert`
+    does it. :func:`conversion_report` of the result tells what was done, once the model has run.
 
-    On the CPU, in float32 and in 16-bit types that the processor has instructions for, PyTorch's oneDNN operators
-    compute what was fused; elsewhere PyTorch's convolution runs with the folded weights. Two things differ from the
-    model's own: convolutions return channels_last tensors, whatever the input's memory format, and a ReLU inside of
-    oneDNN's kernels makes 0 of NaN.
+    On the CPU, in float32 and in 16-bit types that the processor has instructions for, without gradients, PyTorch's
+    oneDNN operators compute what was fused, on weights that are folded and packed at the first call and again when
+    a parameter has changed; elsewhere the model runs as it was. A ReLU inside of oneDNN's kernels makes 0 of NaN.
 
     Raises TypeError for what is no ``nn.Module`` or is a ``torch.jit`` module, ValueError for a model, or a batch norm
     of it, in training mode.
@@ -62,171 +48,31 @@ def fold(model: nn.Module) -> nn.Module:
     for path, module in model.named_modules():
         if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"cnnkern.fold: batch norm {path!r} is in training mode, call eval() first")
-    if any(isinstance(m, FoldedConv) for m in model.modules()):
-        return copy.deepcopy(model)
-    with torch.no_grad():
-        folded = revert(copy.deepcopy(model), inplace=True)
-        folder = _Folder()
-        report = convert_layers(folded, folder)
-        if not folder.became:
-            folded, report = copy.deepcopy(model), ConversionReport()
-    report.made_by, report.nothing = "cnnkern.fold", "no convolution in this model, nothing to fold"
+    folded = revert(copy.deepcopy(model), inplace=True)
+    report = ConversionReport(made_by="cnnkern.fold", nothing="no convolution in this model, nothing to fold")
+    if Site is not None and any(map(_is_convolution, folded.modules())):
+        folded = convert(folded, inplace=True)
+        report.entries = list(uncompiled(folded).__dict__["_cnnkern_report"].entries)
+        known = {entry.path for entry in report.entries}
+        for path, module in folded.named_modules():
+            if _is_convolution(module):
+                replace(module, CONVOLUTIONS[type(module)])
+            elif type(module) is nn.SyncBatchNorm:
+                replace(module, sync.SyncBatchNorm)
+            if path not in known and isinstance(module, _FoldingConv | _FusedBatchNorm):
+                report.entries.append(Replacement(path, type(module).__name__))
+        folded.requires_grad_(False)
     uncompiled(folded).__dict__["_cnnkern_report"] = report
     return folded
 
 
-class _Folder:
-    """Exchanges the convolutions of a model, one module after the other that holds some."""
-
-    def __init__(self) -> None:
-        self.became: dict[int, str] = {}
-        self.exchanged: list[nn.Module] = []  # kept, so that no new module is taken for one of them by its id
-
-    def fold(self, holder: nn.Module, graph: fx.Graph | None, alone: Callable[[nn.Module], bool]) -> set[fx.Node]:
-        if graph is None:
-            self._fold_sequential(holder, alone)
-            return set()
-        return self._fold_graph(holder, graph, alone)
-
-    def _fold_sequential(self, holder: nn.Module, alone: Callable[[nn.Module], bool]) -> None:
-        names = [*(n for n, m in holder._modules.items() if not is_identity(m)), None]
-        for name, behind, further in zip(names, names[1:], [*names[2:], None], strict=False):
-            conv, norm = holder._modules[name], holder._modules.get(behind)
-            if not _is_convolution(conv) or not alone(conv) or norm is None:
-                continue
-            if not _folds(norm, conv) or not alone(norm) or _adds(norm):
-                act = act_of_module(norm)
-                if act is not None:
-                    holder._modules[name] = self._exchange(conv, None, act)
-                    holder._modules[behind] = Absorbed(norm)
-                continue
-            act = _own_act(norm)
-            if act is None:
-                activation = holder._modules.get(further)
-                act = None if activation is None else act_of_module(activation)
-                if act is not None:
-                    holder._modules[further] = Absorbed(activation)
-            holder._modules[behind] = self._exchange(conv, norm, act or "none")
-            holder._modules[name] = Moved(conv)
-
-    def _fold_graph(self, holder: nn.Module, graph: fx.Graph, alone: Callable[[nn.Module], bool]) -> set[fx.Node]:
-        calls = module_calls(graph)
-        count = Counter(n.target for n in calls)
-        added: set[fx.Node] = set()
-
-        def ours(call: fx.Node | None) -> bool:
-            return call is not None and call in calls and count[call.target] == 1 and alone(_module(holder, call))
-
-        for call in calls:
-            conv = _module(holder, call)
-            if not _is_convolution(conv) or not ours(call) or len(call.args) != 1 or call.kwargs:
-                continue
-            behind = only_user(call)
-            norm = _module(holder, behind) if ours(behind) and behind.args[:1] == (call,) else None
-            chain = None
-            if norm is not None and _folds(norm, conv) and len(behind.args) == 1 + _adds(norm) and not behind.kwargs:
-                chain = self._chain(holder, behind, added, lambda until, call=call: can_wait(holder, call, until))
-            if chain is None:
-                norm, chain = None, self._chain(holder, call, added, lambda until: True)
-            absorbs = (chain.act, chain.add is not None)
-            if norm is None and absorbs == ("none", False):
-                continue
-            if chain.add is not None:
-                added.add(chain.add)
-            own = None if norm is None else _own_act(norm)
-            spelled = own is not None  # the norm's class computes the rest by itself
-            last = chain.residual if not spelled else behind.args[1] if _adds(norm) else None
-            folded = self._exchange(
-                conv,
-                norm,
-                own or chain.act,
-                adds=last is not None,
-                absorbs=None if spelled or absorbs == ("none", False) else absorbs,
-                overwrites=last is not None and is_unseen(holder, last),
-            )
-            _set(holder, call.target, Moved(conv) if norm is not None else folded)
-            if norm is not None:
-                _set(holder, behind.target, folded)
-        if any(is_view(holder, node) for node in graph.nodes):
-            holder.__dict__["_cnnkern_reshapes"] = True
-        return added
-
-    def _chain(
-        self, holder: nn.Module, call: fx.Node, added: set[fx.Node], waits: Callable[[fx.Node], bool]
-    ) -> Fusion | None:
-        """What one kernel computes from this convolution or batch norm on, if its input stays as it is until then."""
-        if not waits(call):
-            return None
-        if _own_act(_module(holder, call)) is not None:
-            return Fusion(_module(holder, call), call, None, None, None, "none")
-        chain = fusion_at(holder, call)
-        if chain.add is not None and (chain.add in added or not waits(chain.add)):
-            chain = fusion_at(holder, call, with_add=False)
-        return chain
-
-    def finish(self, model: nn.Module) -> dict[int, str]:
-        alone: dict[int, FoldedConv] = {}
-        for module in list(model.modules()):
-            for name, conv in module._modules.items():
-                if _is_convolution(conv) and not is_apart(conv):
-                    if id(conv) not in alone:
-                        alone[id(conv)] = self._exchange(conv, None, "none")
-                    module._modules[name] = alone[id(conv)]
-        return self.became
-
-    def _exchange(
-        self,
-        conv: nn.modules.conv._ConvNd,
-        norm: nn.Module | None,
-        act: str,
-        adds: bool = False,
-        absorbs: tuple[str, bool] | None = None,
-        overwrites: bool = False,
-    ) -> FoldedConv:
-        weight, bias = _weights(conv, norm)
-        folded = FoldedConv(conv, weight, bias, act, adds=adds, absorbs=absorbs, overwrites=overwrites)
-        parts = ("BatchNorm" * (norm is not None), "add" * adds, NAMES.get(act, ""))
-        self.became[id(folded)] = " + ".join(["Conv", *filter(None, parts)])
-        self.exchanged += [conv] if norm is None else [conv, norm]
-        return folded
-
-
-def _module(holder: nn.Module, call: fx.Node) -> nn.Module:
-    return holder.get_submodule(call.target)
-
-
-def _set(holder: nn.Module, target: str, module: nn.Module) -> None:
-    parent, _, name = target.rpartition(".")
-    holder.get_submodule(parent)._modules[name] = module
-
-
-def _is_convolution(module: nn.Module | None) -> bool:
-    """Whether the module is a convolution as it is made, no subclass with a forward pass or a weight of its own."""
-    return type(module) in _CONVOLUTIONS and type(module.weight) is nn.Parameter
-
-
-def _adds(norm: nn.Module) -> bool:
-    return isinstance(norm, batchnorm._FusedBatchNormAdd | sync.SyncBatchNormAddReLU)
-
-
-def _own_act(module: nn.Module) -> str | None:
-    """The activation that the class of a batch norm of ours or timm's computes, "none" included; None for others."""
-    if timm_layers.is_batch_norm_act(module):
-        return timm_layers.act_of(module)
-    return module.act if isinstance(module, batchnorm._FusedBatchNorm) else None
-
-
-def _folds(norm: nn.Module, conv: nn.modules.conv._ConvNd) -> bool:
-    """Whether this is a batch norm with statistics that were taken of as many channels."""
-    known = type(norm) in (*DIMENSIONS, nn.SyncBatchNorm) or (
-        isinstance(norm, batchnorm._FusedBatchNorm) and type(norm).forward in _FORWARDS
-    )
-    known = known or (timm_layers.is_batch_norm_act(norm) and timm_layers.act_of(norm) is not None)
-    return known and norm.running_mean is not None and norm.num_features == conv.out_channels
+def _is_convolution(module: nn.Module) -> bool:
+    """Whether this is a convolution as it is made, no subclass with a forward pass or a weight of its own."""
+    return type(module) in CONVOLUTIONS and type(module.weight) is nn.Parameter
 
 
 def _weights(conv: nn.modules.conv._ConvNd, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of ``norm(conv(x))`` as one convolution, worked out in float64; copies without a norm."""
+    """Weight and bias of ``norm(conv(x))`` as one convolution, computed in float64; copies without a norm."""
     if norm is None:
         return conv.weight.detach().clone(), None if conv.bias is None else conv.bias.detach().clone()
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -237,4 +83,93 @@ def _weights(conv: nn.modules.conv._ConvNd, norm: nn.Module | None) -> tuple[Ten
     if norm.bias is not None:
         bias = bias + norm.bias.double()
     weight = conv.weight.double() * scale.view(-1, *[1] * (conv.weight.dim() - 1))
-    return tuple(t.detach().to(conv.weight.dtype) for t in (weight, bias))
+    return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
+def _is_current(folded: Any, settings: tuple, sources: list[Tensor]) -> bool:
+    return folded is not None and folded.settings == settings and folded.holds(sources)
+
+
+class _FoldingConv(nn.modules.conv._ConvNd):
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return leaf(self, input)
+        if (
+            type(input) is not Tensor
+            or self.training
+            or (torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad))
+            or torch.compiler.is_compiling()
+            or torch._C._get_tracing_state() is not None
+        ):
+            return super().forward(input)
+        folded = self.folded(None)
+        y = None if folded is None else folded.call(_site(self, SITE), input)
+        return super().forward(input) if y is None else y
+
+    def folded(self, norm: nn.Module | None) -> Any:
+        """This convolution, with the norm behind it in its weights; None where they are of unusual types."""
+        sources, settings = _sources(self, norm), _settings(self, norm)
+        cache = self.__dict__.setdefault(_CACHE, {})
+        found = cache.get(id(norm))
+        if _is_current(found, settings, sources):
+            return found
+        if any(type(t) not in (Tensor, nn.Parameter) for t in sources):
+            return None
+        with _LOCK, torch.no_grad():  # of two threads one folds
+            found = cache.get(id(norm))
+            if not _is_current(found, settings, sources):
+                found = folded_conv(self, *_weights(self, norm), sources)
+                found.settings, found.of = settings, weakref.ref(self)
+                cache[id(norm)] = found
+        return found
+
+    def became(self) -> tuple[str, str] | None:
+        """The kind of layer in a report, and why it is no other; None where the batch norm behind it tells."""
+        kind, reason = became("Conv", self.__dict__.get(SITE))
+        return None if kind == "Conv + BatchNorm" else (kind, reason)
+
+    def take_norm(self, before: Any, norm: nn.Module, input: Tensor) -> Tensor | None:
+        """The norm of `input`, which is the waiting result of `before`, as one convolution; None where it is two."""
+        tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        if (
+            not _is_current(before, _settings(self, None), _sources(self, None))  # has changed since
+            or norm.running_mean is None
+            or norm.num_features != self.out_channels
+            or any(t is not None and t.dtype != self.weight.dtype for t in tensors)
+            or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        ):
+            return None
+        folded = self.folded(norm)
+        return None if folded is None else folded.take_over(_site(norm, FOLDED_SITE), input)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in (SITE, _CACHE)}
+
+
+def _sources(conv: nn.modules.conv._ConvNd, norm: nn.Module | None) -> list[Tensor]:
+    found = [conv.weight, conv.bias]
+    if norm is not None:
+        found += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    return [t for t in found if t is not None]
+
+
+def _settings(conv: nn.modules.conv._ConvNd, norm: nn.Module | None) -> tuple:
+    padding = (conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    return (*padding, None if norm is None else (norm.eps, norm.weight is None, norm.bias is None))
+
+
+def _site(layer: nn.Module, name: str) -> Any:
+    site = layer.__dict__.get(name)
+    if site is None:
+        site = layer.__dict__[name] = Site()
+    return site
+
+
+def _make(base: type, name: str, *mixin: type) -> type:
+    made = type(name, (*mixin, base), {"__module__": __name__})
+    globals()[name] = made  # where pickle looks for it
+    return made
+
+
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, GroupedConv2d)
+CONVOLUTIONS = {plain: _make(plain, f"Folding{plain.__name__}", _FoldingConv) for plain in _PLAIN}

@@ -7,43 +7,38 @@ them, are made then: `BatchNormAct2d`, `LayerNorm` and `LayerNorm2d`, each named
 import functools
 import importlib
 import sys
-from collections.abc import Callable
 
 from torch import Tensor, fx, nn
 
-from cnnkern.conversion.activations import act_of_module, is_identity
+from cnnkern.conversion.deferral import deferred
 from cnnkern.nn import batchnorm, layer_norm, sync
 from cnnkern.nn.traced import leaf
 from cnnkern.ops.bn_act import batch_norm_act
 
 
-def act_of(norm: nn.Module) -> str | None:
-    """The activation of a `BatchNormAct2d` that one operator computes with it; None where two calls are needed."""
-    drop, act = norm._modules["drop"], norm._modules["act"]  # our classes may have another `act`
-    if not is_identity(drop):
-        return None
-    return "none" if is_identity(act) else act_of_module(act)
-
-
 class _BatchNormAct(batchnorm._FusedBatchNorm):
-    def forward(self, input: Tensor) -> Tensor:
-        return self._with_act(input, batch_norm_act)
+    """Its activation, a module, asks for the batch norm's result, which is computed with it then."""
 
-    def _with_act(self, input: Tensor, operator: Callable[..., Tensor]) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
             return leaf(self, input)
-        act = act_of(self)
-        y = self._normalize(input, lambda *arguments: operator(*arguments[:-1], act or "none"))
-        return self._modules["act"](self.drop(y)) if act is None else y
+        return self._modules["act"](self.drop(deferred(self, input)))
+
+    def _behind(self, y: Tensor) -> Tensor:  # type: ignore[override]
+        return y
 
 
 class SyncBatchNormAct(sync.SyncBatchNorm):
     """What ``convert_sync_batchnorm`` makes of a converted `BatchNormAct2d`."""
 
-    _with_act = _BatchNormAct._with_act
-
     def forward(self, input: Tensor) -> Tensor:
-        return self._with_act(input, self._over_processes(batch_norm_act))
+        if isinstance(input, fx.Proxy):
+            return leaf(self, input)
+        operator = self._over_processes(batch_norm_act)
+        y = self._normalize(input, lambda *arguments: operator(*arguments[:-1], "none"))
+        return self._modules["act"](self.drop(y))
+
+    _behind = _BatchNormAct._behind
 
 
 _BatchNormAct.synchronised = SyncBatchNormAct

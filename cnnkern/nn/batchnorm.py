@@ -10,6 +10,12 @@ from cnnkern import reference
 from cnnkern.nn.traced import leaf
 from cnnkern.ops.bn_act import batch_norm_act
 from cnnkern.ops.bn_add_act import batch_norm_add_act
+from cnnkern.ops.route import alike
+
+try:
+    from cnnkern._C import convolution_of
+except ImportError:  # without the extension no convolution is folded
+    convolution_of = None
 
 
 class _FusedBatchNorm(_BatchNorm):
@@ -24,6 +30,10 @@ class _FusedBatchNorm(_BatchNorm):
         if isinstance(input, fx.Proxy) or (residual and isinstance(residual[0], fx.Proxy)):
             return leaf(self, input, *residual)
         self._check_input_dim(input)
+        if not self.training:
+            y = self._within_convolution(input, *residual)
+            if y is not None:
+                return y
         counter = self.num_batches_tracked if self.training and self.track_running_stats else None
         uses_running = not self.training or self.track_running_stats
         arguments = (
@@ -48,6 +58,21 @@ class _FusedBatchNorm(_BatchNorm):
         except (RuntimeError, TypeError, ValueError):  # the operator refused, and has changed nothing
             counter.sub_(1)
             raise
+
+    def _within_convolution(self, input: Tensor, *residual: Tensor) -> Tensor | None:
+        """The result where a convolution that :func:`cnnkern.fold` made waits for this batch norm; else None."""
+        if convolution_of is None or type(input) is not Tensor or torch.compiler.is_compiling():
+            return None
+        before = convolution_of(input)
+        conv = None if before is None else before.of()
+        if conv is None or not alike(input, *residual):
+            return None
+        y = conv.take_norm(before, self, input)
+        return None if y is None else self._behind(y, *residual)
+
+    def _behind(self, y: Tensor, *residual: Tensor) -> Tensor:
+        """What follows the batch norm, by PyTorch's operators, for which a folded convolution waits."""
+        return reference.ACTIVATIONS[self.act](y + residual[0] if residual else y)
 
     def _average_factor(self, counter: Tensor | None) -> float | Tensor:
         """The weight of this batch's statistics in the running ones."""

@@ -47,6 +47,11 @@ def keep_operators() -> Iterator[None]:
         _kept.reset(token)
 
 
+def keeps_operators() -> bool:
+    """Whether this runs within :func:`keep_operators`."""
+    return _kept.get()
+
+
 def is_pytorchs(
     inputs: Sequence[Tensor],
     parameters: Sequence[Tensor | None],

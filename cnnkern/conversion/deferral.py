@@ -1,0 +1,54 @@
+"""Batch norms whose results wait for what uses them, and what became of those results."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cnnkern.nn.batchnorm import _FusedBatchNorm
+from cnnkern.ops import route
+from cnnkern.ops.bn_act import batch_norm_act
+
+try:
+    from cnnkern._C import Site
+except ImportError:  # without the extension batch norms are computed at once
+    Site = None  # type: ignore[assignment, misc]
+
+SITE = "_cnnkern_site"  # in a converted layer: what became of its results
+FOLDED_SITE = "_cnnkern_folded_site"  # in a batch norm behind a folded convolution: the same of those of both
+NAMES = {"relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "sigmoid": "Sigmoid", "silu": "SiLU"}
+NAMES |= {"hardswish": "Hardswish", "add": "add", "add + relu": "add + ReLU", "BatchNorm": "BatchNorm"}
+
+
+def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
+    """The batch norm without an activation, which waits for one where it can."""
+
+    def waiting(input: Tensor, *arguments: Any) -> Tensor:
+        *arguments, _ = arguments
+        if torch.compiler.is_compiling() and not route.keeps_operators():  # Inductor fuses it with what follows
+            return route.by_pytorch(batch_norm_act, input, *arguments, "none")
+        if Site is None or route.is_pytorchs((input,), arguments[:4]) or torch.compiler.is_compiling():
+            return batch_norm_act(input, *arguments, "none")
+        if type(input) is not Tensor or _is_captured(input):
+            return batch_norm_act(input, *arguments, "none")
+        site = norm.__dict__.get(SITE)
+        if site is None:
+            site = norm.__dict__[SITE] = Site()
+        return site.batch_norm(input, *arguments, "none")
+
+    return norm._normalize(input, waiting)
+
+
+def _is_captured(input: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, which may end before somebody asks for a result."""
+    return input.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def became(layer: str, site: Any) -> tuple[str, str]:
+    """What a report calls a layer by what its results were fused with so far, and why they were not."""
+    fused = {} if site is None else {name: n for name, n in site.fusions().items() if n > 0}
+    if fused:
+        return f"{layer} + {NAMES[max(fused, key=lambda name: fused[name])]}", ""
+    alone = {} if site is None else site.alone()
+    reason = max(alone, key=lambda name: alone[name]) if alone else "has not run: what it is fused with is known then"
+    return layer, reason.replace("aten::", "")

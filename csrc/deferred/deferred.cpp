@@ -1,0 +1,384 @@
+#include "deferred/deferred.h"
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/TracerMode.h>
+#include <c10/core/Event.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+
+#include "autograd/composite.h"
+
+namespace cnnkern {
+
+namespace {
+
+// What a result is computed under, wherever it becomes due: below autograd, autocast, modes and transforms.
+class Below {
+ public:
+  explicit Below(bool inference)
+      : mode_(c10::InferenceMode::is_enabled() == inference ? nullptr : std::make_unique<c10::InferenceMode>(inference)),
+        keys_(c10::default_included_set,
+              c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::DispatchKeySet(kDeferredKey)) {}
+
+ private:
+  std::unique_ptr<c10::InferenceMode> mode_;
+  c10::impl::ForceDispatchKeyGuard keys_;
+};
+
+// What autograd saves of a result is saved as it is, for hooks are not to see it at another time.
+class NoHooks {
+ public:
+  NoHooks() {
+    if (at::SavedTensorDefaultHooks::get_tls_state().stack.empty()) return;
+    before_ = at::SavedTensorDefaultHooks::get_tls_state();
+    at::SavedTensorDefaultHooks::set_tls_state({});
+  }
+  ~NoHooks() {
+    if (before_) at::SavedTensorDefaultHooks::set_tls_state(*before_);
+  }
+
+ private:
+  std::optional<at::impl::SavedTensorDefaultHooksTLS> before_;
+};
+
+c10::Stream stream_of(c10::Device device) {
+  if (device.is_cpu()) return c10::Stream(c10::Stream::DEFAULT, device);
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+}
+
+// Computes on the stream on which the layer was called; the present one waits for it.
+class OnStream {
+ public:
+  explicit OnStream(c10::Stream stream) : stream_(stream), present_(stream_of(stream.device())) {
+    if (stream_ != present_) c10::impl::VirtualGuardImpl(stream_.device_type()).exchangeStream(stream_);
+  }
+  ~OnStream() {
+    if (stream_ == present_) return;
+    c10::Event done(stream_.device_type());
+    done.record(stream_);
+    c10::impl::VirtualGuardImpl(stream_.device_type()).exchangeStream(present_);
+    done.block(present_);
+  }
+
+ private:
+  c10::Stream stream_, present_;
+};
+
+const c10::StorageImpl* memory_of(const Tensor& t) { return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(); }
+
+// Whether somebody has taken hold of a tensor's place in the graph, where an operation in place puts another.
+bool is_held(const Tensor& t, size_t own) {
+  const auto node = torch::autograd::impl::gradient_edge(t).function;
+  return node && (has_hooks(*node) || node.use_count() > own + 1);  // `node` here is one
+}
+
+}  // namespace
+
+bool is_undisturbed() {
+  return !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::impl::torch_function_mode_enabled() &&
+         !at::tracer::impl::is_dispatch_enabled() && at::SavedTensorDefaultHooks::get_tls_state().stack.empty() &&
+         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+         !c10::impl::tls_is_dispatch_key_excluded(kDeferredKey);
+}
+
+const std::shared_ptr<Waiting>& Waiting::of_this_thread() {
+  thread_local const auto waiting = std::make_shared<Waiting>();
+  return waiting;
+}
+
+void Waiting::enter(const c10::intrusive_ptr<Deferred>& result) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  results_.emplace_back(c10::intrusive_ptr<c10::TensorImpl>(result));
+  c10::impl::tls_set_dispatch_key_included(kDeferredKey, true);
+}
+
+void Waiting::leave(const Deferred* result) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::erase_if(results_, [&](const auto& waiting) { return waiting._unsafe_get_target() == result; });
+}
+
+std::vector<c10::intrusive_ptr<Deferred>> Waiting::results() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<c10::intrusive_ptr<Deferred>> found;
+  for (const auto& waiting : results_)
+    if (const auto result = waiting.lock()) found.push_back(c10::static_intrusive_pointer_cast<Deferred>(result));
+  return found;
+}
+
+bool Waiting::is_empty() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return results_.empty();
+}
+
+Tensor tensor_of(const c10::intrusive_ptr<Deferred>& impl) {
+  return Tensor(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim(c10::intrusive_ptr<Deferred>(impl).release()));
+}
+
+Deferred::Deferred(std::shared_ptr<Source> source, const at::TensorOptions& like, at::IntArrayRef sizes, const Strides& strides,
+                   const NormPointer& norm, const For& where, const Tensor& residual)
+    : TensorImpl(c10::DispatchKeySet({like.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU, kDeferredKey}), like.dtype(),
+                 like.device()),
+      source_(std::move(source)), residual_(residual), norm_(norm), where_(where), grad_mode_(at::GradMode::is_enabled()),
+      inference_(c10::InferenceMode::is_enabled()), stream_(stream_of(like.device())), waiting_(Waiting::of_this_thread()) {
+  set_sizes_and_strides(sizes, strides);
+  if (residual.defined()) residual_was_.remember(residual);
+}
+
+c10::intrusive_ptr<Deferred> Deferred::make(std::shared_ptr<Source> source, const at::TensorOptions& like, at::IntArrayRef sizes,
+                                            const Strides& strides, const NormPointer& norm, const For& where, const Tensor& residual) {
+  auto made = c10::make_intrusive<Deferred>(std::move(source), like, sizes, strides, norm, where, residual);
+  made->waiting_->enter(made);
+  return made;
+}
+
+Tensor Deferred::laid(const Tensor& value, const Strides& strides) {
+  if (value.strides() == at::IntArrayRef(strides)) return value;
+  const auto made = c10::make_intrusive<Deferred>(nullptr, value.options(), value.sizes(), strides, NormPointer{}, For{}, Tensor());
+  made->keep_laid(value);
+  return tensor_of(made);
+}
+
+Tensor Deferred::compute_at_once(Source& source, const Strides& strides) {
+  const Below below(c10::InferenceMode::is_enabled());
+  return laid(source.compute(Tensor(), "none", /*again=*/false).value, strides);
+}
+
+Deferred* Deferred::of(const Tensor& t) {
+  return t.defined() && t.key_set().has(kDeferredKey) ? dynamic_cast<Deferred*>(t.unsafeGetTensorImpl()) : nullptr;
+}
+
+bool Deferred::has_storage() const {
+  const_cast<Deferred*>(this)->make_real();
+  return TensorImpl::has_storage();
+}
+const c10::Storage& Deferred::storage() const {
+  const_cast<Deferred*>(this)->make_real();
+  return TensorImpl::storage();
+}
+c10::intrusive_ptr<c10::TensorImpl> Deferred::shallow_copy_and_detach(const c10::VariableVersion& version, bool change) const {
+  const_cast<Deferred*>(this)->make_real();
+  return TensorImpl::shallow_copy_and_detach(version, change);
+}
+c10::intrusive_ptr<c10::TensorImpl> Deferred::shallow_copy_and_detach(c10::VariableVersion&& version, bool change) const {
+  const_cast<Deferred*>(this)->make_real();
+  return TensorImpl::shallow_copy_and_detach(std::move(version), change);
+}
+void Deferred::shallow_copy_from(const c10::intrusive_ptr<TensorImpl>& impl) {
+  make_real();
+  TensorImpl::shallow_copy_from(impl);
+}
+void Deferred::release_resources() {
+  drop();
+  TensorImpl::release_resources();
+}
+
+bool Deferred::conflicts_with(const c10::StorageImpl* memory, bool writes) {
+  const Lock lock(mutex_);
+  if (state_ == kReal || state_ == kLaid) return false;
+  if (source_->keeps_statistic(memory)) return true;
+  if (!writes) return false;
+  if (residual_.defined() && memory_of(residual_) == memory) return true;
+  const auto reads = source_->reads();
+  return std::any_of(reads.begin(), reads.end(), [&](const Tensor& t) { return memory_of(t) == memory; });
+}
+
+Result Deferred::compute(const std::string& act) {
+  TORCH_CHECK(!residual_.defined() || residual_was_.holds(residual_), "cnnkern: what was added to a batch norm's output was changed "
+              "by other means than PyTorch's operators, or by another thread, before the sum was used");
+  const bool again = std::exchange(again_, true);
+  Result result = [&] {
+    const OnStream on(stream_);
+    const Below below(inference_);
+    return source_->compute(residual_, act, again);
+  }();
+  if (norm_) {
+    const NoHooks no_hooks;
+    norm_->fill(*source_->norm(), result.mean, result.rstd, act != "none" && !residual_.defined());
+  }
+  return result;
+}
+
+// As of now this is `value`, in its own strides.
+void Deferred::become(const Tensor& value) {
+  const Strides own(strides().begin(), strides().end());
+  Tensor laid = value;
+  if (value.strides() != at::IntArrayRef(own)) {
+    const OnStream on(stream_);
+    const Below below(inference_);
+    laid = restrided(value, own);
+  }
+  state_ = kReal;
+  forget();
+  TensorImpl::shallow_copy_from(laid.getIntrusivePtr());
+}
+
+// Its values are there: `value`, in other strides than its own. Whoever takes any strides takes those.
+void Deferred::keep_laid(const Tensor& value) {
+  if (value.strides() == strides()) return become(value);
+  forget();
+  value_ = value;
+  state_ = kLaid;
+}
+
+Tensor Deferred::as_computed(const std::string& reason) {
+  const Lock lock(mutex_);
+  if (state_ == kOpen && source_->has_any_strides()) {
+    report(reason);
+    keep_laid(compute("none").value);
+  }
+  return state_ == kLaid ? value_ : Tensor();
+}
+
+Tensor as_computed(const Tensor& t) {
+  Deferred* deferred = Deferred::of(t);
+  if (deferred == nullptr) return t;
+  const Tensor value = deferred->as_computed("a convolution follows");
+  if (value.defined()) return value;
+  deferred->make_real_for("a convolution follows");
+  return t;
+}
+
+void Deferred::forget() {
+  waiting_->leave(this);
+  source_ = nullptr;
+  residual_ = value_ = Tensor();
+  norm_ = {};
+}
+
+void Deferred::make_real() { make_real_for("its memory is read"); }
+
+void Deferred::report(const std::string& reason) {
+  if (state_ == kOpen && residual_.defined())
+    where_.site->fused(where_.mode, "add");
+  else if (state_ == kOpen)
+    where_.site->missed(where_.mode, reason);
+  else if (!fused_with_.empty())
+    where_.site->used_again(where_.mode, fused_with_);
+}
+
+void Deferred::make_real_for(const std::string& reason) {
+  if (state_ == kReal) return;
+  const Lock lock(mutex_);
+  if (state_ == kReal) return;
+  if (state_ == kLaid) return become(value_);
+  report(reason);
+  if (state_ == kSpent && norm_) norm_->used_again = true;
+  become(compute("none").value);
+}
+
+void Deferred::drop() noexcept {
+  if (state_ == kReal) return;
+  try {
+    if (state_ == kOpen) {
+      if (source_->updates_statistics() || (norm_ && norm_.use_count() > 1)) compute("none");
+      where_.site->missed(where_.mode, "its output is not used");
+    }
+  } catch (const std::exception& error) {
+    TORCH_WARN("cnnkern: a batch norm whose output was dropped did not update its statistics: ", error.what());
+  }
+  state_ = kReal;
+  forget();
+}
+
+void Deferred::take_over(const std::string& by) {
+  const Lock lock(mutex_);
+  if (state_ != kOpen) return;
+  where_.site->fused(where_.mode, fused_with_ = by);
+  state_ = kSpent;
+}
+
+bool Deferred::takes() const {
+  return state_ == kOpen && at::GradMode::is_enabled() == grad_mode_ && c10::InferenceMode::is_enabled() == inference_ &&
+         is_undisturbed() && stream_of(device()) == stream_;
+}
+
+bool Deferred::is_observed(const Tensor& self) const {
+  const bool own = norm_ && torch::autograd::impl::gradient_edge(self).function.get() == static_cast<torch::autograd::Node*>(norm_.get());
+  return is_held(self, own ? 2 : 1);
+}
+
+std::optional<Tensor> Deferred::activate(const Tensor& self, const char* act, bool in_place) {
+  const Lock lock(mutex_);
+  const bool relu = std::string_view(act) == "relu";
+  if (!takes() || (residual_.defined() && !relu) || (in_place && is_observed(self))) return std::nullopt;
+  const bool sum = residual_.defined();
+  const Result result = compute(act);
+  const Strides strides = in_place ? Strides(this->strides().begin(), this->strides().end()) : strides_of(result.value);
+  decltype(torch::autograd::Edge::function) node;
+  if (norm_ && sum) {
+    auto made = make_node<ReluOfSumNode>();
+    made->mask = torch::autograd::SavedVariable(result.mask, /*is_output=*/false);
+    made->channels_last = batch_norm_in_rows(source_->norm()->x);
+    made->strides = strides;
+    node = made;
+  } else if (norm_) {
+    auto made = make_node<ActNode>();
+    made->act = act, made->strides = strides;
+    node = made;
+  }
+  if (node) node->add_next_edge(torch::autograd::impl::gradient_edge(self));
+  fused_with_ = sum ? "add + relu" : act;
+  where_.site->fused(where_.mode, fused_with_);
+  const bool any_strides = source_->has_any_strides();
+  if (!in_place) {
+    state_ = kSpent;
+    if (any_strides) return laid(result.value, Strides(this->strides().begin(), this->strides().end()));
+    if (node) torch::autograd::set_history(result.value, node);
+    return result.value;
+  }
+  if (node && !sum) norm_->result.reset();
+  any_strides ? keep_laid(result.value) : become(result.value);
+  if (!inference_) bump_version();
+  if (node) torch::autograd::set_history(self, node);
+  return self;
+}
+
+std::optional<Tensor> Deferred::add(const Tensor& self, const Tensor& other, bool in_place) {
+  const Lock lock(mutex_);
+  if (!takes() || residual_.defined() || other.is_same(self) || !is_plain(other) || other.sizes() != sizes() ||
+      other.dtype() != dtype() || other.device() != device() || has_tangent(other) || other.is_inference() != inference_)
+    return std::nullopt;
+  if (!norm_ && grad_mode_ && other.requires_grad()) return std::nullopt;
+  if (in_place && is_observed(self)) return std::nullopt;
+  Tensor residual = other;
+  if (Deferred* second = of(other)) {
+    if (source_->has_any_strides()) residual = second->as_computed("the sum with another follows");
+    if (!residual.defined() || residual.is_same(other)) second->make_real_for("the sum with another follows"), residual = other;
+  }
+  if (!can_be_remembered(residual)) return std::nullopt;
+  decltype(make_node<SumNode>()) node{};
+  if (norm_) {
+    node = make_node<SumNode>();
+    node->set_next_edges({torch::autograd::impl::gradient_edge(self), torch::autograd::impl::gradient_edge(other)});
+  }
+  // The sum waits in its turn, for a ReLU behind it.
+  if (in_place) {
+    residual_ = residual;
+    residual_was_.remember(residual);
+    if (!inference_) bump_version();
+    if (node) {
+      norm_->result.reset();
+      torch::autograd::set_history(self, node);
+      node->result = c10::weak_intrusive_ptr<c10::TensorImpl>(self.getIntrusivePtr());
+    }
+    return self;
+  }
+  const Strides strides = elementwise_strides(sizes(), this->strides(), other.strides());
+  const auto impl = make(source_, self.options(), sizes(), strides, norm_, where_, residual);
+  const Tensor sum = tensor_of(impl);
+  state_ = kSpent;
+  again_ = true;  // the sum's computation is the first
+  if (node) {
+    torch::autograd::set_history(sum, node);
+    node->result = c10::weak_intrusive_ptr<c10::TensorImpl>(impl);
+  }
+  return sum;
+}
+
+void make_real(c10::TensorImpl* result) { static_cast<Deferred*>(result)->make_real(); }
+
+}  // namespace cnnkern

@@ -1,0 +1,294 @@
+// What operators do with deferred results, and while some wait: the kernels of their dispatch key.
+#include <ATen/RedispatchFunctions.h>
+#include <torch/library.h>
+
+#include <set>
+
+#include "autograd/composite.h"
+#include "deferred/batch_norm.h"
+#include "deferred/deferred.h"
+#include "deferred/seal.h"
+
+namespace cnnkern {
+namespace {
+
+using Keys = c10::DispatchKeySet;
+
+// A result that nothing has asked for in so many operators is not worth waiting with.
+constexpr int kPatience = 200;
+
+Keys below(Keys keys) { return keys & Keys(Keys::FULL_AFTER, kDeferredKey); }
+
+// The rest of an operator, which need not come here again: its own calls see no more than it does.
+template <typename Operator>
+decltype(auto) past(const Operator& call) {
+  c10::impl::ExcludeDispatchKeyGuard guard{Keys(kDeferredKey)};
+  return call();
+}
+
+// Prepares the tensors of one operator, which is named in the report.
+class Arguments {
+ public:
+  explicit Arguments(std::string name) : name_(std::move(name)), waiting_(Waiting::of_this_thread()->results()) {}
+
+  // Before the operator has t: a deferred result becomes real, and so do those that it would conflict with.
+  void visit(const Tensor& t, bool writes) {
+    if (!t.defined()) return;
+    if (Deferred* deferred = Deferred::of(t))
+      deferred->make_real_for(name_ + " follows");
+    else if (writes && t.key_set().has(kDeferredKey))
+      Seal::break_those_of(t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+    for (const auto& result : waiting_) {
+      if (result.get() == t.unsafeGetTensorImpl()) continue;
+      // What is no plain memory may have some inside.
+      const auto* memory = t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+      if (!is_plain(t) || result->conflicts_with(memory, writes)) result->make_real_for(name_ + " changes what it is made of");
+    }
+  }
+
+  ~Arguments() {
+    for (const auto& result : waiting_)
+      if (result->passed() > kPatience) settle(*result);
+    waiting_.clear();
+    if (Waiting::of_this_thread()->is_empty()) c10::impl::tls_set_dispatch_key_included(kDeferredKey, false);
+  }
+
+ private:
+  static void settle(Deferred& result) noexcept {
+    try {
+      result.make_real_for("nothing follows for long");
+    } catch (const std::exception&) {
+      // Whoever uses it will be told.
+    }
+  }
+
+  std::string name_;
+  std::vector<c10::intrusive_ptr<Deferred>> waiting_;
+};
+
+// Operators on images that give the same values whatever the strides of their inputs. They take what a folded convolution left
+// with channels innermost as it is; of contiguous inputs the result is contiguous, when somebody asks.
+bool takes_any_strides(const c10::OperatorHandle& op) {
+  static const std::set<std::pair<std::string, std::string>> names = {
+      {"aten::max_pool2d", ""}, {"aten::avg_pool2d", ""}, {"aten::adaptive_avg_pool2d", ""}, {"aten::cat", ""}, {"aten::mul", "Tensor"},
+      {"aten::add", "Tensor"}, {"aten::relu", ""}, {"aten::silu", ""}, {"aten::sigmoid", ""}, {"aten::hardsigmoid", ""},
+      {"aten::hardswish", ""}, {"aten::upsample_nearest2d", "vec"}, {"aten::upsample_bilinear2d", "vec"}};
+  const auto& name = op.schema().operator_name();
+  return names.count({name.name, name.overload_name}) > 0;
+}
+
+// Replaces the stack by the result where the operator takes its inputs as they were computed.
+bool compute_in_any_strides(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  if (!takes_any_strides(op) || !is_undisturbed()) return false;
+  const size_t count = op.schema().arguments().size(), first = stack->size() - count;
+  bool found = false, contiguous = true;
+  const auto look = [&](const Tensor& t) {
+    if (!t.defined()) return;
+    contiguous = contiguous && t.dim() == 4 && t.is_contiguous() && !(at::GradMode::is_enabled() && t.requires_grad()) && is_plain(t);
+    const Deferred* deferred = Deferred::of(t);
+    found = found || (deferred != nullptr && deferred->has_any_strides());
+  };
+  for (size_t i = first; i < stack->size(); ++i) {
+    const c10::IValue& value = (*stack)[i];
+    if (value.isTensor()) look(value.toTensor());
+    if (value.isTensorList())
+      for (const Tensor& t : value.toTensorVector()) look(t);
+  }
+  if (!found || !contiguous) return false;
+  const std::string reason = op.schema().name() + " follows";
+  const auto taken = [&](const Tensor& t) {
+    Deferred* deferred = Deferred::of(t);
+    const Tensor value = deferred == nullptr ? Tensor() : deferred->as_computed(reason);
+    return value.defined() ? value : t;
+  };
+  for (size_t i = first; i < stack->size(); ++i) {
+    c10::IValue& value = (*stack)[i];
+    if (value.isTensor() && value.toTensor().defined()) {
+      value = taken(value.toTensor());
+    } else if (value.isTensorList()) {
+      c10::List<Tensor> list;
+      for (const Tensor& t : value.toTensorVector()) list.push_back(taken(t));
+      value = list;
+    }
+  }
+  past([&] { op.callBoxed(stack); });
+  const Tensor result = stack->back().toTensor();
+  stack->back() = Deferred::laid(result, plain_strides(result.sizes(), /*rows=*/false));
+  return true;
+}
+
+void any_operator(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* stack) {
+  if (compute_in_any_strides(op, stack)) return;
+  {
+    const auto& schema = op.schema();
+    Arguments visited(schema.name());
+    const size_t first = stack->size() - schema.arguments().size();
+    for (size_t i = 0; i < schema.arguments().size(); ++i) {
+      const c10::IValue& value = (*stack)[first + i];
+      const auto* alias = schema.arguments()[i].alias_info();
+      const bool writes = alias != nullptr && alias->isWrite();
+      if (value.isTensor()) {
+        visited.visit(value.toTensor(), writes);
+      } else if (value.isTensorList()) {
+        for (const Tensor& t : value.toTensorVector()) visited.visit(t, writes);
+      } else if (value.isList()) {
+        for (const c10::IValue& item : value.toListRef())
+          if (item.isTensor()) visited.visit(item.toTensor(), writes);
+      }
+    }
+  }
+  past([&] { op.redispatchBoxed(below(keys), stack); });
+}
+
+template <typename Operator>
+Tensor activate(const Tensor& t, const char* act, const Operator& otherwise) {
+  if (Deferred* deferred = Deferred::of(t))
+    if (auto result = deferred->activate(t, act, /*in_place=*/false)) return *result;
+  Arguments(act).visit(t, /*writes=*/false);
+  return past(otherwise);
+}
+
+template <typename Operator>
+Tensor& activate_(Tensor& t, const char* act, const Operator& otherwise) {
+  if (Deferred* deferred = Deferred::of(t))
+    if (deferred->activate(t, act, /*in_place=*/true)) return t;
+  Arguments(act).visit(t, /*writes=*/true);
+  past(otherwise);
+  return t;
+}
+
+#define CNNKERN_ACTIVATION(name)                                                                                     \
+  Tensor name(Keys keys, const Tensor& t) {                                                                          \
+    return activate(t, #name, [&] { return at::redispatch::name(below(keys), t); });                                 \
+  }                                                                                                                  \
+  Tensor& name##_(Keys keys, Tensor& t) {                                                                            \
+    return activate_(t, #name, [&] { at::redispatch::name##_(below(keys), t); });                                    \
+  }
+CNNKERN_ACTIVATION(relu)
+CNNKERN_ACTIVATION(relu6)
+CNNKERN_ACTIVATION(sigmoid)
+CNNKERN_ACTIVATION(silu)
+CNNKERN_ACTIVATION(hardswish)
+#undef CNNKERN_ACTIVATION
+
+bool is(const at::Scalar& number, double value) { return !number.isComplex() && !number.isSymbolic() && number.toDouble() == value; }
+
+Tensor hardtanh(Keys keys, const Tensor& t, const at::Scalar& low, const at::Scalar& high) {
+  const auto otherwise = [&] { return at::redispatch::hardtanh(below(keys), t, low, high); };
+  if (is(low, 0) && is(high, 6)) return activate(t, "relu6", otherwise);
+  Arguments("hardtanh").visit(t, /*writes=*/false);
+  return past(otherwise);
+}
+Tensor& hardtanh_(Keys keys, Tensor& t, const at::Scalar& low, const at::Scalar& high) {
+  const auto otherwise = [&] { at::redispatch::hardtanh_(below(keys), t, low, high); };
+  if (is(low, 0) && is(high, 6)) return activate_(t, "relu6", otherwise);
+  Arguments("hardtanh").visit(t, /*writes=*/true);
+  past(otherwise);
+  return t;
+}
+Tensor leaky_relu(Keys keys, const Tensor& t, const at::Scalar& slope) {
+  const auto otherwise = [&] { return at::redispatch::leaky_relu(below(keys), t, slope); };
+  if (is(slope, 0.01)) return activate(t, "leaky_relu", otherwise);
+  Arguments("leaky_relu").visit(t, /*writes=*/false);
+  return past(otherwise);
+}
+Tensor& leaky_relu_(Keys keys, Tensor& t, const at::Scalar& slope) {
+  const auto otherwise = [&] { at::redispatch::leaky_relu_(below(keys), t, slope); };
+  if (is(slope, 0.01)) return activate_(t, "leaky_relu", otherwise);
+  Arguments("leaky_relu").visit(t, /*writes=*/true);
+  past(otherwise);
+  return t;
+}
+
+Tensor add(Keys keys, const Tensor& a, const Tensor& b, const at::Scalar& alpha) {
+  if (is(alpha, 1)) {
+    for (const auto& [norm, residual] : {std::pair(a, b), std::pair(b, a)})
+      if (Deferred* deferred = Deferred::of(norm))
+        if (auto sum = deferred->add(norm, residual, /*in_place=*/false)) return *sum;
+  }
+  Arguments visited("add");
+  visited.visit(a, /*writes=*/false), visited.visit(b, /*writes=*/false);
+  return past([&] { return at::redispatch::add(below(keys), a, b, alpha); });
+}
+Tensor& add_(Keys keys, Tensor& a, const Tensor& b, const at::Scalar& alpha) {
+  if (is(alpha, 1))
+    if (Deferred* deferred = Deferred::of(a))
+      if (deferred->add(a, b, /*in_place=*/true)) return a;
+  Arguments visited("add");
+  visited.visit(a, /*writes=*/true), visited.visit(b, /*writes=*/false);
+  past([&] { at::redispatch::add_(below(keys), a, b, alpha); });
+  return a;
+}
+
+}  // namespace
+
+Tensor defer_batch_norm(const std::shared_ptr<Site>& site, const Tensor& given, const OptionalTensor& running_mean,
+                        const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
+                        bool training, double momentum, double eps, const std::string& act) {
+  const Tensor &mean = tensor_or_undefined(running_mean), &var = tensor_or_undefined(running_var);
+  const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
+  // What a folded convolution left with channels innermost is taken as it is.
+  const bool infers = !training && !(at::GradMode::is_enabled() && (requires_grad(w) || requires_grad(b)));
+  Tensor x = given;
+  if (Deferred* deferred = Deferred::of(given); deferred != nullptr && infers && deferred->has_any_strides()) {
+    const Tensor value = deferred->as_computed("another batch norm follows");
+    if (value.defined()) x = value;
+  }
+  {
+    Arguments visited("another batch norm");
+    for (const Tensor* t : {static_cast<const Tensor*>(&x), &w, &b}) visited.visit(*t, /*writes=*/false);
+    for (const Tensor* t : {&mean, &var}) visited.visit(*t, training);
+  }
+  const bool grad_mode = at::GradMode::is_enabled();
+  const int mode = 2 * training + grad_mode;
+  const bool any_strides = !x.is_same(given);
+  const Strides strides = plain_strides(x.sizes(), batch_norm_in_rows(given));
+  const auto norm = std::make_shared<BatchNorm>(x, w, b, mean, var, training, momentum, eps, any_strides);
+  const bool seen = site->defers(mode), disturbed = !is_undisturbed();
+  if (!seen || disturbed || !norm->can_wait()) {
+    if (seen) site->at_once(disturbed ? "hooks on saved tensors, a mode or a transform see every operator" : "its arguments are unusual");
+    static const auto op = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("cnnkern::bn_act", "")
+                               .typed<std::tuple<Tensor, Tensor, Tensor>(
+                                   const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                   const OptionalTensor&, bool, double, double, c10::string_view)>();
+    const Tensor y = std::get<0>(op.call(x, weight, bias, running_mean, running_var, training, momentum, eps, act));
+    return any_strides ? Deferred::laid(y, strides) : y;
+  }
+  NormPointer node{};
+  if (grad_mode && (requires_grad(x) || requires_grad(w) || requires_grad(b))) {
+    node = make_node<NormNode>();
+    node->set_next_edges(torch::autograd::collect_next_edges(x, w, b));
+  }
+  const auto impl = Deferred::make(norm, x.options(), x.sizes(), strides, node, {site, mode});
+  const Tensor y = tensor_of(impl);
+  if (node) {
+    node->result = c10::weak_intrusive_ptr<c10::TensorImpl>(impl);
+    torch::autograd::set_history(y, node);
+    if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
+  }
+  return y;
+}
+
+}  // namespace cnnkern
+
+TORCH_LIBRARY_IMPL(_, DeferredInit, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&cnnkern::any_operator>()); }
+
+TORCH_LIBRARY_IMPL(aten, DeferredInit, m) {
+  m.impl("relu", &cnnkern::relu);
+  m.impl("relu_", &cnnkern::relu_);
+  m.impl("relu6", &cnnkern::relu6);
+  m.impl("relu6_", &cnnkern::relu6_);
+  m.impl("hardtanh", &cnnkern::hardtanh);
+  m.impl("hardtanh_", &cnnkern::hardtanh_);
+  m.impl("leaky_relu", &cnnkern::leaky_relu);
+  m.impl("leaky_relu_", &cnnkern::leaky_relu_);
+  m.impl("sigmoid", &cnnkern::sigmoid);
+  m.impl("sigmoid_", &cnnkern::sigmoid_);
+  m.impl("silu", &cnnkern::silu);
+  m.impl("silu_", &cnnkern::silu_);
+  m.impl("hardswish", &cnnkern::hardswish);
+  m.impl("hardswish_", &cnnkern::hardswish_);
+  m.impl("add.Tensor", &cnnkern::add);
+  m.impl("add_.Tensor", &cnnkern::add_);
+}

@@ -1,0 +1,193 @@
+#include "deferred/folded_conv.h"
+
+#include <ATen/Context.h>
+#include <ATen/Functions.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <Python.h>
+
+#include <algorithm>
+
+#include "autograd/activation.h"
+#include "check.h"
+#include "deferred/deferred.h"
+
+namespace cnnkern {
+
+namespace {
+
+using Scalars = c10::List<std::optional<at::Scalar>>;
+using Name = std::optional<c10::string_view>;
+using Pointwise = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
+                         int64_t, c10::string_view, Scalars, Name);
+using Binary = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, at::IntArrayRef, at::IntArrayRef,
+                      at::IntArrayRef, int64_t, c10::string_view, std::optional<at::Scalar>, Name, Scalars, Name);
+using Grouped = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef, int64_t);
+
+template <typename Signature>
+auto operator_of(const char* name, const char* overload = "") {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
+}
+
+// An activation of ours as oneDNN has it.
+std::pair<const char*, std::vector<double>> post_operator(const std::string& act) {
+  if (act == "relu6") return {"hardtanh", {0, 6}};
+  if (act == "leaky_relu") return {"leaky_relu", {0.01}};
+  if (act == "silu") return {"swish", {}};
+  return {act == "relu" ? "relu" : act == "sigmoid" ? "sigmoid" : act == "hardswish" ? "hardswish" : "none", {}};
+}
+
+class Convolved final : public Source {
+ public:
+  Convolved(std::shared_ptr<FoldedConv> conv, const Tensor& x, at::ScalarType dtype) : conv_(std::move(conv)), x_(x), dtype_(dtype) {
+    x_was_.remember(x);
+  }
+  Result compute(const Tensor& residual, const std::string& act, bool) override {
+    TORCH_CHECK(x_was_.holds(x_), "cnnkern: the input of a folded convolution was changed by other means than PyTorch's operators, "
+                "or by another thread, before its output was used");
+    return {conv_->run(x_, residual, act, dtype_), {}, {}, {}};
+  }
+  std::vector<Tensor> reads() const override { return {x_}; }
+  bool has_any_strides() const override { return true; }
+  const std::shared_ptr<FoldedConv>& conv() const { return conv_; }
+  const Tensor& x() const { return x_; }
+  at::ScalarType dtype() const { return dtype_; }
+
+ private:
+  std::shared_ptr<FoldedConv> conv_;
+  Tensor x_;
+  Remembered x_was_;
+  at::ScalarType dtype_;
+};
+
+const Convolved* waiting_convolution(const Tensor& t) {
+  const Deferred* deferred = Deferred::of(t);
+  return deferred == nullptr ? nullptr : dynamic_cast<const Convolved*>(deferred->waiting_source());
+}
+
+}  // namespace
+
+FoldedConv::FoldedConv(const Tensor& weight, const OptionalTensor& bias, Settings settings, Pack pack, const std::vector<Tensor>& sources)
+    : weight_(weight), bias_(tensor_or_undefined(bias)), settings_(std::move(settings)), pack_(std::move(pack)), seal_(sources) {}
+
+at::ScalarType FoldedConv::computed_in(const Tensor& t) const {
+  const auto device = t.device().type();
+  const bool casts = at::autocast::is_autocast_enabled(device) && t.is_floating_point() && t.scalar_type() != at::kDouble;
+  return casts ? at::autocast::get_autocast_dtype(device) : t.scalar_type();
+}
+
+std::vector<int64_t> FoldedConv::output_sizes(const Tensor& x) const {
+  const auto& [stride, padding, dilation, groups, pad, pad_mode, own_from_pixels, dtypes] = settings_;
+  std::vector<int64_t> sizes = {x.size(0), weight_.size(0)};
+  for (size_t d = 0; d < stride.size(); ++d) {
+    const size_t last = 2 * (stride.size() - 1 - d);
+    const int64_t around = pad.empty() ? 0 : pad[last] + pad[last + 1];
+    sizes.push_back((x.size(d + 2) + around + 2 * padding[d] - dilation[d] * (weight_.size(d + 2) - 1) - 1) / stride[d] + 1);
+    if (x.size(d + 2) + around + 2 * padding[d] < dilation[d] * (weight_.size(d + 2) - 1) + 1) sizes.back() = 0;
+  }
+  return sizes;
+}
+
+bool FoldedConv::takes(const Tensor& x) const {
+  if (!is_plain(x) || !is_plain(weight_) || x.device() != weight_.device() || x.dim() != weight_.dim() || x.numel() == 0) return false;
+  if (!x.is_floating_point() || x.size(1) != weight_.size(1) * settings_.groups || !can_be_remembered(x)) return false;
+  return computed_in(x) == computed_in(weight_);
+}
+
+// Whether oneDNN's fused operators compute it.
+bool FoldedConv::is_librarys(const Tensor& x, at::ScalarType dtype) const {
+  return x.is_cpu() && x.dim() >= 4 && at::globalContext().userEnabledMkldnn() &&
+         std::find(settings_.dtypes.begin(), settings_.dtypes.end(), dtype) != settings_.dtypes.end();
+}
+
+std::optional<Tensor> FoldedConv::call(const std::shared_ptr<Site>& site, const Tensor& input) {
+  const Tensor x = as_computed(input);
+  if (!takes(x)) return std::nullopt;
+  const auto sizes = output_sizes(x);
+  if (*std::min_element(sizes.begin(), sizes.end()) <= 0) return std::nullopt;
+  const bool rows = (!input.is_contiguous() && is_rows(input)) || (!weight_.is_contiguous() && is_rows(weight_));
+  return defer(site, x, sizes, rows, computed_in(x));
+}
+
+Tensor FoldedConv::take_over(const std::shared_ptr<Site>& site, const Tensor& waiting) {
+  const Convolved* before = waiting_convolution(waiting);
+  TORCH_CHECK(before != nullptr, "cnnkern: FoldedConv.take_over needs the result of a convolution that waits");
+  const Tensor x = before->x();
+  const auto dtype = before->dtype();
+  const bool rows = !waiting.is_contiguous();
+  Deferred::of(waiting)->take_over("BatchNorm");
+  return defer(site, x, waiting.sizes().vec(), rows, dtype);
+}
+
+Tensor FoldedConv::defer(const std::shared_ptr<Site>& site, const Tensor& x, const std::vector<int64_t>& sizes, bool rows,
+                         at::ScalarType dtype) {
+  const Strides strides = plain_strides(sizes, rows);
+  const auto source = std::make_shared<Convolved>(shared_from_this(), x, dtype);
+  if (!site->defers(0) || !is_undisturbed()) return Deferred::compute_at_once(*source, strides);
+  return tensor_of(Deferred::make(source, x.options().dtype(dtype), sizes, strides, {}, {site, 0}));
+}
+
+Tensor FoldedConv::run(const Tensor& x, const Tensor& residual, const std::string& act, at::ScalarType dtype) {
+  const Tensor padded = (settings_.pad.empty() ? x : at::pad(x, settings_.pad, settings_.pad_mode)).to(dtype);
+  if (!is_librarys(padded, dtype)) return by_parts(padded, residual, act);
+  const int64_t from = settings_.own_from_pixels;
+  const bool own = from >= 0 && dtype == at::kFloat && padded.size(-1) * padded.size(-2) >= from;
+  return own ? by_own(padded, residual, act) : by_library(padded, residual, act);
+}
+
+// By PyTorch's convolution with the folded weights, and what follows it.
+Tensor FoldedConv::by_parts(const Tensor& x, const Tensor& residual, const std::string& act) {
+  const auto& [stride, padding, dilation, groups, pad, pad_mode, own_from_pixels, dtypes] = settings_;
+  const OptionalTensor bias = bias_.defined() ? OptionalTensor(bias_.to(x.scalar_type())) : std::nullopt;
+  const std::vector<int64_t> none(stride.size(), 0);
+  Tensor y = at::convolution(x, weight_.to(x.scalar_type()), bias, stride, padding, dilation, /*transposed=*/false, none, groups);
+  if (residual.defined()) y.add_(residual);
+  return act == "relu" ? y.relu_() : activation_by_pytorch(y, act);
+}
+
+Tensor FoldedConv::by_library(const Tensor& x, const Tensor& residual, const std::string& act) {
+  static const auto pointwise = operator_of<Pointwise>("mkldnn::_convolution_pointwise");
+  static const auto binary = operator_of<Binary>("mkldnn::_convolution_pointwise", "binary");
+  const auto& [stride, padding, dilation, groups, pad, pad_mode, own_from_pixels, dtypes] = settings_;
+  const OptionalTensor bias = bias_.defined() ? OptionalTensor(bias_.to(x.scalar_type())) : std::nullopt;
+  const Tensor weight = packed(x);
+  if (residual.defined()) {
+    const Name relu = act == "relu" ? Name("relu") : std::nullopt;
+    return binary.call(x, residual, weight, bias, padding, stride, dilation, groups, "add", std::nullopt, relu, Scalars(), "");
+  }
+  const auto [name, numbers] = post_operator(act);
+  Scalars scalars;
+  for (const double number : numbers) scalars.push_back(at::Scalar(number));
+  return pointwise.call(x, weight, bias, padding, stride, dilation, groups, name, scalars, "");
+}
+
+// By our grouped convolution, and what follows it.
+Tensor FoldedConv::by_own(const Tensor& x, const Tensor& residual, const std::string& act) {
+  static const auto grouped = operator_of<Grouped>("cnnkern::grouped_conv2d");
+  const auto& [stride, padding, dilation, groups, pad, pad_mode, own_from_pixels, dtypes] = settings_;
+  Tensor y = grouped.call(x.contiguous(at::MemoryFormat::ChannelsLast), weight_.to(x.scalar_type()), optional_of(bias_), stride, padding,
+                          dilation, groups);
+  if (residual.defined()) y.add_(residual);
+  return act == "relu" ? y.relu_() : activation_by_pytorch(y, act);
+}
+
+Tensor FoldedConv::packed(const Tensor& x) {
+  const auto key = std::pair(x.scalar_type(), x.sizes().vec());
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = packed_.find(key);
+    if (found != packed_.end()) return found->second;
+  }
+  const Tensor made = pack_(key.second, key.first);
+  constexpr size_t kShapes = 8;  // of inputs, for which a convolution keeps packed weights
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (packed_.size() >= kShapes) packed_.erase(packed_.begin());
+  return packed_.emplace(key, made).first->second;
+}
+
+std::shared_ptr<FoldedConv> convolution_of(const Tensor& t) {
+  const Convolved* source = waiting_convolution(t);
+  return source == nullptr ? nullptr : source->conv();
+}
+
+}  // namespace cnnkern

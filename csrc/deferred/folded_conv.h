@@ -1,0 +1,70 @@
+// The convolution of a folded model: batch norm in its weights, residual and activation in its kernel. Its result is deferred as a
+// batch norm's is, for the batch norm, the addition and the activation behind it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "deferred/seal.h"
+#include "deferred/site.h"
+
+namespace cnnkern {
+
+class FoldedConv : public std::enable_shared_from_this<FoldedConv> {
+ public:
+  struct Settings {
+    std::vector<int64_t> stride, padding, dilation;
+    int64_t groups;
+    std::vector<int64_t> pad;  // what is padded before, as at::pad has it; may be empty
+    std::string pad_mode;
+    // From how many pixels of an image on our grouped convolution computes it; below 0 oneDNN's always does.
+    int64_t own_from_pixels;
+    std::vector<at::ScalarType> dtypes;  // that oneDNN has kernels for
+  };
+  // The weight in oneDNN's order for an input of these sizes and dtype.
+  using Pack = std::function<at::Tensor(const std::vector<int64_t>&, at::ScalarType)>;
+
+  // Computes with weight and bias, which were made of `sources`, parameters and statistics of modules.
+  FoldedConv(const at::Tensor& weight, const std::optional<at::Tensor>& bias, Settings settings, Pack pack,
+             const std::vector<at::Tensor>& sources);
+
+  // Whether it is still what these sources give.
+  bool holds(const std::vector<at::Tensor>& sources) const { return seal_.holds(sources); }
+  // The convolution of the input; nothing where PyTorch's has to compute it.
+  std::optional<at::Tensor> call(const std::shared_ptr<Site>& site, const at::Tensor& input);
+  // The same in place of another one, whose result `waiting` is.
+  at::Tensor take_over(const std::shared_ptr<Site>& site, const at::Tensor& waiting);
+
+  at::Tensor run(const at::Tensor& x, const at::Tensor& residual, const std::string& act, at::ScalarType dtype);
+
+ private:
+  bool takes(const at::Tensor& x) const;
+  at::ScalarType computed_in(const at::Tensor& t) const;
+  std::vector<int64_t> output_sizes(const at::Tensor& x) const;
+  at::Tensor defer(const std::shared_ptr<Site>& site, const at::Tensor& x, const std::vector<int64_t>& sizes, bool rows,
+                   at::ScalarType dtype);
+  bool is_librarys(const at::Tensor& x, at::ScalarType dtype) const;
+  at::Tensor by_parts(const at::Tensor& x, const at::Tensor& residual, const std::string& act);
+  at::Tensor by_library(const at::Tensor& x, const at::Tensor& residual, const std::string& act);
+  at::Tensor by_own(const at::Tensor& x, const at::Tensor& residual, const std::string& act);
+  at::Tensor packed(const at::Tensor& x);
+
+  at::Tensor weight_, bias_;
+  Settings settings_;
+  Pack pack_;
+  Seal seal_;
+  std::mutex mutex_;
+  std::map<std::pair<at::ScalarType, std::vector<int64_t>>, at::Tensor> packed_;
+};
+
+// The convolution whose result this is, where it waits.
+std::shared_ptr<FoldedConv> convolution_of(const at::Tensor& t);
+
+}  // namespace cnnkern

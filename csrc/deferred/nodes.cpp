@@ -1,0 +1,146 @@
+#include "deferred/nodes.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <Python.h>
+#include <torch/csrc/autograd/graph_task.h>
+
+#include "autograd/composite.h"
+
+namespace cnnkern {
+
+using torch::autograd::Node;
+using torch::autograd::variable_list;
+
+namespace {
+
+using NormBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                        const Tensor&, const Tensor&, bool, c10::string_view, std::array<bool, 3>);
+using AddBackward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
+                                                               const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
+                                                               bool, bool, c10::string_view, std::array<bool, 4>);
+
+const auto& norm_backward() {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::bn_act_backward", "").typed<NormBackward>();
+  return op;
+}
+const auto& add_backward() {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::bn_add_act_backward", "").typed<AddBackward>();
+  return op;
+}
+
+}  // namespace
+
+Lock::Lock(std::recursive_mutex& mutex) : lock_(mutex, std::try_to_lock) {
+  if (lock_.owns_lock()) return;
+  if (Py_IsInitialized() && PyGILState_Check()) {
+    PyThreadState* state = PyEval_SaveThread();
+    lock_.lock();
+    PyEval_RestoreThread(state);
+  } else {
+    lock_.lock();
+  }
+}
+
+bool has_hooks(Node& node) {
+  return !(node.tensor_pre_hooks().empty() && node.retains_grad_hooks().empty() && node.pre_hooks().empty() &&
+           node.post_hooks().empty());
+}
+
+void NormNode::release_variables() {
+  Lock lock(mutex);
+  for (auto& variable : saved_) variable.reset_data();
+  known = {};
+}
+
+void NormNode::fill(const NormArguments& norm, const Tensor& mean, const Tensor& rstd, bool reads_bias) {
+  Lock lock(mutex);
+  if (filled_) return;
+  for (const Tensor& t : {norm.x, norm.weight, reads_bias ? norm.bias : Tensor(), mean, rstd})
+    saved_.emplace_back(t, /*is_output=*/false);
+  training_ = norm.training;
+  filled_ = true;
+}
+
+variable_list NormNode::unpack() {
+  Lock lock(mutex);
+  variable_list found;
+  for (const auto& variable : saved_) found.push_back(variable.unpack());
+  return found;
+}
+
+bool NormNode::unobserved(size_t uses) const {
+  if (used_again || has_hooks(const_cast<NormNode&>(*this))) return false;
+  const auto* info = torch::autograd::get_current_graph_task_exec_info();
+  if (info != nullptr) {
+    const auto found = info->find(const_cast<NormNode*>(this));
+    if (found != info->end() && found->second.captures_ && !found->second.captures_->empty()) return false;
+  }
+  return uses <= (result.expired() ? 1u : 3u);  // the node in front; the result, twice
+}
+
+variable_list NormNode::apply(variable_list&& grads) {
+  Lock lock(mutex);
+  if (!filled_) {
+    const auto tensor = result.lock();
+    TORCH_CHECK(tensor, "cnnkern: the gradient of a batch norm that was not computed");
+    make_real(tensor.get());
+  }
+  const Known before = std::exchange(known, {});
+  const Tensor& dy = grads[0];
+  if (!dy.defined()) return variable_list(3);
+  const bool same = before.dy.defined() && before.dy.is_same(dy);
+  if (same && before.gradients) return *before.gradients;
+  TORCH_CHECK(same || before.act.empty(), "cnnkern: a gradient was replaced on its way from an activation to the batch norm "
+              "before it, which computes both in one; please report this");
+  const c10::string_view act = before.act.empty() ? "none" : c10::string_view(before.act);
+  const auto saved = unpack();
+  std::array<bool, 3> needs;
+  for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
+  auto [dx, dweight, dbias] = norm_backward().call(dy, saved[0], optional_of(saved[1]), optional_of(saved[2]), saved[3].contiguous(),
+                                                   saved[4].contiguous(), training_, act, needs);
+  if (needs[0]) dx = in_strides_of_batch_norm_gradient(dx, saved[0], dy, before.strides, act);
+  return {needs[0] ? dx : Tensor(), needs[1] ? dweight : Tensor(), needs[2] ? dbias : Tensor()};
+}
+
+variable_list ActNode::apply(variable_list&& grads) {
+  const Tensor& dz = grads[0];
+  if (!dz.defined()) return {Tensor()};
+  auto& norm = static_cast<NormNode&>(*next_edge(0).function);
+  Lock lock(norm.mutex);
+  if (norm.unobserved(next_edge(0).function.use_count())) {
+    norm.known = {dz, act, strides, std::nullopt};
+    return {dz};
+  }
+  // The gradient of the batch norm's result, of which the graph has no value.
+  const auto saved = norm.unpack();
+  const bool create_graph = at::GradMode::is_enabled();
+  at::AutoGradMode enable(true);
+  Tensor y = bn_act_composite(saved[0], saved[1], saved[2], saved[3], saved[4], norm.training(), "none");
+  if (!create_graph) y = y.detach();
+  if (!y.requires_grad()) y.requires_grad_();
+  return torch::autograd::grad({activation_by_pytorch(y, act)}, {y}, {dz}, /*retain_graph=*/create_graph, create_graph);
+}
+
+variable_list SumNode::apply(variable_list&& grads) {
+  if (const auto tensor = result.lock()) make_real(tensor.get());
+  return {grads[0], grads[0]};
+}
+
+variable_list ReluOfSumNode::apply(variable_list&& grads) {
+  const Tensor& dz = grads[0];
+  if (!dz.defined()) return {Tensor()};
+  auto& norm = static_cast<NormNode&>(*next_edge(0).function->next_edge(0).function);
+  Lock lock(norm.mutex);
+  const auto saved = norm.unpack();
+  const std::array<bool, 4> needs = {norm.next_edge(0).is_valid(), true, norm.next_edge(1).is_valid(), norm.next_edge(2).is_valid()};
+  auto [dx, dresidual, dweight, dbias] =
+      add_backward().call(dz, saved[0], optional_of(saved[1]), std::nullopt, saved[3].contiguous(), saved[4].contiguous(),
+                          mask.unpack(), channels_last, norm.training(), "relu", needs);
+  if (needs[0]) dx = in_strides_of_batch_norm_gradient(dx, saved[0], dz, strides, "relu");
+  dresidual = restrided(dresidual, strides_of_gradient(dz, strides, "relu"));
+  norm.known = {dresidual, "", strides,
+                variable_list{needs[0] ? dx : Tensor(), needs[2] ? dweight : Tensor(), needs[3] ? dbias : Tensor()}};
+  return {dresidual};
+}
+
+}  // namespace cnnkern

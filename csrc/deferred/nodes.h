@@ -1,0 +1,98 @@
+// Deferred results in the autograd graph: the batch norm has its node when it is called, before it is computed.
+//
+// An activation that is computed with it is a node of its own in front, because the batch norm's result may have hooks or other
+// users, as in PyTorch. Going backward that node hands its gradient on as it is, and the batch norm's node computes both
+// derivatives in one; or, where somebody could see the gradient in between, each computes its own.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable.h>
+
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "autograd/node.h"
+#include "memory_layout.h"
+
+namespace cnnkern {
+
+// A lock that a thread may wait for while it holds Python's: the owner may run a kernel that is written in Python.
+class Lock {
+ public:
+  explicit Lock(std::recursive_mutex& mutex);
+
+ private:
+  std::unique_lock<std::recursive_mutex> lock_;
+};
+
+// A batch norm's arguments, as autograd saves them.
+struct NormArguments {
+  at::Tensor x, weight, bias;
+  bool training;
+};
+
+// Makes the result, an object of Deferred, whose node is asked for a gradient.
+void make_real(c10::TensorImpl* result);
+
+class NormNode final : public torch::autograd::Node {
+ public:
+  std::string name() const override { return "BatchNorm"; }
+  void release_variables() override;
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
+
+  // What the gradient needs, once it is computed. `reads_bias`: an activation was computed with it.
+  void fill(const NormArguments& norm, const at::Tensor& mean, const at::Tensor& rstd, bool reads_bias);
+  torch::autograd::variable_list unpack();  // x, weight, bias, mean, rstd
+  bool training() const { return training_; }
+  // Whether nobody but the node in front gives this one a gradient, or sees it. `uses`: the references to this node.
+  bool unobserved(size_t uses) const;
+
+  // What the node in front tells: a gradient that has yet to pass its activation, or all that is asked for.
+  struct Known {
+    at::Tensor dy;
+    std::string act;
+    Strides strides;  // of the activation's result
+    std::optional<torch::autograd::variable_list> gradients;
+  } known;
+  std::recursive_mutex mutex;
+  c10::weak_intrusive_ptr<c10::TensorImpl> result{c10::intrusive_ptr<c10::TensorImpl>()};  // while its node is this
+  bool used_again = false;  // the plain result too, beside the one that was fused
+
+ private:
+  std::vector<torch::autograd::SavedVariable> saved_;
+  bool training_ = false, filled_ = false;
+};
+
+using NormPointer = decltype(make_node<NormNode>());
+
+// act(batch norm), whose node is the next one.
+struct ActNode final : torch::autograd::Node {
+  std::string act;
+  Strides strides;  // of the result
+  std::string name() const override { return "BatchNormAct"; }
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
+};
+
+// batch norm + residual: both have the gradient of the sum.
+struct SumNode final : torch::autograd::Node {
+  c10::weak_intrusive_ptr<c10::TensorImpl> result{c10::intrusive_ptr<c10::TensorImpl>()};
+  std::string name() const override { return "BatchNormAdd"; }
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
+};
+
+// relu(batch norm + residual), whose node is the next one: computes the gradients of all three.
+struct ReluOfSumNode final : torch::autograd::Node {
+  torch::autograd::SavedVariable mask;
+  bool channels_last = false;  // the order of the mask
+  Strides strides;             // of the result
+  std::string name() const override { return "BatchNormAddReLU"; }
+  void release_variables() override { mask.reset_data(); }
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
+};
+
+bool has_hooks(torch::autograd::Node& node);
+
+}  // namespace cnnkern

@@ -1,0 +1,77 @@
+#include "deferred/seal.h"
+
+#include <algorithm>
+#include <mutex>
+
+#include "check.h"
+#include "deferred/deferred.h"
+
+namespace cnnkern {
+
+struct Sealed {
+  std::vector<Tensor> tensors;
+  std::vector<const c10::StorageImpl*> memory;
+  bool broken = false;
+};
+
+namespace {
+
+std::mutex mutex;
+std::vector<Sealed*> all;
+
+// The keys of any tensor, which its class keeps to its heirs.
+struct Keys : c10::TensorImpl {
+  static c10::DispatchKeySet& of(const Tensor& t) { return t.unsafeGetTensorImpl()->*(&Keys::key_set_); }
+};
+
+// Whether a storage object of Python's is held by nobody but the storage. PyTorch counts that since 2.10 or so.
+template <typename Slot>
+bool is_kept_by_cpp_alone(const Slot* slot) {
+  if constexpr (requires { slot->has_unique_reference(); }) return slot->has_unique_reference();
+  return false;
+}
+
+// Whether nobody can write to t's memory but through t: no other tensor has it, no object of Python's, no array of NumPy's.
+bool has_no_alias(const Tensor& t) {
+  const auto& storage = t.storage();
+  const auto uses = storage.use_count();
+  return storage.resizable() &&
+         (uses == 1 || (uses == 2 && is_kept_by_cpp_alone(storage.unsafeGetStorageImpl()->pyobj_slot())));
+}
+
+}  // namespace
+
+Seal::Seal(const std::vector<Tensor>& tensors) : sealed_(std::make_unique<Sealed>()) {
+  std::lock_guard<std::mutex> lock(mutex);
+  for (const Tensor& t : tensors) {
+    sealed_->broken = sealed_->broken || !is_plain(t) || !has_no_alias(t);
+    sealed_->tensors.push_back(t);
+    sealed_->memory.push_back(t.storage().unsafeGetStorageImpl());
+    if (!t.key_set().has(kDeferredKey)) Keys::of(t) = Keys::of(t).add(kDeferredKey);
+  }
+  all.push_back(sealed_.get());
+}
+
+Seal::~Seal() {
+  std::lock_guard<std::mutex> lock(mutex);
+  std::erase(all, sealed_.get());
+}
+
+bool Seal::holds(const std::vector<Tensor>& tensors) const {
+  if (sealed_->broken || tensors.size() != sealed_->tensors.size()) return false;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const auto& storage = tensors[i].unsafeGetTensorImpl()->unsafe_storage();
+    if (!tensors[i].is_same(sealed_->tensors[i]) || storage.unsafeGetStorageImpl() != sealed_->memory[i] || !storage.resizable() ||
+        !tensors[i].key_set().has(kDeferredKey))
+      return false;
+  }
+  return true;
+}
+
+void Seal::break_those_of(const c10::StorageImpl* memory) {
+  std::lock_guard<std::mutex> lock(mutex);
+  for (Sealed* seal : all)
+    if (std::find(seal->memory.begin(), seal->memory.end(), memory) != seal->memory.end()) seal->broken = true;
+}
+
+}  // namespace cnnkern

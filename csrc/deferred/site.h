@@ -1,0 +1,56 @@
+// What became of the results of one batch norm module: for the report, and to know where deferring is of use.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <mutex>
+#include <string>
+
+namespace cnnkern {
+
+class Site {
+ public:
+  // Deferring costs a little, so it ends where most results were not fused. `mode`: whether it trained, and whether gradients
+  // were recorded.
+  bool defers(int mode) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return modes_[mode].missed <= modes_[mode].fused;
+  }
+  void fused(int mode, const std::string& with) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++modes_[mode].fused, ++fused_[with];
+  }
+  void missed(int mode, const std::string& why) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++modes_[mode].missed, ++alone_[why];
+  }
+  // A result that was fused with what used it first is used once more.
+  void used_again(int mode, const std::string& with) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    --modes_[mode].fused, --fused_[with];
+    ++modes_[mode].missed, ++alone_["its output is used again"];
+  }
+  void at_once(const std::string& why) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++alone_[why];
+  }
+  std::map<std::string, int64_t> fusions() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return fused_;
+  }
+  std::map<std::string, int64_t> alone() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return alone_;
+  }
+
+ private:
+  struct Mode {
+    int64_t fused = 0, missed = 0;
+  };
+  std::mutex mutex_;
+  std::array<Mode, 4> modes_;
+  std::map<std::string, int64_t> fused_, alone_;
+};
+
+}  // namespace cnnkern

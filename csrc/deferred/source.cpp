@@ -1,0 +1,117 @@
+#include "deferred/source.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include "autograd/composite.h"
+
+namespace cnnkern {
+
+namespace {
+
+using Norm = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                                const OptionalTensor&, bool, double, double, c10::string_view);
+using NormAdd = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                           const OptionalTensor&, const OptionalTensor&, bool, double, double,
+                                                           c10::string_view);
+
+const auto& norm_op() {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::bn_act", "").typed<Norm>();
+  return op;
+}
+const auto& norm_add_op() {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::bn_add_act", "").typed<NormAdd>();
+  return op;
+}
+
+const c10::StorageImpl* memory_of(const Tensor& t) { return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(); }
+
+}  // namespace
+
+bool is_plain(const Tensor& t) {
+  static const auto strange =
+      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::Conjugate,
+                           c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor, c10::DispatchKey::Functionalize,
+                           c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched,
+                           c10::DispatchKey::BatchedNestedTensor, c10::DispatchKey::NestedTensor});
+  return (t.is_cpu() || t.is_cuda()) && t.layout() == at::kStrided && !t.is_quantized() && !t.key_set().has_any(strange) &&
+         has_numbers(t);
+}
+
+void Remembered::remember(const Tensor& t) {
+  memory_ = memory_of(t);
+  version_ = t.is_inference() ? 0 : t._version();
+}
+
+bool Remembered::holds(const Tensor& t) const {
+  return memory_of(t) == memory_ && t.storage().resizable() && (t.is_inference() || t._version() == version_);
+}
+
+bool can_be_remembered(const Tensor& t) { return t.has_storage() && t.storage().resizable(); }
+
+BatchNorm::BatchNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean, const Tensor& running_var,
+                     bool training, double momentum, double eps, bool any_strides)
+    : arguments_{x, weight, bias, training}, running_mean_(running_mean), running_var_(running_var), momentum_(momentum), eps_(eps),
+      any_strides_(any_strides) {}
+
+bool BatchNorm::can_wait() const {
+  const Tensor& x = arguments_.x;
+  if (!is_plain(x) || x.dim() < 2 || x.dim() > 5 || x.numel() == 0 || !x.is_floating_point()) return false;
+  if (!x.is_contiguous() && !is_rows(x)) return false;
+  if (arguments_.training ? x.numel() == x.size(1) : !running_mean_.defined()) return false;
+  if (!(eps_ >= 0) || running_mean_.defined() != running_var_.defined()) return false;
+  for (const Tensor* t : tensors()) {
+    if (!t->defined()) continue;
+    if (has_tangent(*t) || !can_be_remembered(*t)) return false;
+    if (t == &x) continue;
+    const bool mixed = t->scalar_type() == at::kFloat && x.element_size() == 2;
+    if (!is_plain(*t) || t->device() != x.device() || t->dim() != 1 || t->size(0) != x.size(1) ||
+        !(t->scalar_type() == x.scalar_type() || mixed))
+      return false;
+  }
+  if (requires_grad(running_mean_) || requires_grad(running_var_)) return false;
+  // Remembered here, once nothing stands against it.
+  auto& remembered = const_cast<BatchNorm*>(this)->remembered_;
+  for (size_t i = 0; i < remembered.size(); ++i)
+    if (tensors()[i]->defined()) remembered[i].remember(*tensors()[i]);
+  return true;
+}
+
+std::vector<Tensor> BatchNorm::reads() const {
+  std::vector<Tensor> found;
+  for (const Tensor* t : tensors())
+    if (t->defined()) found.push_back(*t);
+  return found;
+}
+
+bool BatchNorm::keeps_statistic(const c10::StorageImpl* memory) const {
+  return (running_mean_.defined() && memory_of(running_mean_) == memory) || (running_var_.defined() && memory_of(running_var_) == memory);
+}
+
+void BatchNorm::check_unchanged(bool statistics) const {
+  for (size_t i = 0; i < (statistics ? 5 : 3); ++i) {
+    const Tensor& t = *tensors()[i];
+    TORCH_CHECK(!t.defined() || remembered_[i].holds(t), "cnnkern: ",
+                i == 0 ? "the input" : i < 3 ? "a parameter" : "a running statistic",
+                " of a batch norm was changed by other means than PyTorch's operators, or by another thread, after the batch norm "
+                "was called and before its output was used. Use the output first, or leave this batch norm unconverted.");
+  }
+}
+
+Result BatchNorm::compute(const Tensor& residual, const std::string& act, bool again) {
+  const auto& [x, weight, bias, training] = arguments_;
+  const bool of_batch_only = training && again;  // the running statistics have had this batch
+  check_unchanged(!of_batch_only);
+  const OptionalTensor mean = of_batch_only ? OptionalTensor() : optional_of(running_mean_);
+  const OptionalTensor var = of_batch_only ? OptionalTensor() : optional_of(running_var_);
+  Result result;
+  if (residual.defined())
+    std::tie(result.value, result.mean, result.rstd, result.mask) =
+        norm_add_op().call(x, residual, optional_of(weight), optional_of(bias), mean, var, training, momentum_, eps_, act);
+  else
+    std::tie(result.value, result.mean, result.rstd) =
+        norm_op().call(x, optional_of(weight), optional_of(bias), mean, var, training, momentum_, eps_, act);
+  if (training && !again) bump_version(mean), bump_version(var);
+  return result;
+}
+
+}  // namespace cnnkern

@@ -1,0 +1,77 @@
+// How a deferred result is computed: a batch norm here, a folded convolution in folded_conv.cpp.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "deferred/nodes.h"
+
+namespace cnnkern {
+
+struct Result {
+  at::Tensor value, mean, rstd, mask;
+};
+
+class Source {
+ public:
+  virtual ~Source() = default;
+  // act(result + residual), the residual being optional, below autograd. Where `again` it was computed before.
+  virtual Result compute(const at::Tensor& residual, const std::string& act, bool again) = 0;
+  virtual std::vector<at::Tensor> reads() const = 0;
+  virtual const NormArguments* norm() const { return nullptr; }  // whose gradients are ours to compute
+  // Whether it changes or reads a running statistic in this memory: nobody else is to touch one before it does.
+  virtual bool keeps_statistic(const c10::StorageImpl*) const { return false; }
+  virtual bool updates_statistics() const { return false; }
+  // Whether the result may come in other strides than PyTorch's; it gets those when somebody asks.
+  virtual bool has_any_strides() const { return false; }
+};
+
+// What the arguments of a call were, to tell whether somebody changed them past PyTorch's operators.
+class Remembered {
+ public:
+  void remember(const at::Tensor& t);
+  bool holds(const at::Tensor& t) const;
+
+ private:
+  const c10::StorageImpl* memory_ = nullptr;
+  int64_t version_ = 0;
+};
+
+// Whether a tensor can be remembered: there is memory, and nobody has it who writes unseen, as NumPy does.
+bool can_be_remembered(const at::Tensor& t);
+
+class BatchNorm final : public Source {
+ public:
+  BatchNorm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& running_mean,
+            const at::Tensor& running_var, bool training, double momentum, double eps, bool any_strides);
+
+  // Whether our kernels compute it as it stands, and nobody can tell when.
+  bool can_wait() const;
+
+  Result compute(const at::Tensor& residual, const std::string& act, bool again) override;
+  std::vector<at::Tensor> reads() const override;
+  const NormArguments* norm() const override { return &arguments_; }
+  bool keeps_statistic(const c10::StorageImpl* memory) const override;
+  bool updates_statistics() const override { return arguments_.training && running_mean_.defined(); }
+  bool has_any_strides() const override { return any_strides_; }
+
+ private:
+  std::array<const at::Tensor*, 5> tensors() const {
+    return {&arguments_.x, &arguments_.weight, &arguments_.bias, &running_mean_, &running_var_};
+  }
+  void check_unchanged(bool statistics) const;
+
+  NormArguments arguments_;
+  at::Tensor running_mean_, running_var_;
+  double momentum_, eps_;
+  bool any_strides_;
+  std::array<Remembered, 5> remembered_;
+};
+
+// Whether a tensor is memory that our kernels read: no subclass, no transform's, no view of bits.
+bool is_plain(const at::Tensor& t);
+
+}  // namespace cnnkern
