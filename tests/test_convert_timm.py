@@ -20,8 +20,8 @@ MODELS = {
     "mobilenetv3_small_050": {
         "BatchNorm + Hardswish": 18,
         "BatchNorm + ReLU": 5,
-        "BatchNorm + add": 6,
-        "BatchNorm": 5,
+        "BatchNorm + add": 7,
+        "BatchNorm": 4,
         "GroupedConv2d": 11,
     },
     "regnety_002": {"BatchNorm + ReLU": 27, "BatchNorm + add + ReLU": 13, "BatchNorm": 4, "GroupedConv2d": 13},
