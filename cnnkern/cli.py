@@ -49,7 +49,9 @@ def run(arguments: Sequence[str] | None) -> int:
         "doctor", help="show versions, instruction set, the kernels of each operator and device, and what is missing"
     )
     handed_on = {"bench": bench, "train": train}
-    commands.add_parser("bench", add_help=False, help="run the benchmarks of a checkout (see cnnkern bench --help)")
+    commands.add_parser(
+        "bench", add_help=False, help="time a model with and without our layers, or a checkout's own benchmarks"
+    )
     commands.add_parser("train", add_help=False, help="train a model of the zoo (see cnnkern train --help)")
     zoo_parser = commands.add_parser("zoo", help="list the models: parameters, operations, fused layers")
     show_parser = zoo_parser.add_subparsers(dest="action").add_parser("show", help="show the layers of one model")
@@ -88,12 +90,30 @@ def extension_problem() -> str | None:
 
 
 def bench(arguments: list[str]) -> int:
+    """`cnnkern bench MODEL ...`, and without a model the benchmark suite of the checkout."""
+    # A model's name has a colon, and may stand behind options; what stands first and is no option is meant as one.
+    named = [a for a in arguments if re.match(r"(torchvision|timm|zoo):|.*\.py:", a)]
+    if named or (arguments and not arguments[0].startswith("-")) or arguments in (["-h"], ["--help"]):
+        return bench_model(arguments)
+    return bench_suite(arguments)
+
+
+def bench_model(arguments: list[str]) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own messages, read when torch is loaded
+    if problem := extension_problem():
+        return fail(problem)
+    from cnnkern.measure.command import main as bench_main
+
+    return bench_main(arguments)
+
+
+def bench_suite(arguments: list[str]) -> int:
     """Hands `arguments` to the benchmark suite of the checkout that this package is imported from."""
     checkout = Path(__file__).resolve().parents[1]
     if not all((checkout / path).exists() for path in ("benchmarks/__main__.py", "pyproject.toml")):
         return fail(
             "the benchmark suite is in the source, not in the installed package: run `make bench` in a checkout of the "
-            "repository or in the unpacked source distribution"
+            "repository or in the unpacked source distribution. `cnnkern bench MODEL` times a model of yours anywhere"
         )
     if problem := extension_problem():
         return fail(problem)

@@ -1,0 +1,166 @@
+"""Whether another form of a model computes what the model does: outputs, gradients and running statistics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cnnkern.measure.steps import AMP, Setting, forward
+from cnnkern.measure.values import cast, one_line, results_of
+
+IMAGES = 8  # that are looked at: a model in float64 takes its time
+EXACT = 1e-7  # float64: of the largest value
+# In the timed type, of the root of the mean square: four times eager's own error, and what is allowed on top. A rounding
+# that takes one activation over a ReLU's kink moves a gradient by far more than a rounding.
+FACTOR, ON_TOP = 4.0, {"outputs": 1e-6, "gradients": 1e-2, "running statistics": 1e-6}
+DRAWS = 2  # of roundings of the input, for eager's own error
+
+Make = Callable[[nn.Module], nn.Module]
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was compared with the original, and whether it fits; `lines` says by how much it differs, and what may be."""
+
+    ok: bool
+    images: int
+    lines: list[str] = field(default_factory=list)
+
+
+def check(original: nn.Module, forms: dict[str, Make], arguments: tuple[Any, ...], setting: Setting) -> Check:
+    """Compares every form, made from a copy of `original`, with it, on at most IMAGES images, without dropout.
+
+    In float64 all tensors have to agree to EXACT, which judges what was exchanged. In the timed type, errors against
+    float64 have to be as small as eager's, which judges the kernels that are timed.
+    """
+    arguments = _first_images(arguments)
+    base = _without_chance(copy.deepcopy(original))
+    exact = replace(setting, amp=None)
+    in_double = cast(arguments, torch.float64)
+    lines: list[str] = []
+    try:
+        truth: Tensors | None = _results(copy.deepcopy(base).double(), in_double, exact)
+    except RuntimeError as error:
+        truth = None
+        lines.append(f"float64: not compared, the model itself does not run in it: {one_line(error)[:120]}")
+    eager = _results(base, arguments, setting)
+    near = [_results(base, _rounded(arguments, setting, seed), setting) for seed in range(DRAWS)]
+    whole = truth or eager
+    own = {kind: max(_distance(kind, other, whole) for other in (eager, *near)) for kind in ON_TOP}
+    fits = True
+    for name, make in forms.items():
+        if truth is not None:
+            found = _results(make(copy.deepcopy(base).double()), in_double, exact)
+            worst, where = _largest_difference(found, truth)
+            fits &= worst <= EXACT
+            lines.append(_line(name, "float64", f"largest difference {worst:.1e} ({where}), allowed {EXACT:.0e}", worst <= EXACT))
+        found = _results(make(copy.deepcopy(base)), arguments, setting)
+        for kind, on_top in ON_TOP.items():
+            if not any(_kind(n) == kind for n in found):
+                continue
+            allowed = FACTOR * own[kind] + max(on_top, _eps(setting) if kind != "gradients" else 0.0)
+            error = _distance(kind, found, whole)
+            fits &= error <= allowed
+            said = f"{kind} differ by {error:.1e}, eager's by {own[kind]:.1e}, allowed {allowed:.1e}"
+            lines.append(_line(name, setting.amp or "float32", said, error <= allowed))
+    images = max((len(a) for a in arguments if isinstance(a, Tensor) and a.dim()), default=1)
+    return Check(bool(fits), images, lines)
+
+
+def _line(form: str, dtype: str, said: str, fits: bool) -> str:
+    return f"{form}, {dtype}: {said}{'' if fits else ': WRONG'}"
+
+
+def _first_images(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Every tensor cut to IMAGES, where they have one number of images."""
+    counts = {len(a) for a in arguments if isinstance(a, Tensor) and a.dim()}
+    if len(counts) != 1:
+        return arguments
+    return tuple(a[:IMAGES] if isinstance(a, Tensor) and a.dim() else a for a in arguments)
+
+
+def _without_chance(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
+            module.p = 0.0
+        elif isinstance(getattr(module, "drop_prob", None), float):  # timm's
+            module.drop_prob = 0.0  # type: ignore[assignment]
+    return model
+
+
+def _eps(setting: Setting) -> float:
+    return torch.finfo(AMP[setting.amp] if setting.amp else torch.float32).eps
+
+
+def _rounded(arguments: tuple[Any, ...], setting: Setting, seed: int) -> tuple[Any, ...]:
+    """The arguments with every number moved by a rounding or so, up or down."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def move(a: Any) -> Any:
+        if not isinstance(a, Tensor) or not a.is_floating_point():
+            return a
+        sign = torch.randint(0, 2, a.shape, generator=generator).to(a) * 2 - 1
+        return a * (1 + _eps(setting) * sign)
+
+    return tuple(move(a) for a in arguments)
+
+
+def _results(model: nn.Module, arguments: tuple[Any, ...], setting: Setting) -> Tensors:
+    """Outputs, in training gradients of parameters for random gradients of the outputs, and running statistics."""
+    model = setting.place(copy.deepcopy(model))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        outputs = results_of(type(model).__name__, forward(model, arguments, setting))
+    found = {f"output {i}": t.detach() for i, t in enumerate(outputs)}
+    if setting.training:
+        generator = torch.Generator().manual_seed(0)
+        incoming = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in outputs]
+        pairs = [(t, g) for t, g in zip(outputs, incoming, strict=True) if t.requires_grad]
+        if pairs:
+            torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+        found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found |= {f"buffer {n}": b for n, b in model.named_buffers() if b.is_floating_point()}
+    return found
+
+
+def _kind(name: str) -> str:
+    return {"output": "outputs", "gradient": "gradients", "buffer": "running statistics"}[name.partition(" ")[0]]
+
+
+def _distance(kind: str, found: Tensors, truth: Tensors) -> float:
+    """Of all tensors of a kind together: the length of the difference as a share of the truth's length."""
+    if not found.keys() >= {n for n in truth if _kind(n) == kind}:
+        return float("inf")
+    difference = length = 0.0
+    for name, expected in truth.items():
+        if _kind(name) == kind and expected.numel():
+            expected = expected.double()
+            difference += (found[name].double() - expected).square().sum().item()
+            length += expected.square().sum().item()
+    if difference == 0.0:
+        return 0.0
+    return (difference / length) ** 0.5 if length else float("inf")
+
+
+def _largest_difference(found: Tensors, truth: Tensors) -> tuple[float, str]:
+    """As a share of the tensor's largest value, for gradients of the largest of all; and the tensor's name."""
+    missing = [n for n in truth if n not in found]
+    if missing:
+        return float("inf"), f"no {missing[0]}"
+    scale = max((t.abs().max().item() for n, t in truth.items() if _kind(n) == "gradients" and t.numel()), default=0.0)
+    worst, where = 0.0, "none"
+    for name, expected in truth.items():
+        if not expected.numel():
+            continue
+        largest = scale if _kind(name) == "gradients" else expected.abs().max().item()
+        difference = (found[name] - expected).abs().max().item()
+        share = difference / largest if largest else difference
+        if not share <= worst:  # NaN too
+            worst, where = share if share == share else float("inf"), name
+    return worst, where
