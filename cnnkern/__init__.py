@@ -53,9 +53,9 @@ else:
     from cnnkern.conversion.convert import ConversionError, ConversionReport, conversion_report, convert, revert
     from cnnkern.conversion.fold import fold
     from cnnkern.flops import count_flops
-    from cnnkern.memory import tune_malloc
     from cnnkern.measure.result import BenchmarkResult
     from cnnkern.measure.run import benchmark
+    from cnnkern.memory import tune_malloc
     from cnnkern.ops.route import keep_operators
 
     count_flops()

@@ -91,15 +91,19 @@ def extension_problem() -> str | None:
 
 def bench(arguments: list[str]) -> int:
     """`cnnkern bench MODEL ...`, and without a model the benchmark suite of the checkout."""
-    # A model's name has a colon, and may stand behind options; what stands first and is no option is meant as one.
-    named = [a for a in arguments if re.match(r"(torchvision|timm|zoo):|.*\.py:", a)]
-    if named or (arguments and not arguments[0].startswith("-")) or arguments in (["-h"], ["--help"]):
-        return bench_model(arguments)
-    return bench_suite(arguments)
+    return (bench_model if names_model(arguments) else bench_suite)(arguments)
+
+
+def names_model(arguments: list[str]) -> bool:
+    """Whether these arguments of `cnnkern bench` are about a model: its name may stand behind options, and what stands
+    first and is no option is meant as one."""
+    if any(re.match(r"(torchvision|timm|zoo):|.*\.py:", a) for a in arguments):
+        return True
+    return arguments in (["-h"], ["--help"]) or (bool(arguments) and not arguments[0].startswith("-"))
 
 
 def bench_model(arguments: list[str]) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's own messages, read when torch is loaded
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler's notes on its own work, read at its first use
     if problem := extension_problem():
         return fail(problem)
     from cnnkern.measure.command import main as bench_main

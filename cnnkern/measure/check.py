@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,8 +15,8 @@ from cnnkern.measure.values import cast, one_line, results_of
 
 IMAGES = 8  # that are looked at: a model in float64 takes its time
 EXACT = 1e-7  # float64: of the largest value
-# In the timed type, of the root of the mean square: four times eager's own error, and what is allowed on top. A rounding
-# that takes one activation over a ReLU's kink moves a gradient by far more than a rounding.
+# In the timed type, of the root of the mean square: four times eager's own error, and what is allowed on top. A
+# rounding that takes one activation over a ReLU's kink moves a gradient by far more than a rounding.
 FACTOR, ON_TOP = 4.0, {"outputs": 1e-6, "gradients": 1e-2, "running statistics": 1e-6}
 DRAWS = 2  # of roundings of the input, for eager's own error
 
@@ -26,7 +26,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Check:
-    """What was compared with the original, and whether it fits; `lines` says by how much it differs, and what may be."""
+    """What was compared with the original, and whether it fits; `lines` says by how much it differs, and may differ."""
 
     ok: bool
     images: int
@@ -41,40 +41,44 @@ def check(original: nn.Module, forms: dict[str, Make], arguments: tuple[Any, ...
     """
     arguments = _first_images(arguments)
     base = _without_chance(copy.deepcopy(original))
-    exact = replace(setting, amp=None)
-    in_double = cast(arguments, torch.float64)
+    exact, in_double = replace(setting, amp=None), cast(arguments, torch.float64)
     lines: list[str] = []
+    truth: Tensors | None = None
     try:
-        truth: Tensors | None = _results(copy.deepcopy(base).double(), in_double, exact)
-    except RuntimeError as error:
-        truth = None
-        lines.append(f"float64: not compared, the model itself does not run in it: {one_line(error)[:120]}")
+        truth = _results(copy.deepcopy(base).double(), in_double, exact)
+    except RuntimeError as refusal:
+        lines.append(f"float64: not compared, the model itself does not run in it: {one_line(refusal)[:120]}")
     eager = _results(base, arguments, setting)
     near = [_results(base, _rounded(arguments, setting, seed), setting) for seed in range(DRAWS)]
     whole = truth or eager
     own = {kind: max(_distance(kind, other, whole) for other in (eager, *near)) for kind in ON_TOP}
     fits = True
     for name, make in forms.items():
+        verdicts: list[tuple[bool, str]] = []
         if truth is not None:
             found = _results(make(copy.deepcopy(base).double()), in_double, exact)
-            worst, where = _largest_difference(found, truth)
-            fits &= worst <= EXACT
-            lines.append(_line(name, "float64", f"largest difference {worst:.1e} ({where}), allowed {EXACT:.0e}", worst <= EXACT))
+            verdicts.append(_exactly(found, truth))
         found = _results(make(copy.deepcopy(base)), arguments, setting)
-        for kind, on_top in ON_TOP.items():
-            if not any(_kind(n) == kind for n in found):
-                continue
-            allowed = FACTOR * own[kind] + max(on_top, _eps(setting) if kind != "gradients" else 0.0)
-            error = _distance(kind, found, whole)
-            fits &= error <= allowed
-            said = f"{kind} differ by {error:.1e}, eager's by {own[kind]:.1e}, allowed {allowed:.1e}"
-            lines.append(_line(name, setting.amp or "float32", said, error <= allowed))
+        verdicts += _nearly(found, whole, own, setting)
+        fits &= all(right for right, _ in verdicts)
+        lines += [f"{name}, {said}{'' if right else ': WRONG'}" for right, said in verdicts]
     images = max((len(a) for a in arguments if isinstance(a, Tensor) and a.dim()), default=1)
-    return Check(bool(fits), images, lines)
+    return Check(fits, images, lines)
 
 
-def _line(form: str, dtype: str, said: str, fits: bool) -> str:
-    return f"{form}, {dtype}: {said}{'' if fits else ': WRONG'}"
+def _exactly(found: Tensors, truth: Tensors) -> tuple[bool, str]:
+    worst, where = _largest_difference(found, truth)
+    return worst <= EXACT, f"float64: largest difference {worst:.1e} ({where}), allowed {EXACT:.0e}"
+
+
+def _nearly(found: Tensors, truth: Tensors, own: dict[str, float], setting: Setting) -> Iterator[tuple[bool, str]]:
+    """A verdict for each kind of result that there is, given eager's own errors."""
+    for kind, on_top in ON_TOP.items():
+        if any(_kind(name) == kind for name in found):
+            allowed = FACTOR * own[kind] + max(on_top, 0.0 if kind == "gradients" else _eps(setting))
+            off = _distance(kind, found, truth)
+            said = f"{kind} differ by {off:.1e}, eager's by {own[kind]:.1e}, allowed {allowed:.1e}"
+            yield off <= allowed, f"{setting.amp or 'float32'}: {said}"
 
 
 def _first_images(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -87,10 +91,11 @@ def _first_images(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _without_chance(model: nn.Module) -> nn.Module:
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        elif isinstance(getattr(module, "drop_prob", None), float):  # timm's
-            module.drop_prob = 0.0  # type: ignore[assignment]
+        for name in ("p", "drop_prob"):  # torchvision's StochasticDepth, timm's DropPath
+            if type(module).__name__ in ("StochasticDepth", "DropPath") and hasattr(module, name):
+                setattr(module, name, 0.0)
     return model
 
 

@@ -31,12 +31,6 @@ class Loaded:
     size: tuple[int, ...] | None = None  # of one image: (channels, height, width)
 
 
-def names_a_model(text: str) -> bool:
-    """Whether an argument of a command line has one of the forms in which models are named."""
-    source, colon, _ = text.partition(":")
-    return bool(colon) and (source in ("torchvision", "timm", "zoo") or text.rpartition(":")[0].endswith(".py"))
-
-
 def load(spec: str) -> Loaded:
     """The model that `spec` names, with random weights: nothing is downloaded. Raises ModelError where it has none."""
     source, _, name = spec.partition(":")
@@ -98,11 +92,12 @@ def _of_file(spec: str, path: Path, function: str) -> Loaded:
     if not path.is_file():
         raise ModelError(f"there is no file {path}")
     place = importlib.util.spec_from_file_location(path.stem, path)
-    assert place is not None and place.loader is not None  # of every .py
+    assert place is not None
+    assert place.loader is not None  # of every .py
     module = importlib.util.module_from_spec(place)
     sys.path.insert(0, str(path.resolve().parent))  # what it imports from beside it
     sys.modules[path.stem] = module
-    made = _run(path, "the file", lambda: place.loader.exec_module(module))  # type: ignore[union-attr]
+    made = _run(path, "the file", lambda: place.loader.exec_module(module))
     make = getattr(module, function, None)
     if not callable(make):
         raise ModelError(f"{path} has no function {function!r}")

@@ -41,17 +41,17 @@ class Activity:
         """Why the machine is called busy; empty for a quiet one."""
         found = []
         if self.load > LOAD:
-            found.append(f"load {self.load:.2f} a processor before the start")
+            found.append(f"load {self.load:.1f} a processor before")
         if self.stolen is not None and self.stolen > STOLEN:
-            found.append(f"{self.stolen:.0%} of the time stolen by other virtual machines")
+            found.append(f"{self.stolen:.0%} stolen by other machines")
         if self.waiting is not None and self.waiting > WAITING:
-            found.append(f"processes waited for a processor in {self.waiting:.0%} of the time")
+            found.append(f"processes waited {self.waiting:.0%} of the time")
         return found
 
     def __str__(self) -> str:
         if self.reasons:
-            return f"BUSY MACHINE: {', '.join(self.reasons)}: ratios hold, times do not"
-        return f"quiet machine: load {self.load:.2f} a processor before the start"
+            return f"BUSY MACHINE ({', '.join(self.reasons)}): mind the noise"
+        return f"quiet machine (load {self.load:.1f} a processor before)"
 
 
 def device_name(device: str) -> str:

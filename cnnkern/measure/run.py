@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,8 +127,6 @@ def _timed(
     compile: bool,
     seconds: float,
 ) -> BenchmarkResult:
-    from dataclasses import replace
-
     models = {EAGER: base} | {n: setting.place(make(copy.deepcopy(base))) for n, make in forms.items()}
     steps = {name: step(model, arguments, setting) for name, model in models.items()}
     failed: dict[str, str] = {}
@@ -142,7 +141,7 @@ def _timed(
     watch = machine.Watch()
     timer = clock.timer_for(setting.device)
     samples = clock.interleave({EAGER: steps[EAGER], AGAIN: steps[EAGER]} | steps, timer, seconds=seconds)
-    activity = machine.Activity(found.activity.load, *_of(watch))
+    activity = replace(watch.activity(), load=found.activity.load)  # before the start: since then we are the load
     profiles = {n: profile.profiled(steps[n], setting.device) for n in (EAGER, CONVERTED)}
     on_gpu = torch.device(setting.device).type == "cuda"
     if on_gpu:
@@ -168,11 +167,6 @@ def _compiled(model: nn.Module, arguments: tuple[Any, ...], setting: Setting) ->
     one = step(torch.compile(copy.deepcopy(model), dynamic=False), arguments, setting)  # type: ignore[arg-type]
     one()
     return one
-
-
-def _of(watch: machine.Watch) -> tuple[float | None, float | None]:
-    activity = watch.activity()
-    return activity.stolen, activity.waiting
 
 
 def _walls(samples: list[Sample]) -> list[float]:

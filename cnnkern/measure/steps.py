@@ -28,7 +28,7 @@ class Setting:
 
     def place(self, model: nn.Module) -> nn.Module:
         model = model.to(self.device).train(self.training)
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model  # type: ignore[call-overload]
+        return model.to(memory_format=torch.channels_last) if self.channels_last else model
 
     def autocast(self) -> torch.autocast:
         kind = torch.device(self.device).type
@@ -41,17 +41,17 @@ def forward(model: Callable[..., Any], arguments: tuple[Any, ...], setting: Sett
 
 
 def step(model: nn.Module, arguments: tuple[Any, ...], setting: Setting) -> Step:
-    """What is timed. The optimiser is SGD with momentum; gradients are freed before each forward pass."""
+    """What is timed. The optimiser is SGD with momentum; gradients live from backward to the end of the step."""
     if not setting.training:
         return lambda: forward(model, arguments, setting)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=MOMENTUM)
 
     def training() -> None:
-        optimizer.zero_grad(set_to_none=True)
         with setting.autocast():
             loss = setting.loss(model(*arguments))
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     return training

@@ -20,8 +20,8 @@ def one_line(error: BaseException) -> str:
 
 
 def float_tensors(output: Any) -> list[Tensor]:
-    """The floating-point tensors in what a model returned: a tensor, a sequence, a mapping, a dataclass, or any of these
-    in one another; in their order."""
+    """The floating-point tensors in what a model returned, in their order: it may be one, or a sequence, a mapping or a
+    dataclass of what this function takes."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     if isinstance(output, Mapping):

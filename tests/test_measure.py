@@ -1,0 +1,501 @@
+"""`cnnkern bench MODEL` and `cnnkern.benchmark`: what is said of a model, and of one that cannot be measured."""
+
+import json
+import re
+import sys
+from collections import OrderedDict
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import cnnkern
+from cnnkern import cli
+from cnnkern.measure import clock, machine, profile, show
+from cnnkern.measure.check import Check, check
+from cnnkern.measure.command import arguments_for
+from cnnkern.measure.load import load
+from cnnkern.measure.result import BenchmarkResult, Contender
+from cnnkern.measure.steps import Setting, step
+from cnnkern.measure.values import ModelError, float_tensors, mean_loss
+from tests.child import run_child
+
+X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+    more: dict
+
+
+class Small(nn.Module):
+    """A batch norm with ReLU, a depthwise convolution, a residual addition, dropout; packs its output as asked."""
+
+    def __init__(self, pack=lambda y, z: z) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.depthwise, self.last = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)
+        self.dropout, self.pack = nn.Dropout(0.3), pack
+
+    def forward(self, x):
+        y = torch.relu(self.norm(self.convolution(x)))
+        return self.pack(y, self.dropout(torch.relu(self.last(self.depthwise(y)) + y)))
+
+
+PACKED = {
+    "tensor": lambda y, z: z,
+    "tuple": lambda y, z: (y, z, z.long()),
+    "dict": lambda y, z: {"a": y, "b": [z], "n": 3},
+    "dataclass": lambda y, z: Output(y, OrderedDict(z=z)),
+}
+
+
+@pytest.fixture(scope="module")
+def trained() -> BenchmarkResult:
+    return cnnkern.benchmark(Small(), X, seconds=0.3)
+
+
+def test_a_model_is_checked_timed_and_taken_apart(trained):
+    assert trained.ok
+    assert trained.fused == {"BatchNorm + ReLU": 1, "BatchNorm + add + ReLU": 1, "GroupedConv2d": 1}
+    assert [c.name for c in trained.contenders] == ["eager", "converted"]
+    assert (trained.batch, trained.mode, trained.inputs) == (4, "training", [[4, 3, 12, 12]])
+    assert trained.rounds >= 5
+    assert all(c.peak_bytes > 0 and c.seconds > 0 for c in trained.contenders)
+    assert trained.breakdown["eager"][profile.GROUPED] > 0
+    assert trained.breakdown["eager"][profile.NORM] > 0
+    assert trained.breakdown["converted"][profile.OPTIMIZER] > 0
+
+
+def test_figures_do_not_contradict_each_other(trained):
+    eager, converted = trained.contenders
+    assert converted.seconds == pytest.approx(eager.seconds / converted.ratio)
+    assert trained.images_per_second(converted) * converted.seconds == pytest.approx(trained.batch)
+    for contender in trained.contenders:
+        assert sum(trained.breakdown[contender.name].values()) == pytest.approx(contender.seconds)
+    ours = sum(trained.breakdown["eager"][kind] for kind in profile.OURS)
+    assert trained.bound == pytest.approx(eager.seconds / (eager.seconds - ours))
+
+
+def test_the_table_has_at_most_a_hundred_columns_and_files_hold_the_same(trained, tmp_path):
+    text = str(trained)
+    assert max(map(len, text.splitlines())) <= 100
+    assert "machine" in text.splitlines()[0].lower()
+    assert f"At most {trained.bound:.2f}x" in text
+    trained.to_json(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["contenders"][1]["name"] == "converted"
+    assert "converted" in trained.to_html(tmp_path / "r.html")
+    assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("training", [True, False])
+def test_models_may_return_what_they_like(packed, training):
+    model = Small(PACKED[packed])
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    found = cnnkern.benchmark(model, (X,), training=training, seconds=0.01)
+    assert found.ok
+    assert ("folded" in [c.name for c in found.contenders]) is not training
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_the_loss_is_the_sum_of_means():
+    a, b = torch.randn(3, 2), torch.randn(5)
+    assert mean_loss({"a": a, "b": (b, [torch.arange(3)])}).item() == pytest.approx((a.mean() + b.mean()).item())
+    assert float_tensors("text") == []
+
+
+def test_bf16_channels_last_and_a_loss_of_ones_own():
+    found = cnnkern.benchmark(Small(), X, amp="bf16", channels_last=True, seconds=0.01, loss=lambda y: y.square().sum())
+    assert (found.ok, found.dtype, found.layout) == (True, "bfloat16", "channels_last")
+
+
+@pytest.mark.slow
+def test_compiled_contenders():
+    found = cnnkern.benchmark(Small(), X, training=False, compile=True, seconds=0.1)
+    assert [c.name for c in found.contenders] == [
+        "eager",
+        "converted",
+        "folded",
+        "torch.compile",
+        "converted + torch.compile",
+    ]
+    assert not found.failed
+
+
+def test_a_compiler_that_fails_is_said(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("no compiler\nhere")
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    found = cnnkern.benchmark(Small(), X, compile=True, seconds=0.01)
+    assert found.failed == {"torch.compile": "no compiler here", "converted + torch.compile": "no compiler here"}
+    assert "torch.compile: not timed: no compiler here" in str(found)
+
+
+# ---- correctness ----
+
+WRONG = {
+    "output": lambda m: nn.Sequential(m, nn.Hardtanh(0, 1.5)),
+    "statistics": lambda m: setattr(m.norm, "momentum", 0.2) or m,
+}
+
+
+class HalfGradient(Small):
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 0.5 + y.detach() * 0.5
+
+
+@pytest.mark.parametrize("fault", [WRONG["output"], WRONG["statistics"]], ids=["output", "statistics"])
+def test_a_wrong_model_is_found(fault):
+    found = check(Small(), {"converted": fault}, (X,), Setting(training=True, device="cpu"))
+    assert not found.ok
+    assert any("WRONG" in line for line in found.lines)
+
+
+def test_a_wrong_gradient_is_found():
+    def halved(model):
+        model.__class__ = HalfGradient
+        return model
+
+    right = check(Small(), {"same": lambda m: m}, (X,), Setting(training=True, device="cpu"))
+    wrong = check(Small(), {"halved": halved}, (X,), Setting(training=True, device="cpu"))
+    assert right.ok
+    assert not wrong.ok
+    assert [("gradients" in line) or ("gradient of" in line) for line in wrong.lines if "WRONG" in line] == [True, True]
+
+
+def test_an_error_of_the_timed_type_alone_is_found():
+    """As a kernel that is wrong in float32 and right in float64 would make it."""
+
+    class Off(Small):
+        def forward(self, x):
+            y = super().forward(x)
+            return y if y.dtype == torch.float64 else y * (1 + 1e-4)
+
+    def off(model):
+        model.__class__ = Off
+        return model
+
+    found = check(Small(), {"off": off}, (X,), Setting(training=True, device="cpu"))
+    assert [line.split(":")[0] for line in found.lines if "WRONG" in line] == ["off, float32"]
+
+
+def test_a_model_that_has_no_float64_is_compared_with_eager():
+    class Single(Small):
+        def forward(self, x):
+            return nn.functional.conv2d(x, torch.ones(2, 3, 1, 1)) + super().forward(x).mean()
+
+    found = check(Single(), {"converted": lambda m: cnnkern.convert(m)}, (X,), Setting(training=True, device="cpu"))
+    assert found.ok
+    assert found.lines[0].startswith("float64: not compared")
+
+
+def test_wrong_results_are_not_timed():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    other = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=0.5))
+    found = cnnkern.benchmark(model, X, converted=other, seconds=0.01)
+    assert not found.ok
+    assert found.contenders == []
+    assert "Nothing was timed" in str(found)
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("torchvision:resnet19", "torchvision has no model 'resnet19': did you mean resnet18"),
+        ("zoo:lenet_rely", "the zoo has no model 'lenet_rely': did you mean lenet_relu"),
+        ("resnet18", "expected MODEL to be torchvision:NAME, timm:NAME, zoo:NAME or path/file.py:FUNCTION"),
+        ("nowhere.py:make", "there is no file nowhere.py"),
+        ("{}:absent", "has no function 'absent'"),
+        ("{}:fails", "file.py:6: fails() raised ZeroDivisionError: division by zero"),
+        ("{}:number", "expected number() of"),
+    ],
+)
+def test_models_that_there_are_not(spec, message, tmp_path):
+    file = tmp_path / "file.py"
+    file.write_text("def number():\n    return 3\n\n\ndef fails():\n    return 1 / 0\n")
+    with pytest.raises(ModelError, match=re.escape(message)):
+        load(spec.format(file))
+
+
+def test_a_package_that_is_not_installed_is_said(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="the package timm, which is not installed: `pip install timm`"):
+        load("timm:resnet18")
+
+
+def test_timm_and_torchvision_models_have_their_usual_size():
+    pytest.importorskip("timm")
+    assert load("timm:regnety_002").size == (3, 224, 224)
+    assert load("torchvision:squeezenet1_1").size == (3, 224, 224)
+    assert arguments_for(load("zoo:lenet_relu"), None)[0].shape == (8, 1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("model", "example", "message"),
+    [
+        (Small(), torch.randn(2, 1, 8, 8), "Small does not take an input of 2x1x8x8: Given groups=1"),
+        (Small(lambda y, z: None), X, "Small returned NoneType without a floating-point tensor"),
+        (Small().requires_grad_(False), X, "Small has nothing to train"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(model, example, message):
+    with pytest.raises(ModelError, match=re.escape(message)) as caught:
+        cnnkern.benchmark(model, example)
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_are_checked():
+    with pytest.raises(TypeError, match="expected a torch.nn.Module; got int"):
+        cnnkern.benchmark(3, X)
+    with pytest.raises(ValueError, match="amp must be one of bf16, fp16; got 'half'"):
+        cnnkern.benchmark(Small(), X, amp="half")
+
+
+# ---- the command ----
+
+FILE = """
+import torch
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+def with_example():
+    return make(), torch.randn(2, 3, 8, 8)
+"""
+
+
+def bench(*arguments, folder):
+    return run_child([sys.executable, "-m", "cnnkern", "bench", *arguments], cwd=folder)
+
+
+def test_the_command_runs_from_anywhere(tmp_path):
+    (tmp_path / "mine.py").write_text(FILE)
+    command = ("--seconds", "0.1", "--infer", "mine.py:with_example", "--json", "r.json", "--html", "r.html")
+    done = bench(*command, folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Fused: 1 BatchNorm + ReLU" in done.stdout
+    assert {"r.json", "r.html"} <= {p.name for p in tmp_path.iterdir()}
+    assert json.loads((tmp_path / "r.json").read_text())["mode"] == "inference"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["mine.py:make"], 1, "mine.py:make does not say what it is called with: --input N,C,H,W does"),
+        (["mine.py:make", "--input", "2,1,8,8"], 1, "does not take an input of 2x1x8x8"),
+        (["mine.py:make", "--input", "2,x"], 2, "expected numbers such as 64,3,224,224; got '2,x'"),
+        (["mine.py:make", "--device", "tpu"], 2, "must be cpu, cuda or cuda:N, got 'tpu'"),
+        (["mine.py:make", "--seconds", "0"], 2, "must be a number above zero"),
+        (["resnet18"], 1, "expected MODEL to be"),
+    ],
+)
+def test_errors_of_the_command(arguments, status, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(FILE)
+    monkeypatch.chdir(tmp_path)
+    try:
+        found = cli.main(["bench", *arguments])
+    except SystemExit as end:
+        found = end.code
+    assert found == status
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_wrong_results_are_the_exit_status(monkeypatch, capsys, tmp_path):
+    (tmp_path / "mine.py").write_text(FILE)
+    wrong = Check(False, 2, ["converted, float64: WRONG"])
+    monkeypatch.setattr("cnnkern.measure.run.check", lambda *_: wrong)
+    assert cli.main(["bench", f"{tmp_path}/mine.py:with_example"]) == 1
+    said, errors = capsys.readouterr()
+    assert "Results DIFFER" in said
+    assert errors.endswith("the converted model gives other results\n")
+
+
+def test_what_names_a_model():
+    assert cli.names_model(["--amp", "bf16", "torchvision:resnet18"])
+    assert cli.names_model(["path/file.py:make", "--train"])
+    assert not cli.names_model(["--quick", "--filter", "resnet18"])
+    assert not cli.names_model([])
+
+
+# ---- the clock ----
+
+
+class FakeGPU:
+    """Work that takes `kernel` seconds a call once it is queued, and `host` to be queued."""
+
+    def __init__(self, host: float, kernel: float) -> None:
+        self.host, self.kernel, self.now, self.done = host, kernel, 0.0, 0.0
+
+    def step(self) -> None:
+        self.now += self.host
+        self.done = max(self.done, self.now) + self.kernel
+
+    def synchronize(self) -> None:
+        self.now = max(self.now, self.done)
+
+    def Event(self, enable_timing: bool):
+        event = SimpleNamespace(at=0.0)
+        event.record = lambda: setattr(event, "at", max(self.now, self.done))
+        event.elapsed_time = lambda other: 1e3 * (other.at - event.at)
+        return event
+
+
+@pytest.mark.parametrize(("host", "kernel"), [(1e-3, 5e-3), (5e-3, 1e-3)])
+def test_a_gpus_timer_sees_the_longer_of_host_and_kernels(host, kernel):
+    gpu = FakeGPU(host, kernel)
+    timer = clock.CudaTimer(gpu, clock=lambda: gpu.now)
+    found = clock.interleave({"step": gpu.step}, timer, seconds=0, min_rounds=3)["step"]
+    assert len(found) == 3
+    for sample in found:
+        assert sample.wall == pytest.approx(max(host, kernel), rel=0.3)
+        assert sample.events == pytest.approx(sample.wall, rel=0.3)
+
+
+def _on_gpu(seconds: float, kernels: float, trained: BenchmarkResult) -> BenchmarkResult:
+    from dataclasses import replace
+
+    found = profile.Profiled(dict.fromkeys(profile.KINDS[:-1], kernels / 8), seconds * 3)
+    parts = profile.breakdown(found, seconds, on_gpu=True)
+    contender = Contender("eager", seconds, 0.0, 1.0, 0.0, 2**20, seconds, kernels)
+    return replace(trained, device="cuda", contenders=[contender], breakdown={"eager": parts})
+
+
+def test_a_host_bound_step_is_said_to_be_one(trained):
+    waits, works = _on_gpu(10e-3, 4e-3, trained), _on_gpu(10e-3, 9.5e-3, trained)
+    assert waits.host_bound
+    assert not works.host_bound
+    assert "HOST-BOUND: in eager's step the GPU waits for the host 60% of the time" in " ".join(str(waits).split())
+    assert "HOST-BOUND" not in str(works)
+    assert "kernels, ms" in str(works)
+    assert waits.breakdown["eager"][profile.IDLE] == pytest.approx(6e-3)
+    assert sum(waits.breakdown["eager"].values()) == pytest.approx(10e-3)
+
+
+def test_kernels_that_overlap_are_no_more_than_the_step(trained):
+    overlapping = _on_gpu(10e-3, 14e-3, trained)
+    assert sum(overlapping.breakdown["eager"].values()) == pytest.approx(10e-3)
+    assert not overlapping.host_bound
+
+
+def test_ratios_are_medians_of_pairs_and_know_their_noise():
+    assert clock.ratio([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == clock.Ratio(2.0, 0.0)
+    uneven = clock.ratio([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 1.0])
+    assert uneven.value == 2.5
+    assert uneven.chance == pytest.approx(1.57 * 1.5 / 2.5 / 2)
+    assert clock.noise_floor(clock.Ratio(0.97, 0.01)) == pytest.approx(0.04)
+    with pytest.raises(ValueError, match="zip"):
+        clock.ratio([1.0], [1.0, 2.0])
+
+
+def test_a_ratio_within_the_noise_is_marked(trained):
+    from dataclasses import replace
+
+    found = replace(trained, noise=0.05)
+    near, far = (Contender("converted", 1.0, 0.0, r, 0.01, 0) for r in (1.04, 1.06))
+    assert found.within_noise(near)
+    assert not found.within_noise(far)
+    assert show._ratio(found, near) == "~1.04x"
+    assert show._ratio(found, far) == "1.06x"
+
+
+def test_rounds_call_every_step_and_end():
+    called = {"a": 0, "b": 0}
+    steps = {n: lambda n=n: called.__setitem__(n, called[n] + 1) for n in called}
+    found = clock.interleave(steps, clock.HostTimer(), seconds=0, min_rounds=2)
+    assert {len(samples) for samples in found.values()} == {2}
+    assert min(called.values()) > 2
+
+
+# ---- where the time goes ----
+
+
+def event(name, parent=None, inputs=()):
+    return SimpleNamespace(name=name, cpu_parent=parent, concrete_inputs=list(inputs))
+
+
+@pytest.mark.parametrize(
+    ("found", "kind"),
+    [
+        (event("aten::copy_", event("aten::convolution", inputs=[None] * 8 + [1])), profile.DENSE),
+        (event("aten::convolution", inputs=[None] * 8 + [32]), profile.GROUPED),
+        (event("aten::convolution_backward", inputs=[None] * 9 + [32, None]), profile.GROUPED),
+        (event("cnnkern::grouped_conv2d", inputs=[None] * 6 + [4]), profile.GROUPED),
+        (event("aten::add_", event("Optimizer.step#SGD.step")), profile.OPTIMIZER),
+        (event("aten::add_"), profile.NORM),
+        (event("cnnkern::bn_act_backward"), profile.NORM),
+        (event("aten::copy_", event("aten::_to_copy")), profile.COPIES),
+        (event("cnnkern::layer_norm2d"), profile.LAYER_NORM),
+        (event("aten::mm", event("aten::linear")), profile.LINEAR),
+        (event("aten::mul"), profile.REST),
+    ],
+)
+def test_the_kind_of_an_operator(found, kind):
+    assert profile.kind_of(found) == kind
+
+
+def test_every_operator_of_ours_has_a_kind():
+    for operator in cnnkern.backends.status():
+        assert f"cnnkern::{operator}" in profile.KIND_OF or f"cnnkern::{operator}" in profile.GROUPS, operator
+
+
+def test_the_bound_is_amdahls():
+    parts = dict.fromkeys(profile.KINDS, 0.0) | {profile.DENSE: 3.0, profile.NORM: 0.5, profile.GROUPED: 0.5}
+    assert profile.bound(parts) == pytest.approx(4 / 3)
+
+
+def test_peak_memory_is_what_tensors_hold():
+    def hold() -> None:
+        a = torch.empty(1000)
+        b = torch.empty(2000)
+        del a, b
+        torch.empty(500)
+
+    assert 12000 <= profile.peak_bytes(hold, "cpu") <= 12000 + 256
+
+
+def test_gradients_count_as_memory_of_a_step():
+    model = nn.Linear(256, 256)
+    one = step(model, (torch.randn(4, 256),), Setting(training=True, device="cpu"))
+    one()
+    assert model.weight.grad is None
+    assert profile.peak_bytes(one, "cpu") >= 4 * 256 * 256
+
+
+# ---- the machine ----
+
+
+@pytest.mark.parametrize(
+    ("activity", "busy"),
+    [
+        (machine.Activity(0.0, 0.0, 0.0), False),
+        (machine.Activity(0.1, None, None), False),
+        (machine.Activity(2.0, 0.0, 0.0), True),
+        (machine.Activity(0.0, 0.1, 0.0), True),
+        (machine.Activity(0.0, 0.0, 0.5), True),
+    ],
+)
+def test_a_busy_machine_is_said(activity, busy):
+    assert str(activity).startswith("BUSY MACHINE") is busy
+
+
+def test_what_others_do_is_read_from_the_system(tmp_path, monkeypatch):
+    stat, pressure = tmp_path / "stat", tmp_path / "cpu"
+    monkeypatch.setattr(machine, "STAT", stat)
+    monkeypatch.setattr(machine, "PRESSURE", pressure)
+    stat.write_text("cpu  100 0 0 900 0 0 0 0 0 0\n")
+    pressure.write_text("some avg10=0.00 avg60=0.00 avg300=0.00 total=1000000\nfull avg10=0.00 total=0\n")
+    watch = machine.Watch()
+    stat.write_text("cpu  150 0 0 1000 0 0 0 50 0 0\n")
+    pressure.write_text("some avg10=0.00 avg60=0.00 avg300=0.00 total=1000500\nfull avg10=0.00 total=0\n")
+    assert watch.activity().stolen == pytest.approx(0.25)
+    assert watch.activity().waiting > 0
