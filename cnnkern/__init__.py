@@ -56,6 +56,8 @@ else:
     from cnnkern.measure.result import BenchmarkResult
     from cnnkern.measure.run import benchmark
     from cnnkern.memory import tune_malloc
+    from cnnkern.ops import tuned
     from cnnkern.ops.route import keep_operators
 
     count_flops()
+    tuned.load()

@@ -48,9 +48,12 @@ def run(arguments: Sequence[str] | None) -> int:
     commands.add_parser(
         "doctor", help="show versions, instruction set, the kernels of each operator and device, and what is missing"
     )
-    handed_on = {"bench": bench, "train": train}
+    handed_on = {"bench": bench, "train": train, "tune": tune}
     commands.add_parser(
         "bench", add_help=False, help="time a model with and without our layers, or a checkout's own benchmarks"
+    )
+    commands.add_parser(
+        "tune", add_help=False, help="find the calls that PyTorch computes faster on this machine, and leave them to it"
     )
     commands.add_parser("train", add_help=False, help="train a model of the zoo (see cnnkern train --help)")
     zoo_parser = commands.add_parser("zoo", help="list the models: parameters, operations, fused layers")
@@ -109,6 +112,15 @@ def bench_model(arguments: list[str]) -> int:
     from cnnkern.measure.command import main as bench_main
 
     return bench_main(arguments)
+
+
+def tune(arguments: list[str]) -> int:
+    """Hands `arguments` to `cnnkern.measure.tune_command`."""
+    if problem := extension_problem():
+        return fail(problem)
+    from cnnkern.measure.tune_command import main as tune_main
+
+    return tune_main(arguments)
 
 
 def bench_suite(arguments: list[str]) -> int:
@@ -205,6 +217,7 @@ def doctor() -> int:
     show("GPU", gpus())
     results = {device: check_kernels(device) for device in devices()}
     show("Kernels", kernels(results))
+    show("Tuned", tables())
     console.print("Missing", style="bold")
     for line in missing() or ["nothing"]:
         console.print(line, soft_wrap=True)
@@ -301,6 +314,7 @@ def check_kernels(device: str) -> dict[str, str]:
     import torch
 
     from cnnkern import testing
+    from cnnkern.ops import tuned
 
     results = {}
     for name, case in testing.CASES.items():
@@ -310,7 +324,8 @@ def check_kernels(device: str) -> dict[str, str]:
         dy = testing.randn(shape, generator, torch.float32)
         inputs = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
         try:
-            testing.check(case, inputs, dy.to(device))
+            with tuned.using(None):  # our kernels, whatever is faster
+                testing.check(case, inputs, dy.to(device))
             results[name] = CORRECT
         except (AssertionError, RuntimeError) as error:
             results[name] = str(error).splitlines()[0]
@@ -332,6 +347,14 @@ def kernels(results: dict[str, dict[str, str]]) -> Rows:
             if device == "cuda" and not torch.cuda.is_available():
                 result = f"{'built, ' if name == 'CUDA C++' else ''}not run: no GPU"
             yield operator, device, name, result
+
+
+def tables() -> Rows:
+    """This machine's tables of `cnnkern tune`: what they say, or why they do not count."""
+    from cnnkern.ops import tuned
+
+    for device in devices():
+        yield device, tuned.summary(device)
 
 
 def missing() -> list[str]:

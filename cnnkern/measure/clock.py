@@ -92,7 +92,7 @@ def interleave(
             draw.shuffle(order)
             for name in order:
                 samples[name].append(timer.sample(steps[name], calls[name]))
-            gc.collect()
+            gc.collect(0)  # cycles of this round alone: all objects there are would take longer than many a sample
     finally:
         if collects:
             gc.enable()

@@ -69,9 +69,8 @@ def device_name(device: str) -> str:
 
 
 def describe(device: str) -> Machine:
-    place = torch.device(device).type
-    kernel = cnnkern.backends.status()["bn_act"][place].partition(":")[0]
-    return Machine(device_name(device), kernel.removeprefix("C++ "), torch.__version__, cnnkern.__version__)
+    kernels = cnnkern.backends.kernels_on(torch.device(device).type)
+    return Machine(device_name(device), kernels, torch.__version__, cnnkern.__version__)
 
 
 class Watch:
