@@ -2,10 +2,10 @@
 
 import json
 import os
+import re
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 
 import cnnkern
 from cnnkern import cli, functional, reference
-from cnnkern.measure import clock, tune
+from cnnkern.measure import tune
 from cnnkern.measure.steps import Setting
 from cnnkern.ops import tuned
 from tests.child import run_child
@@ -115,6 +115,8 @@ def test_what_is_refused_stays_refused():
             functional.batch_norm_act(randn(2, 3, 4), torch.zeros(3), torch.ones(3), act="sine")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_compiled_exported_and_traced_programs_do_not_ask():
     model, x = cnnkern.nn.LayerNorm(6), randn(4, 6)
     with tuned.using(lambda call: pytest.fail("asked")):
@@ -128,7 +130,7 @@ def test_compiled_exported_and_traced_programs_do_not_ask():
         with cnnkern.keep_operators():
             program = torch.export.export(model, (x,))
             traced = torch.jit.trace(model, (x,), check_trace=False)
-    assert "cnnkern" in graphs[0].print_readable(print_output=False)
+    assert "cnnkern.layer_norm" in str(graphs[0].graph)
     assert "cnnkern.layer_norm" in str(program.graph)
     assert "cnnkern::layer_norm" in str(traced.graph)
 
@@ -158,15 +160,7 @@ def test_the_convolutions_type_is_autocasts():
         functional.conv2d(x, weight, groups=8)
     assert asked[0].dtype == asked[0].parameters == "bfloat16"
 
-
-# ---- measuring ----
-
-
-    seconds: dict
-
-    def sample(self, step, calls):
-        step()
-        return clock.Sample(self.seconds[step])
+    # ---- measuring ----
 
 
 def calls_of(model, x, training):
@@ -183,8 +177,8 @@ class Block(nn.Module):
 
     def forward(self, x):
         y = torch.relu(self.norm(self.convolution(x)))
-        y = torch.relu(self.last(y) + x)
-        return self.layer_norm(torch.relu(y + x))
+        z = torch.relu(self.last(y) + y)
+        return self.layer_norm(torch.relu(z + y))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -336,7 +330,7 @@ def test_a_stale_table_is_ignored_and_said(field):
     found = json.loads(path.read_text())
     found["machine"][field] = "another"
     path.write_text(json.dumps(found))
-    with pytest.warns(UserWarning, match=f"was made for {field} another, and this is {here[field]}") as said:
+    with pytest.warns(UserWarning, match=re.escape(f"was made for {field} another, and this is {here[field]}")) as said:
         tuned.load()
     assert len(said) == 1
     assert is_ours()
@@ -388,8 +382,8 @@ def test_importing_cnnkern_reads_the_table(tmp_path):
     tuned.save(tuned.this_machine("cpu"), [lost()])
     environment = {k: v for k, v in os.environ.items() if k != "CNNKERN_TUNE"}
     code = "import cnnkern.ops.tuned as t; print(sum(map(len, t.table.lost.values())))"
-    done = run_child([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    done = run_child([sys.executable, "-c", code], cwd="/", env=environment, check=True)
     assert done.stdout.strip() == "1"
     code = "import cnnkern.ops.tuned as t; print(t.table)"
-    done = run_child([sys.executable, "-c", code], cwd=tmp_path, env=environment | {"CNNKERN_TUNE": "0"}, check=True)
+    done = run_child([sys.executable, "-c", code], cwd="/", env=environment | {"CNNKERN_TUNE": "0"}, check=True)
     assert done.stdout.strip() == "None"

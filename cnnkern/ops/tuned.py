@@ -82,6 +82,8 @@ def describe(
     if operator == "conv2d":
         parameters = _name(dtype)
     if operator == "layer_norm":  # rows are what counts
+        if layout != "contiguous":
+            return None
         width = settings[0]
         shape = (input.numel() // width, width)
     threads = torch.get_num_threads() if device == "cpu" else 0
