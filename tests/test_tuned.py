@@ -105,6 +105,11 @@ def test_without_a_table_nothing_is_asked(operator, monkeypatch):
     getattr(functional, operator)(*calls()[operator])
 
 
+def test_tensors_without_data_do_not_ask():
+    with tuned.using(tuned.Table({"cpu": frozenset([lost().call.key()])})):
+        assert functional.layer_norm(randn(4, 6).to("meta"), (6,)).is_meta
+
+
 def test_what_is_refused_stays_refused():
     with tuned.using(lambda call: True):
         with pytest.raises(RuntimeError, match="must have the input's shape"):

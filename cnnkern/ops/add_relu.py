@@ -19,7 +19,7 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
     """
     if route.is_pytorchs((input, other), (), fuses=True):
         return route.by_pytorch(add_relu, input, other)
-    if tuned.table is not None and route.alike(input, other) and tuned.loses("add_relu", input, other, None):
+    if tuned.table is not None and tuned.loses("add_relu", input, other, None) and route.alike(input, other):
         return route.by_pytorch(add_relu, input, other)
     return _add_relu(input, other)[0]
 

@@ -39,8 +39,8 @@ def batch_norm_act(
     """
     vectors = (running_mean, running_var, weight, bias)
     theirs = route.is_pytorchs((input,), vectors, fuses=True, training=training)
-    if tuned.table is not None:
-        theirs = theirs or tuned.loses("batch_norm_act", input, weight, bias, act, training)
+    if tuned.table is not None and not theirs:
+        theirs = tuned.loses("batch_norm_act", input, weight, bias, act, training)
     if theirs and act in reference.ACTIVATIONS:
         return route.by_pytorch(batch_norm_act, input, *vectors, training, momentum, eps, act)
     return _bn_act(input, weight, bias, running_mean, running_var, training, momentum, eps, act)[0]

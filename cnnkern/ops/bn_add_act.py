@@ -39,8 +39,9 @@ def batch_norm_add_act(
     """
     vectors = (running_mean, running_var, weight, bias)
     theirs = route.is_pytorchs((input, residual), vectors, fuses=True, training=training)
-    if tuned.table is not None and route.alike(input, residual):
-        theirs = theirs or tuned.loses("batch_norm_add_act", input, weight, bias, act, training)
+    if tuned.table is not None and not theirs:
+        lost = tuned.loses("batch_norm_add_act", input, weight, bias, act, training)
+        theirs = lost and route.alike(input, residual)
     if theirs and act in ("none", "relu"):
         return route.by_pytorch(batch_norm_add_act, input, residual, *vectors, training, momentum, eps, act)
     return _bn_add_act(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, act)[0]
