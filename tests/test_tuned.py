@@ -13,7 +13,7 @@ from torch import nn
 
 import cnnkern
 from cnnkern import cli, functional, reference
-from cnnkern.measure import tune
+from cnnkern.measure import tune, tune_command
 from cnnkern.measure.steps import Setting
 from cnnkern.ops import tuned
 from tests.child import run_child
@@ -287,6 +287,12 @@ def test_on_a_gpu_each_backend_that_is_there_is_tuned(monkeypatch):
     assert set(found) <= {"cuda", "triton"}
     built = cnnkern.backends._BUILT_WITH_CUDA
     assert ("cuda" in found) is built
+
+
+def test_two_backends_are_compared_by_their_ratios_to_pytorch():
+    one, two = [lost()._replace(ratio=r) for r in (2.0, 4.0)], [lost()._replace(ratio=r) for r in (1.0, 2.0)]
+    assert tune.times_as_fast(one, two) == pytest.approx(2.0)
+    assert tune_command._compared({"cuda": two, "triton": one}).startswith("triton is 2.00x as fast as cuda")
 
 
 # ---- the table's file ----

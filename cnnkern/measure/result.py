@@ -50,6 +50,7 @@ class BenchmarkResult:
     threads: int  # of PyTorch on the CPU
     machine: Machine
     activity: Activity  # what else the machine did
+    tuned: bool  # whether a table of `cnnkern tune` was in use, by which PyTorch computes some of the calls
     fused: dict[str, int]  # layers that were exchanged, by kind
     check: Check
     rounds: int = 0  # 0 where results were wrong, and nothing was timed

@@ -19,6 +19,7 @@ from cnnkern.measure.clock import Sample, Step
 from cnnkern.measure.result import BenchmarkResult, Contender
 from cnnkern.measure.steps import AMP, Setting, forward, step
 from cnnkern.measure.values import ModelError, by_x, mean_loss, one_line, placed, results_of, shapes
+from cnnkern.ops import tuned
 
 EAGER, AGAIN, CONVERTED, FOLDED = "eager", "eager, again", "converted", "folded"
 COMPILED, BOTH = "torch.compile", "converted + torch.compile"
@@ -75,6 +76,7 @@ def benchmark(
         threads=torch.get_num_threads(),
         machine=machine.describe(device),
         activity=machine.Watch().activity(),
+        tuned=tuned.table is not None,
         fused=_fused(base, converted),
         check=check(base, forms, arguments, setting),
     )

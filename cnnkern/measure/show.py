@@ -46,6 +46,7 @@ def _head(result: BenchmarkResult) -> list[RenderableType]:
         f"{result.model}: {result.mode}, input {inputs}, {result.dtype}, {result.layout}, {result.device}{threads}",
         f"{where.device_name} ({where.kernels}), torch {where.torch}, cnnkern {where.cnnkern}",
         f"Fused: {fused}",
+        *(["By this machine's table (cnnkern tune) PyTorch computes some of these calls."] if result.tuned else []),
         f"Results {'agree' if result.ok else 'DIFFER'}, on {result.check.images} images, without dropout:",
         *(f"  {line}" for line in result.check.lines),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -129,6 +130,12 @@ def merged(device: str, measured: list[Measured]) -> list[Measured]:
         before = []
     now = {m.call for m in measured}
     return [m for m in before if m.call not in now] + measured
+
+
+def times_as_fast(one: list[Measured], other: list[Measured]) -> float:
+    """Of the same calls on two backends, how many times as fast `one` is: the geometric mean, by ratios to PyTorch."""
+    pairs = zip(one, other, strict=True)
+    return statistics.geometric_mean(a.ratio / b.ratio for a, b in pairs)
 
 
 def backends_of(device: str) -> list[str]:

@@ -14,7 +14,6 @@ from torch import nn
 import cnnkern
 from cnnkern.conversion.convert import convert
 from cnnkern.measure import machine, tune
-from cnnkern.measure.clock import Timer
 from cnnkern.measure.command import add_model_options, arguments_for
 from cnnkern.measure.load import FORMS, load
 from cnnkern.measure.steps import Setting
@@ -56,9 +55,12 @@ def main(arguments: Sequence[str]) -> int:
         print(f"cnnkern: {options.model} makes no call of an operator of ours: nothing to tune", file=sys.stderr)
         return 1
     backends = tune.backends_of(options.device)
+    found: dict[str, list[Measured]] = {}
     for backend in backends:
         with contextlib.nullcontext() if backend == "cpu" else cnnkern.backend(backend):
-            _tune(calls, options, options.seconds / len(backends))
+            found[backend] = _tune(calls, options, options.seconds / len(backends))
+    if len(found) == 2:
+        print(_compared(found))
     tuned.load()
     return 0
 
@@ -83,9 +85,9 @@ def _calls_of(
         raise ModelError(f"{name} does not take an input of {given}: {one_line(error)}") from error
 
 
-def _tune(calls: list[Call], options: argparse.Namespace, seconds: float, timer: Timer | None = None) -> None:
+def _tune(calls: list[Call], options: argparse.Namespace, seconds: float) -> list[Measured]:
     here, watch = tuned.this_machine(options.device), machine.Watch()
-    found = list(tune.measure(calls, options.device, seconds, timer))
+    found = list(tune.measure(calls, options.device, seconds))
     print(watch.activity())
     print(f"{here['name']} ({here['kernels']}): {_summary(found)}")
     for m in sorted(found, key=lambda m: m.ratio):
@@ -93,6 +95,19 @@ def _tune(calls: list[Call], options: argparse.Namespace, seconds: float, timer:
             print(f"  {m.ratio:.2f}x +-{m.chance:.0%}  {m.call}")
     path = tuned.save(here, found if options.forget else tune.merged(options.device, found))
     print(f"Written to {path}")
+    return found
+
+
+def _compared(found: dict[str, list[Measured]]) -> str:
+    """Which of two backends is the faster one, and how to choose it."""
+    (one, first), (other, second) = found.items()
+    ratio = tune.times_as_fast(first, second)
+    faster, by = (one, ratio) if ratio >= 1 else (other, 1 / ratio)
+    slower = other if faster == one else one
+    return (
+        f"{faster} is {by:.2f}x as fast as {slower} on these calls (geometric mean): "
+        f"cnnkern.backend({faster!r}) chooses it; cuda answers by default, where it is built"
+    )
 
 
 def _summary(found: list[Measured]) -> str:
