@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ LAYER_NORM, LINEAR, OPTIMIZER = "layer norm", "matrix product", "optimiser"
 COPIES, REST, IDLE = "copies and casts", "rest", "host idle"
 KINDS = (DENSE, GROUPED, NORM, LAYER_NORM, LINEAR, OPTIMIZER, COPIES, REST, IDLE)
 OURS = (GROUPED, NORM, LAYER_NORM)  # what cnnkern has kernels for
-CALLS = 5  # that are profiled
+ROUNDS = 20  # that are profiled at most
 # Where the number of groups stands among a convolution's arguments.
 GROUPS = {
     "aten::convolution": 8,
@@ -68,13 +69,22 @@ class Profiled:
         return sum(self.by_kind.values())
 
 
-def profiled(step: Callable[[], object], device: str) -> Profiled:
-    """One call of the step: the fastest, as the least disturbed, of what CALLS or two seconds allow, two at least."""
-    found: list[Profiled] = []
-    start = time.perf_counter()
-    while len(found) < 2 or (len(found) < CALLS and time.perf_counter() - start < 2):
-        found.append(_profiled(step, device))
-    return min(found, key=lambda p: p.wall)
+def profiled(steps: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Profiled]:
+    """Of each step the medians over rounds, which call every step once; as many as `seconds` or ROUNDS allow, three at
+    least."""
+    found: dict[str, list[Profiled]] = {name: [] for name in steps}
+    deadline = time.perf_counter() + seconds
+    for done in range(ROUNDS):
+        if done >= 3 and time.perf_counter() > deadline:
+            break
+        for name, step in steps.items():
+            found[name].append(_profiled(step, device))
+    return {name: _median(rounds) for name, rounds in found.items()}
+
+
+def _median(rounds: list[Profiled]) -> Profiled:
+    by_kind = {kind: statistics.median(r.by_kind[kind] for r in rounds) for kind in KINDS[:-1]}
+    return Profiled(by_kind, statistics.median(r.wall for r in rounds))
 
 
 def _profiled(step: Callable[[], object], device: str) -> Profiled:

@@ -144,10 +144,11 @@ def _timed(
     timer = clock.timer_for(setting.device)
     samples = clock.interleave({EAGER: steps[EAGER], AGAIN: steps[EAGER]} | steps, timer, seconds=seconds)
     activity = replace(watch.activity(), load=found.activity.load)  # before the start: since then we are the load
-    profiles = {n: profile.profiled(steps[n], setting.device) for n in (EAGER, CONVERTED)}
     on_gpu = torch.device(setting.device).type == "cuda"
-    if on_gpu:
-        profiles |= {n: profile.profiled(one, setting.device) for n, one in steps.items() if n not in profiles}
+    looked_into = (
+        steps if on_gpu else {n: steps[n] for n in (EAGER, CONVERTED)}
+    )  # there for the time of kernels, of all
+    profiles = profile.profiled(looked_into, setting.device, seconds / 5)
     peaks = {n: profile.peak_bytes(one, setting.device) for n, one in steps.items()}
     contenders = [_contender(n, samples, peaks[n], profiles[n].busy if on_gpu else None) for n in steps]
     by_name = {c.name: c for c in contenders}
