@@ -60,20 +60,22 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def milliseconds(seconds: float) -> str:
-    value = seconds * 1e3
-    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.3f}"
+def in_milliseconds(seconds: float, largest: float) -> str:
+    """With as many decimals as leave the largest of a column four digits or so."""
+    decimals = 3 if largest < 0.01 else 2 if largest < 0.1 else 1
+    return f"{seconds * 1e3:.{decimals}f}"
 
 
 def _times(result: BenchmarkResult) -> RenderableType:
     on_gpu = any(c.kernel_seconds is not None for c in result.contenders)
     more = ("events, ms", "kernels, ms") if on_gpu else ()
     table = _table("", "step, ms", "spread", "to eager", "images/s", "peak, MiB", *more)
+    largest = max(c.seconds for c in result.contenders)
     for c in result.contenders:
-        cells = [c.name, milliseconds(c.seconds), f"{c.spread:.0%}", _ratio(result, c)]
+        cells = [c.name, in_milliseconds(c.seconds, largest), f"{c.spread:.0%}", _ratio(result, c)]
         cells += [f"{result.images_per_second(c):.1f}", f"{c.peak_bytes / 2**20:.1f}"]
         if on_gpu:
-            cells += ["" if s is None else milliseconds(s) for s in (c.event_seconds, c.kernel_seconds)]
+            cells += ["" if s is None else in_milliseconds(s, largest) for s in (c.event_seconds, c.kernel_seconds)]
         table.add_row(*cells)
     return table
 
@@ -104,11 +106,12 @@ def _notes(result: BenchmarkResult) -> list[RenderableType]:
 def _breakdown(result: BenchmarkResult) -> RenderableType:
     columns = [f"{name}, {unit}" for name in result.breakdown for unit in ("ms", "%")]
     table = _table("where a step's time goes", *columns)
+    largest = max(sum(found.values()) for found in result.breakdown.values())
     for kind in profile.KINDS:
         if any(found[kind] > 0 for found in result.breakdown.values()):
             cells = []
             for found in result.breakdown.values():
-                cells += [milliseconds(found[kind]), f"{100 * found[kind] / sum(found.values()):.1f}"]
+                cells += [in_milliseconds(found[kind], largest), f"{100 * found[kind] / sum(found.values()):.1f}"]
             table.add_row(kind, *cells)
     return table
 
