@@ -13,7 +13,7 @@ from torch import nn
 
 import cnnkern
 from cnnkern import cli, functional, reference
-from cnnkern.measure import tune, tune_command
+from cnnkern.measure import clock, tune, tune_command
 from cnnkern.measure.steps import Setting
 from cnnkern.ops import tuned
 from tests.child import run_child
@@ -213,6 +213,26 @@ def test_a_call_has_to_lose_twice(monkeypatch):
     assert not measured.lost
 
 
+class SlowOurs:
+    """A timer by which our operator, told by its asking for a table, takes twice as long."""
+
+    def sample(self, step, calls):
+        asked = []
+        with tuned.using(lambda call: asked.append(call)):
+            step()
+        return clock.Sample(2.0 if asked else 1.0)
+
+
+@pytest.mark.parametrize("operator", calls())
+def test_a_timer_decides(operator):
+    asked = []
+    with tuned.using(lambda call: asked.append(call)):
+        getattr(functional, operator)(*calls()[operator])
+    (measured,) = tune.measure(asked, "cpu", 0.0, SlowOurs())
+    assert measured == tuned.Measured(asked[0], 0.5, 0.0)
+    assert measured.lost
+
+
 def test_what_is_lost_is_beyond_chance():
     call = calls_of(nn.LayerNorm(6), randn(4, 6), False)[0]
     assert tuned.Measured(call, 0.9, 0.05).lost
@@ -372,6 +392,17 @@ def test_a_table_of_other_threads_does_not_count():
     tuned.save(tuned.this_machine("cpu"), [measured._replace(call=measured.call._replace(threads=1000))])
     tuned.load()
     assert is_ours()
+
+
+def test_a_home_that_cannot_be_read_is_no_table(tmp_path, monkeypatch):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    for home in (closed, tmp_path / "absent", None):
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setenv("HOME", str(home)) if home else monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError("no such user")))
+        tuned.load()
+        assert tuned.table is None
 
 
 def test_no_folder_is_no_table(tmp_path):

@@ -11,6 +11,7 @@ the instruction set and the versions that it was measured with; another one is i
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -127,7 +128,12 @@ def using(other: Callable[[Call], bool] | None) -> Iterator[None]:
 
 
 def folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cnnkern"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cnnkern")
+
+
+def files() -> list[str]:
+    """Those of all devices. A home that there is not, or that is closed to this user, has none."""
+    return glob.glob(os.path.join(glob.escape(str(folder())), "tuned-*.json"))
 
 
 def file_of(machine: dict[str, str]) -> Path:
@@ -142,7 +148,7 @@ def this_machine(device: str) -> dict[str, str]:
     from cnnkern.measure import machine
 
     found = machine.describe(device)
-    facts = {"device": device, "name": found.device_name, "kernels": found.kernels}
+    facts = {"device": torch.device(device).type, "name": found.device_name, "kernels": found.kernels}
     return facts | {"torch": found.torch, "cnnkern": found.cnnkern}
 
 
@@ -233,7 +239,7 @@ class Table:
 def lost(device: str) -> frozenset[Call]:
     """The keys of the calls that the device's table says are lost: of those of a class, all that were measured."""
     path = file_of(machine := this_machine(device))
-    if not path.exists():
+    if not os.path.exists(path):
         return frozenset()
     try:
         measured = read(path, machine)
@@ -247,8 +253,8 @@ def lost(device: str) -> frozenset[Call]:
 def summary(device: str) -> str:
     """What this machine's table says, in a line, or why it does not count."""
     path = file_of(machine := this_machine(device))
-    if not path.exists():
-        others = len(list(folder().glob("tuned-*.json")))
+    if not os.path.exists(path):
+        others = len(files())
         more = f" ({others} of other devices or kernels in {folder()})" if others else ""
         return f"no table{more}: `cnnkern tune MODEL` makes one"
     try:
@@ -265,9 +271,9 @@ def load() -> None:
     table = None
     if ignored():
         return
-    found = [path.name for path in folder().glob("tuned-*.json")] if folder().is_dir() else []
+    found = files()
     if not found:
         return
     known = {"cpu": lost("cpu")}
-    if known["cpu"] or any(name.startswith("tuned-cuda") for name in found):
+    if known["cpu"] or any(os.path.basename(name).startswith("tuned-cuda") for name in found):
         table = Table(known)
