@@ -233,6 +233,16 @@ def test_a_timer_decides(operator):
     assert measured.lost
 
 
+def test_time_that_is_over_leaves_calls_to_the_next_run(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(MODEL)
+    command = ["tune", f"{tmp_path}/mine.py:make", "--train", "--seconds", "0.000001"]
+    for count in (1, 2, 2):  # the first call is timed in any case, and new ones come first
+        assert cli.main(command) == 0
+        assert "1 calls not timed: 0 seconds were over" in capsys.readouterr().out
+        machine = tuned.this_machine("cpu")
+        assert len(tuned.read(tuned.file_of(machine), machine)) == count
+
+
 def test_what_is_lost_is_beyond_chance():
     call = calls_of(nn.LayerNorm(6), randn(4, 6), False)[0]
     assert tuned.Measured(call, 0.9, 0.05).lost
@@ -267,7 +277,7 @@ def make():
 def test_a_planted_wrong_rule_is_put_right(monkeypatch, tmp_path, capsys):
     (tmp_path / "mine.py").write_text(MODEL)
     made = slow_layer_norm(monkeypatch, 2e-3)
-    assert cli.main(["tune", f"{tmp_path}/mine.py:make", "--seconds", "0.2", "--train"]) == 0
+    assert cli.main(["tune", f"{tmp_path}/mine.py:make", "--seconds", "1", "--train"]) == 0
     said = capsys.readouterr().out
     assert "2 calls timed, in 2 of them PyTorch's operators are faster" in said
     assert "layer_norm 20x32" in said
@@ -284,7 +294,7 @@ def test_a_planted_wrong_rule_is_put_right(monkeypatch, tmp_path, capsys):
 
 def test_a_second_run_adds_to_the_table_and_forget_does_not(monkeypatch, tmp_path):
     (tmp_path / "mine.py").write_text(MODEL)
-    command = ["tune", f"{tmp_path}/mine.py:make", "--seconds", "0.1"]
+    command = ["tune", f"{tmp_path}/mine.py:make", "--seconds", "1"]
     machine = tuned.this_machine("cpu")
     for more, count in (["--train"], 2), (["--infer"], 4), (["--infer"], 4), (["--train", "--forget"], 2):
         assert cli.main([*command, *more]) == 0
@@ -310,7 +320,9 @@ def test_on_a_gpu_each_backend_that_is_there_is_tuned(monkeypatch):
 
 
 def test_two_backends_are_compared_by_their_ratios_to_pytorch():
-    one, two = [lost()._replace(ratio=r) for r in (2.0, 4.0)], [lost()._replace(ratio=r) for r in (1.0, 2.0)]
+    call, other = lost().call, lost((9, 8)).call
+    one = [tuned.Measured(call, 2.0, 0.0), tuned.Measured(other, 4.0, 0.0)]
+    two = [tuned.Measured(call, 1.0, 0.0), tuned.Measured(other, 2.0, 0.0)]
     assert tune.times_as_fast(one, two) == pytest.approx(2.0)
     assert tune_command._compared({"cuda": two, "triton": one}).startswith("triton is 2.00x as fast as cuda")
 

@@ -66,21 +66,27 @@ def timer_for(device: str) -> Timer:
     return CudaTimer() if torch.device(device).type == "cuda" else HostTimer()
 
 
-def calls_of(timer: Timer, step: Step) -> int:
+def calls_of(timer: Timer, step: Step, sample_seconds: float) -> int:
     """Calls that fill a sample; two that are not counted come before."""
     seconds = min(timer.sample(step, 1).wall for _ in range(2))
-    return max(1, min(MAX_CALLS, round(SAMPLE_SECONDS / max(seconds, 1e-9))))
+    return max(1, min(MAX_CALLS, round(sample_seconds / max(seconds, 1e-9))))
 
 
 def interleave(
-    steps: Mapping[str, Step], timer: Timer, *, seconds: float, min_rounds: int = 5, max_rounds: int = 200
+    steps: Mapping[str, Step],
+    timer: Timer,
+    *,
+    seconds: float,
+    sample_seconds: float = SAMPLE_SECONDS,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
 ) -> dict[str, list[Sample]]:
     """A sample of each step in every round, in an order that is drawn anew, until `seconds` have passed.
 
     What else the machine does falls on all of them alike. All lists have one length, and index i is one round.
     """
     draw, order = random.Random(0), list(steps)
-    calls = {name: calls_of(timer, step) for name, step in steps.items()}
+    calls = {name: calls_of(timer, step, sample_seconds) for name, step in steps.items()}
     samples: dict[str, list[Sample]] = {name: [] for name in steps}
     deadline = time.perf_counter() + seconds
     collects = gc.isenabled()

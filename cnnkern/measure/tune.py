@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cnnkern.ops import tuned
 from cnnkern.ops.tuned import Call, Measured
 
 OURS, THEIRS = "ours", "theirs"
+SAMPLE_SECONDS = 0.005
 
 
 def calls_of(model: nn.Module, arguments: tuple[Any, ...], setting: Setting) -> list[Call]:
@@ -33,20 +35,27 @@ def calls_of(model: nn.Module, arguments: tuple[Any, ...], setting: Setting) -> 
     return list(found)
 
 
-def measure(calls: Iterable[Call], device: str, seconds: float, timer: Timer | None = None) -> Iterator[Measured]:
-    """Times every call, for `seconds` all together. One that ours seem to lose has to lose a second time."""
-    calls, timer = list(calls), timer or clock.timer_for(device)
-    for call in calls:
-        found = _measure(call, device, seconds / len(calls), timer)
+def measure(calls: Sequence[Call], device: str, seconds: float, timer: Timer | None = None) -> Iterator[Measured]:
+    """Times one call after the other, until `seconds` have passed; each gets its share of what is left of them.
+
+    One that ours seem to lose has to lose a second time.
+    """
+    timer, deadline = timer or clock.timer_for(device), time.perf_counter() + seconds
+    for done, call in enumerate(calls):
+        left = deadline - time.perf_counter()
+        if done and left < 0:
+            return
+        share = max(left, 0.0) / (len(calls) - done)
+        found = _measure(call, device, share, timer)
         if found.lost:
-            found = max(found, _measure(call, device, seconds / len(calls), timer), key=lambda m: m.ratio + m.chance)
+            found = max(found, _measure(call, device, share, timer), key=lambda m: m.ratio + m.chance)
         yield found
 
 
 def _measure(call: Call, device: str, seconds: float, timer: Timer) -> Measured:
     torch.manual_seed(0)
     with tuned.using(None):
-        samples = clock.interleave(contenders(call, device), timer, seconds=seconds)
+        samples = clock.interleave(contenders(call, device), timer, seconds=seconds, sample_seconds=SAMPLE_SECONDS)
     found = clock.ratio([s.wall for s in samples[THEIRS]], [s.wall for s in samples[OURS]])
     return Measured(call, found.value, found.chance)
 
@@ -121,21 +130,25 @@ _ARGUMENTS: dict[str, Callable[..., tuple[Any, ...]]] = {
 }
 
 
-def merged(device: str, measured: list[Measured]) -> list[Measured]:
-    """What was measured now, and before what of this machine's table counts and was not measured now."""
+def known(device: str) -> list[Measured]:
+    """What this machine's table says, where there is one that counts."""
     machine = tuned.this_machine(device)
     try:
-        before = tuned.read(tuned.file_of(machine), machine)
+        return tuned.read(tuned.file_of(machine), machine)
     except tuned.StaleTable:
-        before = []
+        return []
+
+
+def merged(before: list[Measured], measured: list[Measured]) -> list[Measured]:
+    """What was measured now, behind what was before and was not measured now."""
     now = {m.call for m in measured}
     return [m for m in before if m.call not in now] + measured
 
 
 def times_as_fast(one: list[Measured], other: list[Measured]) -> float:
-    """Of the same calls on two backends, how many times as fast `one` is: the geometric mean, by ratios to PyTorch."""
-    pairs = zip(one, other, strict=True)
-    return statistics.geometric_mean(a.ratio / b.ratio for a, b in pairs)
+    """Of calls timed on two backends, how many times as fast `one` is: the geometric mean, by ratios to PyTorch."""
+    ratios = {m.call: m.ratio for m in other}
+    return statistics.geometric_mean(m.ratio / ratios[m.call] for m in one if m.call in ratios)
 
 
 def backends_of(device: str) -> list[str]:

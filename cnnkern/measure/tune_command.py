@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 
 import cnnkern
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     for backend in backends:
         with contextlib.nullcontext() if backend == "cpu" else cnnkern.backend(backend):
             found[backend] = _tune(calls, options, options.seconds / len(backends))
-    if len(found) == 2:
+    if len(found) == 2 and set.intersection(*({m.call for m in ms} for ms in found.values())):
         print(_compared(found))
     tuned.load()
     return 0
@@ -87,15 +89,26 @@ def _calls_of(
 
 def _tune(calls: list[Call], options: argparse.Namespace, seconds: float) -> list[Measured]:
     here, watch = tuned.this_machine(options.device), machine.Watch()
-    found = list(tune.measure(calls, options.device, seconds))
+    before = [] if options.forget else tune.known(options.device)
+    have = {m.call for m in before}
+    calls = sorted(calls, key=lambda call: call in have)  # new ones first, for the time that there is
+    found = _with_progress(tune.measure(calls, options.device, seconds), len(calls))
     print(watch.activity())
     print(f"{here['name']} ({here['kernels']}): {_summary(found)}")
     for m in sorted(found, key=lambda m: m.ratio):
         if m.lost:
             print(f"  {m.ratio:.2f}x +-{m.chance:.0%}  {m.call}")
-    path = tuned.save(here, found if options.forget else tune.merged(options.device, found))
-    print(f"Written to {path}")
+    if left := len(calls) - len(found):
+        print(f"{left} calls not timed: {seconds:.0f} seconds were over; run it again, or give it more --seconds")
+    print(f"Written to {tuned.save(here, tune.merged(before, found))}")
     return found
+
+
+def _with_progress(measured: Iterator[Measured], total: int) -> list[Measured]:
+    """All of them, with a bar on a terminal that is gone at the end."""
+    console = Console(stderr=True)
+    bar = track(measured, "calls", total=total, console=console, transient=True, disable=not console.is_terminal)
+    return list(bar)
 
 
 def _compared(found: dict[str, list[Measured]]) -> str:
