@@ -67,7 +67,7 @@ class BenchmarkResult:
 
     def within_noise(self, contender: Contender) -> bool:
         """Whether this ratio may as well be 1: it is no farther from it than eager's own, or than its chance."""
-        return abs(contender.ratio - 1) <= max(self.noise, contender.chance)
+        return abs(contender.ratio - 1) <= max(self.noise, contender.ratio * contender.chance)
 
     def images_per_second(self, contender: Contender) -> float:
         return self.batch / contender.seconds

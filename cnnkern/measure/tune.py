@@ -48,7 +48,7 @@ def measure(calls: Sequence[Call], device: str, seconds: float, timer: Timer | N
         share = max(left, 0.0) / (len(calls) - done)
         found = _measure(call, device, share, timer)
         if found.lost:
-            found = max(found, _measure(call, device, share, timer), key=lambda m: m.ratio + m.chance)
+            found = max(found, _measure(call, device, share, timer), key=lambda m: m.ratio * (1 + m.chance))
         yield found
 
 

@@ -99,7 +99,7 @@ def _tune(calls: list[Call], options: argparse.Namespace, seconds: float) -> lis
         if m.lost:
             print(f"  {m.ratio:.2f}x +-{m.chance:.0%}  {m.call}")
     if left := len(calls) - len(found):
-        print(f"{left} calls not timed: {seconds:.0f} seconds were over; run it again, or give it more --seconds")
+        print(f"calls not timed: {left}, as {seconds:.0f} seconds were over: run it again, or give it more --seconds")
     print(f"Written to {tuned.save(here, tune.merged(before, found))}")
     return found
 
@@ -126,5 +126,5 @@ def _compared(found: dict[str, list[Measured]]) -> str:
 def _summary(found: list[Measured]) -> str:
     lost = sum(m.lost for m in found)
     if not lost:
-        return f"{len(found)} calls timed, in none of them are PyTorch's operators faster"
-    return f"{len(found)} calls timed, in {lost} of them PyTorch's operators are faster, and will compute them:"
+        return f"calls timed: {len(found)}, none of which PyTorch's operators compute faster"
+    return f"calls timed: {len(found)}, of which PyTorch's operators compute {lost} faster, and will from now on:"

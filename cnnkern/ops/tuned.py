@@ -153,7 +153,7 @@ def this_machine(device: str) -> dict[str, str]:
 
 
 class Measured(NamedTuple):
-    """A call that was timed: how many times as fast as PyTorch's operators ours were, and how far off by chance."""
+    """A call that was timed: how many times as fast as PyTorch's operators ours were, and how far off by chance, as a share."""
 
     call: Call
     ratio: float
@@ -162,7 +162,7 @@ class Measured(NamedTuple):
     @property
     def lost(self) -> bool:
         """Whether ours are slower by more than chance, and by what is worth another route."""
-        return self.ratio < 1 - max(self.chance, 0.02)
+        return self.ratio < 0.98 and self.ratio * (1 + self.chance) < 1
 
 
 def save(machine: dict[str, str], measured: Iterable[Measured]) -> Path:
@@ -261,7 +261,7 @@ def summary(device: str) -> str:
         measured = read(path, machine)
     except StaleTable as error:
         return f"ignored: {error}: `cnnkern tune` makes a new one"
-    said = f"{len(measured)} calls, PyTorch's operators take {sum(m.lost for m in measured)} of them: {path}"
+    said = f"calls: {len(measured)}, of which PyTorch's operators compute {sum(m.lost for m in measured)}: {path}"
     return f"ignored, as CNNKERN_TUNE=0 says: {said}" if ignored() else said
 
 
