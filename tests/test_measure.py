@@ -224,6 +224,15 @@ def test_wrong_results_are_not_timed():
 # ---- errors ----
 
 
+SCRIPTED = """
+import torch
+
+def scripted():
+    return torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -234,11 +243,12 @@ def test_wrong_results_are_not_timed():
         ("{}:absent", "has no function 'absent'"),
         ("{}:fails", "file.py:6: fails() raised ZeroDivisionError: division by zero"),
         ("{}:number", "expected number() of"),
+        ("{}:scripted", "returned a torch.jit module, which cannot be converted"),
     ],
 )
 def test_models_that_there_are_not(spec, message, tmp_path):
     file = tmp_path / "file.py"
-    file.write_text("def number():\n    return 3\n\n\ndef fails():\n    return 1 / 0\n")
+    file.write_text("def number():\n    return 3\n\n\ndef fails():\n    return 1 / 0\n" + SCRIPTED)
     with pytest.raises(ModelError, match=re.escape(message)):
         load(spec.format(file))
 
@@ -262,6 +272,7 @@ def test_timm_and_torchvision_models_have_their_usual_size():
         (Small(), torch.randn(2, 1, 8, 8), "Small does not take an input of 2x1x8x8: Given groups=1"),
         (Small(lambda y, z: None), X, "Small returned NoneType without a floating-point tensor"),
         (Small().requires_grad_(False), X, "Small has nothing to train"),
+        (nn.LazyConv2d(4, 3), X, "LazyConv2d has lazy layers that have no parameters yet"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(model, example, message):

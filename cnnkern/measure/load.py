@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from cnnkern.measure.values import ModelError, one_line
@@ -108,6 +109,8 @@ def _of_file(spec: str, path: Path, function: str) -> Loaded:
             f"expected {function}() of {path} to return a torch.nn.Module, or one and an example input; got "
             f"{type(model).__name__}"
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(f"{function}() of {path} returned a torch.jit module, which cannot be converted")
     if example is not None and not isinstance(example, tuple):
         example = (example,)
     return Loaded(spec, model, example=example)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cnnkern.conversion.convert import check_module, conversion_report, convert
 from cnnkern.conversion.fold import fold
@@ -85,6 +86,8 @@ def benchmark(
 
 def _try(name: str, model: nn.Module, arguments: tuple[Any, ...], setting: Setting) -> None:
     """Raises ModelError where the model does not take these arguments, or returns nothing to measure."""
+    if any(is_lazy(p) for p in (*model.parameters(), *model.buffers())):
+        raise ModelError(f"{name} has lazy layers that have no parameters yet: call it once before")
     try:
         output = forward(copy.deepcopy(model), arguments, setting)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:

@@ -153,7 +153,7 @@ def this_machine(device: str) -> dict[str, str]:
 
 
 class Measured(NamedTuple):
-    """A call that was timed: how many times as fast as PyTorch's operators ours were, and how far off by chance, as a share."""
+    """A call that was timed: how many times as fast as PyTorch's operators ours were, and by what share by chance."""
 
     call: Call
     ratio: float
