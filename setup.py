@@ -169,6 +169,7 @@ def extension():
 packages = [
     "cnnkern",
     "cnnkern.conversion",
+    "cnnkern.measure",
     "cnnkern.models",
     "cnnkern.nn",
     "cnnkern.ops",

@@ -7,10 +7,12 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 __all__ = [
+    "BenchmarkResult",
     "ConversionError",
     "ConversionReport",
     "backend",
     "backends",
+    "benchmark",
     "conversion_report",
     "convert",
     "fold",
@@ -52,7 +54,11 @@ else:
     from cnnkern.conversion.fold import fold
     from cnnkern.conversion.verify import ConversionError
     from cnnkern.flops import count_flops
+    from cnnkern.measure.result import BenchmarkResult
+    from cnnkern.measure.run import benchmark
     from cnnkern.memory import tune_malloc
+    from cnnkern.ops import tuned
     from cnnkern.ops.route import keep_operators
 
     count_flops()
+    tuned.load()

@@ -158,6 +158,12 @@ def _cpu_kernel(operator: str) -> str:
     return "none: the extension has no CPU kernel for this operator"
 
 
+def kernels_on(device: str) -> str:
+    """Whose kernels answer on "cpu" or "cuda", by name alone: those of batch norm, as of any operator."""
+    kernel = _cpu_kernel("bn_act") if device == "cpu" else _cuda_kernel("bn_act")
+    return kernel.partition(":")[0].removeprefix("C++ ")
+
+
 def status() -> dict[str, dict[str, str]]:
     """Which kernel answers for which device, as ``{operator: {"cpu": kernel, "cuda": kernel}}``.
 

@@ -48,8 +48,13 @@ def run(arguments: Sequence[str] | None) -> int:
     commands.add_parser(
         "doctor", help="show versions, instruction set, the kernels of each operator and device, and what is missing"
     )
-    handed_on = {"bench": bench, "train": train}
-    commands.add_parser("bench", add_help=False, help="run the benchmarks of a checkout (see cnnkern bench --help)")
+    handed_on = {"bench": bench, "train": train, "tune": tune}
+    commands.add_parser(
+        "bench", add_help=False, help="time a model with and without our layers, or a checkout's own benchmarks"
+    )
+    commands.add_parser(
+        "tune", add_help=False, help="find the calls that PyTorch computes faster on this machine, and leave them to it"
+    )
     commands.add_parser("train", add_help=False, help="train a model of the zoo (see cnnkern train --help)")
     zoo_parser = commands.add_parser("zoo", help="list the models: parameters, operations, fused layers")
     show_parser = zoo_parser.add_subparsers(dest="action").add_parser("show", help="show the layers of one model")
@@ -88,15 +93,47 @@ def extension_problem() -> str | None:
 
 
 def bench(arguments: list[str]) -> int:
+    """`cnnkern bench MODEL ...`, and without a model the benchmark suite of the checkout."""
+    return (bench_model if names_model(arguments) else bench_suite)(arguments)
+
+
+def names_model(arguments: list[str]) -> bool:
+    """Whether these arguments of `cnnkern bench` are about a model: its name may stand behind options, and what stands
+    first and is no option is meant as one."""
+    if any(re.match(r"(torchvision|timm|zoo):|.*\.py:", a) for a in arguments):
+        return True
+    return arguments in (["-h"], ["--help"]) or (bool(arguments) and not arguments[0].startswith("-"))
+
+
+def bench_model(arguments: list[str]) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler's notes on its own work, read at its first use
+    if problem := extension_problem():
+        return fail(problem)
+    from cnnkern.measure.command import main as bench_main
+
+    return bench_main(arguments)
+
+
+def tune(arguments: list[str]) -> int:
+    """Hands `arguments` to `cnnkern.measure.tune_command`."""
+    if problem := extension_problem():
+        return fail(problem)
+    from cnnkern.measure.tune_command import main as tune_main
+
+    return tune_main(arguments)
+
+
+def bench_suite(arguments: list[str]) -> int:
     """Hands `arguments` to the benchmark suite of the checkout that this package is imported from."""
     checkout = Path(__file__).resolve().parents[1]
     if not all((checkout / path).exists() for path in ("benchmarks/__main__.py", "pyproject.toml")):
         return fail(
             "the benchmark suite is in the source, not in the installed package: run `make bench` in a checkout of the "
-            "repository or in the unpacked source distribution"
+            "repository or in the unpacked source distribution. `cnnkern bench MODEL` times a model of yours anywhere"
         )
     if problem := extension_problem():
         return fail(problem)
+    os.environ["CNNKERN_TUNE"] = "0"  # the suite, in processes that it starts, times our kernels and no one else's
     sys.path.insert(0, str(checkout))
     sys.argv = ["cnnkern bench", *arguments]
     runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
@@ -181,6 +218,7 @@ def doctor() -> int:
     show("GPU", gpus())
     results = {device: check_kernels(device) for device in devices()}
     show("Kernels", kernels(results))
+    show("Tuned", tables())
     console.print("Missing", style="bold")
     for line in missing() or ["nothing"]:
         console.print(line, soft_wrap=True)
@@ -277,6 +315,7 @@ def check_kernels(device: str) -> dict[str, str]:
     import torch
 
     from cnnkern import testing
+    from cnnkern.ops import tuned
 
     results = {}
     for name, case in testing.CASES.items():
@@ -286,7 +325,8 @@ def check_kernels(device: str) -> dict[str, str]:
         dy = testing.randn(shape, generator, torch.float32)
         inputs = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
         try:
-            testing.check(case, inputs, dy.to(device))
+            with tuned.using(None):  # our kernels, whatever is faster
+                testing.check(case, inputs, dy.to(device))
             results[name] = CORRECT
         except (AssertionError, RuntimeError) as error:
             results[name] = str(error).splitlines()[0]
@@ -308,6 +348,14 @@ def kernels(results: dict[str, dict[str, str]]) -> Rows:
             if device == "cuda" and not torch.cuda.is_available():
                 result = f"{'built, ' if name == 'CUDA C++' else ''}not run: no GPU"
             yield operator, device, name, result
+
+
+def tables() -> Rows:
+    """This machine's tables of `cnnkern tune`: what they say, or why they do not count."""
+    from cnnkern.ops import tuned
+
+    for device in devices():
+        yield device, tuned.summary(device)
 
 
 def missing() -> list[str]:

@@ -49,6 +49,7 @@ def test_a_kernel_of_the_gpu_is_run_where_there_is_one(monkeypatch, capsys):
     monkeypatch.setattr(cli, "devices", lambda: ["cpu", "cuda"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cli, "gpus", lambda: [("a GPU",)])
+    monkeypatch.setattr(cli, "tables", list)
     found = {"cpu": {"bn_act": cli.CORRECT}, "cuda": {"bn_act": "wrong on cuda"}}
     monkeypatch.setattr(cli, "check_kernels", found.get)
     assert cli.main(["doctor"]) == 1

@@ -28,6 +28,7 @@ layer_norm: nn.Module = LayerNorm2d(8)
 
 model = cnnkern.convert(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()))
 report = cnnkern.conversion_report(model)
+assert_type(cnnkern.benchmark(model, x, training=False, seconds=0.1), cnnkern.BenchmarkResult)
 assert_type(report, cnnkern.ConversionReport)
 assert_type(str(report), str)
 folded: nn.Module = cnnkern.fold(model.eval())

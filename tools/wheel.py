@@ -144,6 +144,10 @@ def try_it(python: Path, version: str) -> dict[str, str]:
     error = run(command, "bench", cwd=folder, code=1).stderr
     if error.count("\n") != 1 or "source distribution" not in error:
         raise Failed(f"`cnnkern bench` of an installed package said: {error}")
+    said = run(
+        command, "bench", "zoo:lenet_relu", "--infer", "--input", "2,1,28,28", "--seconds", "0.1", cwd=folder
+    ).stdout
+    say(f"  cnnkern bench zoo:lenet_relu: {re.search('Results agree', said)[0].lower()}")
     return found
 
 

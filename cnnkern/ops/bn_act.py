@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cnnkern import reference
-from cnnkern.ops import fake, route
+from cnnkern.ops import fake, route, tuned
 from cnnkern.triton_kernels import check
 
 _bn_act = torch.ops.cnnkern.bn_act.default
@@ -38,7 +38,10 @@ def batch_norm_act(
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167).
     """
     vectors = (running_mean, running_var, weight, bias)
-    if route.is_pytorchs((input,), vectors, fuses=True, training=training) and act in reference.ACTIVATIONS:
+    theirs = route.is_pytorchs((input,), vectors, fuses=True, training=training)
+    if tuned.table is not None and not theirs:
+        theirs = tuned.loses("batch_norm_act", input, weight, bias, act, training)
+    if theirs and act in reference.ACTIVATIONS:
         return route.by_pytorch(batch_norm_act, input, *vectors, training, momentum, eps, act)
     return _bn_act(input, weight, bias, running_mean, running_var, training, momentum, eps, act)[0]
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cnnkern.ops import fake, route
+from cnnkern.ops import fake, route, tuned
 from cnnkern.triton_kernels import check
 
 _bn_add_act = torch.ops.cnnkern.bn_add_act.default
@@ -38,7 +38,11 @@ def batch_norm_add_act(
     Source: He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385), figure 2.
     """
     vectors = (running_mean, running_var, weight, bias)
-    if route.is_pytorchs((input, residual), vectors, fuses=True, training=training) and act in ("none", "relu"):
+    theirs = route.is_pytorchs((input, residual), vectors, fuses=True, training=training)
+    if tuned.table is not None and not theirs:
+        lost = tuned.loses("batch_norm_add_act", input, weight, bias, act, training)
+        theirs = lost and route.alike(input, residual)
+    if theirs and act in ("none", "relu"):
         return route.by_pytorch(batch_norm_add_act, input, residual, *vectors, training, momentum, eps, act)
     return _bn_add_act(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, act)[0]
 

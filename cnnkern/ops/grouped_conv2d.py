@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from cnnkern.ops import route
+from cnnkern.ops import route, tuned
 
 _grouped_conv2d = torch.ops.cnnkern.grouped_conv2d.default
 
@@ -44,6 +44,10 @@ def conv2d(
         input, paddings = _pad(input, weight, strides, padding, dilations)
     else:
         paddings = _pair("padding", padding)
+    if tuned.table is not None and input.dim() == 4:
+        settings = (*weight.shape, *strides, *paddings, *dilations, groups, bias is not None)
+        if tuned.loses("conv2d", input, weight, bias, *settings):
+            return route.by_pytorch(conv2d, input, weight, bias, strides, paddings, dilations, groups)
     if input.dim() == 3:
         return _grouped_conv2d(input[None], weight, bias, strides, paddings, dilations, groups)[0]
     return _grouped_conv2d(input, weight, bias, strides, paddings, dilations, groups)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cnnkern.ops import fake, route
+from cnnkern.ops import fake, route, tuned
 from cnnkern.triton_kernels import check
 
 _layer_norm2d = torch.ops.cnnkern.layer_norm2d.default
@@ -25,6 +25,8 @@ def layer_norm2d(input: Tensor, weight: Tensor | None = None, bias: Tensor | Non
     """
     if route.is_pytorchs((input,), (weight, bias), shards=True):
         return route.by_pytorch(layer_norm2d, input, weight, bias, eps)
+    if tuned.table is not None and tuned.loses("layer_norm2d", input, weight, bias):
+        return tuned.layer_norm2d_by_pytorch(input, weight, bias, eps)
     return _layer_norm2d(input, weight, bias, eps)[0]
 
 

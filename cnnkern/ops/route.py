@@ -67,6 +67,8 @@ def is_pytorchs(
     3. Under torch.compile they do where Inductor makes more of them: :func:`_left_to_inductor`, of operators that
        Inductor fuses.
 
+    4. They do where `cnnkern tune` found them faster on this machine: the functions ask :mod:`cnnkern.ops.tuned` last.
+
     Two inputs that PyTorch would broadcast or promote are ours in 2 and 3, to be refused.
 
     `fuses`: the operator is one pass over memory. `training`: it takes statistics. `shards`: it has strategies for

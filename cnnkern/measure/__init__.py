@@ -1,0 +1,1 @@
+"""What cnnkern does for one model on this machine: `cnnkern bench MODEL`, and `cnnkern.benchmark` in Python."""

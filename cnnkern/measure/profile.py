@@ -1,0 +1,152 @@
+"""Where the time of a step goes, by kind of layer, and the most memory that it holds: by torch.profiler."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+DENSE, GROUPED, NORM = "dense convolution", "grouped and depthwise convolution", "norm, activation, addition"
+LAYER_NORM, LINEAR, OPTIMIZER = "layer norm", "matrix product", "optimiser"
+COPIES, REST, IDLE = "copies and casts", "rest", "host idle"
+KINDS = (DENSE, GROUPED, NORM, LAYER_NORM, LINEAR, OPTIMIZER, COPIES, REST, IDLE)
+OURS = (GROUPED, NORM, LAYER_NORM)  # what cnnkern has kernels for
+ROUNDS = 20  # that are profiled at most
+# Where the number of groups stands among a convolution's arguments.
+GROUPS = {
+    "aten::convolution": 8,
+    "aten::convolution_backward": 9,
+    "cnnkern::grouped_conv2d": 6,
+    "cnnkern::grouped_conv2d_backward": 6,
+}
+_IN_PLACE_TOO = ("relu", "hardtanh", "silu", "sigmoid", "hardswish", "leaky_relu", "add")
+_ACTIVATIONS = (*_IN_PLACE_TOO, *(f"{name}_" for name in _IN_PLACE_TOO), "relu6", "gelu")
+_DERIVATIVES = ("threshold", "hardtanh", "silu", "sigmoid", "hardswish", "gelu", "leaky_relu")
+_FUSED = ("bn_act", "bn_add_act", "add_relu", "sync_bn", "sync_bn_stats", "sync_bn_sums")
+KIND_OF = {
+    **{f"aten::{name}": NORM for name in (*_ACTIVATIONS, "batch_norm", "native_batch_norm_backward")},
+    **{f"aten::{name}_batch_norm_backward": NORM for name in ("cudnn", "miopen")},
+    **{f"aten::{name}_backward": NORM for name in _DERIVATIVES},
+    **{f"cnnkern::{name}{half}": NORM for name in _FUSED for half in ("", "_backward")},
+    **{f"aten::{name}": LAYER_NORM for name in ("layer_norm", "native_layer_norm_backward")},
+    **{f"cnnkern::{name}{half}": LAYER_NORM for name in ("layer_norm", "layer_norm2d") for half in ("", "_backward")},
+    **{f"aten::{name}": LINEAR for name in ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm")},
+    "aten::scaled_dot_product_attention": LINEAR,
+}
+_COPIES = frozenset(f"aten::{name}" for name in ("copy_", "_to_copy", "to", "contiguous", "clone"))
+
+
+def kind_of(event: FunctionEvent) -> str:
+    """Of the outermost operator around an event that has a kind: a cast within a convolution is the convolution's."""
+    around = [event]
+    while around[-1].cpu_parent is not None:
+        around.append(around[-1].cpu_parent)
+    for e in reversed(around):
+        if e.name.startswith("Optimizer."):
+            return OPTIMIZER
+        if e.name in GROUPS:
+            groups = (e.concrete_inputs or [])[GROUPS[e.name] :][:1]
+            return GROUPED if groups and groups[0] != 1 else DENSE
+        if e.name in KIND_OF:
+            return KIND_OF[e.name]
+    return COPIES if any(e.name in _COPIES for e in around) else REST
+
+
+@dataclass(frozen=True)
+class Profiled:
+    """Of one step: seconds by kind, of operators on a CPU or of kernels on a GPU; on the wall, in the profiler."""
+
+    by_kind: dict[str, float]
+    wall: float
+
+    @property
+    def busy(self) -> float:
+        return sum(self.by_kind.values())
+
+
+def profiled(steps: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Profiled]:
+    """Of each step the medians over rounds, which call every step once; as many as `seconds` or ROUNDS allow, three at
+    least."""
+    found: dict[str, list[Profiled]] = {name: [] for name in steps}
+    deadline = time.perf_counter() + seconds
+    for done in range(ROUNDS):
+        if done >= 3 and time.perf_counter() > deadline:
+            break
+        for name, step in steps.items():
+            found[name].append(_profiled(step, device))
+    return {name: _median(rounds) for name, rounds in found.items()}
+
+
+def _median(rounds: list[Profiled]) -> Profiled:
+    by_kind = {kind: statistics.median(r.by_kind[kind] for r in rounds) for kind in KINDS[:-1]}
+    return Profiled(by_kind, statistics.median(r.wall for r in rounds))
+
+
+def _profiled(step: Callable[[], object], device: str) -> Profiled:
+    on_gpu = torch.device(device).type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities, record_shapes=True) as found:
+        start = time.perf_counter()
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        wall = time.perf_counter() - start
+    by_kind = dict.fromkeys(KINDS[:-1], 0.0)
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CPU:  # on a GPU kernels are listed once more by themselves
+            micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            by_kind[kind_of(event)] += micros / 1e6
+    return Profiled(by_kind, wall)
+
+
+def breakdown(found: Profiled, step_seconds: float, on_gpu: bool) -> dict[str, float]:
+    """Seconds by kind that add up to a step's time, as it was measured without the profiler.
+
+    On a CPU the shares are the profiler's, and idle is what no operator took: Python, for the most part. On a GPU
+    kernels take what they took, and idle is what is left of the step: the GPU waits for the host.
+    """
+    if on_gpu:
+        scale = min(1.0, step_seconds / found.busy) if found.busy else 1.0
+        idle = step_seconds - found.busy * scale
+    else:
+        scale = step_seconds / max(found.wall, found.busy)
+        idle = step_seconds - found.busy * scale
+    return {kind: seconds * scale for kind, seconds in found.by_kind.items()} | {IDLE: max(0.0, idle)}
+
+
+def bound(by_kind: dict[str, float]) -> float:
+    """How many times as fast a step could be at most: if the kinds that we have kernels for took no time (Amdahl)."""
+    whole = sum(by_kind.values())
+    left = whole - sum(by_kind[kind] for kind in OURS)
+    return whole / left if left > 0 else float("inf")
+
+
+CPU_PEAK = "what PyTorch's CPU allocator had handed out at most (torch.profiler), beyond what was there before the step"
+GPU_PEAK = "what PyTorch's CUDA allocator had handed out at most, beyond what was there before the step"
+
+
+def peak_bytes(step: Callable[[], object], device: str) -> int:
+    """The most that tensors held while the step ran, beyond what they held before: activations, gradients, temporary
+    tensors; not what a library allocates for itself, nor what an allocator keeps."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    # The public summary adds up an operator's allocations and loses their order.
+    events = found.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most

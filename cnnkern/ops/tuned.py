@@ -1,0 +1,279 @@
+"""What `cnnkern tune` has measured on this machine: the calls that PyTorch's operators compute faster than ours.
+
+Every function of :mod:`cnnkern.functional` asks :func:`loses` where :data:`table` is not None, before it calls our
+operator; it then calls PyTorch's operators, in the forward pass, and autograd calls theirs in the backward pass. The
+decision is hence one, taken before autograd records anything. It is not asked under torch.compile, in exported and
+traced programs, and for tensors that are not plain data, where :mod:`cnnkern.ops.route` alone decides.
+
+A table is a file for one device under the user's cache folder, read when cnnkern is imported. It counts for the device,
+the instruction set and the versions that it was measured with; another one is ignored, with a warning.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cnnkern import backends, reference
+
+_is_compiling = torch.compiler.is_compiling  # looked up once, as every call asks
+# Asked through loses() by every call of a function: whether PyTorch's operators are faster. None costs next to nothing.
+table: Callable[[Call], bool] | None = None
+
+
+LAYOUTS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels_last"}
+
+
+class Call(NamedTuple):
+    """A call, as far as its speed depends on it. `settings` are the operator's own, in the order it passes them."""
+
+    operator: str  # the function in cnnkern.functional
+    device: str  # cpu or cuda
+    dtype: str
+    parameters: str  # the dtype of its weight; none without
+    layout: str  # contiguous or channels_last
+    training: bool  # whether a gradient will be wanted
+    threads: int  # of the CPU; 0 on a GPU
+    shape: tuple[int, ...]
+    settings: tuple[Any, ...]
+
+    def key(self) -> Call:
+        """The call with its class of shapes: batches of one power of two are one class."""
+        return self._replace(shape=(self.shape[0].bit_length(), *self.shape[1:]))
+
+    def __str__(self) -> str:
+        way, shape = "training" if self.training else "inference", "x".join(map(str, self.shape))
+        settings = " ".join(str(s) for s in self.settings)
+        return " ".join(f"{self.operator} {shape} {settings} {self.dtype} {self.layout} {way}".split())
+
+
+def loses(operator: str, input: Tensor, weight: Tensor | None, bias: Tensor | None, *settings: Any) -> bool:
+    """Whether PyTorch's operators were faster in calls like this one. Asked where there is a table, and only then."""
+    if _is_compiling() or table is None or type(input) is not Tensor or not (input.is_cpu or input.is_cuda):
+        return False
+    if type(table) is Table and not table.may_lose(operator, input, settings):
+        return False
+    call = describe(operator, input, weight, bias, settings)
+    return call is not None and table(call)
+
+
+def describe(
+    operator: str, input: Tensor, weight: Tensor | None, bias: Tensor | None, settings: tuple[Any, ...]
+) -> Call | None:
+    """The call; None for one that is not tuned: an empty one, or in a layout that is neither."""
+    device = input.device.type
+    shape = tuple(input.shape)
+    if 0 in shape or len(shape) < 2 or torch._C._get_tracing_state() is not None:
+        return None
+    layout = LAYOUTS.get(format_of(input), "")
+    if not layout:
+        return None
+    dtype = input.dtype
+    if operator == "conv2d" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    wanted = input.requires_grad or any(t is not None and t.requires_grad for t in (weight, bias))
+    parameters = "none" if weight is None else _name(weight.dtype)
+    if operator == "conv2d":
+        parameters = _name(dtype)
+    if operator == "layer_norm":  # rows are what counts
+        if layout != "contiguous":
+            return None
+        width = settings[0]
+        shape = (input.numel() // width, width)
+    threads = torch.get_num_threads() if device == "cpu" else 0
+    training = wanted and torch.is_grad_enabled()
+    return Call(operator, device, _name(dtype), parameters, layout, training, threads, shape, settings)
+
+
+def format_of(t: Tensor) -> torch.memory_format:
+    """Contiguous or channels_last where it is dense in that; else preserve_format, for neither."""
+    if t.is_contiguous():
+        return torch.contiguous_format
+    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.preserve_format
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def layer_norm2d_by_pytorch(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """In the input's memory format, as our operator has it: PyTorch's result is channels_last always."""
+    return reference.layer_norm2d(input, weight, bias, eps).contiguous(memory_format=format_of(input))
+
+
+@contextmanager
+def using(other: Callable[[Call], bool] | None) -> Iterator[None]:
+    """Another table for this block, in all threads; None for no table."""
+    global table
+    before, table = table, other
+    try:
+        yield
+    finally:
+        table = before
+
+
+# ---- the file ----
+
+
+def folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cnnkern")
+
+
+def files() -> list[str]:
+    """Those of all devices. A home that there is not, or that is closed to this user, has none."""
+    return glob.glob(os.path.join(glob.escape(str(folder())), "tuned-*.json"))
+
+
+def file_of(machine: dict[str, str]) -> Path:
+    """A table's place: one for each kind of machine that shares this home, and for whoever answers on a GPU."""
+    text = f"{machine['device']} {machine['kernels']} {machine['name']}"
+    slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return folder() / f"tuned-{slug}.json"
+
+
+def this_machine(device: str) -> dict[str, str]:
+    """What a table counts for: the device by name, whose kernels answer on it, and the versions."""
+    from cnnkern.measure import machine
+
+    found = machine.describe(device)
+    facts = {"device": torch.device(device).type, "name": found.device_name, "kernels": found.kernels}
+    return facts | {"torch": found.torch, "cnnkern": found.cnnkern}
+
+
+class Measured(NamedTuple):
+    """A call that was timed: how many times as fast as PyTorch's operators ours were, and by what share by chance."""
+
+    call: Call
+    ratio: float
+    chance: float
+
+    @property
+    def lost(self) -> bool:
+        """Whether ours are slower by more than chance, and by what is worth another route."""
+        return self.ratio < 0.98 and self.ratio * (1 + self.chance) < 1
+
+
+def save(machine: dict[str, str], measured: Iterable[Measured]) -> Path:
+    """Writes a table, over one that is there, and returns its path."""
+    path = file_of(machine)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{**m.call._asdict(), "ratio": round(m.ratio, 4), "chance": round(m.chance, 4)} for m in measured]
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps({"machine": machine, "measured": rows}, indent=0) + "\n")
+    unfinished.replace(path)
+    return path
+
+
+class StaleTable(Exception):
+    """A table that does not count here; the message says why."""
+
+
+def read(path: Path, machine: dict[str, str]) -> list[Measured]:
+    """The calls of a table; raises StaleTable where it is another machine's or cannot be read."""
+    try:
+        found = json.loads(path.read_text())
+        other = found["machine"]
+        rows = [
+            Measured(Call(*(_tuples(row[field]) for field in Call._fields)), row["ratio"], row["chance"])
+            for row in found["measured"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StaleTable(f"{path} is no table of `cnnkern tune` ({type(error).__name__})") from error
+    for name, value in machine.items():
+        if other.get(name) != value:
+            raise StaleTable(f"{path} was made for {name} {other.get(name)}, and this is {value}")
+    return rows
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def ignored() -> bool:
+    """Whether the environment says that no table counts: CNNKERN_TUNE=0. Raises ValueError for what it may not be."""
+    asked = os.environ.get("CNNKERN_TUNE", "")
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"cnnkern: CNNKERN_TUNE must be 0, 1 or unset; got {asked!r}")
+    return asked == "0"
+
+
+class Table:
+    """The keys of the calls that are lost, by who answers. A GPU's are read at its first call: no import starts it."""
+
+    def __init__(self, lost: dict[str, frozenset[Call]]) -> None:
+        self.lost = lost  # by "cpu", and on a GPU by the name of the kernels
+        self.tails: dict[str, dict[str, set[tuple[int, ...]]]] = {}  # shapes of lost calls but for their first numbers
+
+    def may_lose(self, operator: str, input: Tensor, settings: tuple[Any, ...]) -> bool:
+        """Whether a call of this shape is lost at all: a tenth of the time that describing every call would take."""
+        who = "cpu" if input.is_cpu else backends.kernels_on("cuda")
+        if who not in self.tails:
+            self._take_up(who, input.device.type)
+        tail = settings[:1] if operator == "layer_norm" else input.shape[1:]
+        return tail in self.tails[who].get(operator, ())
+
+    def __call__(self, call: Call) -> bool:
+        return call.key() in self.lost["cpu" if call.device == "cpu" else backends.kernels_on("cuda")]
+
+    def _take_up(self, who: str, device: str) -> None:
+        if who not in self.lost:
+            self.lost[who] = lost(device)
+        tails: dict[str, set[tuple[int, ...]]] = {}
+        for call in self.lost[who]:
+            tails.setdefault(call.operator, set()).add(call.shape[1:])
+        self.tails[who] = tails
+
+
+def lost(device: str) -> frozenset[Call]:
+    """The keys of the calls that the device's table says are lost: of those of a class, all that were measured."""
+    path = file_of(machine := this_machine(device))
+    if not os.path.exists(path):
+        return frozenset()
+    try:
+        measured = read(path, machine)
+    except StaleTable as error:
+        warnings.warn(f"cnnkern: ignored: {error}; `cnnkern tune` makes a new one", stacklevel=2)
+        return frozenset()
+    won = {m.call.key() for m in measured if not m.lost}
+    return frozenset(m.call.key() for m in measured) - won
+
+
+def summary(device: str) -> str:
+    """What this machine's table says, in a line, or why it does not count."""
+    path = file_of(machine := this_machine(device))
+    if not os.path.exists(path):
+        others = len(files())
+        more = f" ({others} of other devices or kernels in {folder()})" if others else ""
+        return f"no table{more}: `cnnkern tune MODEL` makes one"
+    try:
+        measured = read(path, machine)
+    except StaleTable as error:
+        return f"ignored: {error}: `cnnkern tune` makes a new one"
+    said = f"calls: {len(measured)}, of which PyTorch's operators compute {sum(m.lost for m in measured)}: {path}"
+    return f"ignored, as CNNKERN_TUNE=0 says: {said}" if ignored() else said
+
+
+def load() -> None:
+    """Takes up this machine's tables, where there are any that count."""
+    global table
+    table = None
+    if ignored():
+        return
+    found = files()
+    if not found:
+        return
+    known = {"cpu": lost("cpu")}
+    if known["cpu"] or any(os.path.basename(name).startswith("tuned-cuda") for name in found):
+        table = Table(known)
