@@ -7,6 +7,8 @@
 #include <map>
 #include <string>
 
+#include "kernels.h"
+
 namespace {
 
 std::map<std::string, std::string> build_info() {
@@ -35,4 +37,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this extension was built with, as a dict of strings.");
   m.def("cpu_capability", &at::get_cpu_capability,
         "The instruction set whose kernels answer: DEFAULT, AVX2 or AVX512. ATEN_CPU_CAPABILITY selects it.");
+#ifdef CNNKERN_CUDA
+  m.def("let_launchers_answer", &cnnkern::let_launchers_answer,
+        "Whether torch.ops.cnnkern_launchers answer for CUDA tensors, in the place of this extension's kernels.");
+#endif
 }
