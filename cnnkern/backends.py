@@ -1,7 +1,12 @@
 """Which kernels answer for CUDA tensors: the extension's, Triton's or PyTorch's own.
 
-Every operator has one name in PyTorch's dispatcher, and a backend is whoever is registered under that name on the
-CUDA dispatch key. Nothing else in the package asks which one it is, and a GPU is not needed to switch.
+Every operator has one name in PyTorch's dispatcher, and a backend is whoever answers under that name on the CUDA
+dispatch key. Nothing else in the package asks which one it is, and a GPU is not needed to switch.
+
+What stands on that key is put there once and stays: the dispatcher does not allow that a kernel is taken away while a
+thread is inside. Without the extension's kernels it is a function that looks the launcher up in a table when it is
+called. With them it is theirs (csrc/register_cuda.cpp), which ask a flag, and call the operator of the same name in
+torch.ops.cnnkern_launchers where it is set, behind which there is the same function.
 """
 
 import importlib
@@ -67,42 +72,57 @@ def _has_kernel(operator: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{operator}", key)
 
 
-# As importing the extension left the CUDA key, before this module covers anything.
-_CUDA_OPERATORS = frozenset(name for name in _operators() if _has_kernel(name, "CUDA"))
 _BUILT_WITH_CUDA = _extension is not None and bool(_extension.build_info()["cuda"])
 
 
-def _register(launchers: dict[str, Launcher]) -> torch.library.Library:
-    library = torch.library.Library("cnnkern", "IMPL")
-    for operator, launcher in launchers.items():
-        library.impl(operator, launcher, "CUDA", allow_override=True)
+def _default_launchers() -> tuple[str, dict[str, Launcher]]:
+    """What answers where the extension has no CUDA kernels."""
+    if not _has_triton():
+        return "eager", eager.LAUNCHERS
+    pairs = [(module, operator) for module, operators in _TRITON_KERNELS.items() for operator in operators]
+    return "triton", {operator: _imported_when_called(module, operator) for module, operator in pairs}
+
+
+_default_name, _defaults = _default_launchers()
+_lock = threading.RLock()
+_active: str | None = None  # None: the extension's own kernels, or the defaults
+_answering = _defaults  # exchanged as a whole, so that a call finds the launchers of one backend
+
+
+def _looked_up(operator: str) -> Launcher:
+    def launch(*arguments):
+        return _answering[operator](*arguments)
+
+    return launch
+
+
+def _register() -> torch.library.Library:
+    if _BUILT_WITH_CUDA:
+        library = torch.library.Library("cnnkern_launchers", "DEF")
+        for operator in _operators():
+            library.define(str(getattr(torch.ops.cnnkern, operator).default._schema).removeprefix("cnnkern::"))
+    else:
+        library = torch.library.Library("cnnkern", "IMPL")
+    for operator in _operators():
+        library.impl(operator, _looked_up(operator), "CUDA")
     return library
 
 
-def _default_launchers() -> tuple[str, dict[str, Launcher]]:
-    """What answers for the operators that the extension has no CUDA kernel of."""
-    missing = [name for name in _operators() if name not in _CUDA_OPERATORS]
-    if not _has_triton():
-        return "eager", {name: eager.LAUNCHERS[name] for name in missing}
-    module_of = {operator: module for module, operators in _TRITON_KERNELS.items() for operator in operators}
-    return "triton", {name: _imported_when_called(module_of[name], name) for name in missing}
-
-
-# For as long as they live, libraries keep what they registered. The default ones are below any other.
-_default_name, _defaults = _default_launchers()
-_default_library = _register(_defaults)
-_lock = threading.RLock()
-_active: tuple[str, torch.library.Library] | None = None  # None: the extension's own kernels, and the defaults
+_library = _register()  # for as long as it lives, it keeps what it registered
 
 
 def _switch(name: str | None) -> None:
-    """Registers over what is there, and only then takes that away: a call from another thread always finds a kernel."""
-    global _active
+    """A call from another thread meanwhile is computed by the backend before or the one after."""
+    global _active, _answering
     launchers = _launchers(name) if name in _LABELS else None  # may raise, while nothing has changed
     with _lock:
-        previous, _active = _active, None if launchers is None else (name, _register(launchers))
-        if previous is not None:
-            previous[1]._destroy()
+        _active = None if launchers is None else name
+        if not _BUILT_WITH_CUDA:
+            _answering = launchers or _defaults
+            return
+        if launchers is not None:  # else they stay, for a call that has already asked the flag
+            _answering = launchers
+        _extension.let_launchers_answer(launchers is not None)
 
 
 class backend:
@@ -112,9 +132,9 @@ class backend:
     before. ``"cuda"`` are the extension's kernels; ``"eager"`` is PyTorch's own operators behind ours, which is what
     kernels are compared with (its gradient computes the output again, for the mask of the ReLU).
 
-    By default the extension's kernels answer for the operators that it has any of, Triton for the others, and, where
-    Triton is not installed either, eager PyTorch: :func:`status` says who answers. All threads see a switch, and a call
-    during one is computed by either backend.
+    By default the extension's kernels answer; Triton where it was built without any; and, where Triton is not installed
+    either, eager PyTorch: :func:`status` says who answers. All threads see a switch, and a call during one is computed
+    by either backend.
 
     Raises ValueError for an unknown name, RuntimeError for a backend that is not there; nothing has changed then.
     """
@@ -126,7 +146,7 @@ class backend:
             raise RuntimeError(f"cnnkern: backend 'cuda' is not available: {_WITHOUT_CUDA}")
         self.name = name
         with _lock:
-            self._previous = None if _active is None else _active[0]
+            self._previous = _active
             _switch(name)
 
     def __enter__(self) -> "backend":
@@ -139,15 +159,12 @@ class backend:
         return f"backend({self.name!r})"
 
 
-def _cuda_kernel(operator: str) -> str:
+def _cuda_kernel() -> str:
     if _active is not None:
-        return _LABELS[_active[0]]
-    if operator in _CUDA_OPERATORS:
+        return _LABELS[_active]
+    if _BUILT_WITH_CUDA:
         return "CUDA C++"
-    if _extension is None:
-        return f"{_LABELS[_default_name]}: {_NOT_BUILT}"
-    reason = "the extension has no CUDA kernel of this operator" if _BUILT_WITH_CUDA else _WITHOUT_CUDA
-    return f"{_LABELS[_default_name]}: {reason}"
+    return f"{_LABELS[_default_name]}: {_NOT_BUILT if _extension is None else _WITHOUT_CUDA}"
 
 
 def _cpu_kernel(operator: str) -> str:
@@ -170,4 +187,4 @@ def status() -> dict[str, dict[str, str]]:
     A kernel is ``"C++ AVX512"`` (or AVX2, DEFAULT), ``"CUDA C++"``, ``"Triton"``, ``"eager PyTorch"``, the latter two
     with ``": "`` and the reason where they answer because nothing else does, or ``"none: "`` with the reason.
     """
-    return {operator: {"cpu": _cpu_kernel(operator), "cuda": _cuda_kernel(operator)} for operator in _operators()}
+    return {operator: {"cpu": _cpu_kernel(operator), "cuda": _cuda_kernel()} for operator in _operators()}

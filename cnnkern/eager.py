@@ -163,9 +163,7 @@ def sync_bn_stats(x):
 
 
 def sync_bn(x, residual, weight, bias, mean, rstd, act):
-    op = "cnnkern::sync_bn"
-    check.sync_bn(op, x, weight, bias, mean, rstd)
-    check.sync_bn_residual(op, x, residual, act)
+    check.sync_bn("cnnkern::sync_bn", x, residual, weight, bias, mean, rstd, act)
     x = in_batch_norm_layout(x)
     pre = _normalized(x, weight, bias, mean, rstd).to(x.dtype)
     none = x.new_empty(0, dtype=torch.uint8)
@@ -197,7 +195,7 @@ def _through(dy, x, weight, bias, mean, rstd, mask, act):
 
 
 def sync_bn_sums(dy, x, weight, bias, mean, rstd, mask, channels_last, act):
-    check.sync_bn_backward("cnnkern::sync_bn_sums", dy, x, weight, bias, mean, rstd, mask, channels_last, act)
+    check.sync_bn_sums("cnnkern::sync_bn_sums", dy, x, weight, bias, mean, rstd, mask, channels_last, act)
     dims = [d for d in range(x.dim()) if d != 1]
     dy, x = laid_out(dy, channels_last), laid_out(x, channels_last)
     g = _through(dy, x, weight, bias, mean, rstd, mask, act)
@@ -209,9 +207,7 @@ def sync_bn_backward(
     dy, x, weight, bias, mean, rstd, mask, channels_last, act, sums, count, output_mask: Sequence[bool]
 ):
     op = "cnnkern::sync_bn_backward"
-    check.sync_bn_backward(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, output_mask[1])
-    check.fp64(op, "sums", sums, (2, x.shape[1]), x)
-    check.fp64(op, "count", count, (1,), x)
+    check.sync_bn_backward(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, sums, count, output_mask)
     x = laid_out(x, channels_last)
     g = _through(laid_out(dy, channels_last), x, weight, bias, mean, rstd, mask, act)
     scale = rstd if weight is None else rstd * weight

@@ -65,3 +65,10 @@ using layer_norm2d_backward = Three(const Tensor& dy, const Tensor& x, Optional 
                                     const Tensor& rstd, std::array<bool, 3> output_mask);
 
 }  // namespace cnnkern::signature
+
+namespace cnnkern {
+
+// Whether the launchers of cnnkern/backends.py answer for CUDA tensors in the place of the kernels of csrc/cuda.
+void let_launchers_answer(bool do_so);
+
+}  // namespace cnnkern

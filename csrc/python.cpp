@@ -11,6 +11,7 @@
 
 #include "deferred/batch_norm.h"
 #include "deferred/folded_conv.h"
+#include "kernels.h"
 
 namespace {
 
@@ -61,4 +62,8 @@ PYBIND11_MODULE(_C, m) {
       .def("take_over", &cnnkern::FoldedConv::take_over, pybind11::call_guard<pybind11::gil_scoped_release>(),
            "The same in place of another one, whose result waits.");
   m.def("convolution_of", &cnnkern::convolution_of, "The FoldedConv whose result a tensor is, where it waits; else None.");
+#ifdef CNNKERN_CUDA
+  m.def("let_launchers_answer", &cnnkern::let_launchers_answer,
+        "Whether torch.ops.cnnkern_launchers answer for CUDA tensors, in the place of this extension's kernels.");
+#endif
 }

@@ -6,13 +6,44 @@
 
 #ifdef CNNKERN_CUDA
 
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <atomic>
+#include <utility>
+
 namespace cnnkern {
+namespace {
+
+std::atomic<bool> launchers_answer{false};
+
+// What stands on the CUDA key: the kernel, or while launchers are to answer the operator by the name that cnnkern/backends.py
+// has put them behind. Registering them here instead, and taking them away again, would free them under a thread inside.
+template <const char* launcher_name, auto kernel>
+struct OnCudaKey;
+template <const char* launcher_name, typename Result, typename... Arguments, Result (*kernel)(Arguments...)>
+struct OnCudaKey<launcher_name, kernel> {
+  static Result call(Arguments... arguments) {
+    if (!launchers_answer) return kernel(std::forward<Arguments>(arguments)...);
+    static const auto launcher =
+        c10::Dispatcher::singleton().findSchemaOrThrow(launcher_name, "").typed<Result(Arguments...)>();
+    return launcher.redispatch(c10::DispatchKeySet(c10::DispatchKey::CUDA), std::forward<Arguments>(arguments)...);
+  }
+};
+
+#define NAME(op) constexpr char op##_launcher[] = "cnnkern_launchers::" #op;
+CNNKERN_OPERATORS(NAME)
+
+}  // namespace
+
 #define DECLARE(op) signature::op op##_cuda;
 CNNKERN_OPERATORS(DECLARE)
+
+void let_launchers_answer(bool do_so) { launchers_answer = do_so; }
+
 }  // namespace cnnkern
 
 TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) {
-#define REGISTER(op) m.impl(#op, &cnnkern::op##_cuda);
+#define REGISTER(op) m.impl(#op, &cnnkern::OnCudaKey<cnnkern::op##_launcher, &cnnkern::op##_cuda>::call);
   CNNKERN_OPERATORS(REGISTER)
 }
 

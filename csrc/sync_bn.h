@@ -13,8 +13,8 @@ inline void check_fp64(const char* op, const char* name, const Tensor& t, at::In
 }
 
 // Batch norm over processes, from statistics that are given.
-inline void check_sync_bn(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-                          const Tensor& mean, const Tensor& rstd) {
+inline void check_sync_bn_statistics(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                     const Tensor& mean, const Tensor& rstd) {
   check_image(op, x);
   check_channel_vector(op, "weight", weight, x);
   check_channel_vector(op, "bias", bias, x);
@@ -22,23 +22,34 @@ inline void check_sync_bn(const char* op, const Tensor& x, const OptionalTensor&
   check_fp64(op, "rstd", rstd, {x.size(1)}, x);
 }
 
-inline void check_sync_bn_backward(const char* op, const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
-                                   const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
-                                   const OptionalTensor& mask, bool channels_last, bool wants_dresidual = false) {
-  check_sync_bn(op, x, weight, bias, mean, rstd);
+// Beside a residual: the activations that a mask of one bit an element tells the gradient of.
+inline void check_sync_bn(const char* op, const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                          const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, std::string_view act) {
+  check_sync_bn_statistics(op, x, weight, bias, mean, rstd);
+  if (!tensor_or_undefined(residual).defined()) return check_activation(op, act);
+  check_same_shape(op, "residual", *residual, x);
+  check_relu_or_none(op, act);
+}
+
+inline void check_sync_bn_sums(const char* op, const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+                               const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, const OptionalTensor& mask,
+                               bool channels_last, std::string_view act, bool wants_dresidual = false) {
+  check_sync_bn_statistics(op, x, weight, bias, mean, rstd);
   check_same_shape(op, "dy", dy, x);
   if (tensor_or_undefined(mask).defined()) check_mask(op, *mask, mask_bytes(x.numel()), x);
   TORCH_CHECK(!wants_dresidual || tensor_or_undefined(mask).defined(), op,
               ": output_mask asks for dresidual, but mask is None");
   check_channels_last(op, dy, channels_last);
+  check_activation(op, act);
 }
 
-// Beside a residual: those that a mask of one bit an element tells the gradient of.
-inline void check_sync_bn_activation(const char* op, bool masked, std::string_view act) {
-  if (masked)
-    check_relu_or_none(op, act);
-  else
-    check_activation(op, act);
+inline void check_sync_bn_backward(const char* op, const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+                                   const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
+                                   const OptionalTensor& mask, bool channels_last, std::string_view act, const Tensor& sums,
+                                   const Tensor& count, const std::array<bool, 2>& output_mask) {
+  check_sync_bn_sums(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, output_mask[1]);
+  check_fp64(op, "sums", sums, {2, x.size(1)}, x);
+  check_fp64(op, "count", count, {1}, x);
 }
 
 }  // namespace cnnkern

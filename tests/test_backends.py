@@ -63,12 +63,10 @@ def test_status_names_every_operator_and_its_kernels():
     status = backends.status()
     assert status.keys() == {operator for case in testing.CASES.values() for operator in case.operators}
     by_default = "Triton" if HAS_TRITON else "eager PyTorch"
-    for operator, kernels in status.items():
+    for kernels in status.values():
         assert kernels["cpu"] == f"C++ {torch.backends.cpu.get_cpu_capability()}"
-        if operator in backends._CUDA_OPERATORS:
+        if BUILT_WITH_CUDA:
             assert kernels["cuda"] == "CUDA C++"
-        elif BUILT_WITH_CUDA:
-            assert kernels["cuda"] == f"{by_default}: the extension has no CUDA kernel of this operator"
         else:
             assert kernels["cuda"].startswith(f"{by_default}: the extension was built without CUDA")
             assert "CNNKERN_CUDA=1" in kernels["cuda"]
@@ -81,11 +79,9 @@ def test_every_operator_has_an_answer_for_cuda_tensors():
     assert eager.LAUNCHERS.keys() == backends.status().keys()
 
 
-def test_without_triton_eager_answers_for_what_the_extension_has_not(monkeypatch):
+def test_without_triton_eager_answers_where_the_extension_does_not(monkeypatch):
     monkeypatch.setattr(backends, "_has_triton", lambda: False)
-    name, launchers = backends._default_launchers()
-    assert name == "eager"
-    assert launchers == {n: f for n, f in eager.LAUNCHERS.items() if n not in backends._CUDA_OPERATORS}
+    assert backends._default_launchers() == ("eager", eager.LAUNCHERS)
 
 
 @needs_triton
@@ -133,33 +129,75 @@ def test_a_call_switches_for_good_and_blocks_nest():
     assert "Triton" in cuda_status()
 
 
-def test_threads_that_call_while_others_switch():
-    """On the CPU's dispatch key: a call finds a kernel at any time, and either gives the same result."""
+def on_the_cuda_key(operator: str, *arguments):
+    """What answers for CUDA tensors, called with those of the CPU."""
+    cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    return getattr(torch.ops.cnnkern, operator).default.redispatch(cuda, *arguments)
+
+
+@pytest.mark.parametrize("case", testing.CASES.values(), ids=testing.CASES.keys())
+def test_the_chosen_launcher_is_called_with_the_operator_s_arguments(case, monkeypatch):
+    called: list[tuple] = []
+
+    def recording(name: str):
+        def launch(*given):
+            called.append((name, *given))
+            return eager.LAUNCHERS[name](*given)
+
+        return launch
+
+    monkeypatch.setattr(backends, "_launchers", lambda _: {name: recording(name) for name in eager.LAUNCHERS})
+    backends.backend("eager")
+    inputs, dy = make((3, 6, 5, 7), case=case)
+    for operator, arguments in (case.forward_call(inputs), case.backward_call(inputs, dy)):
+        name = operator._schema.name.removeprefix("cnnkern::")
+        given, own = ([v.clone() if isinstance(v, Tensor) else v for v in arguments] for _ in range(2))
+        found = on_the_cuda_key(name, *given)
+        torch.testing.assert_close(found, eager.LAUNCHERS[name](*own), equal_nan=True)
+        assert [called[-1][0], len(called[-1])] == [name, 1 + len(arguments)]
+        for before, there, written in zip(given, called[-1][1:], own, strict=True):
+            if isinstance(before, Tensor):
+                assert there.data_ptr() == before.data_ptr()
+                assert torch.equal(before, written)  # as running statistics are
+            else:
+                assert there == (list(before) if isinstance(before, tuple | torch.Size) else before)
+
+
+def test_switching_registers_nothing_and_takes_nothing_away():
+    """The dispatcher allows neither while a thread is inside of a kernel."""
+
+    def registered() -> dict[str, str]:
+        names = (f"{space}::{n}" for n in backends.status() for space in ("cnnkern", "cnnkern_launchers"))
+        return {name: torch._C._dispatch_dump(name) for name in names if torch._C._dispatch_has_kernel(name)}
+
+    before = registered()
+    assert len(before) == len(backends.status()) * (1 + BUILT_WITH_CUDA)
+    with backends.backend("eager"):
+        assert registered() == before
+    assert registered() == before
+
+
+def test_threads_that_call_while_others_switch(monkeypatch):
+    """A call is computed at any time, by one backend or the other."""
     arguments = (torch.tensor([1.0, -2.0]), torch.tensor([1.0, 1.0]))
     wrong, stop = [], threading.Event()
-
-    def register(launcher):
-        library = torch.library.Library("cnnkern", "IMPL")
-        library.impl("add_relu", launcher, "CPU", allow_override=True)
-        return library
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(backends, "_launchers", lambda name: dict(eager.LAUNCHERS))  # of either: here is no GPU
 
     def call():
         while not stop.is_set():
             try:
-                if torch.ops.cnnkern.add_relu(*arguments)[0].tolist() != [2.0, 0.0]:
+                if on_the_cuda_key("add_relu", *arguments)[0].tolist() != [2.0, 0.0]:
                     wrong.append("another result")
             except Exception as error:
                 wrong.append(error)
 
+    backends.backend("eager")
     threads = [threading.Thread(target=call) for _ in range(2)]
     for thread in threads:
         thread.start()
-    previous = register(eager.add_relu)
-    for _ in range(50):  # as backends._switch does it
-        following = register(eager.add_relu)
-        previous._destroy()
-        previous = following
-    previous._destroy()
+    for name in ("triton", "eager") * 50:
+        backends.backend(name)
     stop.set()
     for thread in threads:
         thread.join()

@@ -1,5 +1,6 @@
 """The battery: what every operator of `cnnkern.testing.CASES` is held to, on the kernel that answers on --device."""
 
+import dataclasses
 import itertools
 import math
 import os
@@ -119,6 +120,11 @@ def test_storage_that_begins_off_a_vector(case, variant, generator):
         names = [k for k, v in inputs.items() if isinstance(v, Tensor) and v.shape == inputs["input"].shape]
         testing.check(case, inputs | {name: shifted(inputs[name], n) for name in names}, dy)  # all by the same
         testing.check(case, inputs | {"input": shifted(inputs["input"], n)}, shifted(dy, 3))
+        # The gradients of parameters alone, where nothing is written that begins on a vector.
+        parameters = [p for p in case.differentiable if p not in names and inputs[p] is not None]
+        if parameters:
+            alone = dataclasses.replace(case, differentiable=tuple(parameters))
+            testing.check(alone, inputs | {name: shifted(inputs[name], n) for name in names}, dy)
 
 
 @variants

@@ -3,13 +3,13 @@
 import copy
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import nn
 
@@ -56,12 +56,10 @@ def test_a_process_that_dies_ends_the_others_with_an_error():
 
 
 def test_a_process_that_dies_ends_the_others_by_itself():
-    """Without torchrun, which would end them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """Without torchrun, which would end them. Its store is here this process's: no other takes a port that is open."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent), "WORLD_SIZE": "2"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     command = [sys.executable, str(WORKER), "a_process_that_dies"]
     both = [
         subprocess.Popen(command, env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)

@@ -249,6 +249,18 @@ def running_statistics_kernel(running_mean, running_var, mean, rstd, eps: tl.flo
     tl.store(rstd + c, 1.0 / tl.sqrt(load_wide(running_var, c, c < C, 0.0) + eps), c < C)
 
 
+def arithmetic(x: Tensor) -> tl.dtype:
+    """The type that x is computed in."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def moments_of_chunks(x: Tensor, cut: Cut) -> Tensor:
+    """(3, chunks, C), as moments_kernel leaves them for combined_moments."""
+    partial = x.new_empty((3, cut.chunks, x.shape[1]), dtype=torch.float64)
+    moments_kernel[cut.grid](x, partial, *cut.sizes, **cut.constants)
+    return partial
+
+
 def statistics(
     x: Tensor,
     cut: Cut,
@@ -267,8 +279,7 @@ def statistics(
             dense(running_mean), dense(running_var), mean, rstd, eps, C, BLOCK=128
         )
         return mean, rstd
-    partial = x.new_empty((3, cut.chunks, C), dtype=torch.float64)
-    moments_kernel[cut.grid](x, partial, *cut.sizes, **cut.constants)
+    partial = moments_of_chunks(x, cut)
     strides = (0, 0) if running_mean is None else (running_mean.stride(0), running_var.stride(0))
     moments_finalise_kernel[(triton.cdiv(C, COMBINE["CB"]),)](
         x,

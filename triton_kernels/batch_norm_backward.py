@@ -16,6 +16,7 @@ from cnnkern.triton_kernels import check
 from cnnkern.triton_kernels.activations import act_grad
 from cnnkern.triton_kernels.batch_norm import (
     affine,
+    arithmetic,
     channel_sum,
     load_wide,
     lost_of,
@@ -170,6 +171,23 @@ def backward_apply_kernel(
             tl.store(dresidual + at, g.to(dresidual.dtype.element_ty), mask)
 
 
+def finalise(
+    partial: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    table: Tensor | None,
+    x: Tensor,
+) -> None:
+    """What backward_finalise_kernel makes of the sums of chunks."""
+    _, chunks, C = partial.shape
+    backward_finalise_kernel[(triton.cdiv(C, COMBINE["CB"]),)](
+        *(partial, mean, rstd, weight, dweight, dbias, table, x.numel() // C, C, chunks), S=arithmetic(x), **COMBINE
+    )
+
+
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -195,9 +213,8 @@ def backward(
     applies = training and wants_dx
     sums = applies or wants_dweight or wants_dbias
     weight, bias = dense(weight), dense(bias)
-    wide = torch.promote_types(x.dtype, torch.float32)
     partial = x.new_empty((2, cut.chunks, C), dtype=torch.float64) if sums else None
-    table = x.new_empty((2, C), dtype=wide) if applies else None
+    table = x.new_empty((2, C), dtype=torch.promote_types(x.dtype, torch.float32)) if applies else None
     with on_device_of(x):
         if sums or wants_dx or wants_dresidual:
             backward_sums_kernel[cut.grid](
@@ -216,20 +233,8 @@ def backward(
                 **cut.constants,
             )
         if sums:
-            backward_finalise_kernel[(triton.cdiv(C, COMBINE["CB"]),)](
-                partial,
-                mean,
-                rstd,
-                weight,
-                dweight if wants_dweight else None,
-                dbias if wants_dbias else None,
-                table,
-                x.numel() // C,
-                C,
-                cut.chunks,
-                S=tl.float64 if wide == torch.float64 else tl.float32,
-                **COMBINE,
-            )
+            vectors = (dweight if wants_dweight else None, dbias if wants_dbias else None)
+            finalise(partial, mean, rstd, weight, *vectors, table, x)
         if applies:
             backward_apply_kernel[cut.grid](
                 dy, x, bits, dx, None, mean, rstd, weight, bias, table, *cut.sizes, ACT=act, **cut.constants

@@ -6,6 +6,7 @@ A launcher calls these before it changes anything, so that an error leaves runni
 from collections.abc import Sequence
 
 import torch
+from cnnkern.triton_kernels.layout import mask_bytes
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -155,7 +156,10 @@ def fp64(op: str, name: str, t: Tensor, shape: Sequence[int], x: Tensor) -> None
         )
 
 
-def sync_bn(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> None:
+def sync_bn_statistics(
+    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> None:
+    """Batch norm over processes, from statistics that are given."""
     image(op, x)
     channel_vector(op, "weight", weight, x)
     channel_vector(op, "bias", bias, x)
@@ -172,7 +176,21 @@ def sync_bn_residual(op: str, x: Tensor, residual: Tensor | None, act: str) -> N
         relu_or_none(op, act)
 
 
-def sync_bn_backward(
+def sync_bn(
+    op: str,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    act: str,
+) -> None:
+    sync_bn_statistics(op, x, weight, bias, mean, rstd)
+    sync_bn_residual(op, x, residual, act)
+
+
+def sync_bn_sums(
     op: str,
     dy: Tensor,
     x: Tensor,
@@ -185,14 +203,34 @@ def sync_bn_backward(
     act: str,
     wants_dresidual: bool = False,
 ) -> None:
-    sync_bn(op, x, weight, bias, mean, rstd)
+    sync_bn_statistics(op, x, weight, bias, mean, rstd)
     same_shape(op, "dy", dy, x)
     if bits is not None:
-        mask(op, bits, max((x.numel() + 7) // 8, 4), x)
+        mask(op, bits, mask_bytes(x.numel()), x)
     elif wants_dresidual:
         raise RuntimeError(f"{op}: output_mask asks for dresidual, but mask is None")
     channels_last(op, dy, last)
     activation(op, act)
+
+
+def sync_bn_backward(
+    op: str,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    bits: Tensor | None,
+    last: bool,
+    act: str,
+    sums: Tensor,
+    count: Tensor,
+    output_mask: Sequence[bool],
+) -> None:
+    sync_bn_sums(op, dy, x, weight, bias, mean, rstd, bits, last, act, output_mask[1])
+    fp64(op, "sums", sums, (2, x.shape[1]), x)
+    fp64(op, "count", count, (1,), x)
 
 
 def layer_norm(op: str, x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> None:

@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 from cnnkern.triton_kernels import check
-from cnnkern.triton_kernels.batch_norm import combined_moments, load_wide, lost_of, moments_kernel
+from cnnkern.triton_kernels.batch_norm import arithmetic, combined_moments, load_wide, lost_of, moments_of_chunks
 from cnnkern.triton_kernels.batch_norm_backward import (
     backward_apply_kernel,
-    backward_finalise_kernel,
     backward_sums_kernel,
+    finalise,
 )
 from cnnkern.triton_kernels.bn_act import bn_act_apply_kernel
 from cnnkern.triton_kernels.bn_add_act import apply
@@ -79,10 +79,6 @@ def sync_table_kernel(sums, count, mean, rstd, weight, table, C, S: tl.constexpr
     tl.store(table + C + c, constant.to(S), mask)
 
 
-def _arithmetic(x: Tensor) -> tl.dtype:
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def sync_bn_stats(x: Tensor) -> Tensor:
     """moments, as the schema in csrc/ops.cpp has them."""
     check.image("cnnkern::sync_bn_stats", x)
@@ -91,10 +87,9 @@ def sync_bn_stats(x: Tensor) -> Tensor:
         return x.new_zeros(2 * C + 1, dtype=torch.float64)
     x = in_layout(x)
     cut = Cut.of(x)
-    partial = x.new_empty((3, cut.chunks, C), dtype=torch.float64)
     moments = x.new_empty(2 * C + 1, dtype=torch.float64)
     with on_device_of(x):
-        moments_kernel[cut.grid](x, partial, *cut.sizes, **cut.constants)
+        partial = moments_of_chunks(x, cut)
         sync_moments_kernel[(triton.cdiv(C, COMBINE["CB"]),)](
             x, partial, moments, x.numel() // C, C, cut.chunks, *cut.channel_view, **COMBINE
         )
@@ -111,9 +106,7 @@ def sync_bn(
     act: str,
 ) -> tuple[Tensor, Tensor]:
     """y and the mask, as the schema in csrc/ops.cpp has them."""
-    op = "cnnkern::sync_bn"
-    check.sync_bn(op, x, weight, bias, mean, rstd)
-    check.sync_bn_residual(op, x, residual, act)
+    check.sync_bn("cnnkern::sync_bn", x, residual, weight, bias, mean, rstd, act)
     x = in_batch_norm_layout(x)
     y = batch_norm_result(x, act) if residual is None else torch.empty_like(x)
     strides = y.stride() if residual is None else strides_of_sum(x, residual, act == "relu")
@@ -143,7 +136,7 @@ def sync_bn_sums(
     act: str,
 ) -> Tensor:
     """sums, as the schema in csrc/ops.cpp has them."""
-    check.sync_bn_backward("cnnkern::sync_bn_sums", dy, x, weight, bias, mean, rstd, mask, channels_last, act)
+    check.sync_bn_sums("cnnkern::sync_bn_sums", dy, x, weight, bias, mean, rstd, mask, channels_last, act)
     C = x.shape[1]
     if x.numel() == 0:
         return x.new_zeros((2, C), dtype=torch.float64)
@@ -157,11 +150,7 @@ def sync_bn_sums(
         backward_sums_kernel[cut.grid](
             dy, x, mask, None, None, partial, mean, rstd, weight, bias, *cut.sizes, ACT=act, **cut.constants
         )
-        backward_finalise_kernel[(triton.cdiv(C, COMBINE["CB"]),)](
-            *(partial, mean, rstd, weight, sums[1], sums[0], None, x.numel() // C, C, cut.chunks),
-            S=_arithmetic(x),
-            **COMBINE,
-        )
+        finalise(partial, mean, rstd, weight, sums[1], sums[0], None, x)
     return sums
 
 
@@ -181,10 +170,8 @@ def sync_bn_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx and dresidual, as the schema in csrc/ops.cpp has them; of no elements where `output_mask` is False."""
     op = "cnnkern::sync_bn_backward"
-    check.sync_bn_backward(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, output_mask[1])
+    check.sync_bn_backward(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, sums, count, output_mask)
     C = x.shape[1]
-    check.fp64(op, "sums", sums, (2, C), x)
-    check.fp64(op, "count", count, (1,), x)
     x, dy = laid_out(x, channels_last), laid_out(dy, channels_last)
     dx, dresidual = (torch.empty_like(x) if wanted else None for wanted in output_mask)
     if x.numel() > 0 and any(output_mask):
@@ -193,7 +180,7 @@ def sync_bn_backward(
         table = x.new_empty((2, C), dtype=torch.promote_types(x.dtype, torch.float32))
         with on_device_of(x):
             sync_table_kernel[(triton.cdiv(C, 128),)](
-                sums, count, mean, rstd, weight, table, C, S=_arithmetic(x), BLOCK=128
+                sums, count, mean, rstd, weight, table, C, S=arithmetic(x), BLOCK=128
             )
             backward_apply_kernel[cut.grid](
                 *(dy, x, mask, dx, dresidual, mean, rstd, weight, bias, table, *cut.sizes),

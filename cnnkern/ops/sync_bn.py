@@ -90,8 +90,7 @@ def _(x):
 def _(x, residual, weight, bias, mean, rstd, act):
     op = "cnnkern::sync_bn"
     if fake.is_meta(x):
-        check.sync_bn(op, x, weight, bias, mean, rstd)
-        check.sync_bn_residual(op, x, residual, act)
+        check.sync_bn(op, x, residual, weight, bias, mean, rstd, act)
     fake.check_channel_vectors(op, x, weight=weight, bias=bias, mean=mean, rstd=rstd)
     if residual is not None:
         fake.check_residual(op, x, residual)

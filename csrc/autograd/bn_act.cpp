@@ -4,6 +4,7 @@
 
 #include "autograd/composite.h"
 #include "autograd/node.h"
+#include "autograd/strides.h"
 #include "check.h"
 
 namespace cnnkern {

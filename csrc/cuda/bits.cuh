@@ -9,8 +9,9 @@ namespace cnnkern::gpu {
 struct BitWriter {
   unsigned* words;
 
-  // The bits of a vector's lanes that exist. Vectors of eight that are never ragged own their bytes. Where a byte may
-  // have other writers every word is written by atomic or, over zeros; or has no order that could show.
+  // The bits of a vector's lanes that exist, which are of one word: `at` is a multiple of V, as vectors begin where those of
+  // the tensor do that is written. Vectors of eight that are never ragged own their bytes. Where a byte may have other
+  // writers every word is written by atomic or, over zeros; or has no order that could show.
   template <bool kRagged, int V>
   __device__ __forceinline__ void set(int64_t at, Lanes lanes, unsigned bits) const {
     if constexpr (!kRagged && V == 8) {
@@ -18,12 +19,8 @@ struct BitWriter {
     } else {
       const int first = kRagged ? lanes.first : 0, last = kRagged ? lanes.last : V;
       if (first >= last) return;
-      bits = (bits & ((1u << last) - 1)) >> first;
-      if (bits == 0) return;
-      const int64_t i = at + first;
-      const int shift = static_cast<int>(i % 32);
-      atomicOr(words + i / 32, bits << shift);
-      if (kRagged && shift + last - first > 32 && bits >> (32 - shift) != 0) atomicOr(words + i / 32 + 1, bits >> (32 - shift));
+      bits &= (1u << last) - (1u << first);
+      if (bits != 0) atomicOr(words + at / 32, bits << at % 32);
     }
   }
 };

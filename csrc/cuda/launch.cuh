@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_kernel(P p, int64_t sli
   p.finish(c, sums[0], sums[1]);
 }
 
-// How a tensor is cut. may_own: both sweeps are made, so one block may make them. pointers: what they access, or null.
+// How a tensor is cut. may_own: both sweeps are made, so one block may make them. pointers: what they access, or null;
+// vectors begin where those of the last one do, which is what is written, if anything is.
 template <typename T>
 struct Cut {
   bool by_rows;

@@ -88,9 +88,7 @@ std::tuple<Tensor, Tensor> sync_bn_cuda(const Tensor& x, const OptionalTensor& r
                                         c10::string_view act) {
   const char* op = "cnnkern::sync_bn";
   const bool adds = tensor_or_undefined(residual).defined();
-  check_sync_bn(op, x, weight, bias, mean, rstd);
-  if (adds) check_same_shape(op, "residual", *residual, x);
-  check_sync_bn_activation(op, adds, act);
+  check_sync_bn(op, x, residual, weight, bias, mean, rstd, act);
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor x_ = in_batch_norm_layout(x), residual_ = adds ? in_layout_of(*residual, x_) : Tensor();
   const Tensor y = adds ? aten::empty_like(x_) : batch_norm_result(x_, act);
@@ -125,8 +123,7 @@ Tensor sync_bn_sums_cuda(const Tensor& dy, const Tensor& x, const OptionalTensor
                          const Tensor& mean, const Tensor& rstd, const OptionalTensor& mask, bool channels_last,
                          c10::string_view act) {
   const char* op = "cnnkern::sync_bn_sums";
-  check_sync_bn_backward(op, dy, x, weight, bias, mean, rstd, mask, channels_last);
-  check_activation(op, act);
+  check_sync_bn_sums(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act);
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor sums = aten::empty({2, x.size(1)}, mean.options());
   if (x.numel() == 0) return sums.zero_();
@@ -145,10 +142,7 @@ std::tuple<Tensor, Tensor> sync_bn_backward_cuda(const Tensor& dy, const Tensor&
                                                  const OptionalTensor& mask, bool channels_last, c10::string_view act,
                                                  const Tensor& sums, const Tensor& count, std::array<bool, 2> output_mask) {
   const char* op = "cnnkern::sync_bn_backward";
-  check_sync_bn_backward(op, dy, x, weight, bias, mean, rstd, mask, channels_last, output_mask[1]);
-  check_activation(op, act);
-  check_fp64(op, "sums", sums, {2, x.size(1)}, x);
-  check_fp64(op, "count", count, {1}, x);
+  check_sync_bn_backward(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, sums, count, output_mask);
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor x_ = laid_out(x, channels_last), dy_ = laid_out(dy, channels_last);
   const Tensor dx = gradient_like(output_mask[0], x_), dresidual = gradient_like(output_mask[1], x_);

@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "autograd/composite.h"
+#include "autograd/strides.h"
 
 namespace cnnkern {
 

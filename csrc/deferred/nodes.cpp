@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 
 #include "autograd/composite.h"
+#include "autograd/strides.h"
 
 namespace cnnkern {
 

@@ -1,17 +1,20 @@
 """`make faults`: plants every fault of this package, each in a copy of the tree, and expects its tests to turn red.
 
 `python -m faults [--jobs N] [WORD ...]`: of all faults, those whose backend, operator or name contain every WORD. The
-same tests are also asked of kernels without a fault: they have to be green, or their red would say nothing.
+same tests are also asked of kernels without a fault: they have to be green, or their red would say nothing. What is
+printed is kept in build/faults.log, line by line.
 """
 
 import argparse
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
@@ -22,6 +25,7 @@ import emulator
 from faults import ROOT, Fault, all_faults
 from tests.child import run_child
 
+LOG = ROOT / "build" / "faults.log"
 SECONDS = 900  # more than any of them takes on a busy machine
 REPORTS = re.compile(r"(?:WARNING|ERROR): \w+Sanitizer: ([\w -]+?)(?= \(|\n| on )|runtime error: ([^\n]+)")
 
@@ -83,10 +87,35 @@ def asked(tree: Path, fault: Fault) -> str:
         return ""
     failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.M)
     report = REPORTS.search(said)
-    if "this does not build" in said or not (failed or report):
+    if "this does not build" in said or not (failed or report or done.returncode < 0):
         raise RuntimeError(f"exit status {done.returncode} of {' '.join(command)}\n{said[-6000:]}")
     reported = f"{report[1] or report[2]}, says the sanitizer" if report else ""
-    return "; ".join(part for part in (failed[0] if failed else "", reported) if part)
+    # As the C library ends a process whose heap a kernel wrote over, or the system one that reads what is not its own.
+    ended = f"ended by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else ""
+    return "; ".join(part for part in (*failed[:1], reported, ended) if part)
+
+
+def outcome(tree: Path, fault: Fault) -> tuple[str, str]:
+    """red, GREEN or BROKEN, with the fault in the tree, and what says so."""
+    text = fault.plant(tree)
+    try:
+        by = asked(tree, fault)
+    except Exception as error:  # of one fault: the others are asked all the same, and the run fails at its end
+        return "BROKEN", str(error)
+    finally:
+        (tree / fault.path).write_text(text)
+    return ("red", by) if by else ("GREEN", "no test noticed")
+
+
+def outcomes(tree: Path, faults: list[Fault]) -> Iterator[tuple[Fault, str, str]]:
+    """Of faults that are built and asked alike: their tests are asked without a fault first."""
+    try:
+        by = asked(tree, faults[0])
+        unsound = by and f"without a fault {' '.join(faults[0].tests)} are red: {by}"
+    except Exception as error:  # as above
+        unsound = str(error)
+    for fault in faults:
+        yield fault, *(("BROKEN", unsound) if unsound else outcome(tree, fault))
 
 
 def main() -> int:
@@ -95,42 +124,34 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
     chosen = [f for f in all_faults() if all(w in f"{f.backend} {f.operator} {f.name}" for w in options.words)]
-    # Those that are built and asked alike go together: one is asked without the fault first.
     groups = defaultdict(list)
     for fault in chosen:
         groups[fault.backend, sources_of(fault), fault.tool, fault.tests].append(fault)
-    green, broken, began = [], [], time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+    count: Counter[str] = Counter()
+    began = time.monotonic()
+    LOG.parent.mkdir(exist_ok=True)
+    with LOG.open("w") as log, tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
         trees: Queue[Path] = Queue()
         for i in range(options.jobs):
             trees.put(tree_in(Path(folder) / str(i)))
 
+        def say(line: str) -> None:
+            for stream in (sys.stdout, log):
+                print(line, file=stream, flush=True)
+
         def prove(faults: list[Fault]) -> None:
             tree = trees.get()
-            try:
-                if by := asked(tree, faults[0]):
-                    raise RuntimeError(f"without a fault {' '.join(faults[0].tests)} are red: {by}")
-                for fault in faults:
-                    text = fault.plant(tree)
-                    by = asked(tree, fault)
-                    (tree / fault.path).write_text(text)
-                    if not by:
-                        green.append(fault)
-                    what = f"{fault.backend:6}  {fault.operator:14}  {fault.name}"
-                    print(f"[{time.monotonic() - began:4.0f} s] {'red  ' if by else 'GREEN'}  {what}: {by}", flush=True)
-            finally:
-                for fault in faults:
-                    shutil.copy2(ROOT / fault.path, tree / fault.path)
-                trees.put(tree)
+            for fault, how, why in outcomes(tree, faults):
+                count[how] += 1
+                what = f"{fault.backend:6}  {fault.operator:14}  {fault.name}"
+                say(f"[{time.monotonic() - began:4.0f} s] {how:6}  {what}: {why}")
+            trees.put(tree)
 
-        for faults, future in [(faults, pool.submit(prove, faults)) for faults in groups.values()]:
-            try:
-                future.result()
-            except Exception as error:  # of one group: the others are asked all the same, and the run fails at its end
-                broken.append(faults)
-                print(f"BROKEN {faults[0].backend} {faults[0].operator} {faults[0].name}: {error}", flush=True)
-    print(f"{len(chosen)} faults, {len(green)} green, {len(broken)} groups of tests that could not be asked")
-    return int(bool(green or broken or not chosen))
+        list(pool.map(prove, groups.values()))
+        minutes = (time.monotonic() - began) / 60
+        left = f"{count['GREEN']} green, {count['BROKEN']} that could not be asked"
+        say(f"{count['red']} of {len(chosen)} red, {left}, in {minutes:.0f} minutes")
+    return int(not chosen or count["red"] < len(chosen))
 
 
 if __name__ == "__main__":
