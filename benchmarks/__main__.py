@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, machine, report, rows, terminal, worker
-from benchmarks.options import Options
-from benchmarks.plan import make_plan
+from .show import comparison, report, terminal
+from .suite import machine, rows, worker
+from .suite.options import Options
+from .suite.plan import make_plan
 
 # Seconds for everything; what is under way when they end is finished, in a full run up to a large model's three rounds.
 FULL_SECONDS, QUICK_SECONDS = 330.0, 50.0
@@ -60,7 +61,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--backend", default="cuda", choices=("cuda", "triton"), help="the kernels to time on a GPU (default: cuda)"
     )
-    parser.add_argument("--save", type=file_name, metavar="NAME", help="write to benchmarks/results/published/NAME.*")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=rows.RESULTS,
+        metavar="FOLDER",
+        help="where results go (default: benchmarks/results of a checkout, else cnnkern-bench in this folder)",
+    )
+    parser.add_argument("--save", type=file_name, metavar="NAME", help="write to published/NAME.* there")
     threads = torch.get_num_threads()
     parser.add_argument("--threads", type=count, default=threads, metavar="N", help=f"CPU threads (default: {threads})")
     parser.add_argument(
@@ -123,7 +131,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments.before = []
     if arguments.compare:
         try:
-            arguments.before, _ = report.load(arguments.compare)
+            arguments.before, _ = rows.load(arguments.compare)
         except ValueError as error:
             parser.error(f"--compare: {error}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -139,7 +147,7 @@ def one_line(message: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.agree:
-        return compare.main([str(path) for path in arguments.agree])
+        return report.agree(*arguments.agree)
     options = Options(
         *(arguments.quick, arguments.filter, arguments.device, arguments.backend),
         *(arguments.threads, arguments.dtype, arguments.networks),
@@ -155,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     if not settings:
         print(f"benchmarks: nothing has {options.filter!r} in its name", file=sys.stderr)
         return 2
-    folder = rows.RESULTS / "published" if arguments.save else rows.RESULTS
+    folder = arguments.out / "published" if arguments.save else arguments.out
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="cnnkern-bench-") as scratch:
@@ -171,10 +179,10 @@ def main(argv: list[str] | None = None) -> int:
         changes = None
         if arguments.before:
             try:
-                changes = compare.compare(arguments.before, measured)
+                changes = comparison.compare(arguments.before, measured)
             except ValueError as error:
                 problems.append(f"cannot compare with {arguments.compare}: {error}")
-        problems += write(measured, created, folder, arguments.save, options.quick, changes)
+        problems += write(measured, created, arguments.out, arguments.save, options.quick, changes)
         if changes:
             terminal.show_changes(changes, terminal.console())
             if changes.is_regression:
@@ -216,18 +224,19 @@ def run(options: Options, settings: list[str], scratch: Path, seconds: float) ->
 def write(
     measured: list[rows.Row],
     created: str,
-    folder: Path,
+    results: Path,
     name: str | None,
     quick: bool,
-    changes: compare.Comparison | None = None,
+    changes: comparison.Comparison | None = None,
 ) -> list[str]:
-    """CSV, JSON and the chart into `folder`, the last run's page into results; a line for what could not be written."""
-    stem, page_file = name or rows.file_stem(measured, quick), rows.RESULTS / "report.html"
+    """CSV, JSON, the chart and the last run's page into `results`; a line for what could not be written."""
+    folder = results / "published" if name else results
+    stem, page_file = name or rows.file_stem(measured, quick), results / "report.html"
     try:
         rows.write(folder / f"{stem}.csv", rows.to_csv(measured))
         rows.write(folder / f"{stem}.json", rows.to_json(measured, created, quick))
         try:
-            from benchmarks import chart, page
+            from .show import chart, page
         except ImportError as error:
             return [f"no chart and no page: {error}"]
         rows.write(folder / f"{stem}.png", chart.draw(measured, created))

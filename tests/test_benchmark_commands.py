@@ -16,9 +16,11 @@ from rich.console import Console
 
 import cnnkern
 from benchmarks import __main__ as driver
-from benchmarks import accuracy, cores, gpu_kernels, machine, onednn, passes, report, rows, sweeps, sync, worker
-from benchmarks.bandwidth import Bandwidth
-from benchmarks.options import Options
+from benchmarks.show import report
+from benchmarks.studies import accuracy, cores, gpu_kernels, onednn, passes, sweeps, sync
+from benchmarks.suite import machine, rows, worker
+from benchmarks.suite.bandwidth import Bandwidth
+from benchmarks.suite.options import Options
 from cnnkern import memory, testing
 from cnnkern.testing import Layer
 from tests.child import run_child

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bandwidth, timing
-from benchmarks.bandwidth import Bandwidth
+from benchmarks.suite import bandwidth, timing
+from benchmarks.suite.bandwidth import Bandwidth
 
 CLOCK = timing.ReplayClock()
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as driver
-from benchmarks import judge, machine, operators, overhead, rows, tables
-from benchmarks.groups import MAX_AUTOTUNE, Contender, Group, Unavailable, select
-from benchmarks.options import Options
+from benchmarks.show import tables
+from benchmarks.suite import judge, machine, operators, overhead, rows
+from benchmarks.suite.groups import MAX_AUTOTUNE, Contender, Group, Unavailable, select
+from benchmarks.suite.options import Options
 from cnnkern import testing
 from cnnkern.testing import Layer
 from tests.child import run_child
@@ -296,8 +297,8 @@ def test_overhead_is_timed_for_functions_and_modules():
 NO_COMPILER = """
 import sys
 import torch
-from benchmarks import operators
-from benchmarks.groups import Contender, Unavailable
+from benchmarks.suite import operators
+from benchmarks.suite.groups import Contender, Unavailable
 from cnnkern.testing import CASES, Layer
 drawn = operators.Drawn(CASES["bn_act"], Layer((2, 8, 4, 4)), torch.float32, "train relu", "cpu")
 bench = operators.OperatorBench(drawn, "inference")

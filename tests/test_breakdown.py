@@ -2,12 +2,14 @@
 
 import re
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as driver
-from benchmarks import breakdown, compare, machine, page, published, rows, tables
-from benchmarks.groups import CONVERTED_AND_COMPILED
+from benchmarks.show import breakdown, page, published, report, tables
+from benchmarks.suite import machine, rows
+from benchmarks.suite.groups import CONVERTED_AND_COMPILED
 from tests.results import BANDWIDTHS, WHERE, assert_one_line, row
 
 SETTING = {
@@ -196,7 +198,9 @@ def two_runs(tmp_path):
     return paths
 
 
-@pytest.mark.parametrize("command", [compare.main, lambda paths: driver.main(["--agree", *paths])])
+@pytest.mark.parametrize(
+    "command", [lambda paths: report.agree(*map(Path, paths)), lambda paths: driver.main(["--agree", *paths])]
+)
 def test_two_runs_are_said_to_agree_on_a_share_of_their_rows(command, two_runs, capsys):
     assert command([str(path) for path in two_runs]) == 0
     printed = capsys.readouterr().out
@@ -210,9 +214,9 @@ def test_two_runs_are_said_to_agree_on_a_share_of_their_rows(command, two_runs, 
 def test_runs_without_a_row_in_common_are_one_line(two_runs, tmp_path, capsys):
     other = tmp_path / "other.json"
     other.write_text(rows.to_json(row(operator="add_relu"), "today", quick=False))
-    assert compare.main([str(two_runs[0]), str(other)]) == 1
+    assert report.agree(two_runs[0], other) == 1
     assert_one_line(capsys.readouterr().err, "no measurement of ours is in both")
-    assert compare.main([str(two_runs[0]), str(tmp_path / "none.json")]) == 1
+    assert report.agree(two_runs[0], tmp_path / "none.json") == 1
     assert_one_line(capsys.readouterr().err, "cannot read")
 
 

@@ -18,7 +18,7 @@ FENCE = re.compile(r"^```python(?P<options>[^\n]*)\n(?P<code>.*?)^```$", re.MULT
 ELSEWHERE = {"docs/triton.md": "tests/test_triton_docs.py runs it, through Triton's interpreter"}
 COMMAND = re.compile(
     r'make (?P<target>bench|test) ARGS="(?P<args>[^"]*)"'
-    r"|(?P<tool>(?:cnnkern|python -m benchmarks\.\w+)(?: [^`\n#]*)?)(?=`|$)"
+    r"|(?P<tool>(?:cnnkern|python -m benchmarks(?:\.\w+)+)(?: [^`\n#]*)?)(?=`|$)"
 )
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(#[^)\s]*)?\)")
 

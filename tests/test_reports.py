@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as driver
-from benchmarks import chart, compare, page, published, report, rows, tables, terminal
+from benchmarks.show import chart, comparison, page, published, report, tables, terminal
+from benchmarks.suite import rows
 from tests.results import assert_one_line, row, some_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +66,7 @@ def test_published_tables_fit_into_100_columns(file, capsys):
     assert report.main([str(file)]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= terminal.WIDTH
-    many = len(tables.ours(report.load(file)[0])) > 2 * terminal.RANKED
+    many = len(tables.ours(rows.load(file)[0])) > 2 * terminal.RANKED
     ranked = ("Best rows", "Worst rows") if many else ()
     for words in ("geometric means", *ranked, "faster than eager in", "memory bandwidth"):
         assert words in " ".join(printed.split()), words
@@ -191,7 +192,7 @@ def test_report_writes_the_page_and_compares(saved, tmp_path, capsys):
 
 def test_a_change_counts_beyond_the_spread_of_the_rounds():
     before = row(seconds=1e-3)
-    assert not compare.compare(before, before).is_regression
+    assert not comparison.compare(before, before).is_regression
     for seconds, spread, slower, faster in (
         (1.04e-3, 0.0, 0, 0),
         (1.10e-3, 0.0, 1, 0),
@@ -199,7 +200,7 @@ def test_a_change_counts_beyond_the_spread_of_the_rounds():
         (1.10e-3, 0.4, 0, 0),
         (2.00e-3, 0.4, 1, 0),
     ):
-        found = compare.compare(before, row(seconds=seconds, spread=spread))
+        found = comparison.compare(before, row(seconds=seconds, spread=spread))
         assert (len(found.slower), len(found.faster)) == (slower, faster), (seconds, spread)
         assert found.is_regression == bool(slower)
         ((operator, mode, count, factor),) = found.moved()
@@ -211,12 +212,12 @@ def test_a_change_is_taken_against_eager_of_the_same_run():
     """A machine that is twice as slow in the second run makes both contenders slower."""
     before = row(seconds=1e-3)
     after = [replace(r, median_ms=2 * r.median_ms, iqr_ms=2 * r.iqr_ms) for r in before]
-    assert not compare.compare(before, after).slower
+    assert not comparison.compare(before, after).slower
 
 
 def test_rows_with_too_few_rounds_are_not_judged():
     before, after = row(seconds=1e-3), [replace(r, iqr_ms=None) for r in row(seconds=9e-3)]
-    (change,) = compare.compare(before, after).changes
+    (change,) = comparison.compare(before, after).changes
     assert not change.slower
     assert change.line()[-1] == "unknown"
 
@@ -224,7 +225,7 @@ def test_rows_with_too_few_rounds_are_not_judged():
 def test_a_row_that_became_wrong_is_a_regression():
     before = row(seconds=1e-3)
     after = [replace(r, status="wrong", note="output", ratio=None) if r.contender == "ours" else r for r in before]
-    found = compare.compare(before, after)
+    found = comparison.compare(before, after)
     assert found.is_regression
     (line,) = found.broken
     assert line == "bn_act net 2x2 training contiguous tuned malloc: wrong, had 2.00x: output"
@@ -233,12 +234,12 @@ def test_a_row_that_became_wrong_is_a_regression():
 def test_comparison_names_what_the_runs_do_not_share():
     before = row(seconds=1e-3) + row(shape="4x4")
     after = [replace(r, machine="other", torch="9.9") for r in row(seconds=1e-3)]
-    notes = "\n".join(compare.compare(before, after).notes)
+    notes = "\n".join(comparison.compare(before, after).notes)
     assert "not the same machine: some-machine before, other now" in notes
     assert "not the same torch" in notes
     assert "rows timed before only: 1" in notes
     with pytest.raises(ValueError, match="no measurement of ours is in both"):
-        compare.compare(before, [replace(r, threads=7) for r in before])
+        comparison.compare(before, [replace(r, threads=7) for r in before])
 
 
 @pytest.mark.parametrize(("seconds", "code", "words"), [(1e-3, 0, "0 slower"), (3e-3, 1, "1 slower")])
@@ -264,7 +265,7 @@ def test_bench_reads_the_earlier_run_before_it_measures(monkeypatch, tmp_path, c
 @pytest.mark.parametrize("path", list(published.documents()), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_tables_in_documents_are_those_of_the_published_files(path):
     text = path.read_text()
-    assert published.generated(text) == text, "`python -m benchmarks.published` writes them"
+    assert published.generated(text) == text, "`python -m benchmarks.show.published` writes them"
 
 
 def test_the_front_page_shows_published_results():

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 import cnnkern
-from benchmarks.options import Options
 from cnnkern import _C, memory
 
-ROOT = Path(__file__).resolve().parent.parent
+from .options import Options
+from .place import ROOT
+
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -70,6 +71,9 @@ def cache_bytes(device: str) -> int | None:
 
 def commit() -> str:
     """Short hash of the source tree, with '-dirty' where it has changes; outside git what CNNKERN_COMMIT says it is."""
+
+    if ROOT is None:
+        return os.environ.get("CNNKERN_COMMIT", "unknown")
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]

@@ -1,6 +1,6 @@
 """The memory bandwidth that this machine reaches in the same run, and the least time that it leaves for some traffic.
 
-`python -m benchmarks.bandwidth --device cpu --threads 2` prints it as JSON. The driver starts it with
+`python -m benchmarks.suite.bandwidth --device cpu --threads 2` prints it as JSON. The driver starts it with
 GLIBC_TUNABLES = STREAMING, so that the C library's memcpy writes past the caches.
 """
 
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from . import timing
 
 STREAMING = "glibc.cpu.x86_non_temporal_threshold=0x40000"  # bytes
 SIZES = (2**22, 2**24, 2**26, 2**28)  # bytes that one call touches: in cache, at its edge, and well beyond

@@ -1,8 +1,8 @@
 """What each sweep of batch norm + ReLU costs by itself, in time and bytes: where a training step's time goes.
 
-`python -m benchmarks.sweeps [--threads N] [--dtype TYPE] [--cached]` prints a table. Inputs change from call to call,
-so that none is in cache; malloc keeps large blocks (`cnnkern.tune_malloc`). With `--cached` one image, always the same,
-stays in the caches: what arithmetic costs without waiting for memory.
+`python -m benchmarks.studies.sweeps [--threads N] [--dtype TYPE] [--cached]` prints a table. Inputs change from call to
+call, so that none is in cache; malloc keeps large blocks (`cnnkern.tune_malloc`). With `--cached` one image, always the
+same, stays in the caches: what arithmetic costs without waiting for memory.
 """
 
 import argparse
@@ -13,9 +13,10 @@ import time
 import torch
 
 import cnnkern
-from benchmarks import timing
-from benchmarks.groups import LAYOUTS
 from cnnkern import testing
+
+from ..suite import timing
+from ..suite.groups import LAYOUTS
 
 SHAPES = ((32, 64, 56, 56), (32, 256, 28, 28), (32, 1024, 14, 14), (32, 2048, 7, 7))
 MINIMUM_BYTES = 2**28  # of inputs that take turns
@@ -51,7 +52,7 @@ def steps(shape: tuple[int, ...], layout: str, dtype: torch.dtype, cached: bool)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweeps", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.sweeps", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
     parser.add_argument("--cached", action="store_true", help="one image, always the same")

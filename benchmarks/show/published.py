@@ -1,4 +1,4 @@
-"""Tables of published results inside documents, generated: `python -m benchmarks.published`.
+"""Tables of published results inside documents, generated: `python -m benchmarks.show.published`.
 
 A document asks for them between two comments:
 
@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-from benchmarks import breakdown, compare, report, rows, tables
-from benchmarks.machine import ROOT
-from benchmarks.rows import Row
+from ..suite import rows
+from ..suite.place import ROOT
+from ..suite.rows import Row
+from . import breakdown, comparison, tables
 
 BLOCK = re.compile(r"(<!-- results: (\S+)((?: [a-z]+)+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 OPENINGS = re.compile(r"<!-- results:")
@@ -59,8 +60,8 @@ def _list(lines: list[str], head: str) -> str:
 
 
 def _agreement(found: list[Row], again: list[Row]) -> str:
-    agreement = compare.agreement(found, again)
-    table = tables.markdown_table(compare.AGREEMENT, list(agreement.lines()))
+    agreement = comparison.agreement(found, again)
+    table = tables.markdown_table(comparison.AGREEMENT, list(agreement.lines()))
     worst = "\n".join(f"- {line}" for line in agreement.worst_lines())
     return f"{agreement.verdict()}.\n\n{table}\n\nFurthest apart:\n\n{worst}"
 
@@ -88,6 +89,7 @@ AGREEMENT, AGAIN = "agreement", "-again"  # a part that needs a second run, and 
 
 
 def documents() -> Iterator[Path]:
+    assert ROOT is not None, "the documents are in a checkout"
     yield ROOT / "README.md"
     yield from sorted((ROOT / "docs").rglob("*.md"))
 
@@ -99,7 +101,7 @@ def block(name: str, parts: tuple[str, ...]) -> str:
         raise ValueError(f"no part {unknown[0]!r} of a result; there are {', '.join((*PARTS, AGREEMENT))}")
 
     def load(name: str) -> tuple[list[Row], str]:
-        return report.load(rows.RESULTS / "published" / f"{name}.json")
+        return rows.load(rows.RESULTS / "published" / f"{name}.json")
 
     found, created = load(name)
     made = [
@@ -116,9 +118,11 @@ def generated(text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.published", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.show.published", description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing, name the documents that differ")
     arguments = parser.parse_args(argv)
+    if ROOT is None:
+        parser.error("the documents are in a checkout of the repository, and this is an installed package")
     different = 0
     for path in documents():
         old = path.read_text()

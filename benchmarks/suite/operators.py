@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import timing
-from benchmarks.groups import LAYOUTS, MAX_AUTOTUNE, Contender, Group, Unavailable, first_line
-from benchmarks.judge import assert_as_good_as
-from benchmarks.options import Options
 from cnnkern import testing
 from cnnkern.testing import Case, Layer
+
+from . import timing
+from .groups import LAYOUTS, MAX_AUTOTUNE, Contender, Group, Unavailable, first_line
+from .judge import assert_as_good_as
+from .options import Options
 
 # Seconds an element; forward and backward are training's halves, with a graph that is built and kept.
 WEIGHTS = {"training": 1.5e-7, "inference": 6e-8, "forward": 7e-8, "backward": 1e-7}

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from benchmarks import bandwidth, memory, timing
-from benchmarks.options import Options
+from . import bandwidth, memory, timing
+from .options import Options
 
 LAYOUTS = ("contiguous", "channels_last")
 # Contenders of the models: the converted model compiled, and the model with its grouped convolutions exchanged and

@@ -1,30 +1,30 @@
 """Shows a saved result, or what has changed since another one.
 
-`python -m benchmarks.report FILE` prints tables, --all every measurement, --markdown tables for a document; --html OUT
-writes the page that a run leaves. --compare OLD says what has become faster or slower, and fails on a regression.
+`python -m benchmarks.show.report FILE` prints tables, --all every measurement, --markdown tables for a document; --html
+OUT writes the page that a run leaves. --compare OLD says what has become faster or slower, and fails on a regression.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import compare, rows, tables, terminal
+from ..suite import rows
+from . import comparison, tables, terminal
 
 
-def load(path: Path) -> tuple[list[rows.Row], str]:
-    """(rows, when they were made). Raises ValueError with one line for a file that cannot be read or is no result."""
+def agree(first: Path, second: Path) -> int:
+    """Prints how much two runs of the same code differ; the exit status."""
     try:
-        found, rest = rows.from_json(path.read_text())
-        if not found:
-            raise ValueError("no rows")
-        return found, rest["created"]
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ValueError(f"cannot read {path}: {reason}") from error
+        found = comparison.agreement(*(rows.load(path)[0] for path in (first, second)))
+    except ValueError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 1
+    terminal.show_agreement(found, terminal.console())
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.show.report", description=__doc__)
     parser.add_argument("file", type=Path, help="JSON that the benchmarks wrote")
     parser.add_argument("--all", action="store_true", help="every measurement as well, in wide lines")
     parser.add_argument("--markdown", action="store_true", help="tables for a document, without single measurements")
@@ -32,10 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compare", type=Path, metavar="OLD", help="JSON of the run to compare with")
     arguments = parser.parse_args(argv)
     try:
-        found, created = load(arguments.file)
-        changes = compare.compare(load(arguments.compare)[0], found) if arguments.compare else None
+        found, created = rows.load(arguments.file)
+        changes = comparison.compare(rows.load(arguments.compare)[0], found) if arguments.compare else None
         if arguments.html:
-            from benchmarks import page
+            from . import page
 
             rows.write(arguments.html, page.render(found, created, changes))
     except ValueError as error:

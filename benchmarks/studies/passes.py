@@ -1,11 +1,11 @@
 """Each pass of the grouped convolutions of six networks by itself: forward, dx, dweight, and dx with dweight.
 
-`python -m benchmarks.passes [--batch N] [--threads N] [--only TEXT] [--seconds S] [--default-malloc] [--widths]`
-prints a table of eager's and our milliseconds, the ratios, and our GFLOP/s in forward, dx and dweight; for depthwise
-3x3, which waits for memory, the GB/s as well, and their share of what a plain copy of about as many bytes reached in
-the same run. Geometric means follow, of the ratios and of our share of the peak: what the fastest of a matrix product
-and a dense convolution reached before and after all of it. `--widths` has groups of 2, 12, 20, 24, 40 and 48 channels
-instead, as none of the networks has them.
+`python -m benchmarks.studies.passes [--batch N] [--threads N] [--only TEXT] [--seconds S] [--default-malloc]
+[--widths]` prints a table of eager's and our milliseconds, the ratios, and our GFLOP/s in forward, dx and dweight; for
+depthwise 3x3, which waits for memory, the GB/s as well, and their share of what a plain copy of about as many bytes
+reached in the same run. Geometric means follow, of the ratios and of our share of the peak: what the fastest of a
+matrix product and a dense convolution reached before and after all of it. `--widths` has groups of 2, 12, 20, 24, 40
+and 48 channels instead, as none of the networks has them.
 """
 
 import argparse
@@ -17,12 +17,13 @@ import time
 import torch
 
 import cnnkern
-from benchmarks import bandwidth, timing
-from benchmarks.bandwidth import Bandwidth
-from benchmarks.groups import LAYOUTS
 from cnnkern import testing
 from cnnkern.testing import Layer
 from cnnkern.testing.shapes import GROUPED_LAYERS
+
+from ..suite import bandwidth, timing
+from ..suite.bandwidth import Bandwidth
+from ..suite.groups import LAYOUTS
 
 CASE = testing.CASES["grouped_conv2d"]
 PEAK = "the fastest of a matrix product and a dense convolution"
@@ -129,7 +130,7 @@ def listed(values: list[float], form: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.passes", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.passes", description=__doc__)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="", metavar="TEXT", help="layers with TEXT in their row")

@@ -8,8 +8,8 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from benchmarks.rows import Row
-from benchmarks.tables import against_eager, means, origin
+from ..suite.rows import Row
+from .tables import against_eager, means, origin
 
 COLOURS = {"tuned": "#1f77b4", "default": "#9ecae1", "custom": "#6baed6"}
 COMPILE_COLOUR = "#ff7f0e"

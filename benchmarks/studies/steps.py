@@ -1,9 +1,9 @@
 """Where the time of a model's training step goes, layer by kind of layer, and what that leaves to be gained.
 
-`python -m benchmarks.steps [MODEL ...] [--batch N] [--threads N] [--steps N] [--default-malloc]` prints, for eager and
-for the converted model in both layouts, milliseconds in dense and grouped convolutions, in norms with their activations
-and additions, in the optimizer and in the rest; and the bound: how many times as fast a step would be if grouped
-convolutions and norms took no time at all. Times are torch.profiler's, which adds a little to each operator.
+`python -m benchmarks.studies.steps [MODEL ...] [--batch N] [--threads N] [--steps N] [--default-malloc]` prints, for
+eager and for the converted model in both layouts, milliseconds in dense and grouped convolutions, in norms with their
+activations and additions, in the optimizer and in the rest; and the bound: how many times as fast a step would be if
+grouped convolutions and norms took no time at all. Times are torch.profiler's, which adds a little to each operator.
 """
 
 import argparse
@@ -15,8 +15,9 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 
 import cnnkern
-from benchmarks.groups import LAYOUTS, Contender
-from benchmarks.models import LARGE, LARGE_BATCH_SIZE, ModelBench
+
+from ..suite.groups import LAYOUTS, Contender
+from ..suite.models import LARGE, LARGE_BATCH_SIZE, ModelBench
 
 KINDS = ("dense convolution", "grouped convolution", "norm, activation, addition", "optimizer", "rest")
 DENSE, GROUPED, NORM, OPTIMIZER, REST = KINDS
@@ -70,7 +71,7 @@ def milliseconds(bench: ModelBench, contender: Contender, steps: int) -> dict[st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.steps", description=__doc__)
     parser.add_argument("models", nargs="*", default=list(LARGE), metavar="MODEL")
     parser.add_argument("--batch", type=int, default=LARGE_BATCH_SIZE)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -1,7 +1,7 @@
 """What oneDNN makes of the grouped convolutions of six networks, by its own account (ONEDNN_VERBOSE).
 
-`python -m benchmarks.onednn [--batch N] [--threads N] [--only TEXT]` prints, for each kind of layer, layout and pass of
-eager PyTorch, the implementations that oneDNN chose and for how many layers, the milliseconds that it says its
+`python -m benchmarks.studies.onednn [--batch N] [--threads N] [--only TEXT]` prints, for each kind of layer, layout and
+pass of eager PyTorch, the implementations that oneDNN chose and for how many layers, the milliseconds that it says its
 convolutions took, all layers together, and what reorders between memory layouts took beside them.
 """
 
@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 import torch
 
 import cnnkern
-from benchmarks.groups import LAYOUTS
-from benchmarks.passes import kind, layers, steps
+
+from ..suite.groups import LAYOUTS
+from .passes import kind, layers, steps
 
 PASSES = ("forward", "dx", "dweight")
 
@@ -63,7 +64,7 @@ def said_by_onednn(call: Callable[[], object]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.onednn", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.onednn", description=__doc__)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="", metavar="TEXT", help="layers with TEXT in their row")

@@ -1,19 +1,14 @@
 """What became faster or slower between two results, judged by the spread of the rows' own rounds; and how nearly two
 runs of the same code agree.
-
-`python -m benchmarks.compare A.json B.json`, also `cnnkern bench --agree A.json B.json`, prints the agreement.
 """
 
-import argparse
 import math
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks.rows import Row
-from benchmarks.tables import name, times
-from benchmarks.timing import geometric_mean
+from ..suite.rows import Row
+from ..suite.timing import geometric_mean
+from .tables import name, times
 
 # Two runs of the same code differ by about this much where rounds hardly spread.
 LEAST_NOISE = 0.05
@@ -187,23 +182,3 @@ def agreement(first: list[Row], second: list[Row]) -> Agreement:
     if not pairs:
         raise ValueError("no measurement of ours is in both")
     return Agreement(pairs)
-
-
-def main(argv: list[str] | None = None) -> int:
-    from benchmarks import report, terminal  # which show comparisons, and so need this module
-
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
-    parser.add_argument("first", type=Path, metavar="A.json", help="JSON that the benchmarks wrote")
-    parser.add_argument("second", type=Path, metavar="B.json", help="of another run of the same code")
-    arguments = parser.parse_args(argv)
-    try:
-        found = agreement(*(report.load(path)[0] for path in (arguments.first, arguments.second)))
-    except ValueError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
-        return 1
-    terminal.show_agreement(found, terminal.console())
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
 """Whether all cores have work: batch norm + ReLU, forward and backward, on one thread and on all of them.
 
-`python -m benchmarks.cores [--threads N]` prints milliseconds and the ratio for few channels of large planes, which
-have to be shared within a channel, and for many channels of 7x7, whose planes begin within cache lines. What limits the
-ratio where tensors lie beyond the caches is printed too: that of a plain copy of 256 MiB.
+`python -m benchmarks.studies.cores [--threads N]` prints milliseconds and the ratio for few channels of large planes,
+which have to be shared within a channel, and for many channels of 7x7, whose planes begin within cache lines. What
+limits the ratio where tensors lie beyond the caches is printed too: that of a plain copy of 256 MiB.
 """
 
 import argparse
@@ -14,9 +14,10 @@ from collections.abc import Callable
 import torch
 
 import cnnkern
-from benchmarks import timing
-from benchmarks.groups import LAYOUTS
 from cnnkern import testing
+
+from ..suite import timing
+from ..suite.groups import LAYOUTS
 
 SHAPES = ((2, 1, 224, 224), (2, 3, 224, 224), (2, 16, 224, 224), (32, 16, 224, 224), (2, 2048, 7, 7), (32, 2048, 7, 7))
 COPIED = 2**26  # floats
@@ -58,7 +59,7 @@ def milliseconds(call: Callable[[], object], threads: int, seconds: float) -> tu
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cores", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.cores", description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
     arguments = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """The worst errors of ours, eager PyTorch and torch.compile against float64, on numbers that are hard.
 
-`python -m benchmarks.accuracy` prints them as the table of docs/kernels.md. An error is the largest difference over the
-tensor, divided by the largest value of the truth.
+`python -m benchmarks.studies.accuracy` prints them as the table of docs/kernels.md. An error is the largest difference
+over the tensor, divided by the largest value of the truth.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def errors(case: Case, numbers: str) -> dict[str, tuple[float, float]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__).parse_args(argv)
+    argparse.ArgumentParser(prog="python -m benchmarks.studies.accuracy", description=__doc__).parse_args(argv)
     print("| operator | numbers | | ours | eager | torch.compile |\n|---|---|---|---:|---:|---:|")
     for case in CASES.values():
         for numbers in NUMBERS:

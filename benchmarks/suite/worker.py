@@ -14,10 +14,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks import bandwidth
-from benchmarks.bandwidth import Bandwidth
-from benchmarks.machine import ROOT, malloc_environment
-from benchmarks.options import Options
+from . import bandwidth
+from .bandwidth import Bandwidth
+from .machine import malloc_environment
+from .options import Options
+from .place import NAME, PACKAGE, ROOT
 
 PYTEST_FAILED_TESTS = 1
 
@@ -44,7 +45,7 @@ def progress(console: Console) -> Iterator[Progress]:
 def bandwidths(device: str, threads: int, bar: Progress) -> list[Bandwidth]:
     task = bar.add_task("memory bandwidth", total=None)
     environment = malloc_environment("tuned") | {"GLIBC_TUNABLES": bandwidth.STREAMING}
-    command = [sys.executable, "-m", "benchmarks.bandwidth", "--device", device, "--threads", str(threads)]
+    command = [sys.executable, "-m", f"{NAME}.suite.bandwidth", "--device", device, "--threads", str(threads)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     bar.remove_task(task)
     if done.returncode:
@@ -57,7 +58,9 @@ def run(options: Options, malloc: str, scratch: Path, bar: Progress) -> Result:
     asked, written, log = (scratch / f"{malloc}.{kind}" for kind in ("options", "json", "log"))
     options.save(asked)
     receive, send = os.pipe()
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_suites.py", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(PACKAGE / "suite" / "test_suites.py"), "-q"]
+    # The same in a checkout and for an installed package: no one's configuration, and no folder before the library's.
+    command += ["-p", "no:cacheprovider", "-c", os.devnull, f"--rootdir={PACKAGE}", "--import-mode=append"]
     command += [f"--bench-options={asked}", f"--bench-events={send}", f"--benchmark-json={written}"]
     # A pool of compiler processes would run beside the measurements.
     environment = malloc_environment(malloc) | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnkern
-from benchmarks.groups import (
+from cnnkern.conversion.layers import exchange, exchanged_alone
+
+from .groups import (
     CONVERTED_AND_COMPILED,
     GROUPED_AND_COMPILED,
     LAYOUTS,
@@ -24,9 +26,8 @@ from benchmarks.groups import (
     compiles_reference,
     first_line,
 )
-from benchmarks.judge import assert_as_good_as
-from benchmarks.options import Options
-from cnnkern.conversion.layers import exchange, exchanged_alone
+from .judge import assert_as_good_as
+from .options import Options
 
 BATCH_SIZES = {"resnet18": 8, "vgg11_bn": 4}
 # With --networks all: a model, and the seconds that one image of a training step takes here.

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.groups import Contender, Group
-from benchmarks.options import Options
 from cnnkern import functional, testing
 from cnnkern.nn import BatchNormReLU2d
+
+from .groups import Contender, Group
+from .options import Options
 
 SHAPE = (2, 8, 4, 4)
 

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from benchmarks import timing
-from benchmarks.bandwidth import MIXES, Bandwidth, least_seconds
-from benchmarks.groups import compiles_reference
+from . import timing
+from .bandwidth import MIXES, Bandwidth, least_seconds
+from .groups import compiles_reference
+from .place import RESULTS as RESULTS
 
 SCHEMA = 1
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,18 @@ def from_json(text: str) -> tuple[list[Row], dict[str, Any]]:
         return [Row(**row) for row in content.pop("rows")], content
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"not a result of these benchmarks ({type(error).__name__}: {error})") from error
+
+
+def load(path: Path) -> tuple[list[Row], str]:
+    """(rows, when they were made). Raises ValueError with one line for a file that cannot be read or is no result."""
+    try:
+        found, rest = from_json(path.read_text())
+        if not found:
+            raise ValueError("no rows")
+        return found, rest["created"]
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ValueError(f"cannot read {path}: {reason}") from error
 
 
 def to_csv(rows: Iterable[Row]) -> str:

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from benchmarks.groups import CONVERTED_AND_COMPILED
-from benchmarks.rows import Row, images_per_second
-from benchmarks.timing import geometric_mean
+from ..suite.groups import CONVERTED_AND_COMPILED
+from ..suite.rows import Row, images_per_second
+from ..suite.timing import geometric_mean
 
 MISSING = "-"
 

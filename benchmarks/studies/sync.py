@@ -1,10 +1,10 @@
 """What batch norm over processes takes beside the formula written out, and beside batch norm of one process.
 
-`python -m benchmarks.sync [--processes N] [--seconds S] [--cpu-time]` starts processes of one thread each, connected by
-gloo, and prints a table: milliseconds of a training step (forward and backward) of batch norm + ReLU on a process's own
-batch.
-The contenders take turns, in every process in the same order, and start together. With `--cpu-time` it is the time that
-the first process computes, without what it waits for the others or for a core: on a busy machine that is all to go by.
+`python -m benchmarks.studies.sync [--processes N] [--seconds S] [--cpu-time]` starts processes of one thread each,
+connected by gloo, and prints a table: milliseconds of a training step (forward and backward) of batch norm + ReLU on a
+process's own batch. The contenders take turns, in every process in the same order, and start together. With
+`--cpu-time` it is the time that the first process computes, without what it waits for the others or for a core: on a
+busy machine that is all to go by.
 
     ours        cnnkern.nn.SyncBatchNormReLU
     written out the formula of torch.nn.SyncBatchNorm, which does not run on a CPU, in PyTorch's operators
@@ -22,7 +22,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,8 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnkern
-from benchmarks.groups import LAYOUTS
 from cnnkern import testing
+
+from ..suite.groups import LAYOUTS
+from ..suite.place import NAME, ROOT
 
 SHAPES = ((8, 16, 8, 8), (16, 64, 56, 56), (16, 256, 28, 28), (16, 2048, 7, 7))
 ROUNDS = (5, 200)  # at least and at most
@@ -141,7 +142,9 @@ def work(seconds: float, clock: Callable[[], float]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sync", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.studies.sync",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=2.0, help="for every row of the table, about")
@@ -157,11 +160,10 @@ def main(argv: list[str] | None = None) -> int:
         port = free.getsockname()[1]
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     common |= {"WORLD_SIZE": str(arguments.processes)}
-    command = [sys.executable, "-m", "benchmarks.sync", "--seconds", str(arguments.seconds)]
+    command = [sys.executable, "-m", f"{NAME}.studies.sync", "--seconds", str(arguments.seconds)]
     command += ["--cpu-time"] if arguments.cpu_time else []
     started = [
-        subprocess.Popen(command, env=common | {"RANK": str(rank)}, cwd=Path(__file__).parent.parent)
-        for rank in range(arguments.processes)
+        subprocess.Popen(command, env=common | {"RANK": str(rank)}, cwd=ROOT) for rank in range(arguments.processes)
     ]
     return max(process.wait() for process in started)
 

@@ -6,10 +6,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import tables
-from benchmarks.compare import AGREEMENT, Agreement, Comparison
-from benchmarks.rows import Row
-from benchmarks.tables import duration, name, times
+from ..suite.rows import Row
+from . import tables
+from .comparison import AGREEMENT, Agreement, Comparison
+from .tables import duration, name, times
 
 WIDTH, DETAILS_WIDTH = 100, 240
 LEAST_WIDTHS = {"contender": 13, "model": 13, "setting": 13, "to eager": 8, "to torch.compile": 13}  # to wrap by words

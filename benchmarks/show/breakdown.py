@@ -5,9 +5,9 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
-from benchmarks.rows import Row
-from benchmarks.tables import percent, times
-from benchmarks.timing import geometric_mean
+from ..suite.rows import Row
+from ..suite.timing import geometric_mean
+from .tables import percent, times
 
 Table = tuple[list[str], list[list[str]]]
 

@@ -1,6 +1,6 @@
 """Inference of torchvision's models as they are, compiled, converted and folded; and folded grouped convolutions.
 
-`python -m benchmarks.folded [MODEL ...] [--batch N[,N]] [--contenders NAME[,NAME]] [--threads N] [--seconds S]
+`python -m benchmarks.studies.folded [MODEL ...] [--batch N[,N]] [--contenders NAME[,NAME]] [--threads N] [--seconds S]
 [--bfloat16] [--default-malloc]` prints milliseconds and the ratio to eager in the same layout, on photographs, after
 outputs have been compared. `--grouped` times the grouped convolutions of six networks instead, each on oneDNN's
 kernel with its ReLU and on ours with a ReLU behind it, and says which of them `cnnkern.fold` takes.
@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 import cnnkern
-from benchmarks import passes, timing
-from benchmarks.groups import LAYOUTS
-from benchmarks.judge import assert_as_good_as
-from benchmarks.models import CHECKED, SIZE, build, photographs, placed
 from cnnkern.nn.folded_conv import FoldedConv, prefers_own
 from cnnkern.testing import with_layout
+
+from ..suite import timing
+from ..suite.groups import LAYOUTS
+from ..suite.judge import assert_as_good_as
+from ..suite.models import CHECKED, SIZE, build, photographs, placed
+from . import passes
 
 CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "eager": lambda model: model,
@@ -104,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         return text.split(",")
 
     # No option takes a variable number of values: it would take MODEL, where that comes next.
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.folded", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.folded", description=__doc__)
     parser.add_argument("models", nargs="*", default=["resnet50"], metavar="MODEL")
     parser.add_argument(
         "--batch", type=batches, default=[1, 16], metavar="N[,N]", help="images in a batch (default: 1,16)"

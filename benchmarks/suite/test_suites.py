@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.groups import Refused
-from benchmarks.timing import ReplayClock
+from .groups import Refused
+from .timing import ReplayClock
 
 CLOCK = ReplayClock()
 

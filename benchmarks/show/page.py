@@ -8,11 +8,11 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from benchmarks import tables
-from benchmarks.compare import Comparison
-from benchmarks.machine import TUNED_MALLOC
-from benchmarks.rows import Row
-from benchmarks.timing import geometric_mean
+from ..suite.machine import TUNED_MALLOC
+from ..suite.rows import Row
+from ..suite.timing import geometric_mean
+from . import tables
+from .comparison import Comparison
 
 RANKED = 8  # rows of the best and of the worst
 

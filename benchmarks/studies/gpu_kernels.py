@@ -1,8 +1,8 @@
 """What a training step of an operator takes of a GPU, kernel by kernel: ours beside eager's.
 
-`python -m benchmarks.gpu_kernels [--dtype bfloat16] [--kernels]` prints the sums of the kernels' own times as PyTorch's
-profiler has them, means of ten steps on a cold L2; with --kernels also the five longest. The host's time, and the
-pauses between kernels, are in none of them.
+`python -m benchmarks.studies.gpu_kernels [--dtype bfloat16] [--kernels]` prints the sums of the kernels' own times as
+PyTorch's profiler has them, means of ten steps on a cold L2; with --kernels also the five longest. The host's time, and
+the pauses between kernels, are in none of them.
 """
 
 import argparse
@@ -12,9 +12,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import cnnkern
-from benchmarks import operators, timing
-from benchmarks.groups import LAYOUTS
 from cnnkern.testing import CASES, Layer
+
+from ..suite import operators, timing
+from ..suite.groups import LAYOUTS
 
 STEPS = 10
 SHAPES = {
@@ -40,7 +41,7 @@ def microseconds(step: Callable[[], object]) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_kernels", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.gpu_kernels", description=__doc__)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--kernels", action="store_true", help="also each step's five longest kernels")
     arguments = parser.parse_args(argv)

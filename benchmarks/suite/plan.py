@@ -1,8 +1,8 @@
 """Everything that one worker process times, in order."""
 
-from benchmarks import machine, models, operators, overhead
-from benchmarks.groups import Group, select
-from benchmarks.options import Options
+from . import machine, models, operators, overhead
+from .groups import Group, select
+from .options import Options
 
 
 def make_plan(options: Options, malloc: str) -> list[Group]:
