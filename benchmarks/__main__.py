@@ -1,6 +1,6 @@
 """`cnnkern bench`, also `python -m benchmarks`: runs the suites in worker processes, one a malloc setting.
 
-Prints tables and writes CSV, JSON, a chart and report.html. With --compare, fails where a row of ours has become slower
+Prints tables and writes a file of rows and report.html. With --compare, fails where a row of ours has become slower
 than in an earlier run by more than the noise of both.
 """
 
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .show import comparison, report, terminal
-from .suite import machine, rows, worker
+from .show import comparison, page, report, terminal
+from .suite import files, load, machine, rows, worker
 from .suite.options import Options
 from .suite.plan import make_plan
 
@@ -64,11 +64,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        default=rows.RESULTS,
+        default=files.RESULTS,
         metavar="FOLDER",
         help="where results go (default: benchmarks/results of a checkout, else cnnkern-bench in this folder)",
     )
-    parser.add_argument("--save", type=file_name, metavar="NAME", help="write to published/NAME.* there")
+    parser.add_argument("--save", type=file_name, metavar="NAME", help="write to published/NAME.csv there")
     threads = torch.get_num_threads()
     parser.add_argument("--threads", type=count, default=threads, metavar="N", help=f"CPU threads (default: {threads})")
     parser.add_argument(
@@ -117,21 +117,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="usual: training and inference of operators; all: also the forward and the backward pass of a training "
         "step by themselves (default: usual)",
     )
-    parser.add_argument(
-        "--compare", type=Path, metavar="OLD.json", help="say what is faster or slower than in that run"
-    )
+    parser.add_argument("--compare", type=Path, metavar="OLD.csv", help="say what is faster or slower than in that run")
     parser.add_argument(
         "--agree",
         type=Path,
         nargs=2,
-        metavar=("A.json", "B.json"),
+        metavar=("A.csv", "B.csv"),
         help="measure nothing; say how much two runs of the same code differ",
     )
     arguments = parser.parse_args(argv)
     arguments.before = []
     if arguments.compare:
         try:
-            arguments.before, _ = rows.load(arguments.compare)
+            arguments.before = files.load(arguments.compare).rows
         except ValueError as error:
             parser.error(f"--compare: {error}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -166,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = arguments.out / "published" if arguments.save else arguments.out
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        terminal.console().print(load.before_a_run(), markup=False, highlight=False)
         with tempfile.TemporaryDirectory(prefix="cnnkern-bench-") as scratch:
             measured, problems = run(options, settings, Path(scratch), seconds)
     except OSError as error:
@@ -229,21 +228,15 @@ def write(
     quick: bool,
     changes: comparison.Comparison | None = None,
 ) -> list[str]:
-    """CSV, JSON, the chart and the last run's page into `results`; a line for what could not be written."""
-    folder = results / "published" if name else results
-    stem, page_file = name or rows.file_stem(measured, quick), results / "report.html"
+    """The file of rows and the page into `results`; a line for what could not be written."""
+    stem, page_file = name or files.file_stem(measured, quick), results / "report.html"
+    path = (results / "published" if name else results) / f"{stem}{files.ENDING}"
     try:
-        rows.write(folder / f"{stem}.csv", rows.to_csv(measured))
-        rows.write(folder / f"{stem}.json", rows.to_json(measured, created, quick))
-        try:
-            from .show import chart, page
-        except ImportError as error:
-            return [f"no chart and no page: {error}"]
-        rows.write(folder / f"{stem}.png", chart.draw(measured, created))
-        rows.write(page_file, page.render(measured, created, changes))
+        files.write(path, files.dumps(files.Run(measured, created, quick)))
+        files.write(page_file, page.render(measured, created, changes))
     except OSError as error:
-        return [f"cannot write the results to {folder}: {error.strerror or error}"]
-    print(f"written: {folder / stem}.csv, .json and .png; {page_file}")
+        return [f"cannot write the results to {path.parent}: {error.strerror or error}"]
+    print(f"written: {path}; {page_file}")
     return []
 
 

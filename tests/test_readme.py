@@ -64,7 +64,7 @@ def test_commands_are_taken_as_printed(command, monkeypatch, tmp_path, capsys):
         assert not others, f"{self.prog} does not know {others}"
         raise _Parsed
 
-    for file in ("before.json", "OLD.json", "A.json", "B.json", "FILE", "OUT"):
+    for file in ("before.csv", "OLD.csv", "A.csv", "B.csv", "FILE", "OUT", "DIR"):
         command = re.sub(rf"(?<=\s){re.escape(file)}(?=\s|$)", str(tmp_path / file), command)
     words = shlex.split(command)
     if words[0] == "make":

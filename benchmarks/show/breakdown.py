@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from ..suite.rows import Row
 from ..suite.timing import geometric_mean
-from .tables import percent, times
+from .tables import NO_NETWORKS, NOISY, percent, times
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -60,7 +60,7 @@ def _by(rows: Iterable[Row], key: Callable[[Row], tuple[str, ...]]) -> Groups:
     """Our rows by what `key` says of them."""
     groups: Groups = {}
     for r in rows:
-        if r.suite == "operators" and r.contender == "ours" and r.status == "ok":
+        if r.suite == "operators" and r.contender == "ours" and r.counts:
             groups.setdefault(key(r), []).append(r)
     return groups
 
@@ -115,6 +115,72 @@ def malloc(rows: Iterable[Row]) -> Table:
 
 def _gain(ratios: list[float]) -> str:
     return times(geometric_mean(ratios)) if ratios else "-"
+
+
+WAYS = [(mode, layout) for mode in ("training", "inference") for layout in ("contiguous", "channels_last")]
+
+
+def _usual(rows: Iterable[Row]) -> list[Row]:
+    """The rows of malloc's tuned setting, where it was timed: under the other page faults take the time."""
+    rows = list(rows)
+    return [r for r in rows if r.malloc == "tuned"] if any(r.malloc == "tuned" for r in rows) else rows
+
+
+def operators(rows: Iterable[Row], out_of_place: Iterable[str] = ()) -> Table:
+    """(header, lines): a line an operator, geometric means of our ratios to eager over all networks' shapes that count;
+    single images, shapes that are no network's and other variants have lines of their own."""
+
+    def part(r: Row) -> tuple[str, ...]:
+        what = "single images" if r.network.endswith(" batch 1") else ""
+        what = r.network if r.network in NO_NETWORKS else what
+        old = "eager out of place" if r.operator in out_of_place else ""
+        return (", ".join(filter(None, [r.operator, what, old])),)
+
+    groups = _by(_usual(rows), part)
+    lines = [
+        [*key, str(len({(r.network, r.shape) for r in found})), *(_mean(found, way) for way in WAYS)]
+        for key, found in groups.items()
+    ]
+    return ["operator", "shapes", *(" ".join(way).replace("_", " ") for way in WAYS)], lines
+
+
+def _mean(rows: Iterable[Row], way: tuple[str, str]) -> str:
+    ratios = [r.ratio for r in rows if (r.mode, r.layout) == way and r.ratio is not None]
+    return times(geometric_mean(ratios)) if ratios else "-"
+
+
+def models(rows: Iterable[Row]) -> Table:
+    """(header, lines): a line a model, input and mode, a column a contender; a cell has the ratios to eager of its
+    contiguous and its channels_last row, each in the layout of eager's."""
+    rows = [r for r in _usual(rows) if r.suite == "models" and r.ratio is not None and r.contender != "eager"]
+    contenders = list(dict.fromkeys(r.contender for r in rows))
+    lines: dict[tuple[str, str, str], dict[tuple[str, str], str]] = {}
+    for r in rows:
+        ratio = times(r.ratio) if r.counts else NOISY
+        lines.setdefault((r.operator, r.shape, r.mode), {})[r.contender, r.layout] = ratio
+
+    def cell(found: dict[tuple[str, str], str], contender: str) -> str:
+        both = [found.get((contender, layout), "-") for layout in ("contiguous", "channels_last")]
+        return "-" if both == ["-", "-"] else " / ".join(both)
+
+    table = [[*key, *(cell(found, c) for c in contenders)] for key, found in lines.items()]
+    return ["model", "input", "mode", *contenders], table
+
+
+def slower(rows: Iterable[Row]) -> Table:
+    """(header, lines): a line an operator or model and mode that has rows slower than eager, with the slowest."""
+    groups: Groups = {}
+    for r in rows:
+        if r.contender == "ours" and r.counts:
+            groups.setdefault((r.suite, r.operator, r.mode), []).append(r)
+    lines = []
+    for (_, operator, mode), found in groups.items():
+        lost = [r for r in found if r.lost]
+        if lost:
+            worst = min(lost, key=lambda r: r.ratio or 1.0)
+            named = f"{worst.network} {worst.shape} {worst.layout}: {times(worst.ratio)}"
+            lines.append([operator, mode, f"{len(lost)} of {len(found)}", named])
+    return ["what", "mode", "rows slower", "the slowest"], lines
 
 
 ROOFLINE = ["operator", "network", "below 85 % beyond the cache", "below 70 % in cache", "worst"]

@@ -1,4 +1,4 @@
-"""What became faster or slower between two results, judged by the spread of the rows' own rounds; and how nearly two
+"""What became faster or slower between two results, judged by the noise of both; and how nearly two
 runs of the same code agree.
 """
 
@@ -26,7 +26,7 @@ class Change:
 
     old: Row
     new: Row
-    noise: float  # relative; infinite where a run has too few rounds to tell
+    noise: float  # relative; infinite where it is not known of one of the runs
 
     @property
     def factor(self) -> float:
@@ -94,7 +94,7 @@ def compare(old: list[Row], new: list[Row]) -> Comparison:
     ]
     if not timed and not broken:
         raise ValueError("no measurement of ours is in both")
-    changes = [Change(before[key], now[key], _noise(key, before, now)) for key in timed]
+    changes = [Change(before[key], now[key], _noise(before[key], now[key])) for key in timed]
     return Comparison(tuple(changes), tuple(broken), tuple(_notes(old, new, len(timed))))
 
 
@@ -105,16 +105,11 @@ def _by_key(rows: Iterable[Row]) -> dict[Key, Row]:
     return {tuple(getattr(r, n) for n in SAME): r for r in rows if r.suite != "bandwidth"}
 
 
-def _noise(key: Key, *runs: dict[Key, Row]) -> float:
-    """The interquartile ranges of ours and of eager in both runs, relative to their medians, as independent errors."""
-    contender = SAME.index("contender")
-    eager = (*key[:contender], "eager", *key[contender + 1 :])
-    squares = 0.0
-    for row in (run.get(k) for run in runs for k in (key, eager)):
-        if row is None or row.iqr_ms is None or not row.median_ms:
-            return math.inf
-        squares += (row.iqr_ms / row.median_ms) ** 2
-    return max(LEAST_NOISE, math.sqrt(squares))
+def _noise(*rows: Row) -> float:
+    """Of both runs' ratios, as independent errors; infinite where it is not known of one."""
+    if any(r.noise is None for r in rows):
+        return math.inf
+    return max(LEAST_NOISE, math.hypot(*(r.noise or 0.0 for r in rows)))
 
 
 def _notes(old: list[Row], new: list[Row], shared: int) -> Iterator[str]:
@@ -135,7 +130,7 @@ AGREEMENT = ["operator", "mode", "rows", "within 10 %", "first run", "second run
 
 @dataclass(frozen=True)
 class Agreement:
-    """Our ratios to eager in two runs of the same code."""
+    """Our ratios to eager in two runs of the same code, of rows that count in both."""
 
     pairs: tuple[tuple[Row, Row], ...]
 
@@ -177,7 +172,7 @@ def agreement(first: list[Row], second: list[Row]) -> Agreement:
     pairs = tuple(
         (row, other[key])
         for key, row in one.items()
-        if row.contender == "ours" and row.ratio is not None and key in other and other[key].ratio is not None
+        if row.contender == "ours" and row.counts and key in other and other[key].counts
     )
     if not pairs:
         raise ValueError("no measurement of ours is in both")

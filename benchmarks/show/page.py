@@ -86,6 +86,7 @@ def render(rows: list[Row], created: str, changes: Comparison | None = None) -> 
     return environment.get_template("report.html.jinja").render(
         created=created,
         origin=tables.origin(rows, created),
+        load=tables.load_line(rows),
         cards=_cards(rows),
         charts=[*_operator_bars(rows), *_model_bars(rows)],
         models=_models(rows),
@@ -115,7 +116,8 @@ def _cards(rows: list[Row]) -> list[tuple[str, str, str]]:
             cards.append((f"{suite}, {mode}", mean, f"geometric mean of {len(ratios)} rows, to eager"))
     if found:
         won = sum(not r.lost for r in found)
-        cards.append(("faster than eager", f"{won} of {len(found)}", "rows; the others are listed below"))
+        noisy = len(tables.left_out(rows))
+        cards.append(("faster than eager", f"{won} of {len(found)}", f"rows; {noisy} more are left out for noise"))
     copies = [r for r in rows if r.suite == "bandwidth" and r.operator == "copy"]
     if copies:
         largest = max(copies, key=lambda r: int(r.shape))
@@ -132,7 +134,7 @@ def _operator_bars(rows: list[Row]) -> list[Bars]:
     for malloc in tables.settings(rows):
         groups: dict[str, list[Bar]] = {}
         for m in sorted(tables.means(rows), key=lambda m: m.contender != "ours"):
-            if m.malloc == malloc and m.contender != "eager":
+            if m.malloc == malloc and m.contender != "eager" and m.ratio is not None:
                 label = f"{m.layout}, {m.contender}"
                 shapes = f"{m.shapes} shape{'s' * (m.shapes > 1)}"
                 share = "" if m.bandwidth_share is None else f", {m.bandwidth_share:.0%} of bandwidth"
@@ -146,21 +148,21 @@ def _operator_bars(rows: list[Row]) -> list[Bars]:
 def _model_bars(rows: list[Row]) -> list[Bars]:
     groups: dict[str, list[Bar]] = {}
     for r in rows:
-        if r.suite == "models" and r.ratio is not None and r.contender != "eager":
+        if r.suite == "models" and r.ratio is not None and r.counts and r.contender != "eager":
             bar = Bar(f"{r.layout}, {r.contender}, {r.malloc} malloc", _kind(r.contender), r.ratio)
             groups.setdefault(f"{r.operator}, {r.shape}, {r.mode}", []).append(bar)
     return [Bars("Models", groups)] if groups else []
 
 
 def _models(rows: list[Row]) -> list[list[str]]:
-    """Lines of every contender of the models: what, median, spread, images a second, the most memory held, ratios."""
+    """Lines of every contender of the models: what, median, noise, images a second, the most memory held, ratios."""
     lines = []
     for r in rows:
         if r.suite == "models" and r.median_ms is not None and r.ratio is not None:
             what = [r.operator, r.shape, r.mode, r.layout, r.malloc, r.contender]
             held = tables.mebibytes(r.peak_bytes)
-            figures = [tables.duration(r.median_ms), tables.spread(r), tables.images(r), held]
-            lines.append([*what, *figures, tables.times(r.ratio_to_compile), tables.times(r.ratio)])
+            figures = [tables.duration(r.median_ms), tables.noise(r), tables.images(r), held]
+            lines.append([*what, *figures, tables.times(r.ratio_to_compile), tables.to_eager(r)])
     return lines
 
 

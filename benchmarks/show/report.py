@@ -8,14 +8,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..suite import rows
+from ..suite import files
 from . import comparison, tables, terminal
 
 
 def agree(first: Path, second: Path) -> int:
     """Prints how much two runs of the same code differ; the exit status."""
     try:
-        found = comparison.agreement(*(rows.load(path)[0] for path in (first, second)))
+        found = comparison.agreement(*(files.load(path).rows for path in (first, second)))
     except ValueError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
@@ -25,19 +25,20 @@ def agree(first: Path, second: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.show.report", description=__doc__)
-    parser.add_argument("file", type=Path, help="JSON that the benchmarks wrote")
+    parser.add_argument("file", type=Path, help="the file of a run")
     parser.add_argument("--all", action="store_true", help="every measurement as well, in wide lines")
     parser.add_argument("--markdown", action="store_true", help="tables for a document, without single measurements")
     parser.add_argument("--html", type=Path, metavar="OUT", help="write the page to OUT")
-    parser.add_argument("--compare", type=Path, metavar="OLD", help="JSON of the run to compare with")
+    parser.add_argument("--compare", type=Path, metavar="OLD", help="the file of the run to compare with")
     arguments = parser.parse_args(argv)
     try:
-        found, created = rows.load(arguments.file)
-        changes = comparison.compare(rows.load(arguments.compare)[0], found) if arguments.compare else None
+        run = files.load(arguments.file)
+        found, created = run.rows, run.created
+        changes = comparison.compare(files.load(arguments.compare).rows, found) if arguments.compare else None
         if arguments.html:
             from . import page
 
-            rows.write(arguments.html, page.render(found, created, changes))
+            files.write(arguments.html, page.render(found, created, changes))
     except ValueError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1

@@ -1,10 +1,13 @@
 """A result as lines of text: geometric means, ratios, what is slower than eager, where it was measured."""
 
+import re
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from ..suite.groups import CONVERTED_AND_COMPILED
-from ..suite.rows import Row, images_per_second
+from ..suite.groups import CONVERTED_AND_COMPILED, OUT_OF_PLACE
+from ..suite.load import BUSY_CORES
+from ..suite.rows import Row
 from ..suite.timing import geometric_mean
 
 MISSING = "-"
@@ -12,7 +15,7 @@ MISSING = "-"
 
 @dataclass(frozen=True)
 class Mean:
-    """The geometric mean of one contender's ratios to eager, over the shapes of a network."""
+    """The geometric mean of one contender's ratios to eager, over the shapes of a network that count."""
 
     operator: str
     network: str
@@ -20,8 +23,9 @@ class Mean:
     layout: str
     malloc: str
     contender: str
-    shapes: int
-    ratio: float
+    shapes: int  # that were timed ...
+    counted: int  # ... and of those the ones that noise leaves a ratio; none: there is no mean
+    ratio: float | None
     bandwidth_share: float | None
     compiled: int  # shapes that torch.compile was timed on as well ...
     ratio_to_compile: float | None  # ... and the mean of its time over this contender's
@@ -30,17 +34,18 @@ class Mean:
 def means(rows: Iterable[Row]) -> list[Mean]:
     grouped: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        if row.suite == "operators" and row.status == "ok":
+        if row.suite == "operators" and row.status == "ok" and row.contender != OUT_OF_PLACE:
             key = (row.operator, row.network, row.mode, row.layout, row.malloc, row.contender)
             grouped.setdefault(key, []).append(row)
     found = []
-    for key, members in grouped.items():
+    for key, timed in grouped.items():
+        members = [r for r in timed if r.counts]
         shares = [r.bandwidth_share for r in members if r.bandwidth_share is not None]
         to_compile = [r.ratio_to_compile for r in members if r.ratio_to_compile is not None]
-        ratio = geometric_mean([r.ratio for r in members])
+        ratio = geometric_mean([r.ratio for r in members if r.ratio is not None]) if members else None
         compared = geometric_mean(to_compile) if to_compile else None
         share = geometric_mean(shares) if shares else None
-        found.append(Mean(*key, len(members), ratio, share, len(to_compile), compared))
+        found.append(Mean(*key, len(timed), len(members), ratio, share, len(to_compile), compared))
     return found
 
 
@@ -70,18 +75,30 @@ def times(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2f}x"
 
 
+NOISY = "noisy"
+
+
+def mean(m: Mean) -> str:
+    """Its ratio, with a ~ where noise has spoilt more than half of its rows."""
+    return NOISY if m.ratio is None else times(m.ratio) + "~" * (2 * m.counted < m.shapes)
+
+
+def to_eager(row: Row) -> str:
+    """The ratio, and whether noise leaves anything of it."""
+    return times(row.ratio) + ("" if row.ratio is None or row.counts else f" {NOISY}")
+
+
+def noise(row: Row) -> str:
+    """Of the row's ratio."""
+    return "over 100%" if row.noise is not None and row.noise > 1 else percent(row.noise)
+
+
 def percent(value: float | None) -> str:
     return MISSING if value is None else f"{value:.0%}"
 
 
-def spread(row: Row) -> str:
-    """The interquartile range of the rounds, relative to their median."""
-    return MISSING if row.iqr_ms is None or not row.median_ms else f"{row.iqr_ms / row.median_ms:.0%}"
-
-
 def images(row: Row) -> str:
-    found = images_per_second(row.suite, row.shape, row.median_ms)
-    return MISSING if found is None else f"{found:.1f}"
+    return MISSING if row.images_s is None else f"{row.images_s:.1f}"
 
 
 def mebibytes(count: int | None) -> str:
@@ -101,8 +118,8 @@ def detail_lines(rows: Iterable[Row]) -> list[list[str]]:
         if r.suite != "bandwidth" and r.status == "ok":
             what = [r.operator, r.network, r.shape, r.mode, r.api, r.layout, r.malloc, r.contender]
             gb_s = MISSING if r.gb_s is None else f"{r.gb_s:.1f}"
-            figures = [duration(r.median_ms), spread(r), gb_s, percent(r.bandwidth_share), times(r.ratio_to_compile)]
-            lines.append([*what, *figures, times(r.ratio) + " lost" * r.lost])
+            figures = [duration(r.median_ms), noise(r), gb_s, percent(r.bandwidth_share)]
+            lines.append([*what, *figures, times(r.ratio_to_compile), to_eager(r) + " lost" * r.lost])
     return lines
 
 
@@ -116,16 +133,16 @@ DETAILS = [
     "malloc",
     "contender",
     "median",
-    "spread",
+    "noise",
     "GB/s",
     "of bandwidth",
     "to torch.compile",
     "to eager",
 ]
 MEANS = ["operator", "network", "shapes", "mode", "layout", "malloc", "contender", "of bandwidth", "to eager"]
-MODELS = ["model", "input", "mode", "layout", "malloc", "eager", "ours", "to eager", "spread", "images/s"]
+MODELS = ["model", "input", "mode", "layout", "malloc", "ours", "images/s", "to eager", "noise"]
 OTHERS = "others to eager"
-OVERHEAD = ["call", "mode", "eager", "ours", "to eager"]
+OVERHEAD = ["call", "mode", "ours", "to eager", "noise"]
 
 
 def settings(rows: Iterable[Row]) -> list[str]:
@@ -147,7 +164,7 @@ def summary(rows: Iterable[Row], malloc: str) -> tuple[list[str], list[list[str]
     for m in sorted(found, key=lambda m: m.contender != "ours"):
         share = "" if m.bandwidth_share is None else f" {m.bandwidth_share:.0%}"
         line = lines.setdefault((m.operator, m.network, m.contender, m.shapes), {})
-        line[m.mode, m.layout] = times(m.ratio) + share
+        line[m.mode, m.layout] = mean(m) + share
     for m in found:
         if m.contender == "ours" and m.ratio_to_compile is not None:
             line = lines.setdefault((m.operator, m.network, "ours, to torch.compile", m.compiled), {})
@@ -170,15 +187,20 @@ def summary(rows: Iterable[Row], malloc: str) -> tuple[list[str], list[list[str]
 
 
 def ours(rows: Iterable[Row]) -> list[Row]:
-    """Our rows that are compared with eager, best first."""
-    found = [r for r in rows if r.contender == "ours" and r.ratio is not None]
+    """Our rows whose ratio to eager counts, best first."""
+    found = [r for r in rows if r.contender == "ours" and r.counts]
     return sorted(found, key=lambda r: -(r.ratio or 0.0))
 
 
+def left_out(rows: Iterable[Row]) -> list[Row]:
+    """Our rows of whose ratio noise leaves nothing."""
+    return [r for r in rows if r.contender == "ours" and r.ratio is not None and not r.counts]
+
+
 def verdict(rows: list[Row]) -> str:
-    found = ours(rows)
+    found, noisy = ours(rows), left_out(rows)
     if not found:
-        return "nothing of ours was timed"
+        return f"none of our {len(noisy)} rows is clear of noise" if noisy else "nothing of ours was timed"
 
     def by_suite(ratio: Callable[[Row], float | None]) -> str:
         parts = []
@@ -190,16 +212,17 @@ def verdict(rows: list[Row]) -> str:
 
     to_compile = by_suite(lambda r: r.ratio_to_compile)
     return (
-        f"geometric means over all rows, to eager: {by_suite(lambda r: r.ratio)}; "
+        f"geometric means over all rows that count, to eager: {by_suite(lambda r: r.ratio)}; "
         f"faster than eager in {sum(not r.lost for r in found)} of {len(found)} rows"
         + (f"; to torch.compile: {to_compile}" if to_compile else "")
+        + f"; left out for noise: {len(noisy)} rows"
     )
 
 
 def mean_lines(rows: Iterable[Row]) -> list[list[str]]:
     return [
         [m.operator, m.network, str(m.shapes), m.mode, m.layout, m.malloc, m.contender]
-        + [percent(m.bandwidth_share), times(m.ratio)]
+        + [percent(m.bandwidth_share), mean(m)]
         for m in means(rows)
         if m.contender != "eager"
     ]
@@ -217,8 +240,9 @@ def against_eager(rows: Iterable[Row], suite: str) -> list[tuple[Row, Row]]:
 
 
 def model_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
-    """(header, lines): a line a model and setting; spread, images a second and the most memory that a call holds stand
-    as eager's/ours. What else was timed has a column, and so has torch.compile of the model as it is."""
+    """(header, lines): a line a model and setting, with our time and the ratio to eager, which is taken round by round: a
+    time of eager's beside it would give another. The most memory that a call holds stands as eager's/ours. What else was
+    timed has a column, and so has torch.compile of the model as it is."""
     rows = [r for r in rows if r.suite == "models"]
 
     def setting(r: Row) -> tuple[str, ...]:
@@ -231,21 +255,20 @@ def model_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
     for r in rows:
         if r.status == "ok" and r.contender not in ("eager", "ours"):
             to_compile = "" if r.ratio_to_compile is None else f", {times(r.ratio_to_compile)} to torch.compile"
-            others.setdefault(setting(r), []).append(f"{r.contender} {times(r.ratio)}{to_compile}")
+            others.setdefault(setting(r), []).append(f"{r.contender} {to_eager(r)}{to_compile}")
     lines = []
     for e, r in pairs:
-        both = [f"{show(e)}/{show(r)}" for show in (spread, images)]
         held = [f"{mebibytes(e.peak_bytes)}/{mebibytes(r.peak_bytes)}"] if peaks else []
         rest = ["; ".join(others.get(setting(r), [MISSING]))] if others else []
-        figures = [duration(e.median_ms), duration(r.median_ms), times(r.ratio), *both]
+        figures = [duration(r.median_ms), images(r), to_eager(r), noise(r)]
         lines.append([*setting(r), *figures, *[times(r.ratio_to_compile)] * len(compiled), *held, *rest])
     return MODELS + compiled + peaks + [OTHERS] * bool(others), lines
 
 
 def overhead_lines(rows: Iterable[Row]) -> list[list[str]]:
     return [
-        [f"{r.operator} {r.shape}, {r.api}", r.mode, duration(e.median_ms), duration(r.median_ms), times(r.ratio)]
-        for e, r in against_eager(rows, "overhead")
+        [f"{r.operator} {r.shape}, {r.api}", r.mode, duration(r.median_ms), to_eager(r), noise(r)]
+        for _, r in against_eager(rows, "overhead")
     ]
 
 
@@ -259,8 +282,40 @@ def lost_to_compile(rows: Iterable[Row]) -> list[str]:
         f"{name(r)}{'' if r.contender == 'ours' else f', {r.contender}'}: "
         f"{duration(r.median_ms)}, {times(r.ratio_to_compile)} to torch.compile"
         for r in rows
-        if r.contender in ("ours", CONVERTED_AND_COMPILED) and (r.ratio_to_compile or 1.0) < 1
+        if r.contender in ("ours", CONVERTED_AND_COMPILED) and r.counts and (r.ratio_to_compile or 1.0) < 1
     ]
+
+
+def slow_compiles(rows: Iterable[Row]) -> list[str]:
+    """Rows of torch.compile that are far slower than eager, and why: a line a reason and operator."""
+    grouped: dict[tuple[str, str, str], list[Row]] = {}
+    for r in rows:
+        if r.status == "ok" and r.note and r.suite != "bandwidth":
+            reason = re.sub(r"\d[\d.e+-]*", "some", r.note)
+            grouped.setdefault((r.operator, r.mode, reason), []).append(r)
+    return [
+        f"{operator}, {mode}: {times(min(r.ratio or 1.0 for r in found))} at worst, {len(found)} rows, {found[0].note}"
+        for (operator, mode, _), found in grouped.items()
+    ]
+
+
+def noisy_lines(rows: Iterable[Row]) -> list[str]:
+    return [f"{name(r)}: {times(r.ratio)} within {noise(r)}" for r in left_out(rows)]
+
+
+def load_line(rows: Iterable[Row]) -> str:
+    """What else the machine did while the rows were timed."""
+    cores = [r.others for r in rows if r.others is not None]
+    if not cores:
+        return "how busy the machine was is not known"
+    usual, most = statistics.median(cores), max(cores)
+    busy = sum(c >= BUSY_CORES for c in cores)
+    if not busy:
+        return f"the machine was quiet: others kept at most {most:.2f} cores busy"
+    said = "THE MACHINE WAS BUSY" if 10 * busy >= len(cores) else "the machine was busy at times"
+    return f"{said}: while {busy} of {len(cores)} rows were timed others kept {BUSY_CORES} cores or more busy " + (
+        f"(median {usual:.2f}, at most {most:.2f})"
+    )
 
 
 def refused_lines(rows: Iterable[Row]) -> list[str]:
@@ -303,7 +358,7 @@ def sections(rows: list[Row], details: bool) -> list[tuple[str, list[str], list[
     return [t for t in tables[0 if details else 1 :] if t[2]]
 
 
-NUMBERS = {"median", "spread", "GB/s", "of bandwidth", "to eager", "to torch.compile", "images/s", "MiB"}
+NUMBERS = {"median", "noise", "GB/s", "of bandwidth", "to eager", "to torch.compile", "images/s", "MiB"}
 NUMBERS |= {"shapes", "eager", "ours", "rows", "within 10 %", "first run", "second run", "difference"}
 
 
@@ -316,6 +371,8 @@ def listings(rows: list[Row]) -> list[tuple[str, list[str]]]:
     return [
         ("Slower than eager", lost_lines(rows)),
         ("Slower than torch.compile", lost_to_compile(rows)),
+        ("torch.compile far slower than eager", slow_compiles(rows)),
+        ("Left out for noise", noisy_lines(rows)),
         ("Not timed", refused_lines(rows)),
     ]
 
@@ -334,7 +391,7 @@ def markdown(rows: list[Row], created: str) -> str:
         if lines:
             parts.append(f"**{title}**\n\n" + "\n".join(f"- {line}" for line in lines))
     parts.append(
-        "`to eager` is eager's time over the contender's in the same layout, rounds interleaved, medians: above 1 is "
-        f"faster.\nMeasured on {origin(rows, created)}; {bandwidth_line(rows)}."
+        "`to eager` is eager's time over the contender's in the same layout, the median over interleaved rounds: above "
+        f"1 is faster.\nMeasured on {origin(rows, created)}; {bandwidth_line(rows)}; {load_line(rows)}."
     )
     return "\n\n".join(parts) + "\n"

@@ -28,6 +28,7 @@ def show(rows: list[Row], created: str, console: Console, details: bool = False)
     if details:
         wide = Console(width=DETAILS_WIDTH, file=console.file)
         print_table(wide, "Every measurement", tables.DETAILS, tables.detail_lines(rows))
+    console.print(tables.load_line(rows), markup=False, highlight=False)
     for malloc in tables.settings(rows):
         header, lines = tables.summary(rows, malloc)
         if lines:
@@ -45,7 +46,7 @@ def show(rows: list[Row], created: str, console: Console, details: bool = False)
         print_table(console, "Worst rows", ["what", "median", "to eager"], map(_ranked, ranked[-RANKED:]))
     for title, lines in tables.listings(rows):
         print_list(console, title, lines, len(lines) if details else LISTED)
-    for line in (tables.verdict(rows), tables.bandwidth_line(rows), tables.origin(rows, created)):
+    for line in (tables.bandwidth_line(rows), tables.origin(rows, created), tables.verdict(rows)):
         console.print(line, markup=False, highlight=False)
 
 

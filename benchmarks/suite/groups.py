@@ -10,15 +10,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from . import bandwidth, memory, timing
+from . import bandwidth, load, memory, reasons, timing
 from .options import Options
 
 LAYOUTS = ("contiguous", "channels_last")
+OUT_OF_PLACE = "out of place"  # eager, with a new tensor for each step; "eager" is in place, as networks are written
+AGAIN = "eager, again"  # eager a second time in the same rounds: what it differs by is the floor of the noise
 # Contenders of the models: the converted model compiled, and the model with its grouped convolutions exchanged and
 # nothing else, compiled.
 CONVERTED_AND_COMPILED = "torch.compile, converted"
 GROUPED_AND_COMPILED = "torch.compile, GroupedConv2d alone"
 MAX_AUTOTUNE = "torch.compile, max-autotune"  # the reference, compiled as fast as torch can; that may take minutes
+
+
+def is_baseline(contender: str) -> bool:
+    return contender in ("eager", AGAIN)
 
 
 def compiles_reference(contender: str) -> bool:
@@ -48,6 +54,8 @@ class Unavailable(Exception):
 class Bench(Protocol):
     """A group's tensors and models, which live while it is timed."""
 
+    code: dict[Contender, str]  # what torch.compile has generated, of the contenders that it compiled
+
     def step(self, contender: Contender, verify: bool) -> Callable[[], object]:
         """What is timed of this contender; with `verify` only after its results were compared with eager's."""
 
@@ -69,6 +77,7 @@ class Group:
     min_rounds: int = 5
     max_rounds: int = 50
     peaks: bool = False  # whether the most memory that a call holds is measured
+    last: bool = False  # timed after all others, which leave it the time
     on_host: bool = False  # timed is what the host does, also where it does so for a GPU
     # Contenders by name that need torch.compile's compile time.
     compiled: frozenset[str] = field(default=frozenset({"torch.compile"}))
@@ -96,10 +105,15 @@ def select(groups: Iterable[Group], text: str, malloc: str) -> list[Group]:
         names = {c: f"{group.name_of(c)} {malloc} malloc".lower() for c in group.contenders}
         hit = {c for c, name in names.items() if any(part in name for part in wanted)}
         layouts = {c.layout for c in hit}
-        kept = tuple(c for c in group.contenders if c in hit or (c.name == "eager" and c.layout in layouts))
+        kept = tuple(c for c in group.contenders if c in hit or (is_baseline(c.name) and c.layout in layouts))
         if kept:
             chosen.append(replace(group, contenders=kept))
     return chosen
+
+
+# What comes last may take longer than planned by this factor, on another machine or a busy one: so much is kept for it,
+# up to half of all the time.
+MARGIN = 1.5
 
 
 class Session:
@@ -108,6 +122,7 @@ class Session:
     def __init__(self, plan: list[Group], options: Options, emit: Callable[[dict[str, Any]], None]) -> None:
         self.options, self.emit = options, emit
         self.total = self.weight_left = sum(g.weight for g in plan)
+        self.last_left = sum(g.weight for g in plan if g.last)
         self.deadline = time.perf_counter() + options.seconds
         self.compile_left = options.compile_seconds
         self.copy_gb_s = bandwidth.copy_probe(options.device)
@@ -121,6 +136,7 @@ class Session:
             self.emit({"start": group.label, "done": self.total - self.weight_left, "total": self.total})
             self.results, self.current = self._measure(group), group
             self.weight_left -= group.weight
+            self.last_left -= group.weight * group.last
             for contender, result in self.results.items():
                 if isinstance(result, Refused):
                     row = group.identity(contender) | {"status": result.status, "note": result.note}
@@ -131,12 +147,14 @@ class Session:
 
     def _measure(self, group: Group) -> dict[Contender, list[float] | Refused]:
         now = time.perf_counter()
-        if self.deadline - now < group.weight / 2:
+        kept_back = 0.0 if group.last else min(MARGIN * self.last_left, self.options.seconds / 2)
+        left = self.deadline - now - kept_back
+        if left <= 0 or (left < group.weight / 2 and not group.last):
             spent = Refused(
                 "out of time", f"too little left of the {self.options.seconds:.0f} s for this malloc setting"
             )
             return dict.fromkeys(group.contenders, spent)
-        until = now + (self.deadline - now) * group.weight / self.weight_left
+        until = now + left * group.weight / (self.weight_left - (0.0 if group.last else self.last_left))
         refused: dict[Contender, Refused] = {}
         steps: dict[Contender, Callable[[], object]] = {}
         try:
@@ -149,7 +167,7 @@ class Session:
             made = self._step(group, bench, contender)
             (refused if isinstance(made, Refused) else steps)[contender] = made
         try:
-            before = self.copy_gb_s()
+            before, watch = self.copy_gb_s(), load.Watch()
             samples = timing.interleave(
                 steps,
                 deadline=until,
@@ -157,20 +175,38 @@ class Session:
                 max_rounds=group.max_rounds,
                 device="cpu" if group.on_host else self.options.device,
             )
+            others = watch.others()
             copy_gb_s = (before + self.copy_gb_s()) / 2
         except Exception as error:  # what has run on a GPU says so only here, and not whose it was
             return refused | dict.fromkeys(steps, failure(error))
-        self.conditions = {contender: {"copy_gb_s": copy_gb_s} for contender in steps}
+        self.conditions = {contender: {"copy_gb_s": copy_gb_s, "others": others} for contender in steps}
+        self._explain(group, bench, steps, samples)
         if group.peaks:
             for contender, step in steps.items():
                 self.conditions[contender]["peak_bytes"] = memory.peak_bytes(step, self.options.device)
         return refused | samples
 
+    def _explain(
+        self,
+        group: Group,
+        bench: Bench,
+        steps: dict[Contender, Callable[[], object]],
+        samples: dict[Contender, list[float]],
+    ) -> None:
+        """Notes why torch.compile is far slower than eager, where it is."""
+        for contender in steps:
+            eager = Contender("eager", contender.layout)
+            if contender.name not in group.compiled or eager not in samples or self.options.device != "cpu":
+                continue
+            if timing.ratio(samples[eager], samples[contender]) < reasons.SLOW:
+                found = reasons.why_slow(steps[contender], steps[eager], bench.code[contender])
+                self.conditions[contender]["note"] = found
+
     def _step(self, group: Group, bench: Bench, contender: Contender) -> Callable[[], object] | Refused:
         start, compiles = time.perf_counter(), contender.name in group.compiled
         if compiles and self.compile_left <= 0:
             return Refused("out of time", f"the {self.options.compile_seconds:.0f} s for torch.compile were spent")
-        verify = contender.name != "eager" and group.name_of(contender) not in self.options.verified
+        verify = not is_baseline(contender.name) and group.name_of(contender) not in self.options.verified
         limit = self.compile_left if contender.name == MAX_AUTOTUNE else None
         try:
             with time_limit(limit):

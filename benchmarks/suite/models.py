@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import cnnkern
 from cnnkern.conversion.layers import exchange, exchanged_alone
 
+from . import reasons
 from .groups import (
+    AGAIN,
     CONVERTED_AND_COMPILED,
     GROUPED_AND_COMPILED,
     LAYOUTS,
@@ -69,10 +71,10 @@ def groups(options: Options) -> list[Group]:
 
     def contenders(name: str, mode: str) -> list[str]:
         if not everything:
-            return ["eager", "ours", *tuned]
+            return ["eager", AGAIN, "ours", *tuned]
         groups = [GROUPED_ALONE, GROUPED_AND_COMPILED] if name in WITH_GROUPS else []
         more = groups if mode == "training" else [FOLDED]
-        return ["eager", "ours", "torch.compile", *tuned, CONVERTED_AND_COMPILED, *more]
+        return ["eager", AGAIN, "ours", "torch.compile", *tuned, CONVERTED_AND_COMPILED, *more]
 
     def runs(name: str, batch: int) -> list[tuple[str, int]]:
         twice = [("training", TRAINED_TWICE[name])] if batch == LARGE_BATCH_SIZE and name in TRAINED_TWICE else []
@@ -95,6 +97,7 @@ def groups(options: Options) -> list[Group]:
             weight=weight(options.device, name, batch, mode, len(contenders(name, mode))),
             compiled=COMPILED,
             peaks=True,
+            last=True,
             min_rounds=3,
             max_rounds=15,
         )
@@ -109,7 +112,7 @@ def weight(device: str, name: str, batch: int, mode: str, contenders: int) -> fl
         return GPU_SECONDS
     if name in LARGE:
         return batch * LARGE[name] * contenders * (4 if mode == "training" else 1.5)
-    return batch * (1.0 if mode == "training" else 0.4) * (1 if name == "resnet18" else 3.5)
+    return batch * (1.5 if mode == "training" else 0.6) * (1 if name == "resnet18" else 3.5)
 
 
 @lru_cache(maxsize=1)
@@ -184,6 +187,7 @@ class ModelBench:
         self.base = build(name).train(training)
         self.x = photographs(batch)
         self.target = torch.arange(batch)
+        self.code: dict[Contender, str] = {}
 
     def model(self, contender: Contender) -> nn.Module:
         model = copy.deepcopy(self.base)
@@ -212,12 +216,11 @@ class ModelBench:
         target = self.target.to(self.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         if contender.name in COMPILED:
-            torch._dynamo.reset()
             mode = "max-autotune-no-cudagraphs" if contender.name == MAX_AUTOTUNE else None
             model = torch.compile(model, dynamic=False, mode=mode)
             try:
                 with self.autocast():
-                    found = results(model, x, target, self.training)
+                    found, self.code[contender] = reasons.compiling(results, model, x, target, self.training)
             except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, for one
                 raise Unavailable(first_line(error)) from error
             if verify and not compiles_reference(contender.name):  # what the compiler makes of that is PyTorch's

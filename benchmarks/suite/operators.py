@@ -14,8 +14,18 @@ from torch import Tensor
 from cnnkern import testing
 from cnnkern.testing import Case, Layer
 
-from . import timing
-from .groups import LAYOUTS, MAX_AUTOTUNE, Contender, Group, Unavailable, first_line
+from . import reasons, timing
+from .groups import (
+    AGAIN,
+    LAYOUTS,
+    MAX_AUTOTUNE,
+    OUT_OF_PLACE,
+    Contender,
+    Group,
+    Unavailable,
+    first_line,
+    is_baseline,
+)
 from .judge import assert_as_good_as
 from .options import Options
 
@@ -23,6 +33,7 @@ from .options import Options
 WEIGHTS = {"training": 1.5e-7, "inference": 6e-8, "forward": 7e-8, "backward": 1e-7}
 # On a GPU what takes time is to draw the inputs, on the host; and each contender is captured.
 GPU_WEIGHT, GPU_CONTENDER_SECONDS = 3e-8, 0.05
+IN_PLACE = "in place"  # the name of that form in `Case.bench_forms`
 USUAL_MODES = ("training", "inference")
 
 
@@ -68,13 +79,15 @@ def _group(network: str, mode: str, drawn: "Drawn", with_compile: bool, max_auto
     layouts = LAYOUTS if len(layer.shape) in (4, 5) else LAYOUTS[:1]
     compiled = ("torch.compile", *(f"torch.compile, {form}" for form in case.compiled_forms)) * with_compile
     compiled += (MAX_AUTOTUNE,) * (with_compile and max_autotune)
-    names = ("eager", "ours", *case.bench_forms, *compiled)
+    # "eager" is the reference in place where it has that form, and the reference otherwise.
+    forms = tuple(OUT_OF_PLACE if form == IN_PLACE else form for form in case.bench_forms)
+    names = ("eager", AGAIN, "ours", *forms, *compiled)
     numel = math.prod(layer.shape)
     read, written = case.elements(layer, training=mode in ("training", "backward"))
     if mode == "backward":
         forward = case.elements(layer, training=False)
         read, written = read - forward[0], written - forward[1]
-    seconds = numel * WEIGHTS[mode] * (1 + len(case.bench_forms))
+    seconds = numel * WEIGHTS[mode] * (1.5 + len(case.bench_forms))
     if drawn.device == "cuda":
         seconds = numel * GPU_WEIGHT + GPU_CONTENDER_SECONDS * len(layouts) * len(names)
     return Group(
@@ -125,6 +138,7 @@ class OperatorBench:
             self.inputs = self.inputs | {"training": training}
         self.dy = dy if training else None
         self.eager: dict[str, dict[str, Tensor]] = {}
+        self.code: dict[Contender, str] = {}
 
     @cached_property
     def reference64(self) -> dict[str, Tensor]:
@@ -143,15 +157,16 @@ class OperatorBench:
         case, (inputs, dy) = self.case, self.placed(contender.layout)
         name, _, form = contender.name.partition(", ")
         function = case.bench_forms.get(form or name, case.function if name == "ours" else case.reference)
+        if is_baseline(contender.name):
+            function = case.bench_forms.get(IN_PLACE, case.reference)
         if name == "torch.compile":
-            torch._dynamo.reset()  # else the eighth shape is left to eager
             tuned = "max-autotune-no-cudagraphs" if contender.name == MAX_AUTOTUNE else None  # graphs are ours on a GPU
             function = torch.compile(function, dynamic=False, fullgraph=True, mode=tuned)
             # A graph that gives its buffers away cannot be run backward again and again.
             kept = torch._functorch.config.patch(donated_buffer=False) if self.mode == "backward" else nullcontext()
             try:
                 with kept:
-                    _run(function, case, inputs, dy)
+                    _, self.code[contender] = reasons.compiling(_run, function, case, inputs, dy)
             except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, for one
                 raise Unavailable(first_line(error)) from error
         if verify:

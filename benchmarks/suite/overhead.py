@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cnnkern import functional, testing
 from cnnkern.nn import BatchNormReLU2d
 
-from .groups import Contender, Group
+from .groups import AGAIN, Contender, Group
 from .options import Options
 
 SHAPE = (2, 8, 4, 4)
@@ -26,7 +26,7 @@ def groups(options: Options) -> list[Group]:
             shape="x".join(map(str, SHAPE)),
             mode=mode,
             api=api,
-            contenders=(Contender("eager", "contiguous"), Contender("ours", "contiguous")),
+            contenders=tuple(Contender(name, "contiguous") for name in ("eager", AGAIN, "ours")),
             open=lambda mode=mode, api=api: OverheadBench(mode == "training", api, options.device),
             weight=0.5,
             max_rounds=30,
@@ -40,6 +40,7 @@ def groups(options: Options) -> list[Group]:
 class OverheadBench:
     def __init__(self, training: bool, api: str, device: str) -> None:
         self.training, self.api = training, api
+        self.code: dict[Contender, str] = {}
         generator = torch.Generator().manual_seed(0)
         self.x = testing.randn(SHAPE, generator, torch.float32).to(device).requires_grad_(training)
         self.dy = testing.randn(SHAPE, generator, torch.float32).to(device)
