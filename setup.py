@@ -177,7 +177,7 @@ packages = [
 ]
 # The bare names belong to other distributions.
 elsewhere = {"cnnkern.triton_kernels": "triton_kernels", "cnnkern.csrc": "csrc", "cnnkern.benchmarks": "benchmarks"}
-rooms = [f"cnnkern.benchmarks{room}" for room in ("", ".show", ".studies", ".suite")]
+rooms = [f"cnnkern.benchmarks{room}" for room in ("", ".gpu_minutes", ".show", ".studies", ".suite")]
 setuptools.setup(
     packages=[*packages, "cnnkern.csrc", *rooms],
     package_dir=elsewhere,

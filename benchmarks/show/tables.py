@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from ..suite.groups import CONVERTED_AND_COMPILED, OUT_OF_PLACE
 from ..suite.load import BUSY_CORES
-from ..suite.rows import Row
+from ..suite.rows import Row, is_spoilt
 from ..suite.timing import geometric_mean
 
 MISSING = "-"
@@ -80,7 +80,7 @@ NOISY = "noisy"
 
 def mean(m: Mean) -> str:
     """Its ratio, with a ~ where noise has spoilt more than half of its rows."""
-    return NOISY if m.ratio is None else times(m.ratio) + "~" * (2 * m.counted < m.shapes)
+    return NOISY if m.ratio is None else times(m.ratio) + "~" * is_spoilt(m.counted, m.shapes)
 
 
 def to_eager(row: Row) -> str:
@@ -240,9 +240,9 @@ def against_eager(rows: Iterable[Row], suite: str) -> list[tuple[Row, Row]]:
 
 
 def model_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
-    """(header, lines): a line a model and setting, with our time and the ratio to eager, which is taken round by round: a
-    time of eager's beside it would give another. The most memory that a call holds stands as eager's/ours. What else was
-    timed has a column, and so has torch.compile of the model as it is."""
+    """(header, lines): a line a model and setting, with our time and the ratio to eager, which is taken round by round:
+    a time of eager's beside it would give another. The most memory that a call holds stands as eager's/ours. What else
+    was timed has a column, and so has torch.compile of the model as it is."""
     rows = [r for r in rows if r.suite == "models"]
 
     def setting(r: Row) -> tuple[str, ...]:

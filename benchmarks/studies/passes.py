@@ -13,6 +13,7 @@ import itertools
 import math
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -55,18 +56,21 @@ def kind(layer: Layer) -> str:
     return f"depthwise {kernel}x{kernel}" if width == 1 else f"width {width}"
 
 
-def steps(layer: Layer, layout: str) -> dict[tuple[str, str], object]:
+def steps(
+    layer: Layer, layout: str, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> dict[tuple[str, str], Callable[[], object]]:
     """(contender, pass) -> a call, after results have been compared."""
+    close = 1e-4 if dtype == torch.float32 else 2e-2
     generator = torch.Generator().manual_seed(0)
-    inputs = CASE.inputs(layer.shape, generator=generator, **layer.arguments)
-    x, weight = (testing.with_layout(inputs[name], layout) for name in ("input", "weight"))
+    inputs = CASE.inputs(layer.shape, dtype, generator=generator, **layer.arguments)
+    x, weight = (testing.with_layout(inputs[name].to(device), layout) for name in ("input", "weight"))
     settings = [(v, v) for v in (inputs["stride"], inputs["padding"], inputs["dilation"])]
     groups = inputs["groups"]
     eager, ours = torch.ops.aten.convolution, torch.ops.cnnkern.grouped_conv2d
     eager_backward, ours_backward = torch.ops.aten.convolution_backward, torch.ops.cnnkern.grouped_conv2d_backward
     y = eager(x, weight, None, *settings, False, (0, 0), groups)
-    dy = testing.with_layout(testing.randn(y.shape, generator, torch.float32), layout)
-    torch.testing.assert_close(ours(x, weight, None, *settings, groups), y, rtol=1e-4, atol=1e-4)
+    dy = testing.with_layout(testing.randn(y.shape, generator, dtype).to(device), layout)
+    torch.testing.assert_close(ours(x, weight, None, *settings, groups), y, rtol=close, atol=close)
 
     def backward(which: tuple[bool, bool], mine: bool):
         if mine:
@@ -74,8 +78,8 @@ def steps(layer: Layer, layout: str) -> dict[tuple[str, str], object]:
         return eager_backward(dy, x, weight, None, *settings, False, (0, 0), groups, [*which, False])
 
     for a, b in zip(backward((True, True), True)[:2], backward((True, True), False)[:2], strict=True):
-        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
-    found = {}
+        assert (a - b).abs().max() <= close * b.abs().max()
+    found: dict[tuple[str, str], Callable[[], object]] = {}
     for name, which in PASSES.items():
         if which is None:
             found["eager", name] = lambda: eager(x, weight, None, *settings, False, (0, 0), groups)

@@ -16,6 +16,7 @@ from torch.autograd.profiler_util import FunctionEvent
 
 import cnnkern
 
+from ..suite import timing
 from ..suite.groups import LAYOUTS, Contender
 from ..suite.models import LARGE, LARGE_BATCH_SIZE, ModelBench
 
@@ -55,19 +56,31 @@ def kind_of(event: FunctionEvent) -> str:
     return REST
 
 
-def milliseconds(bench: ModelBench, contender: Contender, steps: int) -> dict[str, float]:
-    """By kind, the medians over so many steps."""
+def rounds(bench: ModelBench, contender: Contender, steps: int, device: str = "cpu") -> list[dict[str, float]]:
+    """Milliseconds by kind, of each of so many steps; on a GPU those of the kernels that operators launch."""
     step = bench.step(contender, verify=False)
     step()
-    rounds: list[dict[str, float]] = []
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    found: list[dict[str, float]] = []
     for _ in range(steps):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
             step()
-        found = dict.fromkeys(KINDS, 0.0)
+            timing.synchronize(device)
+        one = dict.fromkeys(KINDS, 0.0)
         for event in profile.events():
-            found[kind_of(event)] += event.self_cpu_time_total / 1e3
-        rounds.append(found)
-    return {kind: statistics.median(r[kind] for r in rounds) for kind in KINDS}
+            spent = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+            if device != "cuda" or event.device_type == torch.autograd.DeviceType.CPU:  # kernels are their operator's
+                one[kind_of(event)] += spent / 1e3
+        found.append(one)
+    return found
+
+
+def milliseconds(bench: ModelBench, contender: Contender, steps: int) -> dict[str, float]:
+    """By kind, the medians over so many steps."""
+    found = rounds(bench, contender, steps)
+    return {kind: statistics.median(r[kind] for r in found) for kind in KINDS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Groups of contenders that are timed in the same rounds, and the session that times them."""
 
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -111,9 +112,9 @@ def select(groups: Iterable[Group], text: str, malloc: str) -> list[Group]:
     return chosen
 
 
-# What comes last may take longer than planned by this factor, on another machine or a busy one: so much is kept for it,
-# up to half of all the time.
-MARGIN = 1.5
+# What comes last may take longer than planned by this factor, and by more where groups before it did, as on a busy
+# machine: so much is kept for it, up to this share of all the time.
+MARGIN, MOST_KEPT = 1.5, 2 / 3
 
 
 class Session:
@@ -123,6 +124,7 @@ class Session:
         self.options, self.emit = options, emit
         self.total = self.weight_left = sum(g.weight for g in plan)
         self.last_left = sum(g.weight for g in plan if g.last)
+        self.overruns: list[float] = []  # times as long as planned, of groups that their least rounds kept too long
         self.deadline = time.perf_counter() + options.seconds
         self.compile_left = options.compile_seconds
         self.copy_gb_s = bandwidth.copy_probe(options.device)
@@ -147,8 +149,7 @@ class Session:
 
     def _measure(self, group: Group) -> dict[Contender, list[float] | Refused]:
         now = time.perf_counter()
-        kept_back = 0.0 if group.last else min(MARGIN * self.last_left, self.options.seconds / 2)
-        left = self.deadline - now - kept_back
+        left = self.deadline - now - (0.0 if group.last else self._kept_back())
         if left <= 0 or (left < group.weight / 2 and not group.last):
             spent = Refused(
                 "out of time", f"too little left of the {self.options.seconds:.0f} s for this malloc setting"
@@ -175,7 +176,9 @@ class Session:
                 max_rounds=group.max_rounds,
                 device="cpu" if group.on_host else self.options.device,
             )
-            others = watch.others()
+            others, ended = watch.others(), time.perf_counter()
+            if ended > until:
+                self.overruns.append((ended - now) / group.weight)
             copy_gb_s = (before + self.copy_gb_s()) / 2
         except Exception as error:  # what has run on a GPU says so only here, and not whose it was
             return refused | dict.fromkeys(steps, failure(error))
@@ -185,6 +188,11 @@ class Session:
             for contender, step in steps.items():
                 self.conditions[contender]["peak_bytes"] = memory.peak_bytes(step, self.options.device)
         return refused | samples
+
+    def _kept_back(self) -> float:
+        """Seconds that the groups at the end are to have."""
+        pace = max(MARGIN, statistics.median(self.overruns or [1.0]))
+        return min(pace * self.last_left, MOST_KEPT * self.options.seconds)
 
     def _explain(
         self,

@@ -58,11 +58,11 @@ def groups(options: Options, compiled: bool) -> list[Group]:
                 for mode in modes:
                     with_compile = compiled and not options.quick and variant == case.bench_variant
                     with_compile &= layer == middle or options.compile_shapes == "all"
-                    column.append(_group(network, mode, drawn, with_compile, options.max_autotune))
+                    column.append(group(network, mode, drawn, with_compile, options.max_autotune))
             columns.append(column)
     longest = max(map(len, columns), default=0)
     shapes = range(0, longest, len(modes))  # the modes of a shape share their inputs, and stay together
-    return [group for i in shapes for column in columns for group in column[i : i + len(modes)]]
+    return [each for i in shapes for column in columns for each in column[i : i + len(modes)]]
 
 
 def _columns(case: Case, everything: bool) -> Iterator[tuple[str, tuple[Layer, ...], str]]:
@@ -73,7 +73,7 @@ def _columns(case: Case, everything: bool) -> Iterator[tuple[str, tuple[Layer, .
         yield "resnet50", (Layer((32, 256, 28, 28)), Layer((1, 256, 28, 28))), variant
 
 
-def _group(network: str, mode: str, drawn: "Drawn", with_compile: bool, max_autotune: bool) -> Group:
+def group(network: str, mode: str, drawn: "Drawn", with_compile: bool, max_autotune: bool) -> Group:
     case, layer = drawn.case, drawn.layer
     itemsize = drawn.dtype.itemsize
     layouts = LAYOUTS if len(layer.shape) in (4, 5) else LAYOUTS[:1]

@@ -79,6 +79,11 @@ class Row:
         return int(self.shape.split("x")[0]) / self.median_ms * 1e3
 
 
+def is_spoilt(counted: int, timed: int) -> bool:
+    """Whether a mean over the rows that count is marked: noise has left fewer than half of them."""
+    return 2 * counted < timed
+
+
 TOGETHER = ("suite", "operator", "network", "shape", "mode", "api", "layout")  # what is timed in the same rounds
 Key = tuple[str, ...]
 
