@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import re
 import shlex
 from importlib import metadata
@@ -75,7 +76,8 @@ def test_commands_are_taken_as_printed(command, monkeypatch, tmp_path, capsys):
     if arguments[:1] == ["bench"]:  # what the command hands the rest to
         main, arguments = importlib.import_module("benchmarks.__main__").main, words[2:]
     elif words[0] == "python":
-        main, arguments = importlib.import_module(words[2]).main, words[3:]
+        package = importlib.util.find_spec(words[2]).submodule_search_locations
+        main, arguments = importlib.import_module(words[2] + ".__main__" * bool(package)).main, words[3:]
     if not arguments or arguments[-1] == "--help" or arguments in (["doctor"], ["zoo"], ["train"]):
         return  # nothing to take
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
