@@ -111,6 +111,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--compile-seconds",
     )
     parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="time inference of three models beside onnxruntime, OpenVINO and zentorch, where they are installed, and "
+        "torch.compile in its mode max-autotune; nothing else",
+    )
+    parser.add_argument(
         "--modes",
         default="usual",
         choices=("usual", "all"),
@@ -153,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         compile_shapes=arguments.compile_shapes,
         max_autotune=arguments.max_autotune,
         modes=arguments.modes,
+        peers=arguments.peers,
     )
     seconds = arguments.seconds
     if seconds is None:

@@ -6,6 +6,7 @@ Weights are random and dropout is off: it would draw other numbers in each conte
 import copy
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import cnnkern
 from cnnkern.conversion.layers import exchange, exchanged_alone
 
-from . import reasons
+from . import peers, reasons
 from .groups import (
     AGAIN,
     CONVERTED_AND_COMPILED,
@@ -58,6 +59,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each 
 
 def groups(options: Options) -> list[Group]:
     """One group a layout: contenders of both at once would hold a gigabyte and a half of weights more."""
+    if options.peers:
+        return peer_groups(options)
     everything = options.networks == "all"
     batch_sizes = (
         {"resnet18": 2} if options.quick else dict.fromkeys(LARGE, LARGE_BATCH_SIZE) if everything else BATCH_SIZES
@@ -104,6 +107,31 @@ def groups(options: Options) -> list[Group]:
         for name, size in batch_sizes.items()
         for layout in LAYOUTS[: 1 if options.quick else 2]
         for mode, batch in runs(name, size)
+    ]
+
+
+def peer_groups(options: Options) -> list[Group]:
+    """Inference alone, of few models, beside other ways to run it."""
+    names = ("eager", AGAIN, "ours", FOLDED, "torch.compile", MAX_AUTOTUNE, *peers.PEERS)
+    return [
+        Group(
+            suite="models",
+            operator=name,
+            network=name,
+            shape=f"{batch}x3x{SIZE}x{SIZE}",
+            mode="inference",
+            api="module",
+            contenders=tuple(Contender(each, layout) for each in names),
+            open=lambda name=name, batch=batch: ModelBench(name, batch, False, options.device),
+            weight=20.0 + batch * LARGE[name] * len(names),
+            compiled=COMPILED,
+            last=True,
+            min_rounds=5,
+            max_rounds=25,
+        )
+        for name in peers.MODELS
+        for batch in peers.BATCHES
+        for layout in LAYOUTS
     ]
 
 
@@ -209,12 +237,18 @@ class ModelBench:
         return placed(tensor_or_module, layout, self.device).to(self.stored)
 
     def step(self, contender: Contender, verify: bool) -> Callable[[], object]:
-        if verify and contender.name not in COMPILED:
+        if verify and contender.name not in COMPILED and contender.name not in peers.PEERS:
             self.verify(contender)
-        model = self.placed(self.model(contender), contender.layout)
+        model: Any = self.placed(self.model(contender), contender.layout)
         x = self.placed(self.x, contender.layout)
         target = self.target.to(self.device)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        if contender.name in peers.PEERS:
+            with torch.no_grad():
+                model = peers.load(contender.name, model, x)
+                found = {"output": model(x)}
+            if verify:
+                self.verify_output(found["output"], contender.layout)
         if contender.name in COMPILED:
             mode = "max-autotune-no-cudagraphs" if contender.name == MAX_AUTOTUNE else None
             model = torch.compile(model, dynamic=False, mode=mode)
