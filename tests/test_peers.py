@@ -21,7 +21,10 @@ TIMED = [("eager", "channels_last"), ("cnnkern.fold", "channels_last"), *itertoo
 @pytest.mark.parametrize(("name", "layout"), TIMED)
 def test_a_peer_is_compared_with_eager_before_it_is_timed(name, layout, monkeypatch):
     torch.manual_seed(0)
-    model, images = Tiny(), torch.rand(2, 3, 32, 32)
+    model, images = (
+        torch.nn.Sequential(*list(Tiny())[:4]),
+        torch.rand(2, 3, 32, 32),
+    )  # thousands of results: their worst errors are much alike
     monkeypatch.setattr(models, "build", lambda name: model)
     monkeypatch.setattr(models, "photographs", lambda batch: images)
     bench = models.ModelBench("m", 2, training=False, device="cpu")
