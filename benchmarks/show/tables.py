@@ -79,7 +79,7 @@ NOISY = "noisy"
 
 
 def mean(m: Mean) -> str:
-    """Its ratio, with a ~ where noise has spoilt more than half of its rows."""
+    """Its ratio, with a ~ where noise has taken more than a quarter of its rows."""
     return NOISY if m.ratio is None else times(m.ratio) + "~" * is_spoilt(m.counted, m.shapes)
 
 

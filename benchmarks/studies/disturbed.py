@@ -1,10 +1,10 @@
 """Whether the summary holds on a busy machine: the same rows timed as the machine is, and beside a process that keeps a
 core busy.
 
-`python -m benchmarks.studies.disturbed [--seconds S] [--busy N] [--filter TEXT]` prints both means of each operator,
-mode and layout, how many rows of each count, and how far the means are apart; it fails where a mean that is not marked
-is off by more than 15 %. The busy processes are stress-ng's where that is installed, else Python's. `--record FILE`
-keeps the rounds of both.
+`python -m benchmarks.studies.disturbed [--seconds S] [--busy N] [--threads N] [--filter TEXT]` prints both means of
+each operator, mode and layout, how many rows of each count, and how far the means are apart; it fails where a mean that
+is not marked is off by more than 15 %. The busy processes are stress-ng's where that is installed, else Python's.
+`--record FILE` keeps the rounds of both.
 """
 
 import argparse
@@ -90,11 +90,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.disturbed", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="for each of both (default: 60)")
     parser.add_argument("--busy", type=int, default=1, help="processes that keep a core busy (default: 1)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--filter", default=FILTER)
     parser.add_argument("--record", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
     cnnkern.tune_malloc()
-    options = Options(quick=True, seconds=arguments.seconds, filter=arguments.filter, threads=torch.get_num_threads())
+    torch.set_num_threads(arguments.threads)
+    options = Options(quick=True, seconds=arguments.seconds, filter=arguments.filter, threads=arguments.threads)
     print(load.before_a_run())
     quiet = records(options)
     with busy(arguments.busy):
