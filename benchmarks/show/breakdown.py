@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
-from ..suite.rows import Row
+from ..suite.rows import Row, is_spoilt
 from ..suite.timing import geometric_mean
 from .tables import NO_NETWORKS, NOISY, percent, times
 
@@ -56,11 +56,11 @@ def _elements(row: Row) -> int:
     return math.prod(map(int, row.shape.split()[0].split("x")))
 
 
-def _by(rows: Iterable[Row], key: Callable[[Row], tuple[str, ...]]) -> Groups:
-    """Our rows by what `key` says of them."""
+def _by(rows: Iterable[Row], key: Callable[[Row], tuple[str, ...]], noisy: bool = False) -> Groups:
+    """Our rows that count, or all with a ratio, by what `key` says of them."""
     groups: Groups = {}
     for r in rows:
-        if r.suite == "operators" and r.contender == "ours" and r.counts:
+        if r.suite == "operators" and r.contender == "ours" and (r.counts or (noisy and r.ratio is not None)):
             groups.setdefault(key(r), []).append(r)
     return groups
 
@@ -136,7 +136,7 @@ def operators(rows: Iterable[Row], out_of_place: Iterable[str] = ()) -> Table:
         old = "eager out of place" if r.operator in out_of_place else ""
         return (", ".join(filter(None, [r.operator, what, old])),)
 
-    groups = _by(_usual(rows), part)
+    groups = _by(_usual(rows), part, noisy=True)
     lines = [
         [*key, str(len({(r.network, r.shape) for r in found})), *(_mean(found, way) for way in WAYS)]
         for key, found in groups.items()
@@ -145,8 +145,11 @@ def operators(rows: Iterable[Row], out_of_place: Iterable[str] = ()) -> Table:
 
 
 def _mean(rows: Iterable[Row], way: tuple[str, str]) -> str:
-    ratios = [r.ratio for r in rows if (r.mode, r.layout) == way and r.ratio is not None]
-    return times(geometric_mean(ratios)) if ratios else "-"
+    timed = [r for r in rows if (r.mode, r.layout) == way]
+    ratios = [r.ratio for r in timed if r.counts and r.ratio is not None]
+    if not ratios:
+        return NOISY if timed else "-"
+    return times(geometric_mean(ratios)) + "~" * is_spoilt(len(ratios), len(timed))
 
 
 def models(rows: Iterable[Row]) -> Table:
