@@ -181,7 +181,6 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     created = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     if measured:
-        terminal.show(measured, created, terminal.console())
         changes = None
         if arguments.before:
             try:
@@ -189,6 +188,7 @@ def main(argv: list[str] | None = None) -> int:
             except ValueError as error:
                 problems.append(f"cannot compare with {arguments.compare}: {error}")
         problems += write(measured, created, arguments.out, arguments.save, options.quick, changes)
+        terminal.show(measured, created, terminal.console())
         if changes:
             terminal.show_changes(changes, terminal.console())
             if changes.is_regression:
