@@ -139,11 +139,11 @@ def test_what_comes_last_is_left_its_time(monkeypatch):
 
     contenders = (Contender("eager", "contiguous"), Contender("ours", "contiguous"))
 
-    def group(suite, weight, last=False):
+    def group(suite, name, weight, last=False):
         bench = Slow(3 * weight / 14)  # seven rounds of two contenders, with the calls before them
-        return Group(suite, "o", "n", "1", "training", "module", contenders, lambda: bench, weight, last=last)
+        return Group(suite, "o", str(name), "1", "training", "module", contenders, lambda: bench, weight, last=last)
 
-    plan = [*(group("operators", 2.0) for _ in range(50)), *(group("models", 4.0, last=True) for _ in range(3))]
+    plan = [group("operators", i, 2.0) for i in range(50)] + [group("models", i, 4.0, last=True) for i in range(3)]
     measured, _ = measure(plan, Options(seconds=60.0))
     statuses = {
         suite: [r.status for r in measured if r.suite == suite and r.contender == "ours"]

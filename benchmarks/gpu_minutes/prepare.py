@@ -83,7 +83,8 @@ def prepare(folder: Path, torch: str, python: str, architecture: str) -> int:
         pip = (there, "-m", "pip", "--disable-pip-version-check", "-q")
         run(*pip, "install", f"torch=={torch}", *TOOLS)
         built = Path(scratch) / "wheels"
-        environment = {"CUDA_HOME": str(home), "CNNKERN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture}
+        environment = {"CUDA_HOME": str(home), "CNNKERN_CUDA": "1", "CNNKERN_EXTENSION": "1"}
+        environment["TORCH_CUDA_ARCH_LIST"] = architecture
         environment["PATH"] = f"{there.parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja is there
         run(*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", built, tree, **environment)
         run(*pip, "install", "--no-deps", "--target", site, *built.glob("*.whl"), *PURE)

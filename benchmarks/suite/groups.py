@@ -174,6 +174,7 @@ class Session:
                 deadline=until,
                 min_rounds=group.min_rounds,
                 max_rounds=group.max_rounds,
+                stop=max(until, self.deadline - (0.0 if group.last else self._kept_back())),
                 device="cpu" if group.on_host else self.options.device,
             )
             others, ended = watch.others(), time.perf_counter()

@@ -14,6 +14,7 @@ import torch
 Key = TypeVar("Key", bound=Hashable)
 
 SAMPLE_SECONDS, MAX_LOOPS = 1e-3, 200
+FEWEST = 2  # rounds, which have a spread
 FLUSHED_BYTES = 2**29  # written before each sample on a GPU: several times its L2, and time for the host to run ahead
 
 
@@ -47,6 +48,7 @@ def interleave(
     deadline: float,
     min_rounds: int,
     max_rounds: int,
+    stop: float = math.inf,
     device: str = "cpu",
     seed: int = 0,
 ) -> dict[Key, list[float]]:
@@ -55,8 +57,8 @@ def interleave(
     Every round times each step once, in an order drawn anew: what else the machine does, or has left in its caches,
     falls on all of them alike. On the CPU a step much shorter than SAMPLE_SECONDS is called several times a sample. On
     a GPU a sample is one call between two events, on a cold L2, and the host, which does not wait within a round, is
-    ahead of it: what is timed is the GPU's work. Stops after `max_rounds`, or after `min_rounds` once
-    `time.perf_counter()` has passed `deadline`.
+    ahead of it: what is timed is the GPU's work. Stops after `max_rounds`, after `min_rounds` once
+    `time.perf_counter()` has passed `deadline`, or after FEWEST once it has passed `stop`.
     """
     order, draw = list(steps), random.Random(seed)
     samples: dict[Key, list[float]] = {key: [] for key in steps}
@@ -66,7 +68,8 @@ def interleave(
     gc.disable()
     try:
         for done in range(max_rounds):
-            if done >= min_rounds and time.perf_counter() > deadline:
+            now = time.perf_counter()
+            if (done >= min_rounds and now > deadline) or (done >= FEWEST and now > stop):
                 break
             draw.shuffle(order)
             for key, seconds in sample_round([(key, steps[key], loops[key]) for key in order]):
