@@ -152,6 +152,8 @@ def test_what_comes_last_is_left_its_time(monkeypatch):
     assert statuses["models"] == ["ok"] * 3
     assert 0 < statuses["operators"].count("ok") < 50
     assert now[0] < 100
+    measured, _ = measure(plan, Options(seconds=0.5))  # the first group alone takes more
+    assert [r.status for r in measured if r.suite == "models" and r.contender == "ours"] == ["ok", *["out of time"] * 2]
 
 
 def test_a_busy_machine_is_said(monkeypatch, tmp_path):

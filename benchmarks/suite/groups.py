@@ -124,6 +124,7 @@ class Session:
         self.options, self.emit = options, emit
         self.total = self.weight_left = sum(g.weight for g in plan)
         self.last_left = sum(g.weight for g in plan if g.last)
+        self.ended_well = False  # whether the first of them was begun: one is timed even after all time is over
         self.overruns: list[float] = []  # times as long as planned, of groups that their least rounds kept too long
         self.deadline = time.perf_counter() + options.seconds
         self.compile_left = options.compile_seconds
@@ -150,12 +151,14 @@ class Session:
     def _measure(self, group: Group) -> dict[Contender, list[float] | Refused]:
         now = time.perf_counter()
         left = self.deadline - now - (0.0 if group.last else self._kept_back())
-        if left <= 0 or (left < group.weight / 2 and not group.last):
+        is_owed = group.last and not self.ended_well and self.options.seconds > 0  # whatever the time
+        self.ended_well |= is_owed
+        if not is_owed and (left <= 0 or (left < group.weight / 2 and not group.last)):
             spent = Refused(
                 "out of time", f"too little left of the {self.options.seconds:.0f} s for this malloc setting"
             )
             return dict.fromkeys(group.contenders, spent)
-        until = now + left * group.weight / (self.weight_left - (0.0 if group.last else self.last_left))
+        until = now + max(0.0, left) * group.weight / (self.weight_left - (0.0 if group.last else self.last_left))
         refused: dict[Contender, Refused] = {}
         steps: dict[Contender, Callable[[], object]] = {}
         try:
