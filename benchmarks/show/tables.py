@@ -45,7 +45,8 @@ def means(rows: Iterable[Row]) -> list[Mean]:
         ratio = geometric_mean([r.ratio for r in members if r.ratio is not None]) if members else None
         compared = geometric_mean(to_compile) if to_compile else None
         share = geometric_mean(shares) if shares else None
-        found.append(Mean(*key, len(timed), len(members), ratio, share, len(to_compile), compared))
+        compiled = sum(r.ratio_to_compile is not None for r in timed)
+        found.append(Mean(*key, len(timed), len(members), ratio, share, compiled, compared))
     return found
 
 
