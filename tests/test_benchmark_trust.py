@@ -87,6 +87,31 @@ def test_a_row_counts_where_noise_leaves_something_of_its_ratio(ratio, noise, co
     assert ours.lost == (counts and ratio < 1)
 
 
+@pytest.mark.parametrize(
+    ("threads", "others", "device", "crowded"),
+    [
+        (2, 0.1, "cpu", False),
+        (2, 0.9, "cpu", True),  # the rounds may agree, each of them waiting for a core
+        (1, 0.9, "cpu", False),  # one thread waits for nobody
+        (3, 0.9, "cpu", False),
+        (3, 1.5, "cpu", True),
+        (2, None, "cpu", False),
+        (2, 1.9, "cuda", False),
+    ],
+)
+def test_several_threads_beside_others_do_not_count(threads, others, device, crowded):
+    cores = 4 if threads == 3 else 2
+    ours = replace(row()[1], threads=threads, others=others, device=device, cores=cores, ratio=1000.0, noise=0.0)
+    assert ours.is_crowded == crowded
+    assert ours.counts != crowded
+    assert tables.to_eager(ours) == "1000.00x" + " crowded" * crowded
+    assert (
+        tables.noisy_lines([ours])
+        == [f"bn_act net 2x2 training contiguous tuned malloc: 1000.00x within 0%, beside {others} busy cores"]
+        * crowded
+    )
+
+
 def test_what_does_not_count_is_in_no_mean_and_no_list_but_is_counted():
     good, bad = row(seconds=1e-3), row(seconds=8e-3, shape="4x4")
     bad = [replace(r, noise=0.9, ratio_to_compile=0.5) for r in bad]
@@ -95,14 +120,16 @@ def test_what_does_not_count_is_in_no_mean_and_no_list_but_is_counted():
     assert (mean.shapes, mean.counted, mean.ratio) == (2, 1, pytest.approx(2.0))
     assert tables.ours(found) == [good[1]]
     assert tables.lost_lines(found) == tables.lost_to_compile(found) == []
-    assert tables.verdict(found).endswith("faster than eager in 1 of 1 rows; left out for noise: 1 rows")
+    assert tables.verdict(found).endswith(
+        "faster than eager in 1 of 1 rows; left out for noise or others on the machine: 1 rows"
+    )
     assert tables.noisy_lines(found) == ["bn_act net 4x4 training contiguous tuned malloc: 0.25x within 90%"]
     _, ((*_, cell),) = tables.summary(found, "tuned")
     assert cell.startswith("2.00x~ ")
     better = found + [replace(r, shape=shape) for r in good for shape in ("6x6", "8x8")]
     assert tables.summary(better, "tuned")[1][0][-1].startswith("2.00x ")
     assert tables.summary(bad, "tuned")[1][0][-1] == "noisy"
-    assert tables.verdict(bad) == "none of our 1 rows is clear of noise"
+    assert tables.verdict(bad) == "none of our 1 rows is clear of noise and of others on the machine"
 
 
 def test_every_group_times_eager_twice():
@@ -243,7 +270,7 @@ def test_means_of_a_busy_machine_are_near_those_of_a_quiet_one_or_marked(which):
     for _, operator, _, _, mode, _, layout, ratio in recorded("quiet"):
         quiet.setdefault((operator, mode, layout), []).append(ratio)
     truth = {key: (timing.geometric_mean(ratios), len(ratios), len(ratios)) for key, ratios in quiet.items()}
-    lines = list(disturbed.compare(truth, disturbed.means(recorded(which))))
+    lines = list(disturbed.compare(truth, disturbed.means(recorded(which), threads=1)))
     assert len(lines) == len(truth) == 12
     assert all(holds for _, holds in lines), lines
     kept = sum(cells[-1] != "marked" for cells, _ in lines)
@@ -253,5 +280,5 @@ def test_means_of_a_busy_machine_are_near_those_of_a_quiet_one_or_marked(which):
 def test_without_the_judge_the_same_rounds_would_mislead(monkeypatch):
     monkeypatch.setattr(rows.Row, "counts", property(lambda self: self.ratio is not None))
     quiet = {(o, m, layout): ratio for _, o, _, _, m, _, layout, ratio in recorded("quiet")}
-    found = disturbed.means(recorded("busier"))
+    found = disturbed.means(recorded("busier"), threads=1)
     assert max(abs(found[key][0] / quiet[key] - 1) for key in found) > 0.5

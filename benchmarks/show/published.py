@@ -58,7 +58,7 @@ def _lost(run: Run) -> str:
         parts.append(_list(tables.lost_to_compile(run.rows), head))
     noisy = tables.left_out(run.rows)
     if noisy:
-        parts.append(f"{len(noisy)} rows are left out: their noise is more than their ratio can bear.")
+        parts.append(f"{len(noisy)} rows are left out: noise or others on the machine left nothing of their ratios.")
     return "\n\n".join(parts)
 
 

@@ -76,7 +76,7 @@ def times(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2f}x"
 
 
-NOISY = "noisy"
+NOISY, CROWDED = "noisy", "crowded"
 
 
 def mean(m: Mean) -> str:
@@ -85,8 +85,9 @@ def mean(m: Mean) -> str:
 
 
 def to_eager(row: Row) -> str:
-    """The ratio, and whether noise leaves anything of it."""
-    return times(row.ratio) + ("" if row.ratio is None or row.counts else f" {NOISY}")
+    """The ratio, and what leaves nothing of it, if anything does."""
+    why = "" if row.ratio is None or row.counts else f" {CROWDED if row.is_crowded else NOISY}"
+    return times(row.ratio) + why
 
 
 def noise(row: Row) -> str:
@@ -194,14 +195,15 @@ def ours(rows: Iterable[Row]) -> list[Row]:
 
 
 def left_out(rows: Iterable[Row]) -> list[Row]:
-    """Our rows of whose ratio noise leaves nothing."""
+    """Our rows of whose ratio noise, or others on the machine, leave nothing."""
     return [r for r in rows if r.contender == "ours" and r.ratio is not None and not r.counts]
 
 
 def verdict(rows: list[Row]) -> str:
     found, noisy = ours(rows), left_out(rows)
     if not found:
-        return f"none of our {len(noisy)} rows is clear of noise" if noisy else "nothing of ours was timed"
+        spoilt = f"none of our {len(noisy)} rows is clear of noise and of others on the machine"
+        return spoilt if noisy else "nothing of ours was timed"
 
     def by_suite(ratio: Callable[[Row], float | None]) -> str:
         parts = []
@@ -216,7 +218,7 @@ def verdict(rows: list[Row]) -> str:
         f"geometric means over all rows that count, to eager: {by_suite(lambda r: r.ratio)}; "
         f"faster than eager in {sum(not r.lost for r in found)} of {len(found)} rows"
         + (f"; to torch.compile: {to_compile}" if to_compile else "")
-        + f"; left out for noise: {len(noisy)} rows"
+        + f"; left out for noise or others on the machine: {len(noisy)} rows"
     )
 
 
@@ -301,7 +303,11 @@ def slow_compiles(rows: Iterable[Row]) -> list[str]:
 
 
 def noisy_lines(rows: Iterable[Row]) -> list[str]:
-    return [f"{name(r)}: {times(r.ratio)} within {noise(r)}" for r in left_out(rows)]
+    return [
+        f"{name(r)}: {times(r.ratio)} within {noise(r)}"
+        + (f", beside {r.others:.1f} busy cores" if r.is_crowded else "")
+        for r in left_out(rows)
+    ]
 
 
 def load_line(rows: Iterable[Row]) -> str:
@@ -315,7 +321,7 @@ def load_line(rows: Iterable[Row]) -> str:
         return f"the machine was quiet: others kept at most {most:.2f} cores busy"
     said = "THE MACHINE WAS BUSY" if 10 * busy >= len(cores) else "the machine was busy at times"
     return f"{said}: while {busy} of {len(cores)} rows were timed others kept {BUSY_CORES} cores or more busy " + (
-        f"(median {usual:.2f}, at most {most:.2f})"
+        f"(median {usual:.2f}, at most {most:.2f}); --threads can leave them theirs"
     )
 
 
@@ -373,7 +379,7 @@ def listings(rows: list[Row]) -> list[tuple[str, list[str]]]:
         ("Slower than eager", lost_lines(rows)),
         ("Slower than torch.compile", lost_to_compile(rows)),
         ("torch.compile far slower than eager", slow_compiles(rows)),
-        ("Left out for noise", noisy_lines(rows)),
+        ("Left out for noise or others on the machine", noisy_lines(rows)),
         ("Not timed", refused_lines(rows)),
     ]
 

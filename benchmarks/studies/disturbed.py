@@ -60,9 +60,9 @@ def records(options: Options) -> Records:
 Means = dict[tuple[str, str, str], tuple[float | None, int, int]]  # operator, mode, layout -> mean, counted, timed
 
 
-def means(found: Records) -> Means:
+def means(found: Records, threads: int) -> Means:
     """Of our rows that count."""
-    where = machine.describe(Options())
+    where = machine.describe(Options(threads=threads))
     grouped: dict[tuple[str, str, str], list[rows.Row]] = {}
     for row in rows.from_records(found, [], [], "tuned", where):
         if row.contender == "ours":
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         disturbed = records(options)
     if arguments.record:
         arguments.record.write_text(json.dumps({"quiet": quiet, "disturbed": disturbed}))
-    lines = sorted(compare(means(quiet), means(disturbed)))
+    lines = sorted(compare(means(quiet, arguments.threads), means(disturbed, arguments.threads)))
     print("| operator | mode | layout | as it is | rows | beside a busy process | rows | apart |")
     print("|---|---|---|---:|---:|---:|---:|---:|")
     for cells, _ in lines:

@@ -106,4 +106,5 @@ def describe(options: Options) -> dict[str, str | int | None]:
         "cnnkern": cnnkern.__version__,
         "commit": commit(),
         "cache_bytes": cache_bytes(options.device),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }

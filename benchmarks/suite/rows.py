@@ -12,6 +12,9 @@ from .groups import AGAIN, compiles_reference
 # A row's ratio counts where its noise is at most QUIET, or at most a THIRD of what it gains or loses and no more than
 # LOUD: 3.0x within a fifth is a result, 1.1x within a fifth is none.
 QUIET, LOUD, THIRD = 0.10, 0.25, 1 / 3
+# Cores that a row's threads may lack. Where one of two threads shares its core with others, each call waits for it: a
+# call of microseconds takes the scheduler's milliseconds, every time, and no spread tells.
+LACKING = 0.25
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,22 @@ class Row:
     ratio_to_compile: float | None = None
     others: float | None = None  # cores that other processes, or other machines of the host, kept busy meanwhile
     cache_bytes: int | None = None  # of the machine's last-level cache
+    cores: int | None = None  # that this process may use
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether others kept cores busy that several threads of ours needed at once."""
+        if self.others is None or self.cores is None or self.threads == 1 or self.device != "cpu":
+            return False
+        return self.others > max(0, self.cores - self.threads) + LACKING
 
     @property
     def counts(self) -> bool:
-        """Whether noise leaves something of the ratio; rows of which no noise is known do."""
-        if self.ratio is None or self.noise is None:
-            return self.ratio is not None
+        """Whether the machine and noise leave something of the ratio; rows of which no noise is known count."""
+        if self.ratio is None or self.is_crowded:
+            return False
+        if self.noise is None:
+            return True
         gained = max(self.ratio, 1 / self.ratio) - 1
         return self.noise <= max(QUIET, min(LOUD, THIRD * gained))
 
