@@ -176,10 +176,12 @@ packages = [
     "cnnkern.testing",
     "cnnkern.triton_kernels",
 ]
+# The bare names belong to other distributions.
+elsewhere = {"cnnkern.triton_kernels": "triton_kernels", "cnnkern.csrc": "csrc", "cnnkern.benchmarks": "benchmarks"}
+rooms = [f"cnnkern.benchmarks{room}" for room in ("", ".gpu_minutes", ".show", ".studies", ".suite")]
 setuptools.setup(
-    packages=[*packages, "cnnkern.csrc"],
-    # The bare name `triton_kernels` belongs to another distribution.
-    package_dir={"cnnkern.triton_kernels": "triton_kernels", "cnnkern.csrc": "csrc"},
+    packages=[*packages, "cnnkern.csrc", *rooms],
+    package_dir=elsewhere,
     include_package_data=False,  # no other source
     ext_modules=[extension()] if EXTENSION else [],
     cmdclass={"build_ext": BuildExtension},

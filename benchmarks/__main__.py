@@ -1,6 +1,6 @@
 """`cnnkern bench`, also `python -m benchmarks`: runs the suites in worker processes, one a malloc setting.
 
-Prints tables and writes CSV, JSON, a chart and report.html. With --compare, fails where a row of ours has become slower
+Prints tables and writes a file of rows and report.html. With --compare, fails where a row of ours has become slower
 than in an earlier run by more than the noise of both.
 """
 
@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compare, machine, report, rows, terminal, worker
-from benchmarks.options import Options
-from benchmarks.plan import make_plan
+from .show import comparison, page, report, terminal
+from .suite import files, load, machine, rows, worker
+from .suite.options import Options
+from .suite.plan import make_plan
 
 # Seconds for everything; what is under way when they end is finished, in a full run up to a large model's three rounds.
 FULL_SECONDS, QUICK_SECONDS = 330.0, 50.0
@@ -60,7 +61,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--backend", default="cuda", choices=("cuda", "triton"), help="the kernels to time on a GPU (default: cuda)"
     )
-    parser.add_argument("--save", type=file_name, metavar="NAME", help="write to benchmarks/results/published/NAME.*")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=files.RESULTS,
+        metavar="FOLDER",
+        help="where results go (default: benchmarks/results of a checkout, else cnnkern-bench in this folder)",
+    )
+    parser.add_argument("--save", type=file_name, metavar="NAME", help="write to published/NAME.csv there")
     threads = torch.get_num_threads()
     parser.add_argument("--threads", type=count, default=threads, metavar="N", help=f"CPU threads (default: {threads})")
     parser.add_argument(
@@ -103,27 +111,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--compile-seconds",
     )
     parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="time inference of three models beside onnxruntime, OpenVINO and zentorch, where they are installed, and "
+        "torch.compile in its mode max-autotune; nothing else",
+    )
+    parser.add_argument(
         "--modes",
         default="usual",
         choices=("usual", "all"),
         help="usual: training and inference of operators; all: also the forward and the backward pass of a training "
         "step by themselves (default: usual)",
     )
-    parser.add_argument(
-        "--compare", type=Path, metavar="OLD.json", help="say what is faster or slower than in that run"
-    )
+    parser.add_argument("--compare", type=Path, metavar="OLD.csv", help="say what is faster or slower than in that run")
     parser.add_argument(
         "--agree",
         type=Path,
         nargs=2,
-        metavar=("A.json", "B.json"),
+        metavar=("A.csv", "B.csv"),
         help="measure nothing; say how much two runs of the same code differ",
     )
     arguments = parser.parse_args(argv)
     arguments.before = []
     if arguments.compare:
         try:
-            arguments.before, _ = report.load(arguments.compare)
+            arguments.before = files.load(arguments.compare).rows
         except ValueError as error:
             parser.error(f"--compare: {error}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -139,7 +151,7 @@ def one_line(message: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.agree:
-        return compare.main([str(path) for path in arguments.agree])
+        return report.agree(*arguments.agree)
     options = Options(
         *(arguments.quick, arguments.filter, arguments.device, arguments.backend),
         *(arguments.threads, arguments.dtype, arguments.networks),
@@ -147,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         compile_shapes=arguments.compile_shapes,
         max_autotune=arguments.max_autotune,
         modes=arguments.modes,
+        peers=arguments.peers,
     )
     seconds = arguments.seconds
     if seconds is None:
@@ -155,9 +168,10 @@ def main(argv: list[str] | None = None) -> int:
     if not settings:
         print(f"benchmarks: nothing has {options.filter!r} in its name", file=sys.stderr)
         return 2
-    folder = rows.RESULTS / "published" if arguments.save else rows.RESULTS
+    folder = arguments.out / "published" if arguments.save else arguments.out
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        terminal.console().print(load.before_a_run(), markup=False, highlight=False)
         with tempfile.TemporaryDirectory(prefix="cnnkern-bench-") as scratch:
             measured, problems = run(options, settings, Path(scratch), seconds)
     except OSError as error:
@@ -167,14 +181,14 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     created = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     if measured:
-        terminal.show(measured, created, terminal.console())
         changes = None
         if arguments.before:
             try:
-                changes = compare.compare(arguments.before, measured)
+                changes = comparison.compare(arguments.before, measured)
             except ValueError as error:
                 problems.append(f"cannot compare with {arguments.compare}: {error}")
-        problems += write(measured, created, folder, arguments.save, options.quick, changes)
+        problems += write(measured, created, arguments.out, arguments.save, options.quick, changes)
+        terminal.show(measured, created, terminal.console())
         if changes:
             terminal.show_changes(changes, terminal.console())
             if changes.is_regression:
@@ -216,25 +230,20 @@ def run(options: Options, settings: list[str], scratch: Path, seconds: float) ->
 def write(
     measured: list[rows.Row],
     created: str,
-    folder: Path,
+    results: Path,
     name: str | None,
     quick: bool,
-    changes: compare.Comparison | None = None,
+    changes: comparison.Comparison | None = None,
 ) -> list[str]:
-    """CSV, JSON and the chart into `folder`, the last run's page into results; a line for what could not be written."""
-    stem, page_file = name or rows.file_stem(measured, quick), rows.RESULTS / "report.html"
+    """The file of rows and the page into `results`; a line for what could not be written."""
+    stem, page_file = name or files.file_stem(measured, quick), results / "report.html"
+    path = (results / "published" if name else results) / f"{stem}{files.ENDING}"
     try:
-        rows.write(folder / f"{stem}.csv", rows.to_csv(measured))
-        rows.write(folder / f"{stem}.json", rows.to_json(measured, created, quick))
-        try:
-            from benchmarks import chart, page
-        except ImportError as error:
-            return [f"no chart and no page: {error}"]
-        rows.write(folder / f"{stem}.png", chart.draw(measured, created))
-        rows.write(page_file, page.render(measured, created, changes))
+        files.write(path, files.dumps(files.Run(measured, created, quick)))
+        files.write(page_file, page.render(measured, created, changes))
     except OSError as error:
-        return [f"cannot write the results to {folder}: {error.strerror or error}"]
-    print(f"written: {folder / stem}.csv, .json and .png; {page_file}")
+        return [f"cannot write the results to {path.parent}: {error.strerror or error}"]
+    print(f"written: {path}; {page_file}")
     return []
 
 

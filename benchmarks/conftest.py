@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import cnnkern
-from benchmarks import machine
-from benchmarks.groups import Session
-from benchmarks.options import Options
-from benchmarks.plan import make_plan
+
+from .suite import machine
+from .suite.groups import Session
+from .suite.options import Options
+from .suite.plan import make_plan
 
 FIELDS = ("seconds", "threads", "dtype", "filter", "networks")  # of Options, that are options of pytest
 SETTINGS = {"networks": ("resnet50", "all"), "dtype": ("float32", "bfloat16", "float16", "float64")}
@@ -38,7 +39,7 @@ def pytest_addoption(parser):
             choices=SETTINGS.get(field),
             help=f"{helps[field]} (default: {value or 'everything'})",
         )
-    group.addoption("--bench-options", help="file with the JSON of benchmarks.options.Options, instead of the others")
+    group.addoption("--bench-options", help="file with the JSON of Options, instead of the others")
     group.addoption("--bench-events", type=int, help="file descriptor that takes one line of JSON for each event")
 
 

@@ -50,7 +50,7 @@ def run(arguments: Sequence[str] | None) -> int:
     )
     handed_on = {"bench": bench, "train": train, "tune": tune}
     commands.add_parser(
-        "bench", add_help=False, help="time a model with and without our layers, or a checkout's own benchmarks"
+        "bench", add_help=False, help="time a model with and without our layers, or without a model run the benchmarks"
     )
     commands.add_parser(
         "tune", add_help=False, help="find the calls that PyTorch computes faster on this machine, and leave them to it"
@@ -124,25 +124,22 @@ def tune(arguments: list[str]) -> int:
 
 
 def bench_suite(arguments: list[str]) -> int:
-    """Hands `arguments` to the benchmark suite of the checkout that this package is imported from."""
-    checkout = Path(__file__).resolve().parents[1]
-    if not all((checkout / path).exists() for path in ("benchmarks/__main__.py", "pyproject.toml")):
-        return fail(
-            "the benchmark suite is in the source, not in the installed package: run `make bench` in a checkout of the "
-            "repository or in the unpacked source distribution. `cnnkern bench MODEL` times a model of yours anywhere"
-        )
-    if problem := extension_problem():
+    """Hands `arguments` to the benchmark suite: of the checkout that this package is imported from, else installed."""
+    checkout, suite = Path(__file__).resolve().parents[1], "cnnkern.benchmarks"
+    if all((checkout / path).exists() for path in ("benchmarks/__main__.py", "pyproject.toml")):
+        sys.path.insert(0, str(checkout))
+        suite = "benchmarks"
+    if problem := extension_problem() or missing_packages("bench", "pytest", "pytest_benchmark", "jinja2"):
         return fail(problem)
     os.environ["CNNKERN_TUNE"] = "0"  # the suite, in processes that it starts, times our kernels and no one else's
-    sys.path.insert(0, str(checkout))
     sys.argv = ["cnnkern bench", *arguments]
-    runpy.run_module("benchmarks", run_name="__main__", alter_sys=True)
+    runpy.run_module(suite, run_name="__main__", alter_sys=True)
     return 0
 
 
 def train(arguments: list[str]) -> int:
     """Hands `arguments` to `cnnkern.train`."""
-    if problem := extension_problem() or missing_packages("cnnkern train", "torchvision", "matplotlib", "sklearn"):
+    if problem := extension_problem() or missing_packages("train", "torchvision", "matplotlib", "sklearn"):
         return fail(problem)
     from cnnkern.train import main as train_main
 
@@ -154,7 +151,7 @@ def train(arguments: list[str]) -> int:
 def zoo(options: argparse.Namespace) -> int:
     """Prints the table of all models, or the layers of one."""
     packages = ("torchinfo",) if options.action == "show" else ()
-    if problem := extension_problem() or missing_packages("cnnkern zoo show", *packages):
+    if problem := extension_problem() or missing_packages("zoo show", *packages):
         return fail(problem)
     from rich.console import Console
 
@@ -182,9 +179,10 @@ def image_size(text: str) -> tuple[int, ...]:
 
 
 def missing_packages(command: str, *names: str) -> str | None:
-    """What to install before `command` can run, in one line; None where all is there."""
-    absent = [name for name in names if importlib.util.find_spec(name) is None]
-    return f"{command} needs {', '.join(absent)}: `pip install 'cnnkern[train]'`" if absent else None
+    """What to install before `cnnkern` with this command can run, in one line; None where all is there."""
+    absent = [name.replace("_", "-") for name in names if importlib.util.find_spec(name) is None]
+    extra = "bench" if command == "bench" else "train"
+    return f"cnnkern {command} needs {', '.join(absent)}: `pip install 'cnnkern[{extra}]'`" if absent else None
 
 
 Rows = Iterable[tuple[str, ...]]

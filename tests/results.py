@@ -1,9 +1,9 @@
 """Rows of a run that never was and of plans timed in this process, for the tests of benchmarks and reports."""
 
-from benchmarks import bandwidth, machine, rows
-from benchmarks.bandwidth import Bandwidth
-from benchmarks.groups import Refused, Session
-from benchmarks.options import Options
+from benchmarks.suite import bandwidth, machine, rows
+from benchmarks.suite.bandwidth import Bandwidth
+from benchmarks.suite.groups import Refused, Session
+from benchmarks.suite.options import Options
 
 WHERE = machine.describe(Options(threads=1)) | {"machine": "some-machine", "commit": "abc1234-dirty"}
 BANDWIDTHS = [Bandwidth(mix, 2**20, 10.0) for mix in bandwidth.MIXES]

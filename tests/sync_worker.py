@@ -226,7 +226,7 @@ def saved_tensors_may_come_back_in_another_memory_format() -> None:
 
 
 def the_benchmark_s_formula_is_the_layer() -> None:
-    from benchmarks import sync
+    from benchmarks.studies import sync
 
     generator = torch.Generator().manual_seed(dist.get_rank())
     x, dy = (testing.randn((3, CHANNELS, 4, 7), generator, torch.float64) for _ in range(2))

@@ -16,9 +16,11 @@ from rich.console import Console
 
 import cnnkern
 from benchmarks import __main__ as driver
-from benchmarks import accuracy, cores, gpu_kernels, machine, onednn, passes, report, rows, sweeps, sync, worker
-from benchmarks.bandwidth import Bandwidth
-from benchmarks.options import Options
+from benchmarks.show import report
+from benchmarks.studies import accuracy, cores, gpu_kernels, onednn, passes, sweeps, sync
+from benchmarks.suite import files, machine, worker
+from benchmarks.suite.bandwidth import Bandwidth
+from benchmarks.suite.options import Options
 from cnnkern import memory, testing
 from cnnkern.testing import Layer
 from tests.child import run_child
@@ -27,7 +29,7 @@ from tests.results import assert_one_line, some_rows
 
 def test_the_driver_runs_workers_and_writes(monkeypatch, tmp_path, capsys):
     """The real thing, in processes of its own, on the smallest part that there is."""
-    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
     for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
         monkeypatch.delenv(name)  # it would tell the worker's pytest that it shares the machine and must not measure
     code = driver.main(["--quick", "--filter", "overhead batch_norm_relu", "--save", "tiny", "--threads", "1"])
@@ -35,15 +37,19 @@ def test_the_driver_runs_workers_and_writes(monkeypatch, tmp_path, capsys):
     assert code == 0, printed.err
     published = tmp_path / "published"
     assert (tmp_path / "report.html").read_text().count("batch_norm_relu") > 4
-    assert {p.name for p in published.iterdir()} == {"tiny.csv", "tiny.json", "tiny.png"}
-    found, _ = rows.from_json((published / "tiny.json").read_text())
+    assert {p.name for p in published.iterdir()} == {"tiny.csv"}
+    found = files.load(published / "tiny.csv").rows
     assert {(r.suite, r.malloc, r.threads, r.status) for r in found} == {
         ("overhead", "default", 1, "ok"),
         ("bandwidth", "none", 1, "ok"),
     }
     assert {r.operator for r in found if r.suite == "bandwidth"} >= {"read", "write", "copy", "add"}
     assert "A call on a kilobyte" in printed.out
-    assert report.main([str(published / "tiny.json"), "--markdown"]) == 0
+    first, *_, last = (line for line in printed.out.splitlines() if line and not line.startswith("written"))
+    assert re.match("the machine is quiet: |THE MACHINE IS BUSY: ", first)
+    assert "noise" in last
+    assert all(r.noise is not None and r.others is not None for r in found if r.suite == "overhead")
+    assert report.main([str(published / "tiny.csv"), "--markdown"]) == 0
     assert "| batch_norm_relu 2x8x4x4, module | training |" in capsys.readouterr().out
 
 
@@ -114,7 +120,7 @@ def full_disk(self, data):
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_broken_file(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(files, "RESULTS", tmp_path)
     monkeypatch.setattr(driver, "run", lambda options, settings, scratch, seconds: (some_rows(), []))
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     assert driver.main(["--quick"]) == 1
@@ -126,7 +132,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_broken_file(monkeypatch, tmp_path
 
 def test_a_results_folder_that_cannot_be_made_is_one_line(monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(rows, "RESULTS", tmp_path / "file")
+    monkeypatch.setattr(files, "RESULTS", tmp_path / "file")
     assert driver.main(["--quick"]) == 1
     assert_one_line(capsys.readouterr().err, "cannot write")
 
@@ -249,11 +255,12 @@ def test_pytest_saves_and_compares_as_pytest_benchmark_does(tmp_path):
     found = json.loads(saved.read_text())["benchmarks"]
     assert {(b["extra_info"]["contender"], len(b["stats"]["data"]) >= 5) for b in found} == {
         ("eager", True),
+        ("eager, again", True),
         ("ours", True),
     }
     second = run_pytest(chosen, "--bench-seconds=0", "--benchmark-compare=0001", folder=tmp_path)
     assert second.returncode == 0, second.stdout + second.stderr
-    assert "2 contenders were not timed: the 0 s for all of them were spent" in second.stdout
+    assert "3 contenders were not timed: the 0 s for all of them were spent" in second.stdout
     second = run_pytest(chosen, "--bench-seconds=3", "--benchmark-compare=0001", folder=tmp_path)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "(0001_first)" in second.stdout

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bandwidth, timing
-from benchmarks.bandwidth import Bandwidth
+from benchmarks.suite import bandwidth, timing
+from benchmarks.suite.bandwidth import Bandwidth
 
 CLOCK = timing.ReplayClock()
 
@@ -62,6 +62,16 @@ def test_rounds_end_with_the_deadline_or_their_maximum(clock):
         clock.now = 0.0
         samples = timing.interleave({"a": step}, deadline=deadline, min_rounds=3, max_rounds=20)
         assert len(samples["a"]) == rounds, deadline
+
+
+def test_few_rounds_do_where_all_time_is_over(clock):
+    def step():
+        clock.now += 1.0
+
+    for stop, rounds in ((0.0, timing.FEWEST), (5.5, 5), (1e9, 8)):
+        clock.now = 0.0
+        samples = timing.interleave({"a": step}, deadline=0.0, min_rounds=8, max_rounds=20, stop=stop)
+        assert len(samples["a"]) == rounds, stop
 
 
 def test_short_steps_are_called_several_times_a_sample(clock):

@@ -1,13 +1,14 @@
 """A result against torch.compile and by what rows have in common; and how nearly two runs agree."""
 
-import re
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as driver
-from benchmarks import breakdown, compare, machine, page, published, rows, tables
-from benchmarks.groups import CONVERTED_AND_COMPILED
+from benchmarks.show import breakdown, page, published, report, tables
+from benchmarks.suite import files, machine, rows
+from benchmarks.suite.groups import CONVERTED_AND_COMPILED
 from tests.results import BANDWIDTHS, WHERE, assert_one_line, row
 
 SETTING = {
@@ -75,21 +76,12 @@ def test_a_compiled_model_of_ours_is_compared_with_the_reference_compiled():
     header, (line,) = tables.model_table(found)
     cells = dict(zip(header, line, strict=True))
     assert cells["to torch.compile"] == "0.50x"
-    assert cells["images/s"] == "2.0/1.3"
-    assert cells["spread"] == "0%/0%"
+    assert (cells["images/s"], cells["noise"]) == ("1.3", "0%")
+    assert not any("4000" in cell for cell in line), "no median of eager beside a ratio that is none of medians"
     assert cells["others to eager"] == ("torch.compile 1.33x; torch.compile, converted 2.67x, 2.00x to torch.compile")
     (lost,) = tables.lost_to_compile(found)
     assert lost == "resnet18 8x3x224x224 training contiguous tuned malloc: 6000.0 ms, 0.50x to torch.compile"
     assert "<td>torch.compile, converted</td>" in page.render(found, "today").replace(' class=""', "")
-
-
-def test_rows_from_before_the_column_load_without_it():
-    (eager, ours) = timed({"eager": 4.0, "ours": 1.0})
-    older = [
-        {k: v for k, v in asdict(r).items() if k not in ("ratio_to_compile", "images_s", "cache_bytes")}
-        for r in (eager, ours)
-    ]
-    assert [rows.Row(**r).ratio_to_compile for r in older] == [None, None]
 
 
 def test_the_summary_has_our_means_against_torch_compile_and_over_all_networks():
@@ -113,8 +105,8 @@ def test_the_summary_has_our_means_against_torch_compile_and_over_all_networks()
     assert tables.lost_to_compile(found) == [
         "bn_act net batch 1 2x2 training contiguous tuned malloc: 2000.0 ms, 0.50x to torch.compile"
     ]
-    text = published.PARTS["lost"](found, "today")
-    assert "2 of 4 rows are slower than eager:" in text
+    text = published.PARTS["lost"](files.Run(found, "today"))
+    assert "2 of 4 rows that count are slower than eager:" in text
     assert "1 rows are slower than torch.compile, which was timed beside 2 of ours:" in text
     assert "to torch.compile: operators 1.00x" in tables.verdict(found)
 
@@ -190,13 +182,15 @@ def two_runs(tmp_path):
     """Files of two runs in which one row of two agrees within a tenth."""
     first = row(seconds=1e-3) + row(seconds=1e-3, shape="4x4")
     second = row(seconds=1.05e-3) + row(seconds=2e-3, shape="4x4") + row(shape="8x8")
-    paths = [tmp_path / "run.json", tmp_path / "run-again.json"]
+    paths = [tmp_path / "run.csv", tmp_path / "run-again.csv"]
     for path, found in zip(paths, (first, second), strict=True):
-        path.write_text(rows.to_json(found, "2000-01-01 00:00 UTC", quick=False))
+        path.write_text(files.dumps(files.Run(found, "2000-01-01 00:00 UTC")))
     return paths
 
 
-@pytest.mark.parametrize("command", [compare.main, lambda paths: driver.main(["--agree", *paths])])
+@pytest.mark.parametrize(
+    "command", [lambda paths: report.agree(*map(Path, paths)), lambda paths: driver.main(["--agree", *paths])]
+)
 def test_two_runs_are_said_to_agree_on_a_share_of_their_rows(command, two_runs, capsys):
     assert command([str(path) for path in two_runs]) == 0
     printed = capsys.readouterr().out
@@ -208,22 +202,9 @@ def test_two_runs_are_said_to_agree_on_a_share_of_their_rows(command, two_runs, 
 
 
 def test_runs_without_a_row_in_common_are_one_line(two_runs, tmp_path, capsys):
-    other = tmp_path / "other.json"
-    other.write_text(rows.to_json(row(operator="add_relu"), "today", quick=False))
-    assert compare.main([str(two_runs[0]), str(other)]) == 1
+    other = tmp_path / "other.csv"
+    other.write_text(files.dumps(files.Run(row(operator="add_relu"), "today")))
+    assert report.agree(two_runs[0], other) == 1
     assert_one_line(capsys.readouterr().err, "no measurement of ours is in both")
-    assert compare.main([str(two_runs[0]), str(tmp_path / "none.json")]) == 1
+    assert report.agree(two_runs[0], tmp_path / "none.csv") == 1
     assert_one_line(capsys.readouterr().err, "cannot read")
-
-
-def test_a_document_shows_how_nearly_a_second_run_agrees(two_runs, tmp_path, monkeypatch):
-    (tmp_path / "published").mkdir()
-    for path in two_runs:
-        path.rename(tmp_path / "published" / path.name)
-    monkeypatch.setattr(rows, "RESULTS", tmp_path)
-    published.block.cache_clear()
-    text = published.generated("<!-- results: run agreement -->\n<!-- end of results -->\n")
-    published.block.cache_clear()
-    assert "in 1 of 2 rows (50%)." in text
-    assert "| bn_act | training | 2 | 50% | 2.00x | 1.38x | -31.0% |" in text
-    assert re.search(r"^- bn_act net 4x4 .*: 2\.00x and 1\.00x$", text, re.MULTILINE)

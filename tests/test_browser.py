@@ -11,7 +11,8 @@ import shutil
 
 import pytest
 
-from benchmarks import page, report, rows
+from benchmarks.show import page
+from benchmarks.suite import files
 from tests.child import run_child
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -94,9 +95,9 @@ FRAME = """<!doctype html><meta name="color-scheme" content="light dark"><body>
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """The page that a run leaves, of the published one."""
-    file = rows.RESULTS / "published" / "cpu-resnet50.json"
+    run = files.load(files.RESULTS / "published" / "cpu-resnet50.csv")
     folder = tmp_path_factory.mktemp("page")
-    text = page.render(*report.load(file))
+    text = page.render(run.rows, run.created)
     (folder / "report.html").write_text(text.replace("</body>", JUDGE + "</body>"))
     return folder
 

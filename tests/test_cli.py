@@ -181,12 +181,21 @@ def test_bench_passes_its_arguments_on(checkout):
     assert done.returncode == 3
 
 
-def test_bench_outside_a_checkout_says_where_the_suite_is(checkout):
+def test_bench_outside_a_checkout_is_the_installed_package_s(checkout):
     (checkout / "pyproject.toml").unlink()
+    (checkout / "benchmarks").rename(checkout / "cnnkern" / "benchmarks")
+    (checkout / "cnnkern" / "benchmarks" / "__init__.py").touch()
     done = run("-m", "cnnkern", "bench", "--quick", folder=checkout)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert "run `make bench` in a checkout" in line
+    assert not done.stderr
+    assert done.stdout == "['--quick']\n"
+    assert done.returncode == 3
+
+
+def test_bench_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["bench", "--quick"]) == 1
+    said = "cnnkern: cnnkern bench needs pytest, pytest-benchmark, jinja2: `pip install 'cnnkern[bench]'`\n"
+    assert capsys.readouterr().err == said
 
 
 def test_unknown_arguments_are_refused(capsys):

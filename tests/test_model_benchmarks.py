@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import cnnkern
-from benchmarks import memory, models, steps, tables
-from benchmarks.groups import Contender
-from benchmarks.options import Options
+from benchmarks.show import tables
+from benchmarks.studies import steps
+from benchmarks.suite import memory, models
+from benchmarks.suite.groups import Contender
+from benchmarks.suite.options import Options
 from tests.results import measure
 
 

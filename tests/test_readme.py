@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import re
 import shlex
 from importlib import metadata
@@ -18,7 +19,7 @@ FENCE = re.compile(r"^```python(?P<options>[^\n]*)\n(?P<code>.*?)^```$", re.MULT
 ELSEWHERE = {"docs/triton.md": "tests/test_triton_docs.py runs it, through Triton's interpreter"}
 COMMAND = re.compile(
     r'make (?P<target>bench|test) ARGS="(?P<args>[^"]*)"'
-    r"|(?P<tool>(?:cnnkern|python -m benchmarks\.\w+)(?: [^`\n#]*)?)(?=`|$)"
+    r"|(?P<tool>(?:cnnkern|python -m benchmarks(?:\.\w+)+)(?: [^`\n#]*)?)(?=`|$)"
 )
 LINK = re.compile(r"\]\((?!https?://|#)([^)#\s]+)(#[^)\s]*)?\)")
 
@@ -64,7 +65,7 @@ def test_commands_are_taken_as_printed(command, monkeypatch, tmp_path, capsys):
         assert not others, f"{self.prog} does not know {others}"
         raise _Parsed
 
-    for file in ("before.json", "OLD.json", "A.json", "B.json", "FILE", "OUT"):
+    for file in ("before.csv", "OLD.csv", "A.csv", "B.csv", "FILE", "OUT", "DIR"):
         command = re.sub(rf"(?<=\s){re.escape(file)}(?=\s|$)", str(tmp_path / file), command)
     words = shlex.split(command)
     if words[0] == "make":
@@ -77,7 +78,8 @@ def test_commands_are_taken_as_printed(command, monkeypatch, tmp_path, capsys):
     elif arguments[:1] == ["bench"]:  # what the command hands the rest to
         main, arguments = importlib.import_module("benchmarks.__main__").main, words[2:]
     elif words[0] == "python":
-        main, arguments = importlib.import_module(words[2]).main, words[3:]
+        package = importlib.util.find_spec(words[2]).submodule_search_locations
+        main, arguments = importlib.import_module(words[2] + ".__main__" * bool(package)).main, words[3:]
     if not arguments or arguments[-1] == "--help" or arguments in (["doctor"], ["zoo"], ["train"]):
         return  # nothing to take
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as driver
-from benchmarks import chart, compare, page, published, report, rows, tables, terminal
+from benchmarks.show import chart, comparison, page, published, report, tables, terminal
+from benchmarks.suite import files, rows
 from tests.results import assert_one_line, row, some_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,13 +33,13 @@ def test_rows_that_are_lost_are_marked_and_listed():
 
 
 def test_markdown_is_made_of_the_saved_rows(tmp_path, capsys):
-    file = tmp_path / "result.json"
-    file.write_text(rows.to_json(some_rows(), "2000-01-01 00:00 UTC", quick=False))
+    file = tmp_path / "result.csv"
+    file.write_text(files.dumps(files.Run(some_rows(), "2000-01-01 00:00 UTC")))
     assert report.main([str(file), "--markdown"]) == 0
     text = capsys.readouterr().out
     assert "| bn_act | net | 2 | training | contiguous | tuned | ours | " in text
     assert "| bn_act | net | 1 | training | channels_last | tuned | ours | 84% | 4.00x |" in text
-    assert "| resnet18 | 2x2 | training | contiguous | tuned | 2.0 ms | 2.0 ms | 1.00x |" in text
+    assert "| resnet18 | 2x2 | training | contiguous | tuned | 2.0 ms | 1000.0 | 1.00x | 0% |" in text
     assert "- bn_act net 4x4 training contiguous tuned malloc: 4.0 ms, 0.50x" in text
     assert "- torch.compile not available: no compiler (bn_act net 2x2" in text
     assert "and 1 more" in text
@@ -57,7 +58,7 @@ def test_details_name_every_measured_row():
         assert words in text
 
 
-PUBLISHED = sorted((ROOT / "benchmarks" / "results" / "published").glob("*.json"))
+PUBLISHED = files.published()
 
 
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda path: path.stem)
@@ -65,9 +66,9 @@ def test_published_tables_fit_into_100_columns(file, capsys):
     assert report.main([str(file)]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= terminal.WIDTH
-    many = len(tables.ours(report.load(file)[0])) > 2 * terminal.RANKED
+    many = len(tables.ours(files.load(file).rows)) > 2 * terminal.RANKED
     ranked = ("Best rows", "Worst rows") if many else ()
-    for words in ("geometric means", *ranked, "faster than eager in", "memory bandwidth"):
+    for words in (*ranked, "left out for noise", "memory bandwidth"):
         assert words in " ".join(printed.split()), words
 
 
@@ -81,17 +82,67 @@ def test_summary_has_a_line_for_each_contender_and_a_column_for_each_mode_and_la
     assert tables.summary(some_rows(), "default")[1] == []
 
 
-def test_chart_has_a_bar_for_every_mean_and_model():
-    found = chart.bars(some_rows())
-    assert ("resnet18 2x2, training, contiguous", "ours, tuned malloc", 1.0, "1.00") in found
-    assert ("bn_act net, training, contiguous", "ours, tuned malloc", pytest.approx(1.0), "1.00, 2 shapes") in found
-    assert len(found) == 3
-    assert chart.draw(some_rows(), "today").startswith(b"\x89PNG")
+def test_the_picture_shows_means_of_what_counts_and_is_in_place():
+    noisy = [replace(r, noise=0.5) if r.contender == "ours" else r for r in row(seconds=1e-4, shape="4x4")]
+    found = (
+        row(seconds=1e-3) + row(seconds=1e-3, operator="add_relu") + noisy + row(network="net batch 1", seconds=9e-3)
+    )
+    run = files.Run(found, "today", out_of_place=("add_relu",))
+    assert chart.bars(run, "operators") == {"bn_act": {"ours": {"training": 2.0}}}
+    image = chart.draw({title: chart.bars(run, suite) for title, _, suite in chart.PANELS}, "dark")
+    assert chart.described(image)["Operators, CPU"] == {"bn_act": {"ours": {"training": 2.0}}}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 99, "rows": []}', '{"schema": 1, "rows": [{}]}', None])
+@pytest.mark.parametrize("theme", chart.THEMES)
+def test_the_picture_of_the_front_page_is_current(theme):
+    image = (ROOT / chart.FOLDER / f"speed-{theme}.png").read_bytes()
+    assert chart.described(image) == chart.everything(), "`python -m benchmarks.show.chart` makes it"
+    width, height = (int.from_bytes(image[at : at + 4], "big") for at in (16, 20))
+    assert width <= 1200
+    assert height <= 700
+    assert f"docs/images/speed-{theme}.png" in (ROOT / "README.md").read_text()
+
+
+def test_published_results_are_small():
+    folder = ROOT / "benchmarks" / "results" / "published"
+    assert {path.suffix for path in folder.iterdir()} == {".csv"}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda path: path.stem)
+def test_published_files_are_what_their_rows_are_written_as(file):
+    assert files.dumps(files.load(file)) == file.read_text()
+
+
+def test_a_file_keeps_four_digits_and_says_everything_else_again():
+    run = files.Run(some_rows(), "today", quick=True, out_of_place=("add_relu",))
+    found = files.loads(files.dumps(run))
+    assert replace(found, rows=[]) == replace(run, rows=[])
+    for kept, whole in zip(found.rows, run.rows, strict=True):
+        assert [getattr(kept, n) for n in rows.TOGETHER] == [getattr(whole, n) for n in rows.TOGETHER]
+        assert (kept.contender, kept.status, kept.note, kept.threads) == (
+            *(whole.contender, whole.status, whole.note),
+            whole.threads,
+        )
+        assert kept.median_ms == (whole.median_ms and pytest.approx(whole.median_ms, rel=1e-3))
+        assert kept.ratio == (whole.ratio and pytest.approx(whole.ratio, rel=1e-3))
+    with pytest.raises(ValueError, match="no rows"):
+        files.dumps(files.Run([], "today"))
+
+
+NO_RESULTS = [
+    "",
+    "[]",
+    f"{files.MARK}[]",
+    f'{files.MARK}{{"schema": 1}}',
+    f'{files.MARK}{{"schema": 2}}\na,b\n1,2\n',
+    None,
+]
+
+
+@pytest.mark.parametrize("content", NO_RESULTS)
 def test_report_says_in_one_line_that_a_file_is_no_result(content, tmp_path, capsys):
-    file = tmp_path / "result.json"
+    file = tmp_path / "result.csv"
     if content is not None:
         file.write_text(content)
     assert report.main([str(file)]) == 1
@@ -135,7 +186,7 @@ def test_the_page_is_whole_and_needs_no_network():
     for remote in ("http://", "https://", "@import", "url("):
         assert remote not in text
     assert "prefers-color-scheme: dark" in text
-    assert found.count("div", **{"class": "bar"}) == len(chart.bars(some_rows()))
+    assert found.count("div", **{"class": "bar"}) == 3
     assert found.count("circle", **{"class": "ours"}) == 3
     assert found.count("circle", **{"class": "other"}) == 3
     assert found.count("path", **{"class": "band"}) == 1
@@ -173,14 +224,14 @@ def saved(tmp_path):
     """Writes rows to a file of this name and returns its path."""
 
     def write(name, found):
-        (tmp_path / name).write_text(rows.to_json(found, "2000-01-01 00:00 UTC", quick=False))
+        (tmp_path / name).write_text(files.dumps(files.Run(found, "2000-01-01 00:00 UTC")))
         return str(tmp_path / name)
 
     return write
 
 
 def test_report_writes_the_page_and_compares(saved, tmp_path, capsys):
-    old, new = saved("old.json", row(seconds=1e-3)), saved("new.json", row(seconds=4e-3))
+    old, new = saved("old.csv", row(seconds=1e-3)), saved("new.csv", row(seconds=4e-3))
     out = tmp_path / "page.html"
     assert report.main([new, "--html", str(out), "--compare", old]) == 1
     assert "Changes since the earlier run" in out.read_text()
@@ -191,7 +242,7 @@ def test_report_writes_the_page_and_compares(saved, tmp_path, capsys):
 
 def test_a_change_counts_beyond_the_spread_of_the_rounds():
     before = row(seconds=1e-3)
-    assert not compare.compare(before, before).is_regression
+    assert not comparison.compare(before, before).is_regression
     for seconds, spread, slower, faster in (
         (1.04e-3, 0.0, 0, 0),
         (1.10e-3, 0.0, 1, 0),
@@ -199,7 +250,7 @@ def test_a_change_counts_beyond_the_spread_of_the_rounds():
         (1.10e-3, 0.4, 0, 0),
         (2.00e-3, 0.4, 1, 0),
     ):
-        found = compare.compare(before, row(seconds=seconds, spread=spread))
+        found = comparison.compare(before, row(seconds=seconds, spread=spread))
         assert (len(found.slower), len(found.faster)) == (slower, faster), (seconds, spread)
         assert found.is_regression == bool(slower)
         ((operator, mode, count, factor),) = found.moved()
@@ -210,13 +261,13 @@ def test_a_change_counts_beyond_the_spread_of_the_rounds():
 def test_a_change_is_taken_against_eager_of_the_same_run():
     """A machine that is twice as slow in the second run makes both contenders slower."""
     before = row(seconds=1e-3)
-    after = [replace(r, median_ms=2 * r.median_ms, iqr_ms=2 * r.iqr_ms) for r in before]
-    assert not compare.compare(before, after).slower
+    after = [replace(r, median_ms=2 * r.median_ms) for r in before]
+    assert not comparison.compare(before, after).slower
 
 
-def test_rows_with_too_few_rounds_are_not_judged():
-    before, after = row(seconds=1e-3), [replace(r, iqr_ms=None) for r in row(seconds=9e-3)]
-    (change,) = compare.compare(before, after).changes
+def test_rows_of_unknown_noise_are_not_judged():
+    before, after = row(seconds=1e-3), [replace(r, noise=None) for r in row(seconds=9e-3)]
+    (change,) = comparison.compare(before, after).changes
     assert not change.slower
     assert change.line()[-1] == "unknown"
 
@@ -224,7 +275,7 @@ def test_rows_with_too_few_rounds_are_not_judged():
 def test_a_row_that_became_wrong_is_a_regression():
     before = row(seconds=1e-3)
     after = [replace(r, status="wrong", note="output", ratio=None) if r.contender == "ours" else r for r in before]
-    found = compare.compare(before, after)
+    found = comparison.compare(before, after)
     assert found.is_regression
     (line,) = found.broken
     assert line == "bn_act net 2x2 training contiguous tuned malloc: wrong, had 2.00x: output"
@@ -233,19 +284,19 @@ def test_a_row_that_became_wrong_is_a_regression():
 def test_comparison_names_what_the_runs_do_not_share():
     before = row(seconds=1e-3) + row(shape="4x4")
     after = [replace(r, machine="other", torch="9.9") for r in row(seconds=1e-3)]
-    notes = "\n".join(compare.compare(before, after).notes)
+    notes = "\n".join(comparison.compare(before, after).notes)
     assert "not the same machine: some-machine before, other now" in notes
     assert "not the same torch" in notes
     assert "rows timed before only: 1" in notes
     with pytest.raises(ValueError, match="no measurement of ours is in both"):
-        compare.compare(before, [replace(r, threads=7) for r in before])
+        comparison.compare(before, [replace(r, threads=7) for r in before])
 
 
 @pytest.mark.parametrize(("seconds", "code", "words"), [(1e-3, 0, "0 slower"), (3e-3, 1, "1 slower")])
 def test_bench_compares_with_an_earlier_run(seconds, code, words, saved, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(files, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(driver, "run", lambda options, settings, scratch, limit: (row(seconds=seconds), []))
-    assert driver.main(["--quick", "--compare", saved("old.json", row(seconds=1e-3))]) == code
+    assert driver.main(["--quick", "--compare", saved("old.csv", row(seconds=1e-3))]) == code
     printed = capsys.readouterr()
     assert words in printed.out
     assert ("Slower than before" in printed.out) == bool(code)
@@ -257,29 +308,38 @@ def test_bench_compares_with_an_earlier_run(seconds, code, words, saved, monkeyp
 def test_bench_reads_the_earlier_run_before_it_measures(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(driver, "run", None)
     with pytest.raises(SystemExit, match="2"):
-        driver.main(["--compare", str(tmp_path / "none.json")])
+        driver.main(["--compare", str(tmp_path / "none.csv")])
     assert_one_line(capsys.readouterr().err, "--compare: cannot read")
 
 
 @pytest.mark.parametrize("path", list(published.documents()), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_tables_in_documents_are_those_of_the_published_files(path):
     text = path.read_text()
-    assert published.generated(text) == text, "`python -m benchmarks.published` writes them"
+    assert published.generated(text) == text, "`python -m benchmarks.show.published` writes them"
+
+
+def test_every_published_run_has_a_page_that_is_current_and_in_the_site():
+    texts = {path: text for path, text in published.wanted() if path.parent == ROOT / published.PAGES}
+    assert {path: path.read_text() for path in (ROOT / published.PAGES).iterdir()} == texts
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert re.findall(r"runs/(\S+)\.md", site) == [file.stem for file in PUBLISHED]
+
+
+def test_results_are_a_page_that_is_read():
+    assert (ROOT / "docs" / "results.md").read_text().count("\n") < 250
 
 
 def test_the_front_page_shows_published_results():
     text = (ROOT / "README.md").read_text()
-    assert len(published.BLOCK.findall(text)) == 2
-    for parts in ("summary models", "lost"):
-        assert re.search(rf"<!-- results: \S+ {parts}", text), parts
+    assert [m[3].split() for m in published.BLOCK.finditer(text)] == [["operators"], ["slower"]]
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("<!-- results: cpu-resnet50 nonsense -->\n<!-- end of results -->", "no part 'nonsense'"),
-        ("<!-- results: none summary -->\n<!-- end of results -->", "cannot read"),
-        ("<!-- results: cpu-resnet50 summary -->\n", "has no end"),
+        ("<!-- results: none means -->\n<!-- end of results -->", "cannot read"),
+        ("<!-- results: cpu-resnet50 means -->\n", "has no end"),
     ],
 )
 def test_a_block_that_cannot_be_generated_is_refused(text, words):
@@ -290,6 +350,7 @@ def test_a_block_that_cannot_be_generated_is_refused(text, words):
 def test_published_rewrites_documents_and_checks_them(monkeypatch, tmp_path, capsys):
     (tmp_path / "docs").mkdir()
     monkeypatch.setattr(published, "ROOT", tmp_path)
+    monkeypatch.setattr(files, "published", list)
     document, plain = tmp_path / "docs" / "page.md", tmp_path / "README.md"
     plain.write_text("No results here.\n")
     document.write_text("Before.\n<!-- results: cpu-resnet50 origin -->\nold\n<!-- end of results -->\nAfter.\n")

@@ -27,6 +27,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 NOT_SHIPPED = (".ci/", ".gitignore")
+# Of a wheel.
+PARTS = (r"cnnkern/_C\..*\.so", r"cnnkern/py\.typed", r"cnnkern/triton_kernels/bn_act\.py", r".*/LICENSE")
+PARTS += (r"cnnkern/benchmarks/suite/worker\.py", r"cnnkern/benchmarks/show/report\.html\.jinja")
 TESTS = "arrive_in_any_layout or memory_format or empty_batch or opcheck"
 
 # What the installed package says of itself.
@@ -87,7 +90,7 @@ def build(source: Path, kind: str, out: Path) -> Path:
 def check_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    for wanted in (r"cnnkern/_C\..*\.so", r"cnnkern/py\.typed", r"cnnkern/triton_kernels/bn_act\.py", r".*/LICENSE"):
+    for wanted in PARTS:
         if not any(re.fullmatch(wanted, name) for name in names):
             raise Failed(f"{wheel.name} has no {wanted}")
     if strays := [n for n in names if not re.match(r"cnnkern(-[^/]*\.dist-info)?/", n)]:
@@ -141,9 +144,10 @@ def try_it(python: Path, version: str) -> dict[str, str]:
         say(
             f"  cnnkern doctor, {re.search(r'instruction set +([^;]*)', said)[1]}: every operator gives correct results"
         )
-    error = run(command, "bench", cwd=folder, code=1).stderr
-    if error.count("\n") != 1 or "source distribution" not in error:
-        raise Failed(f"`cnnkern bench` of an installed package said: {error}")
+    said = run(command, "bench", "--quick", "--filter", "overhead", "--seconds", "20", cwd=folder).stdout
+    if not list(folder.glob("cnnkern-bench/*")):
+        raise Failed(f"`cnnkern bench` of an installed package left no results in the current folder: {said}")
+    say("  cnnkern bench: runs, and writes into the current folder")
     said = run(
         command, "bench", "zoo:lenet_relu", "--infer", "--input", "2,1,28,28", "--seconds", "0.1", cwd=folder
     ).stdout

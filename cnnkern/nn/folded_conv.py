@@ -19,7 +19,7 @@ def prefers_own(weight: Tensor, groups: int, dtype: torch.dtype, pixels: int) ->
     """Whether our kernel of grouped convolution, followed by the activation, beats oneDNN's with the activation in it.
 
     ``weight`` is (out_channels, C / groups, kH, kW), ``pixels`` the number of pixels of an input image. Both run in
-    channels_last. ``python -m benchmarks.folded`` times both for the grouped layers of six networks.
+    channels_last. ``python -m benchmarks.studies.folded`` times both for the grouped layers of six networks.
     """
     least = _own_from_pixels(weight, groups)
     return dtype == torch.float32 and 0 <= least <= pixels

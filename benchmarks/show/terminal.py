@@ -1,0 +1,109 @@
+"""A result, or what changed between two, on a terminal: tables that fit into 100 columns."""
+
+from collections.abc import Iterable, Iterator
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..suite.rows import Row
+from . import tables
+from .comparison import AGREEMENT, Agreement, Comparison
+from .tables import duration, name, times
+
+WIDTH, DETAILS_WIDTH = 100, 240
+LEAST_WIDTHS = {"contender": 13, "model": 13, "setting": 13, "to eager": 8, "to torch.compile": 13}  # to wrap by words
+RANKED = 5  # rows of the best and of the worst
+LISTED = 10  # rows slower than eager, before the others are counted only
+
+
+def console() -> Console:
+    """At most 100 columns wide, whether it is a terminal, a pipe or a file."""
+    found = Console()
+    return Console(width=min(found.width, WIDTH) if found.is_terminal else WIDTH)
+
+
+def show(rows: list[Row], created: str, console: Console, details: bool = False) -> None:
+    """Prints means, the best and the worst rows, models and a call's overhead; with `details` each row as well."""
+    if details:
+        wide = Console(width=DETAILS_WIDTH, file=console.file)
+        print_table(wide, "Every measurement", tables.DETAILS, tables.detail_lines(rows))
+    console.print(tables.load_line(rows), markup=False, highlight=False)
+    for malloc in tables.settings(rows):
+        header, lines = tables.summary(rows, malloc)
+        if lines:
+            title = f"Times as fast as eager, and share of bandwidth: geometric means, {malloc} malloc"
+            print_table(console, title, header, lines)
+    for title, header, lines in tables.sections(rows, details=False):
+        if title == "Models":
+            for part in _narrow(header, lines):
+                print_table(console, *part)
+        elif not header[0].startswith("operator"):
+            print_table(console, title, header, lines)
+    ranked = tables.ours(rows)
+    if len(ranked) > 2 * RANKED:
+        print_table(console, "Best rows", ["what", "median", "to eager"], map(_ranked, ranked[:RANKED]))
+        print_table(console, "Worst rows", ["what", "median", "to eager"], map(_ranked, ranked[-RANKED:]))
+    for title, lines in tables.listings(rows):
+        print_list(console, title, lines, len(lines) if details else LISTED)
+    for line in (tables.bandwidth_line(rows), tables.origin(rows, created), tables.verdict(rows)):
+        console.print(line, markup=False, highlight=False)
+
+
+def _narrow(header: list[str], lines: list[list[str]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """The models' table with what says which model, and with what, in one column each that wrap between words, and what
+    else was timed in a table of its own: (title, header, lines) of both."""
+    which = [[" ".join(line[:2]), " ".join(line[2:5])] for line in lines]
+    figures = slice(5, len(header) - (header[-1] == tables.OTHERS))
+    yield (
+        "Models",
+        ["model", "setting", *header[figures]],
+        [w + line[figures] for w, line in zip(which, lines, strict=True)],
+    )
+    if header[-1] == tables.OTHERS:
+        others = [[*w, line[-1]] for w, line in zip(which, lines, strict=True) if line[-1] != tables.MISSING]
+        yield "Models, other contenders", ["model", "setting", tables.OTHERS], others
+
+
+def _ranked(r: Row) -> list[str]:
+    return [name(r), duration(r.median_ms), times(r.ratio)]
+
+
+def print_table(console: Console, title: str, header: list[str], lines: Iterable[list[str]]) -> None:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in header:
+        number = tables.is_number(column)
+        least = LEAST_WIDTHS.get(column, 10 if number and " " in column else None)
+        table.add_column(column, justify="right" if number else "left", overflow="fold", min_width=least)
+    for line in lines:
+        table.add_row(*line, style="red" if line[-1].endswith("lost") else "")
+    console.print(table)
+
+
+def print_list(console: Console, title: str, lines: list[str], most: int) -> None:
+    if lines:
+        console.print(f"{title}:", style="bold")
+        for line in lines[:most] + [f"and {len(lines) - most} more, in the CSV file"] * (len(lines) > most):
+            console.print(f"  {line}", markup=False, highlight=False)
+
+
+CHANGES = ["what", "before", "now", "change", "noise"]
+
+
+def show_changes(found: Comparison, console: Console) -> None:
+    """Prints what has become slower and faster by more than its noise, and how the means moved."""
+    for title, changes in (("Slower than before", found.slower), ("Faster than before", found.faster)):
+        if changes:
+            print_table(console, title, CHANGES, (c.line() for c in changes))
+    moved = [[operator, mode, str(count), f"{factor - 1:+.1%}"] for operator, mode, count, factor in found.moved()]
+    if moved:
+        print_table(console, "Means of the changes", ["operator", "mode", "rows", "change"], moved)
+    for line in [*found.broken, *found.notes, found.verdict()]:
+        console.print(line, markup=False, highlight=False)
+
+
+def show_agreement(found: Agreement, console: Console) -> None:
+    """Prints how nearly two runs agree by operator, and the rows furthest apart."""
+    print_table(console, "Our ratios to eager in two runs, geometric means", AGREEMENT, found.lines())
+    print_list(console, "Furthest apart", found.worst_lines(), LISTED)
+    console.print(found.verdict(), markup=False, highlight=False)

@@ -1,0 +1,145 @@
+"""Inference of torchvision's models as they are, compiled, converted and folded; and folded grouped convolutions.
+
+`python -m benchmarks.studies.folded [MODEL ...] [--batch N[,N]] [--contenders NAME[,NAME]] [--threads N] [--seconds S]
+[--bfloat16] [--default-malloc]` prints milliseconds and the ratio to eager in the same layout, on photographs, after
+outputs have been compared. `--grouped` times the grouped convolutions of six networks instead, each on oneDNN's
+kernel with its ReLU and on ours with a ReLU behind it, and says which of them `cnnkern.fold` takes.
+"""
+
+import argparse
+import copy
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import cnnkern
+from cnnkern.nn.folded_conv import folded_conv, prefers_own
+from cnnkern.testing import with_layout
+
+from ..suite import timing
+from ..suite.groups import LAYOUTS
+from ..suite.judge import assert_as_good_as
+from ..suite.models import CHECKED, SIZE, build, photographs, placed
+from . import passes
+
+CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "eager": lambda model: model,
+    "torch.compile": torch.compile,
+    "converted": cnnkern.convert,
+    "folded": cnnkern.fold,
+}
+
+
+def run(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def model_rows(name: str, batch: int, arguments: argparse.Namespace) -> None:
+    dtype = torch.bfloat16 if arguments.bfloat16 else torch.float32
+    base, images = build(name).eval().to(dtype), photographs(batch).to(dtype)
+    checked = images[:CHECKED]
+    truth = run(copy.deepcopy(base).double(), checked.double())
+    steps = {}
+    for layout, contender in itertools.product(LAYOUTS, arguments.contenders):
+        model = CONTENDERS[contender](placed(copy.deepcopy(base), layout, "cpu"))
+        x = placed(images, layout, "cpu")
+        mine = run(model, x)[:CHECKED]  # at the size that is timed: one compilation
+        assert_as_good_as(
+            {"output": mine},
+            {"output": run(placed(copy.deepcopy(base), layout, "cpu"), placed(checked, layout, "cpu"))},
+            {"output": truth},
+        )
+        steps[layout, contender] = lambda model=model, x=x: run(model, x)
+    deadline = time.perf_counter() + arguments.seconds
+    samples = timing.interleave(steps, deadline=deadline, min_rounds=5, max_rounds=100)
+    for (layout, contender), values in samples.items():
+        ms, ratio = statistics.median(values) * 1e3, timing.ratio(samples[layout, "eager"], values)
+        print(f"| {name} | {batch}x3x{SIZE}x{SIZE} | {layout} | {contender} | {ms:.1f} | {ratio:.2f}x |", flush=True)
+
+
+def grouped_rows(batch: int, arguments: argparse.Namespace) -> None:
+    dtype = torch.float32  # in which ours is chosen at all
+    generator = torch.Generator().manual_seed(0)
+    for layer in passes.layers(batch):
+        inputs = passes.CASE.inputs(layer.shape, generator=generator, **layer.arguments)
+        x, weight = with_layout(inputs["input"].to(dtype), "channels_last"), inputs["weight"].to(dtype)
+        bias = torch.randn(weight.shape[0], generator=generator).to(dtype)
+        conv = nn.Conv2d(
+            x.shape[1],
+            weight.shape[0],
+            weight.shape[2:],
+            inputs["stride"],
+            inputs["padding"],
+            inputs["dilation"],
+            inputs["groups"],
+        )
+        steps = {}
+        for name in ("oneDNN", "ours"):
+            folded = folded_conv(conv, weight, bias, [], own=name == "ours")
+            steps[name] = lambda folded=folded, x=x: run(lambda t: folded.run(t, "relu"), x)
+        close = 1e-4
+        torch.testing.assert_close(steps["ours"](), steps["oneDNN"](), rtol=close, atol=close)
+        deadline = time.perf_counter() + arguments.seconds
+        samples = timing.interleave(steps, deadline=deadline, min_rounds=5, max_rounds=200)
+        theirs, mine = (statistics.median(samples[n]) * 1e3 for n in ("oneDNN", "ours"))
+        taken = "ours" if prefers_own(weight, conv.groups, dtype, math.prod(x.shape[2:])) else "oneDNN"
+        verdict = "" if (taken == "ours") == (mine < theirs) else " (the slower)"
+        print(
+            f"| {passes.kind(layer)}: {layer} | {theirs:.3f} | {mine:.3f} | {theirs / mine:.2f}x | {taken}{verdict} |"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    def batches(text: str) -> list[int]:
+        return [int(part) for part in text.split(",")]
+
+    def contenders(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(CONTENDERS):
+            raise argparse.ArgumentTypeError(f"no contender is called {', '.join(sorted(unknown))}")
+        return text.split(",")
+
+    # No option takes a variable number of values: it would take MODEL, where that comes next.
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.folded", description=__doc__)
+    parser.add_argument("models", nargs="*", default=["resnet50"], metavar="MODEL")
+    parser.add_argument(
+        "--batch", type=batches, default=[1, 16], metavar="N[,N]", help="images in a batch (default: 1,16)"
+    )
+    parser.add_argument(
+        "--contenders",
+        type=contenders,
+        default=list(CONTENDERS),
+        metavar="NAME[,NAME]",
+        help=f"what is timed (default: {','.join(CONTENDERS)})",
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=None, help="for each model and batch (30), or layer (1)")
+    parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--grouped", action="store_true", help="the layers by themselves")
+    parser.add_argument("--default-malloc", action="store_true", help="without cnnkern.tune_malloc()")
+    arguments = parser.parse_args(argv)
+    if "eager" not in arguments.contenders:
+        arguments.contenders = ["eager", *arguments.contenders]
+    if arguments.seconds is None:
+        arguments.seconds = 1.0 if arguments.grouped else 30.0
+    torch.set_num_threads(arguments.threads)
+    malloc = "malloc's defaults" if arguments.default_malloc else cnnkern.tune_malloc()
+    print(f"threads: {arguments.threads}; {malloc}; {passes.PEAK}: {passes.peak_gflops():.0f} GFLOP/s\n")
+    if arguments.grouped:
+        print("| layer, channels_last | oneDNN (ms) | ours (ms) | ratio | taken |\n|---|---:|---:|---:|---|")
+        for batch in arguments.batch:
+            grouped_rows(batch, arguments)
+        return 0
+    print("| model | input | layout | contender | ms | to eager |\n|---|---|---|---|---:|---:|")
+    for name, batch in itertools.product(arguments.models, arguments.batch):
+        model_rows(name, batch, arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,22 @@
+"""Everything that one worker process times, in order."""
+
+from . import machine, models, operators, overhead
+from .groups import Group, select
+from .options import Options
+
+
+def make_plan(options: Options, malloc: str) -> list[Group]:
+    """The groups under this malloc setting, cut down to --filter.
+
+    torch.compile is left out under malloc's defaults, and so are the models with --quick or of all networks: each would
+    cost a second compilation or a second run of the slowest part. A call on a kilobyte does not depend on malloc's
+    thresholds. With --peers there are models alone.
+    """
+    if options.peers:
+        return select(models.groups(options), options.filter, malloc) if malloc == "tuned" else []
+    only = machine.malloc_settings(options.device) == ("default",)
+    groups = overhead.groups(options) if malloc == "default" else []
+    groups += operators.groups(options, compiled=malloc != "default" or only)
+    if malloc != "default" or only or not (options.quick or options.networks == "all"):
+        groups += models.groups(options)
+    return select(groups, options.filter, malloc)
