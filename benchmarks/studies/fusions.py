@@ -93,7 +93,9 @@ class Found:
 
 def step(model: nn.Module, size: int) -> None:
     outputs = model(torch.randn(2, 3, size, size))
-    loss = sum(t.float().square().mean() for t in tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.requires_grad)
+    loss = sum(
+        t.float().square().mean() for t in tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.requires_grad
+    )
     if isinstance(loss, torch.Tensor):
         loss.backward()
 
@@ -122,7 +124,9 @@ def survey(models: Iterator[tuple[str, Build]], size: int) -> Found:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    print(f"{'package':28} {'models':>6} {'norms':>6} {'+ act':>6} {'+ add':>6} {'missed':>6}  fused of those with one behind")
+    print(
+        f"{'package':28} {'models':>6} {'norms':>6} {'+ act':>6} {'+ add':>6} {'missed':>6}  fused of those with one behind"
+    )
     for package in arguments.packages or PACKAGES:
         try:
             importlib.import_module(package)
@@ -133,7 +137,10 @@ def main(arguments: argparse.Namespace) -> None:
         adds = sum(n for what, n in found.fused.items() if what.startswith("add"))
         fused = sum(found.fused.values())
         share = f"{fused / max(fused + found.missed, 1):.1%}"
-        print(f"{package:28} {found.models:6} {found.norms:6} {fused - adds:6} {adds:6} {found.missed:6}  {share}", flush=True)
+        print(
+            f"{package:28} {found.models:6} {found.norms:6} {fused - adds:6} {adds:6} {found.missed:6}  {share}",
+            flush=True,
+        )
         if arguments.list:
             for reason, n in found.alone.most_common():
                 print(f"    {n:6} alone: {reason}")

@@ -78,7 +78,7 @@ def benchmark(
         machine=machine.describe(device),
         activity=machine.Watch().activity(),
         tuned=tuned.table is not None,
-        fused=_fused(base, converted),
+        fused=_fused(base, converted, arguments, setting),
         check=check(base, forms, arguments, setting),
     )
     return _timed(found, base, forms, arguments, setting, compile, seconds) if found.ok else found
@@ -114,10 +114,13 @@ def _forms(converted: nn.Module | None, setting: Setting) -> dict[str, Make]:
     return forms
 
 
-def _fused(base: nn.Module, converted: nn.Module | None) -> dict[str, int]:
+def _fused(
+    base: nn.Module, converted: nn.Module | None, arguments: tuple[Any, ...], setting: Setting
+) -> dict[str, int]:
     if converted is None:
-        counts = conversion_report(base).counts
-        return {kind: n for kind, n in counts.items() if kind != "left alone"}
+        model = convert(copy.deepcopy(base), inplace=True)
+        forward(model, arguments, setting)  # what is fused is known once it has run
+        return {kind: n for kind, n in conversion_report(model).counts.items() if kind != "not converted"}
     from cnnkern.zoo import fused_layers
 
     return dict(fused_layers(converted))
