@@ -1,10 +1,10 @@
 """What `cnnkern.convert` fuses in the models of other packages, after one training step.
 
-`python -m benchmarks.studies.fusions [PACKAGE ...] [--size N] [--list]` converts every model of torchvision, timm,
-pytorchcv, segmentation_models_pytorch and torchreid that is installed, or of the packages named, without weights, runs one
-training step of two small images, and prints for each package how many batch norms were fused with the activation or the
-addition behind them, of those that have one that our kernels compute. `--list` names the models that failed and, for each
-reason, how many batch norms it left alone.
+`python -m benchmarks.studies.fusions [PACKAGE ...] [--size N] [--list]` converts models of torchvision, timm,
+pytorchcv, segmentation_models_pytorch and torchreid, those that are installed or named, without weights, and runs one
+training step of two small images. For each package it prints how many batch norms were fused with the activation or the
+addition behind them, of those that have one that our kernels compute. `--list` names the models that failed, and says
+for each reason how many batch norms were computed alone.
 """
 
 import argparse
@@ -124,9 +124,8 @@ def survey(models: Iterator[tuple[str, Build]], size: int) -> Found:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    print(
-        f"{'package':28} {'models':>6} {'norms':>6} {'+ act':>6} {'+ add':>6} {'missed':>6}  fused of those with one behind"
-    )
+    heads = ("models", "norms", "+ act", "+ add", "missed")
+    print(f"{'package':28} {' '.join(f'{h:>6}' for h in heads)}  fused, of those with one behind")
     for package in arguments.packages or PACKAGES:
         try:
             importlib.import_module(package)
@@ -137,10 +136,8 @@ def main(arguments: argparse.Namespace) -> None:
         adds = sum(n for what, n in found.fused.items() if what.startswith("add"))
         fused = sum(found.fused.values())
         share = f"{fused / max(fused + found.missed, 1):.1%}"
-        print(
-            f"{package:28} {found.models:6} {found.norms:6} {fused - adds:6} {adds:6} {found.missed:6}  {share}",
-            flush=True,
-        )
+        numbers = (found.models, found.norms, fused - adds, adds, found.missed)
+        print(f"{package:28} {' '.join(f'{n:6}' for n in numbers)}  {share}", flush=True)
         if arguments.list:
             for reason, n in found.alone.most_common():
                 print(f"    {n:6} alone: {reason}")
