@@ -282,15 +282,15 @@ def test_groups_without_time_left_are_listed(tiny_case):
     assert len(tables.refused_lines(measured)) == 2  # eager and ours, with the number of measurements
 
 
-def test_overhead_is_timed_for_functions_and_modules():
+def test_overhead_is_timed_for_functions_modules_and_converted_layers():
     measured, _ = measure(overhead.groups(Options()), malloc="default")
     assert {(r.api, r.mode, r.contender, r.status) for r in measured} == {
         (api, mode, contender, "ok")
-        for api in ("functional", "module")
+        for api in ("functional", "module", "converted")
         for mode in ("training", "inference")
         for contender in ("eager", "ours")
     }
-    assert len(tables.overhead_lines(measured)) == 4
+    assert len(tables.overhead_lines(measured)) == 6
 
 
 NO_COMPILER = """

@@ -1,9 +1,11 @@
 """`cnnkern.convert`: what it replaces, that results stay, and that everything of a model survives."""
 
+import collections
 import copy
 import operator
 import pickle
 import random
+import time
 
 import numpy as np
 import pytest
@@ -504,3 +506,22 @@ def test_copies_share_what_moves_and_keep_classes_hooks_and_pickling():
     fused.double()
     model(torch.randn(2, 3, 32, 32, dtype=torch.float64))  # the original moved too
     assert model.bn1.running_mean.dtype == torch.float64
+
+
+def test_activations_and_additions_are_fused_backward_too():
+    model, x = cnnkern.convert(build("resnet18")), torch.randn(2, 3, 32, 32)
+    model(x).sum().backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(x).sum().backward()
+    called = collections.Counter(event.name for event in profile.events())
+    assert called["cnnkern::bn_act_backward"] == 12  # 9 with their ReLU, 3 alone
+    assert called["cnnkern::bn_add_act_backward"] == 8
+    assert called["aten::threshold_backward"] == 0
+
+
+def test_converting_takes_no_time():
+    """Nothing is run or read."""
+    model = torchvision.models.inception_v3(init_weights=False)
+    start = time.process_time()
+    cnnkern.convert(model)
+    assert time.process_time() - start < 0.5

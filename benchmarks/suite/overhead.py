@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnnkern import functional, testing
+from cnnkern import convert, functional, testing
 from cnnkern.nn import BatchNormReLU2d
 
 from .groups import AGAIN, Contender, Group
@@ -32,7 +32,7 @@ def groups(options: Options) -> list[Group]:
             max_rounds=30,
             on_host=True,
         )
-        for api in ("functional", "module")
+        for api in ("functional", "module", "converted")
         for mode in ("inference", "training")
     ]
 
@@ -48,8 +48,10 @@ class OverheadBench:
     def layer(self, contender: Contender) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
         """The call, and the module that holds its parameters and statistics."""
         ours, channels = contender.name == "ours", SHAPE[1]
-        if self.api == "module":
-            model = BatchNormReLU2d(channels) if ours else nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
+        if self.api != "functional":
+            model = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
+            if ours:
+                model = BatchNormReLU2d(channels) if self.api == "module" else convert(model)
             model = model.to(self.x.device).train(self.training)
             return model, model
         bn = nn.BatchNorm2d(channels, device=self.x.device)
