@@ -48,3 +48,20 @@ def test_a_collective_writes_to_what_a_result_is_made_of(group, change):
         dist.all_gather([target], target * 3)
         results.append(F.relu(y))
     torch.testing.assert_close(results[1], results[0])
+
+
+def folded() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()).eval().requires_grad_(False)
+    return model, cnnkern.fold(model)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_folded_layers_output_may_ask_for_its_gradient(layer):
+    gradients = []
+    for model in folded():
+        outputs: list[torch.Tensor] = []
+        model[layer].register_forward_hook(lambda _, __, y, outputs=outputs: outputs.append(y.requires_grad_()))
+        model(X.float()).sum().backward()
+        gradients.append(outputs[0].grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
