@@ -292,9 +292,19 @@ void Deferred::take_over(const std::string& by) {
   state_ = kSpent;
 }
 
-bool Deferred::takes() const {
-  return state_ == kOpen && at::GradMode::is_enabled() == grad_mode_ && c10::InferenceMode::is_enabled() == inference_ &&
-         is_undisturbed() && stream_of(device()) == stream_;
+void Deferred::put(const Tensor& self, const decltype(torch::autograd::Edge::function)& node) {
+  put_ = node.get();
+  torch::autograd::set_history(self, node);
+}
+
+// Others change a tensor's place in the graph without an operator: requires_grad_(), a Function that marks it dirty.
+bool Deferred::is_where_it_was_put(const Tensor& self) const {
+  return put_ == nullptr ? !self.requires_grad() : self.grad_fn().get() == put_;
+}
+
+bool Deferred::takes(const Tensor& self) const {
+  return state_ == kOpen && is_where_it_was_put(self) && at::GradMode::is_enabled() == grad_mode_ &&
+         c10::InferenceMode::is_enabled() == inference_ && is_undisturbed() && stream_of(device()) == stream_;
 }
 
 bool Deferred::is_observed(const Tensor& self) const {
@@ -305,7 +315,7 @@ bool Deferred::is_observed(const Tensor& self) const {
 std::optional<Tensor> Deferred::activate(const Tensor& self, const char* act, bool in_place) {
   const Lock lock(mutex_);
   const bool relu = std::string_view(act) == "relu";
-  if (!takes() || (residual_.defined() && !relu) || (in_place && is_observed(self))) return std::nullopt;
+  if (!takes(self) || (residual_.defined() && !relu) || (in_place && is_observed(self))) return std::nullopt;
   const bool sum = residual_.defined();
   const Result result = compute(act);
   const Strides strides = in_place ? Strides(this->strides().begin(), this->strides().end()) : strides_of(result.value);
@@ -338,12 +348,15 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const char* act, bo
   return self;
 }
 
-std::optional<Tensor> Deferred::add(const Tensor& self, const Tensor& other, bool in_place) {
+std::optional<Tensor> Deferred::add(const Tensor& self, const Tensor& other, Term term, bool in_place) {
   const Lock lock(mutex_);
-  if (!takes() || residual_.defined() || other.is_same(self) || !is_plain(other) || other.sizes() != sizes() ||
+  if (!takes(self) || residual_.defined() || other.is_same(self) || !is_plain(other) || other.sizes() != sizes() ||
       other.dtype() != dtype() || other.device() != device() || has_tangent(other) || other.is_inference() != inference_)
     return std::nullopt;
   if (!norm_ && grad_mode_ && other.requires_grad()) return std::nullopt;
+  const Strides strides = elementwise_strides(sizes(), this->strides(), other.strides());
+  // A ReLU behind the sum lays it out with the batch norm as the first term.
+  if (term == kSecond && strides != elementwise_strides(sizes(), other.strides(), this->strides())) return std::nullopt;
   if (in_place && is_observed(self)) return std::nullopt;
   Tensor residual = other;
   if (Deferred* second = of(other)) {
@@ -363,18 +376,17 @@ std::optional<Tensor> Deferred::add(const Tensor& self, const Tensor& other, boo
     if (!inference_) bump_version();
     if (node) {
       norm_->result.reset();
-      torch::autograd::set_history(self, node);
+      put(self, node);
       node->result = c10::weak_intrusive_ptr<c10::TensorImpl>(self.getIntrusivePtr());
     }
     return self;
   }
-  const Strides strides = elementwise_strides(sizes(), this->strides(), other.strides());
   const auto impl = make(source_, self.options(), sizes(), strides, norm_, where_, residual);
   const Tensor sum = tensor_of(impl);
   state_ = kSpent;
   again_ = true;  // the sum's computation is the first
   if (node) {
-    torch::autograd::set_history(sum, node);
+    impl->put(sum, node);
     node->result = c10::weak_intrusive_ptr<c10::TensorImpl>(impl);
   }
   return sum;

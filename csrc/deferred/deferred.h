@@ -59,12 +59,15 @@ class Deferred final : public c10::TensorImpl {
   // Its values in the strides that they were computed in, for an operator that takes any; undefined where it has to be real.
   at::Tensor as_computed(const std::string& reason);
 
+  enum Term { kFirst, kSecond };
   // What an activation, an addition of this, gives in one kernel; nothing where it has to be the plain operator.
   std::optional<at::Tensor> activate(const at::Tensor& self, const char* act, bool in_place);
-  std::optional<at::Tensor> add(const at::Tensor& self, const at::Tensor& other, bool in_place);
+  std::optional<at::Tensor> add(const at::Tensor& self, const at::Tensor& other, Term term, bool in_place);
 
   // Whether an operator that is given this memory, and writes to it or not, has to wait until this is real.
   bool conflicts_with(const c10::StorageImpl* memory, bool writes);
+  // Makes this the node of the result, which is `self`.
+  void put(const at::Tensor& self, const decltype(torch::autograd::Edge::function)& node);
   // Counts the operators that went past it.
   int passed() { return ++passed_; }
 
@@ -85,7 +88,8 @@ class Deferred final : public c10::TensorImpl {
     kReal,   // a tensor like any other
   };
 
-  bool takes() const;
+  bool takes(const at::Tensor& self) const;
+  bool is_where_it_was_put(const at::Tensor& self) const;
   bool is_observed(const at::Tensor& self) const;
   Result compute(const std::string& act);
   void become(const at::Tensor& value);
@@ -97,6 +101,7 @@ class Deferred final : public c10::TensorImpl {
   std::shared_ptr<Source> source_;
   at::Tensor residual_, value_;  // the value of kLaid
   NormPointer norm_;  // the batch norm's node; null where no gradients are recorded
+  const torch::autograd::Node* put_ = nullptr;  // the result's own node, where it has one
   For where_;
   bool grad_mode_, inference_;
   c10::Stream stream_;

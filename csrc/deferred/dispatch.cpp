@@ -46,6 +46,24 @@ class Arguments {
     }
   }
 
+  // The same of whatever an argument holds: a collective's may be lists of lists.
+  void visit_all(const c10::IValue& value, bool writes) {
+    if (value.isTensor()) {
+      visit(value.toTensor(), writes);
+    } else if (value.isTensorList()) {
+      for (const Tensor& t : value.toTensorVector()) visit(t, writes);
+    } else if (value.isList() && !value.isIntList() && !value.isDoubleList() && !value.isBoolList()) {
+      for (const c10::IValue& item : value.toList()) visit_all(item, writes);
+    }
+  }
+
+  // Before something may change t's memory that comes here no more.
+  void expose(const Tensor& t) {
+    const auto* memory = t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+    for (const auto& result : waiting_)
+      if (result->conflicts_with(memory, /*writes=*/true)) result->make_real_for(name_ + " exposes what it is made of");
+  }
+
   ~Arguments() {
     for (const auto& result : waiting_)
       if (result->passed() > kPatience) settle(*result);
@@ -122,19 +140,13 @@ void any_operator(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* s
   {
     const auto& schema = op.schema();
     Arguments visited(schema.name());
+    const bool is_collective = schema.name().rfind("c10d::", 0) == 0;  // whose schemas do not tell what they write to
     const size_t first = stack->size() - schema.arguments().size();
     for (size_t i = 0; i < schema.arguments().size(); ++i) {
       const c10::IValue& value = (*stack)[first + i];
       const auto* alias = schema.arguments()[i].alias_info();
-      const bool writes = alias != nullptr && alias->isWrite();
-      if (value.isTensor()) {
-        visited.visit(value.toTensor(), writes);
-      } else if (value.isTensorList()) {
-        for (const Tensor& t : value.toTensorVector()) visited.visit(t, writes);
-      } else if (value.isList()) {
-        for (const c10::IValue& item : value.toListRef())
-          if (item.isTensor()) visited.visit(item.toTensor(), writes);
-      }
+      const bool writes = is_collective || (alias != nullptr && alias->isWrite());
+      visited.visit_all(value, writes);
     }
   }
   past([&] { op.redispatchBoxed(below(keys), stack); });
@@ -202,9 +214,9 @@ Tensor& leaky_relu_(Keys keys, Tensor& t, const at::Scalar& slope) {
 
 Tensor add(Keys keys, const Tensor& a, const Tensor& b, const at::Scalar& alpha) {
   if (is(alpha, 1)) {
-    for (const auto& [norm, residual] : {std::pair(a, b), std::pair(b, a)})
+    for (const auto& [norm, residual, term] : {std::tuple(a, b, Deferred::kFirst), std::tuple(b, a, Deferred::kSecond)})
       if (Deferred* deferred = Deferred::of(norm))
-        if (auto sum = deferred->add(norm, residual, /*in_place=*/false)) return *sum;
+        if (auto sum = deferred->add(norm, residual, term, /*in_place=*/false)) return *sum;
   }
   Arguments visited("add");
   visited.visit(a, /*writes=*/false), visited.visit(b, /*writes=*/false);
@@ -213,11 +225,27 @@ Tensor add(Keys keys, const Tensor& a, const Tensor& b, const at::Scalar& alpha)
 Tensor& add_(Keys keys, Tensor& a, const Tensor& b, const at::Scalar& alpha) {
   if (is(alpha, 1))
     if (Deferred* deferred = Deferred::of(a))
-      if (deferred->add(a, b, /*in_place=*/true)) return a;
+      if (deferred->add(a, b, Deferred::kFirst, /*in_place=*/true)) return a;
   Arguments visited("add");
   visited.visit(a, /*writes=*/true), visited.visit(b, /*writes=*/false);
   past([&] { at::redispatch::add_(below(keys), a, b, alpha); });
   return a;
+}
+
+// Makes an alias that autograd does not know of, through which NumPy writes unseen: Tensor.numpy() calls it.
+Tensor detach(Keys keys, const Tensor& t) {
+  Arguments visited("detach");
+  visited.visit(t, /*writes=*/false);
+  visited.expose(t);
+  return past([&] { return at::redispatch::detach(below(keys), t); });
+}
+
+// What assigns to Tensor.data asks it first.
+bool has_compatible_shallow_copy_type(Keys keys, const Tensor& t, const Tensor& from) {
+  Arguments visited("an assignment to data");
+  visited.visit(from, /*writes=*/false);
+  visited.expose(t);
+  return past([&] { return at::redispatch::_has_compatible_shallow_copy_type(below(keys), t, from); });
 }
 
 }  // namespace
@@ -230,7 +258,7 @@ Tensor defer_batch_norm(const std::shared_ptr<Site>& site, const Tensor& given, 
   // What a folded convolution left with channels innermost is taken as it is.
   const bool infers = !training && !(at::GradMode::is_enabled() && (requires_grad(w) || requires_grad(b)));
   Tensor x = given;
-  if (Deferred* deferred = Deferred::of(given); deferred != nullptr && infers && deferred->has_any_strides()) {
+  if (Deferred* deferred = Deferred::of(given); deferred != nullptr && infers && !given.requires_grad() && deferred->has_any_strides()) {
     const Tensor value = deferred->as_computed("another batch norm follows");
     if (value.defined()) x = value;
   }
@@ -264,7 +292,7 @@ Tensor defer_batch_norm(const std::shared_ptr<Site>& site, const Tensor& given, 
   const Tensor y = tensor_of(impl);
   if (node) {
     node->result = c10::weak_intrusive_ptr<c10::TensorImpl>(impl);
-    torch::autograd::set_history(y, node);
+    impl->put(y, node);
     if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
   }
   return y;
@@ -289,6 +317,8 @@ TORCH_LIBRARY_IMPL(aten, DeferredInit, m) {
   m.impl("silu_", &cnnkern::silu_);
   m.impl("hardswish", &cnnkern::hardswish);
   m.impl("hardswish_", &cnnkern::hardswish_);
+  m.impl("detach", &cnnkern::detach);
+  m.impl("_has_compatible_shallow_copy_type", &cnnkern::has_compatible_shallow_copy_type);
   m.impl("add.Tensor", &cnnkern::add);
   m.impl("add_.Tensor", &cnnkern::add_);
 }

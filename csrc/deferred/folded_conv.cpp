@@ -39,9 +39,8 @@ std::pair<const char*, std::vector<double>> post_operator(const std::string& act
 
 class Convolved final : public Source {
  public:
-  Convolved(std::shared_ptr<FoldedConv> conv, const Tensor& x, at::ScalarType dtype) : conv_(std::move(conv)), x_(x), dtype_(dtype) {
-    x_was_.remember(x);
-  }
+  Convolved(std::shared_ptr<FoldedConv> conv, const Tensor& x, const Remembered& x_was, at::ScalarType dtype)
+      : conv_(std::move(conv)), x_(x), x_was_(x_was), dtype_(dtype) {}
   Result compute(const Tensor& residual, const std::string& act, bool) override {
     TORCH_CHECK(x_was_.holds(x_), "cnnkern: the input of a folded convolution was changed by other means than PyTorch's operators, "
                 "or by another thread, before its output was used");
@@ -51,6 +50,7 @@ class Convolved final : public Source {
   bool has_any_strides() const override { return true; }
   const std::shared_ptr<FoldedConv>& conv() const { return conv_; }
   const Tensor& x() const { return x_; }
+  const Remembered& x_was() const { return x_was_; }
   at::ScalarType dtype() const { return dtype_; }
 
  private:
@@ -62,7 +62,8 @@ class Convolved final : public Source {
 
 const Convolved* waiting_convolution(const Tensor& t) {
   const Deferred* deferred = Deferred::of(t);
-  return deferred == nullptr ? nullptr : dynamic_cast<const Convolved*>(deferred->waiting_source());
+  if (deferred == nullptr || t.requires_grad()) return nullptr;  // what follows has a gradient to hand to it
+  return dynamic_cast<const Convolved*>(deferred->waiting_source());
 }
 
 }  // namespace
@@ -106,23 +107,26 @@ std::optional<Tensor> FoldedConv::call(const std::shared_ptr<Site>& site, const 
   const auto sizes = output_sizes(x);
   if (*std::min_element(sizes.begin(), sizes.end()) <= 0) return std::nullopt;
   const bool rows = (!input.is_contiguous() && is_rows(input)) || (!weight_.is_contiguous() && is_rows(weight_));
-  return defer(site, x, sizes, rows, computed_in(x));
+  Remembered x_was;
+  x_was.remember(x);
+  return defer(site, x, x_was, sizes, rows, computed_in(x));
 }
 
 Tensor FoldedConv::take_over(const std::shared_ptr<Site>& site, const Tensor& waiting) {
   const Convolved* before = waiting_convolution(waiting);
   TORCH_CHECK(before != nullptr, "cnnkern: FoldedConv.take_over needs the result of a convolution that waits");
   const Tensor x = before->x();
+  const Remembered x_was = before->x_was();
   const auto dtype = before->dtype();
   const bool rows = !waiting.is_contiguous();
   Deferred::of(waiting)->take_over("BatchNorm");
-  return defer(site, x, waiting.sizes().vec(), rows, dtype);
+  return defer(site, x, x_was, waiting.sizes().vec(), rows, dtype);
 }
 
-Tensor FoldedConv::defer(const std::shared_ptr<Site>& site, const Tensor& x, const std::vector<int64_t>& sizes, bool rows,
-                         at::ScalarType dtype) {
+Tensor FoldedConv::defer(const std::shared_ptr<Site>& site, const Tensor& x, const Remembered& x_was,
+                         const std::vector<int64_t>& sizes, bool rows, at::ScalarType dtype) {
   const Strides strides = plain_strides(sizes, rows);
-  const auto source = std::make_shared<Convolved>(shared_from_this(), x, dtype);
+  const auto source = std::make_shared<Convolved>(shared_from_this(), x, x_was, dtype);
   if (!site->defers(0) || !is_undisturbed()) return Deferred::compute_at_once(*source, strides);
   return tensor_of(Deferred::make(source, x.options().dtype(dtype), sizes, strides, {}, {site, 0}));
 }

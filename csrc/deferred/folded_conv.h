@@ -14,6 +14,7 @@
 
 #include "deferred/seal.h"
 #include "deferred/site.h"
+#include "deferred/source.h"
 
 namespace cnnkern {
 
@@ -48,8 +49,8 @@ class FoldedConv : public std::enable_shared_from_this<FoldedConv> {
   bool takes(const at::Tensor& x) const;
   at::ScalarType computed_in(const at::Tensor& t) const;
   std::vector<int64_t> output_sizes(const at::Tensor& x) const;
-  at::Tensor defer(const std::shared_ptr<Site>& site, const at::Tensor& x, const std::vector<int64_t>& sizes, bool rows,
-                   at::ScalarType dtype);
+  at::Tensor defer(const std::shared_ptr<Site>& site, const at::Tensor& x, const Remembered& x_was,
+                   const std::vector<int64_t>& sizes, bool rows, at::ScalarType dtype);
   bool is_librarys(const at::Tensor& x, at::ScalarType dtype) const;
   at::Tensor by_parts(const at::Tensor& x, const at::Tensor& residual, const std::string& act);
   at::Tensor by_library(const at::Tensor& x, const at::Tensor& residual, const std::string& act);

@@ -29,6 +29,13 @@ const auto& add_backward() {
   return op;
 }
 
+// Below autograd and modes, which are to see no more than PyTorch's operators.
+Tensor copy_of(const Tensor& t) {
+  c10::impl::ForceDispatchKeyGuard below(c10::default_included_set,
+                                         c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+  return t.clone();
+}
+
 }  // namespace
 
 Lock::Lock(std::recursive_mutex& mutex) : lock_(mutex, std::try_to_lock) {
@@ -50,6 +57,7 @@ bool has_hooks(Node& node) {
 void NormNode::release_variables() {
   Lock lock(mutex);
   for (auto& variable : saved_) variable.reset_data();
+  bias_.reset();
   known = {};
 }
 
@@ -58,6 +66,7 @@ void NormNode::fill(const NormArguments& norm, const Tensor& mean, const Tensor&
   if (filled_) return;
   for (const Tensor& t : {norm.x, norm.weight, reads_bias ? norm.bias : Tensor(), mean, rstd})
     saved_.emplace_back(t, /*is_output=*/false);
+  if (reads_bias && norm.bias.defined()) bias_ = copy_of(norm.bias);
   training_ = norm.training;
   filled_ = true;
 }
@@ -65,7 +74,8 @@ void NormNode::fill(const NormArguments& norm, const Tensor& mean, const Tensor&
 variable_list NormNode::unpack() {
   Lock lock(mutex);
   variable_list found;
-  for (const auto& variable : saved_) found.push_back(variable.unpack());
+  const bool by_value = bias_.defined() && !at::GradMode::is_enabled();
+  for (size_t i = 0; i < saved_.size(); ++i) found.push_back(i == 2 && by_value ? bias_ : saved_[i].unpack());
   return found;
 }
 
@@ -108,7 +118,7 @@ variable_list ActNode::apply(variable_list&& grads) {
   if (!dz.defined()) return {Tensor()};
   auto& norm = static_cast<NormNode&>(*next_edge(0).function);
   Lock lock(norm.mutex);
-  if (norm.unobserved(next_edge(0).function.use_count())) {
+  if (post_hooks().empty() && norm.unobserved(next_edge(0).function.use_count())) {
     norm.known = {dz, act, strides, std::nullopt};
     return {dz};
   }

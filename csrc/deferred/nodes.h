@@ -63,6 +63,7 @@ class NormNode final : public torch::autograd::Node {
 
  private:
   std::vector<torch::autograd::SavedVariable> saved_;
+  at::Tensor bias_;  // a copy: PyTorch's batch norm does not save its bias, which may change before the gradient is asked for
   bool training_ = false, filled_ = false;
 };
 

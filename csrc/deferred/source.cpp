@@ -39,12 +39,15 @@ bool is_plain(const Tensor& t) {
 
 void Remembered::remember(const Tensor& t) {
   memory_ = memory_of(t);
+  bytes_ = memory_->nbytes();
   version_ = t.is_inference() ? 0 : t._version();
 }
 
-bool Remembered::holds(const Tensor& t) const {
-  return memory_of(t) == memory_ && t.storage().resizable() && (t.is_inference() || t._version() == version_);
+bool Remembered::holds_memory(const Tensor& t) const {
+  return memory_of(t) == memory_ && memory_->nbytes() == bytes_ && t.storage().resizable();
 }
+
+bool Remembered::holds(const Tensor& t) const { return holds_memory(t) && (t.is_inference() || t._version() == version_); }
 
 bool can_be_remembered(const Tensor& t) { return t.has_storage() && t.storage().resizable(); }
 
@@ -90,7 +93,9 @@ bool BatchNorm::keeps_statistic(const c10::StorageImpl* memory) const {
 void BatchNorm::check_unchanged(bool statistics) const {
   for (size_t i = 0; i < (statistics ? 5 : 3); ++i) {
     const Tensor& t = *tensors()[i];
-    TORCH_CHECK(!t.defined() || remembered_[i].holds(t), "cnnkern: ",
+    // Another thread may train with the same statistics: they are updated as they are now.
+    const bool updates = i >= 3 && arguments_.training;
+    TORCH_CHECK(!t.defined() || (updates ? remembered_[i].holds_memory(t) : remembered_[i].holds(t)), "cnnkern: ",
                 i == 0 ? "the input" : i < 3 ? "a parameter" : "a running statistic",
                 " of a batch norm was changed by other means than PyTorch's operators, or by another thread, after the batch norm "
                 "was called and before its output was used. Use the output first, or leave this batch norm unconverted.");

@@ -34,9 +34,11 @@ class Remembered {
  public:
   void remember(const at::Tensor& t);
   bool holds(const at::Tensor& t) const;
+  bool holds_memory(const at::Tensor& t) const;  // whatever is in it
 
  private:
   const c10::StorageImpl* memory_ = nullptr;
+  size_t bytes_ = 0;
   int64_t version_ = 0;
 };
 
