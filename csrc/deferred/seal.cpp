@@ -9,7 +9,7 @@
 namespace cnnkern {
 
 struct Sealed {
-  std::vector<Tensor> tensors;
+  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> tensors;  // weakly: a parameter may be swapped for another
   std::vector<const c10::StorageImpl*> memory;
   bool broken = false;
 };
@@ -45,7 +45,7 @@ Seal::Seal(const std::vector<Tensor>& tensors) : sealed_(std::make_unique<Sealed
   std::lock_guard<std::mutex> lock(mutex);
   for (const Tensor& t : tensors) {
     sealed_->broken = sealed_->broken || !is_plain(t) || !has_no_alias(t);
-    sealed_->tensors.push_back(t);
+    sealed_->tensors.emplace_back(t.getIntrusivePtr());
     sealed_->memory.push_back(t.storage().unsafeGetStorageImpl());
     if (!t.key_set().has(kDeferredKey)) Keys::of(t) = Keys::of(t).add(kDeferredKey);
   }
@@ -61,7 +61,7 @@ bool Seal::holds(const std::vector<Tensor>& tensors) const {
   if (sealed_->broken || tensors.size() != sealed_->tensors.size()) return false;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const auto& storage = tensors[i].unsafeGetTensorImpl()->unsafe_storage();
-    if (!tensors[i].is_same(sealed_->tensors[i]) || storage.unsafeGetStorageImpl() != sealed_->memory[i] || !storage.resizable() ||
+    if (tensors[i].unsafeGetTensorImpl() != sealed_->tensors[i]._unsafe_get_target() || storage.unsafeGetStorageImpl() != sealed_->memory[i] || !storage.resizable() ||
         !tensors[i].key_set().has(kDeferredKey))
       return false;
   }
