@@ -178,12 +178,12 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.convolution, self.norm = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)
-        self.last, self.layer_norm = nn.BatchNorm2d(8), nn.LayerNorm(6)
+        self.last, self.add, self.layer_norm = nn.BatchNorm2d(8), cnnkern.nn.AddReLU(), nn.LayerNorm(6)
 
     def forward(self, x):
         y = torch.relu(self.norm(self.convolution(x)))
         z = torch.relu(self.last(y) + y)
-        return self.layer_norm(torch.relu(z + y))
+        return self.layer_norm(self.add(z, y))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -203,6 +203,21 @@ def test_every_call_of_a_model_can_be_made_again(training, amp, channels_last):
                 step()
             assert again[:1] == [call][: len(again)], name
         assert len(again) == 1  # ours asks, PyTorch's does not
+
+
+def test_a_converted_batch_norm_goes_where_its_fused_call_is_faster():
+    model, x = cnnkern.convert(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())), randn(2, 4, 5, 6)
+    expected, asked = model(x), []
+
+    def loses(call):
+        asked.append((call.operator, *call.settings))
+        return True
+
+    with tuned.using(loses):
+        found = model(x)
+    assert asked == [("batch_norm_act", "relu", True)]
+    assert "BatchNormAct" not in str(found.grad_fn)
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_call_has_to_lose_twice(monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from cnnkern.nn.batchnorm import _FusedBatchNorm
-from cnnkern.ops import route
+from cnnkern.ops import route, tuned
 from cnnkern.ops.bn_act import batch_norm_act
 
 try:
@@ -34,9 +34,22 @@ def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
         site = norm.__dict__.get(SITE)
         if site is None:
             site = norm.__dict__[SITE] = Site()
+        if tuned.table is not None:
+            operator, act = _usual(site)
+            if tuned.loses(operator, input, arguments[2], arguments[3], act, arguments[4]):
+                return route.by_pytorch(batch_norm_act, input, *arguments, "none")
         return site.batch_norm(input, *arguments, "none")
 
     return norm._normalize(input, waiting)
+
+
+def _usual(site: Any) -> tuple[str, str]:
+    """The function of :mod:`cnnkern.functional` that a batch norm with what followed it is, and its activation."""
+    fused = {name: n for name, n in site.fusions().items() if n > 0}
+    name = max(fused, key=lambda name: fused[name]) if fused else "none"
+    if name.startswith("add"):
+        return "batch_norm_add_act", "relu" if name == "add + relu" else "none"
+    return "batch_norm_act", name
 
 
 def _is_captured(input: Tensor) -> bool:

@@ -9,8 +9,10 @@
 namespace cnnkern {
 
 struct Sealed {
-  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> tensors;  // weakly: a parameter may be swapped for another
-  std::vector<const c10::StorageImpl*> memory;
+  std::vector<const c10::TensorImpl*> tensors;
+  std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> memory;  // so that its address is nobody else's
+
+  bool has(size_t i, const c10::StorageImpl* other) const { return memory[i]._unsafe_get_target() == other; }
   bool broken = false;
 };
 
@@ -45,8 +47,8 @@ Seal::Seal(const std::vector<Tensor>& tensors) : sealed_(std::make_unique<Sealed
   std::lock_guard<std::mutex> lock(mutex);
   for (const Tensor& t : tensors) {
     sealed_->broken = sealed_->broken || !is_plain(t) || !has_no_alias(t);
-    sealed_->tensors.emplace_back(t.getIntrusivePtr());
-    sealed_->memory.push_back(t.storage().unsafeGetStorageImpl());
+    sealed_->tensors.push_back(t.unsafeGetTensorImpl());
+    sealed_->memory.emplace_back(t.storage().getWeakStorageImpl());
     if (!t.key_set().has(kDeferredKey)) Keys::of(t) = Keys::of(t).add(kDeferredKey);
   }
   all.push_back(sealed_.get());
@@ -61,7 +63,7 @@ bool Seal::holds(const std::vector<Tensor>& tensors) const {
   if (sealed_->broken || tensors.size() != sealed_->tensors.size()) return false;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const auto& storage = tensors[i].unsafeGetTensorImpl()->unsafe_storage();
-    if (tensors[i].unsafeGetTensorImpl() != sealed_->tensors[i]._unsafe_get_target() || storage.unsafeGetStorageImpl() != sealed_->memory[i] || !storage.resizable() ||
+    if (tensors[i].unsafeGetTensorImpl() != sealed_->tensors[i] || !sealed_->has(i, storage.unsafeGetStorageImpl()) || !storage.resizable() ||
         !tensors[i].key_set().has(kDeferredKey))
       return false;
   }
@@ -71,7 +73,7 @@ bool Seal::holds(const std::vector<Tensor>& tensors) const {
 void Seal::break_those_of(const c10::StorageImpl* memory) {
   std::lock_guard<std::mutex> lock(mutex);
   for (Sealed* seal : all)
-    if (std::find(seal->memory.begin(), seal->memory.end(), memory) != seal->memory.end()) seal->broken = true;
+    for (size_t i = 0; i < seal->memory.size(); ++i) seal->broken = seal->broken || seal->has(i, memory);
 }
 
 }  // namespace cnnkern
