@@ -92,7 +92,7 @@ class Found:
 
 
 def step(model: nn.Module, size: int) -> None:
-    outputs = model(torch.randn(2, 3, size, size))
+    outputs = model(torch.randn(2, 3, *getattr(model, "in_size", (size, size))))  # pytorchcv's say what they take
     loss = sum(
         t.float().square().mean() for t in tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.requires_grad
     )
