@@ -93,7 +93,7 @@ def extension_problem() -> str | None:
 
 
 def bench(arguments: list[str]) -> int:
-    """`cnnkern bench MODEL ...`, and without a model the benchmark suite of the checkout."""
+    """`cnnkern bench MODEL ...`, and without a model the benchmark suite."""
     return (bench_model if names_model(arguments) else bench_suite)(arguments)
 
 

@@ -483,7 +483,7 @@ def test_what_cannot_be_converted_says_so():
 
     report = cnnkern.conversion_report(nn.Sequential(Own(3), nn.SyncBatchNorm(3)))
     assert report.counts == {"not converted": 2}
-    assert "Own has a forward pass of its own" in str(report)
+    assert "Own may do more than the class that it inherits from" in str(report)
     assert "nothing to convert" in str(cnnkern.conversion_report(nn.Linear(2, 2)))
     assert "1 BatchNorm" in str(cnnkern.conversion_report(nn.Sequential(nn.BatchNorm1d(2), nn.ReLU())))
 

@@ -153,7 +153,9 @@ def convert_layers(model: nn.Module) -> ConversionReport:
             replace(module, replacement)
             report.entries.append(Replacement(path, type(module).__name__))
         elif isinstance(module, NORMS) and type(module) not in ours and not isinstance(module, _FusedBatchNorm):
-            report.entries.append(Replacement(path, "", f"{type(module).__name__} has a forward pass of its own"))
+            report.entries.append(
+                Replacement(path, "", f"{type(module).__name__} may do more than the class that it inherits from")
+            )
     return report
 
 

@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cnnkern bench",
         description="Checks, times and takes apart a model in eager PyTorch and on cnnkern's layers.",
-        epilog="Without MODEL, in a checkout, the suite over cnnkern's own shapes: see python -m benchmarks --help.",
+        epilog="Without MODEL, the suite over cnnkern's own shapes: `cnnkern bench --quick`, for one.",
     )
     parser.add_argument("model", metavar="MODEL", help=FORMS)
     add_model_options(parser, seconds=30.0)
