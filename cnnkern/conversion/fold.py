@@ -36,10 +36,10 @@ def fold(model: nn.Module) -> nn.Module:
     does it. :func:`conversion_report` of the result tells what was done, once the model has run.
 
     Weights are folded at the first call, and again when a parameter has changed. On the CPU, in float32 and in 16-bit
-    types that the processor has instructions for, PyTorch's oneDNN operators compute what was fused, on weights packed for
-    them; elsewhere PyTorch's convolution runs with the folded weights. Where gradients are wanted, and in programs that
-    torch.compile and torch.export make, the model runs as it is converted. A ReLU inside of oneDNN's kernels makes 0 of
-    NaN.
+    types that the processor has instructions for, PyTorch's oneDNN operators compute what was fused, on weights packed
+    for them; elsewhere PyTorch's convolution runs with the folded weights. Where gradients are wanted, and in programs
+    that torch.compile and torch.export make, the model runs as it is converted. A ReLU inside of oneDNN's kernels makes
+    0 of NaN.
 
     Raises TypeError for what is no ``nn.Module`` or is a ``torch.jit`` module, ValueError for a model, or a batch norm
     of it, in training mode.
