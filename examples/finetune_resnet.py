@@ -57,7 +57,6 @@ def main(argv: list[str] | None = None) -> float:
 
     model = torchvision.models.resnet18(num_classes=2)
     model = cnnkern.convert(model)  # the only line that this example is about
-    print(cnnkern.conversion_report(model))
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
 
@@ -72,6 +71,7 @@ def main(argv: list[str] | None = None) -> float:
         loss.backward()
         optimizer.step()
         print(f"step {step + 1:2d}: loss {loss.item():.3f}")
+    print(cnnkern.conversion_report(model))  # what was fused is known once it has run
     # The running statistics have seen few batches: take them from the patches themselves.
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
