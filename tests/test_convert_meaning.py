@@ -6,7 +6,6 @@ import random
 import threading
 from collections.abc import Callable
 
-import meanings_breaks  # noqa: F401  (adds to CASES)
 import pytest
 import torch
 import torch.nn.functional as F

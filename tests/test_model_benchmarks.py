@@ -9,9 +9,10 @@ import torch
 import cnnkern
 from benchmarks.show import tables
 from benchmarks.studies import steps
-from benchmarks.suite import memory, models
+from benchmarks.suite import models
 from benchmarks.suite.groups import Contender
 from benchmarks.suite.options import Options
+from cnnkern.measure.profile import peak_bytes
 from tests.results import measure
 
 
@@ -176,5 +177,5 @@ def test_the_most_memory_that_a_call_holds(device):
         del second
 
     for _ in range(2):  # the second time 2 MiB are freed first
-        peak = memory.peak_bytes(step, device)
+        peak = peak_bytes(step, device)
     assert peak == 10 * 2**20

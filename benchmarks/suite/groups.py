@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from . import bandwidth, load, memory, reasons, timing
+from cnnkern.measure.profile import peak_bytes
+
+from . import bandwidth, load, reasons, timing
 from .options import Options
 
 LAYOUTS = ("contiguous", "channels_last")
@@ -190,7 +192,7 @@ class Session:
         self._explain(group, bench, steps, samples)
         if group.peaks:
             for contender, step in steps.items():
-                self.conditions[contender]["peak_bytes"] = memory.peak_bytes(step, self.options.device)
+                self.conditions[contender]["peak_bytes"] = peak_bytes(step, self.options.device)
         return refused | samples
 
     def _kept_back(self) -> float:

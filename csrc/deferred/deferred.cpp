@@ -69,8 +69,6 @@ class OnStream {
   c10::Stream stream_, present_;
 };
 
-const c10::StorageImpl* memory_of(const Tensor& t) { return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(); }
-
 // Whether somebody has taken hold of a tensor's place in the graph, where an operation in place puts another.
 bool is_held(const Tensor& t, size_t own) {
   const auto node = torch::autograd::impl::gradient_edge(t).function;

@@ -37,12 +37,11 @@ class Arguments {
     if (Deferred* deferred = Deferred::of(t))
       deferred->make_real_for(name_ + " follows");
     else if (writes && t.key_set().has(kDeferredKey))
-      Seal::break_those_of(t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+      Seal::break_those_of(memory_of(t));
     for (const auto& result : waiting_) {
       if (result.get() == t.unsafeGetTensorImpl()) continue;
       // What is no plain memory may have some inside.
-      const auto* memory = t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
-      if (!is_plain(t) || result->conflicts_with(memory, writes)) result->make_real_for(name_ + " changes what it is made of");
+      if (!is_plain(t) || result->conflicts_with(memory_of(t), writes)) result->make_real_for(name_ + " changes what it is made of");
     }
   }
 
@@ -59,9 +58,8 @@ class Arguments {
 
   // Before something may change t's memory that comes here no more.
   void expose(const Tensor& t) {
-    const auto* memory = t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
     for (const auto& result : waiting_)
-      if (result->conflicts_with(memory, /*writes=*/true)) result->make_real_for(name_ + " exposes what it is made of");
+      if (result->conflicts_with(memory_of(t), /*writes=*/true)) result->make_real_for(name_ + " exposes what it is made of");
   }
 
   ~Arguments() {
@@ -89,8 +87,7 @@ class Arguments {
 bool takes_any_strides(const c10::OperatorHandle& op) {
   static const std::set<std::pair<std::string, std::string>> names = {
       {"aten::max_pool2d", ""}, {"aten::avg_pool2d", ""}, {"aten::adaptive_avg_pool2d", ""}, {"aten::cat", ""}, {"aten::mul", "Tensor"},
-      {"aten::add", "Tensor"}, {"aten::relu", ""}, {"aten::silu", ""}, {"aten::sigmoid", ""}, {"aten::hardsigmoid", ""},
-      {"aten::hardswish", ""}, {"aten::upsample_nearest2d", "vec"}, {"aten::upsample_bilinear2d", "vec"}};
+      {"aten::hardsigmoid", ""}, {"aten::upsample_nearest2d", "vec"}, {"aten::upsample_bilinear2d", "vec"}};
   const auto& name = op.schema().operator_name();
   return names.count({name.name, name.overload_name}) > 0;
 }
@@ -275,12 +272,7 @@ Tensor defer_batch_norm(const std::shared_ptr<Site>& site, const Tensor& given, 
   const bool seen = site->defers(mode), disturbed = !is_undisturbed();
   if (!seen || disturbed || !norm->can_wait()) {
     if (seen) site->at_once(disturbed ? "hooks on saved tensors, a mode or a transform see every operator" : "its arguments are unusual");
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow("cnnkern::bn_act", "")
-                               .typed<std::tuple<Tensor, Tensor, Tensor>(
-                                   const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                   const OptionalTensor&, bool, double, double, c10::string_view)>();
-    const Tensor y = std::get<0>(op.call(x, weight, bias, running_mean, running_var, training, momentum, eps, act));
+    const Tensor y = std::get<0>(norm_operator().call(x, weight, bias, running_mean, running_var, training, momentum, eps, act));
     return any_strides ? Deferred::laid(y, strides) : y;
   }
   NormPointer node{};

@@ -63,7 +63,7 @@ bool Seal::holds(const std::vector<Tensor>& tensors) const {
   if (sealed_->broken || tensors.size() != sealed_->tensors.size()) return false;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const auto& storage = tensors[i].unsafeGetTensorImpl()->unsafe_storage();
-    if (tensors[i].unsafeGetTensorImpl() != sealed_->tensors[i] || !sealed_->has(i, storage.unsafeGetStorageImpl()) || !storage.resizable() ||
+    if (tensors[i].unsafeGetTensorImpl() != sealed_->tensors[i] || !sealed_->has(i, memory_of(tensors[i])) || !storage.resizable() ||
         !tensors[i].key_set().has(kDeferredKey))
       return false;
   }

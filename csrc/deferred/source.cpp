@@ -8,24 +8,21 @@ namespace cnnkern {
 
 namespace {
 
-using Norm = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                                const OptionalTensor&, bool, double, double, c10::string_view);
 using NormAdd = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                                                            const OptionalTensor&, const OptionalTensor&, bool, double, double,
                                                            c10::string_view);
 
-const auto& norm_op() {
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::bn_act", "").typed<Norm>();
-  return op;
-}
 const auto& norm_add_op() {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::bn_add_act", "").typed<NormAdd>();
   return op;
 }
 
-const c10::StorageImpl* memory_of(const Tensor& t) { return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl(); }
-
 }  // namespace
+
+const c10::TypedOperatorHandle<NormOperator>& norm_operator() {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::bn_act", "").typed<NormOperator>();
+  return op;
+}
 
 bool is_plain(const Tensor& t) {
   static const auto strange =
@@ -114,7 +111,7 @@ Result BatchNorm::compute(const Tensor& residual, const std::string& act, bool a
         norm_add_op().call(x, residual, optional_of(weight), optional_of(bias), mean, var, training, momentum_, eps_, act);
   else
     std::tie(result.value, result.mean, result.rstd) =
-        norm_op().call(x, optional_of(weight), optional_of(bias), mean, var, training, momentum_, eps_, act);
+        norm_operator().call(x, optional_of(weight), optional_of(bias), mean, var, training, momentum_, eps_, act);
   if (training && !again) bump_version(mean), bump_version(var);
   return result;
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <array>
 #include <string>
@@ -10,6 +11,17 @@
 #include "deferred/nodes.h"
 
 namespace cnnkern {
+
+// cnnkern::bn_act.
+using NormOperator = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+    const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+    const std::optional<at::Tensor>&, bool, double, double, c10::string_view);
+const c10::TypedOperatorHandle<NormOperator>& norm_operator();
+
+// Asks no deferred result to be real.
+inline const c10::StorageImpl* memory_of(const at::Tensor& t) {
+  return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+}
 
 struct Result {
   at::Tensor value, mean, rstd, mask;

@@ -1,39 +1,15 @@
-"""Models whose forward pass does more than a trace of it holds: what test_convert_meaning.py converts and folds."""
+"""Forward passes that do more than compute: they count, draw, keep, switch, branch."""
 
 import collections
 import random
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-
-class Layers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.bn, self.act = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.SiLU()
-        self.features = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5))
-
-    def hidden(self, x):
-        return F.relu(self.bn(self.conv(x)))
-
-
-PATCHED: dict[str, Callable[[], nn.Module]] = {}
-CASES: dict[str, tuple[Callable[[], nn.Module], tuple]] = {}
-X = (torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64),)
-
-
-def case(*inputs: Any):
-    """A class whose forward pass takes these inputs, or one image."""
-
-    def added(cls):
-        CASES[cls.__name__] = cls, inputs or X
-        return cls
-
-    return added
+from meanings.base import CASES, PATCHED, Layers, Reversed, X, case
 
 
 @case()
@@ -99,16 +75,6 @@ class SetsItsChild(Layers):
     def forward(self, x):
         self.bn.momentum = 0.5
         return self.hidden(x)
-
-
-class Reversed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return -dy
 
 
 @case()

@@ -1,12 +1,13 @@
-"""More models for test_convert_meaning.py: what changes a tensor, or its place in the graph, without an operator."""
+"""What changes a tensor, or its place in the graph, without an operator."""
 
 import contextlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from meanings_more import written
 from torch import Tensor, nn
+
+from meanings.base import written
 
 
 def frozen(self: nn.Module, x: Tensor) -> Tensor:
