@@ -4,18 +4,12 @@
 
 #include <set>
 
-#include "autograd/composite.h"
-#include "deferred/batch_norm.h"
-#include "deferred/deferred.h"
-#include "deferred/seal.h"
+#include "deferred/arguments.h"
 
 namespace cnnkern {
 namespace {
 
 using Keys = c10::DispatchKeySet;
-
-// A result that nothing has asked for in so many operators is not worth waiting with.
-constexpr int kPatience = 200;
 
 Keys below(Keys keys) { return keys & Keys(Keys::FULL_AFTER, kDeferredKey); }
 
@@ -25,62 +19,6 @@ decltype(auto) past(const Operator& call) {
   c10::impl::ExcludeDispatchKeyGuard guard{Keys(kDeferredKey)};
   return call();
 }
-
-// Prepares the tensors of one operator, which is named in the report.
-class Arguments {
- public:
-  explicit Arguments(std::string name) : name_(std::move(name)), waiting_(Waiting::of_this_thread()->results()) {}
-
-  // Before the operator has t: a deferred result becomes real, and so do those that it would conflict with.
-  void visit(const Tensor& t, bool writes) {
-    if (!t.defined()) return;
-    if (Deferred* deferred = Deferred::of(t))
-      deferred->make_real_for(name_ + " follows");
-    else if (writes && t.key_set().has(kDeferredKey))
-      Seal::break_those_of(memory_of(t));
-    for (const auto& result : waiting_) {
-      if (result.get() == t.unsafeGetTensorImpl()) continue;
-      // What is no plain memory may have some inside.
-      if (!is_plain(t) || result->conflicts_with(memory_of(t), writes)) result->make_real_for(name_ + " changes what it is made of");
-    }
-  }
-
-  // The same of whatever an argument holds: a collective's may be lists of lists.
-  void visit_all(const c10::IValue& value, bool writes) {
-    if (value.isTensor()) {
-      visit(value.toTensor(), writes);
-    } else if (value.isTensorList()) {
-      for (const Tensor& t : value.toTensorVector()) visit(t, writes);
-    } else if (value.isList() && !value.isIntList() && !value.isDoubleList() && !value.isBoolList()) {
-      for (const c10::IValue& item : value.toList()) visit_all(item, writes);
-    }
-  }
-
-  // Before something may change t's memory that comes here no more.
-  void expose(const Tensor& t) {
-    for (const auto& result : waiting_)
-      if (result->conflicts_with(memory_of(t), /*writes=*/true)) result->make_real_for(name_ + " exposes what it is made of");
-  }
-
-  ~Arguments() {
-    for (const auto& result : waiting_)
-      if (result->passed() > kPatience) settle(*result);
-    waiting_.clear();
-    if (Waiting::of_this_thread()->is_empty()) c10::impl::tls_set_dispatch_key_included(kDeferredKey, false);
-  }
-
- private:
-  static void settle(Deferred& result) noexcept {
-    try {
-      result.make_real_for("nothing follows for long");
-    } catch (const std::exception&) {
-      // Whoever uses it will be told.
-    }
-  }
-
-  std::string name_;
-  std::vector<c10::intrusive_ptr<Deferred>> waiting_;
-};
 
 // Operators on images that give the same values whatever the strides of their inputs. They take what a folded convolution left
 // with channels innermost as it is; of contiguous inputs the result is contiguous, when somebody asks.
@@ -246,49 +184,6 @@ bool has_compatible_shallow_copy_type(Keys keys, const Tensor& t, const Tensor& 
 }
 
 }  // namespace
-
-Tensor defer_batch_norm(const std::shared_ptr<Site>& site, const Tensor& given, const OptionalTensor& running_mean,
-                        const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
-                        bool training, double momentum, double eps, const std::string& act) {
-  const Tensor &mean = tensor_or_undefined(running_mean), &var = tensor_or_undefined(running_var);
-  const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
-  // What a folded convolution left with channels innermost is taken as it is.
-  const bool infers = !training && !(at::GradMode::is_enabled() && (requires_grad(w) || requires_grad(b)));
-  Tensor x = given;
-  if (Deferred* deferred = Deferred::of(given); deferred != nullptr && infers && !given.requires_grad() && deferred->has_any_strides()) {
-    const Tensor value = deferred->as_computed("another batch norm follows");
-    if (value.defined()) x = value;
-  }
-  {
-    Arguments visited("another batch norm");
-    for (const Tensor* t : {static_cast<const Tensor*>(&x), &w, &b}) visited.visit(*t, /*writes=*/false);
-    for (const Tensor* t : {&mean, &var}) visited.visit(*t, training);
-  }
-  const bool grad_mode = at::GradMode::is_enabled();
-  const int mode = 2 * training + grad_mode;
-  const bool any_strides = !x.is_same(given);
-  const Strides strides = plain_strides(x.sizes(), batch_norm_in_rows(given));
-  const auto norm = std::make_shared<BatchNorm>(x, w, b, mean, var, training, momentum, eps, any_strides);
-  const bool seen = site->defers(mode), disturbed = !is_undisturbed();
-  if (!seen || disturbed || !norm->can_wait()) {
-    if (seen) site->at_once(disturbed ? "hooks on saved tensors, a mode or a transform see every operator" : "its arguments are unusual");
-    const Tensor y = std::get<0>(norm_operator().call(x, weight, bias, running_mean, running_var, training, momentum, eps, act));
-    return any_strides ? Deferred::laid(y, strides) : y;
-  }
-  NormPointer node{};
-  if (grad_mode && (requires_grad(x) || requires_grad(w) || requires_grad(b))) {
-    node = make_node<NormNode>();
-    node->set_next_edges(torch::autograd::collect_next_edges(x, w, b));
-  }
-  const auto impl = Deferred::make(norm, x.options(), x.sizes(), strides, node, {site, mode});
-  const Tensor y = tensor_of(impl);
-  if (node) {
-    node->result = c10::weak_intrusive_ptr<c10::TensorImpl>(impl);
-    impl->put(y, node);
-    if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
-  }
-  return y;
-}
 
 }  // namespace cnnkern
 

@@ -1,0 +1,51 @@
+#include "deferred/batch_norm.h"
+
+#include "autograd/composite.h"
+#include "deferred/arguments.h"
+
+namespace cnnkern {
+
+Tensor defer_batch_norm(const std::shared_ptr<Site>& site, const Tensor& given, const OptionalTensor& running_mean,
+                        const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
+                        bool training, double momentum, double eps, const std::string& act) {
+  const Tensor &mean = tensor_or_undefined(running_mean), &var = tensor_or_undefined(running_var);
+  const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
+  // What a folded convolution left with channels innermost is taken as it is.
+  const bool infers = !training && !(at::GradMode::is_enabled() && (requires_grad(w) || requires_grad(b)));
+  Tensor x = given;
+  if (Deferred* deferred = Deferred::of(given); deferred != nullptr && infers && !given.requires_grad() && deferred->has_any_strides()) {
+    const Tensor value = deferred->as_computed("another batch norm follows");
+    if (value.defined()) x = value;
+  }
+  {
+    Arguments visited("another batch norm");
+    for (const Tensor* t : {static_cast<const Tensor*>(&x), &w, &b}) visited.visit(*t, /*writes=*/false);
+    for (const Tensor* t : {&mean, &var}) visited.visit(*t, training);
+  }
+  const bool grad_mode = at::GradMode::is_enabled();
+  const int mode = 2 * training + grad_mode;
+  const bool any_strides = !x.is_same(given);
+  const Strides strides = plain_strides(x.sizes(), batch_norm_in_rows(given));
+  const auto norm = std::make_shared<BatchNorm>(x, w, b, mean, var, training, momentum, eps, any_strides);
+  const bool seen = site->defers(mode), disturbed = !is_undisturbed();
+  if (!seen || disturbed || !norm->can_wait()) {
+    if (seen) site->at_once(disturbed ? "hooks on saved tensors, a mode or a transform see every operator" : "its arguments are unusual");
+    const Tensor y = std::get<0>(norm_operator().call(x, weight, bias, running_mean, running_var, training, momentum, eps, act));
+    return any_strides ? Deferred::laid(y, strides) : y;
+  }
+  NormPointer node{};
+  if (grad_mode && (requires_grad(x) || requires_grad(w) || requires_grad(b))) {
+    node = make_node<NormNode>();
+    node->set_next_edges(torch::autograd::collect_next_edges(x, w, b));
+  }
+  const auto impl = Deferred::make(norm, x.options(), x.sizes(), strides, node, {site, mode});
+  const Tensor y = tensor_of(impl);
+  if (node) {
+    node->result = c10::weak_intrusive_ptr<c10::TensorImpl>(impl);
+    impl->put(y, node);
+    if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
+  }
+  return y;
+}
+
+}  // namespace cnnkern
