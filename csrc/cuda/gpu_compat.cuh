@@ -2,14 +2,18 @@
 // include path, which has to supply the same names for the host: __global__, __device__, __host__, __forceinline__,
 // __launch_bounds__; dim3, threadIdx, blockIdx, blockDim, gridDim; __syncthreads, __syncwarp, __shfl_xor_sync,
 // __threadfence, atomicAdd, uint4; and what stands in the first branch below. A kernel is started by gpu::launch, never by
-// <<<>>>, and never waits for another block.
+// <<<>>>; it waits for other blocks in group_barrier alone, and only if launch_together has started it.
 #pragma once
 
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <tuple>
 #include <type_traits>
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
 
 #ifdef __CUDACC__
 
@@ -26,10 +30,130 @@ namespace cnnkern::gpu {
 
 using Stream = cudaStream_t;
 
-// Errors of the launch are left for cudaGetLastError. shared is at most the 48 KB that need no opt-in.
+constexpr size_t kSharedWithoutAsking = 48 << 10;  // bytes of dynamic shared memory; beyond it a kernel has to opt in
+
+template <typename... Parameters>
+void allow_shared(void (*kernel)(Parameters...), size_t shared) {
+  if (shared > kSharedWithoutAsking) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+}
+
+// Errors of the launch are left for cudaGetLastError.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Arguments&... arguments) {
+  allow_shared(kernel, shared);
   kernel<<<grid, block, shared, stream>>>(arguments...);
+}
+
+// Blocks of a kernel that the current device runs at once; 0 where it cannot run one, or cannot start them together.
+template <typename... Parameters>
+int resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared) {
+  int device = 0, processors = 0, most = 0, together = 0, each = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, device);
+  if (together == 0 || shared > static_cast<size_t>(most)) return 0;
+  allow_shared(kernel, shared);
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared) != cudaSuccess) return 0;
+  return each * processors;
+}
+
+// As launch, with all blocks on the device at once, so that they may wait for one another. The caller has seen to it
+// that they fit (resident_blocks); else the launch is an error.
+template <typename... Parameters, typename... Arguments>
+void launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Arguments&... arguments) {
+  allow_shared(kernel, shared);
+  std::tuple<Parameters...> values(arguments...);
+  std::apply(
+      [&](auto&... value) {
+        void* pointers[] = {&value...};
+        cudaLaunchCooperativeKernel(kernel, grid, block, pointers, shared, stream);
+      },
+      values);
+}
+
+// Copies 16 bytes to shared memory while the thread goes on; zeros where `exists` is false, and global is not read then.
+// Both addresses are multiples of 16. Who copied sees them behind async_wait, the block behind a barrier after that.
+__device__ __forceinline__ void async_copy(void* shared, const void* global, bool exists = true) {
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  const int bytes = exists ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(global)), "r"(bytes) : "memory");
+}
+// The copies that a thread has asked for since the last one become a group.
+__device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most the kLeft youngest groups of the thread are under way.
+template <int kLeft>
+__device__ __forceinline__ void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+// Meets the other blocks of a group: what each wrote before it, all see behind it. counter: of this group alone, zero
+// when the kernel begins; turn: how many barriers of this counter lie behind. Every thread of each block calls it.
+__device__ __forceinline__ void group_barrier(unsigned* counter, unsigned blocks, unsigned turn) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    unsigned seen;
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter)) : "memory");
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(__cvta_generic_to_global(counter)) : "memory");
+    } while (seen < blocks * (turn + 1));
+  }
+  __syncthreads();
+}
+
+// Operands of tensor cores, in registers as PTX lays them out over a warp (mma.m16n8k8, mma.m16n8k16, ldmatrix).
+// All lanes of the warp call these together.
+
+// kMatrices 8x8 matrices of 16-bit elements: lanes 8 i to 8 i + 7 give the addresses of the rows of matrix i, multiples of
+// 16 in shared memory (with fewer than four matrices the other lanes' are ignored). kTransposed: each is transposed.
+template <int kMatrices, bool kTransposed = false>
+__device__ __forceinline__ void load_matrices(unsigned (&r)[kMatrices], const void* row) {
+  const unsigned from = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  static_assert(kMatrices == 1 || kMatrices == 2 || kMatrices == 4);
+  if constexpr (kMatrices == 1 && !kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(from) : "memory");
+  else if constexpr (kMatrices == 1)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r[0]) : "r"(from) : "memory");
+  else if constexpr (kMatrices == 2 && !kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(from) : "memory");
+  else if constexpr (kMatrices == 2)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(from) : "memory");
+  else if constexpr (!kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+}
+
+// d += a b, in float: a is 16 x 8 (two registers) or 16 x 16 (four), b 8 or 16 by 8. T: c10::BFloat16 or c10::Half.
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[2], const unsigned (&b)[1]) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>)
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+  else
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>)
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+// In tf32: a 16 x 8 (four registers), b 8 x 8 (two), as to_tf32 gives them.
+__device__ __forceinline__ void multiply_add_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ __forceinline__ unsigned to_tf32(float v) {  // to nearest, ties away from zero
+  unsigned r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(v));
+  return r;
 }
 
 }  // namespace cnnkern::gpu
@@ -37,9 +161,6 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
 #else
 #include "gpu_emulator.h"
 #endif
-
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
 namespace cnnkern::gpu {
 

@@ -139,4 +139,27 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
       &call);
 }
 
+// Blocks run one after another, so there is one at a time.
+template <typename... Parameters>
+int resident_blocks(void (*)(Parameters...), int, size_t) {
+  return 1;
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Arguments&... arguments) {
+  launch(kernel, grid, block, shared, stream, arguments...);
+}
+
+inline void async_copy(void* shared, const void* global, bool exists = true) {
+  if (exists)
+    std::memcpy(shared, global, 16);
+  else
+    std::memset(shared, 0, 16);
+}
+inline void async_commit() {}
+template <int kLeft>
+void async_wait() {}
+
+inline void group_barrier(unsigned*, unsigned, unsigned, GPU_EMULATOR_PLACE) { emulator::block_barrier({file, line}); }
+
 }  // namespace cnnkern::gpu
