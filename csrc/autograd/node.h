@@ -70,6 +70,12 @@ const at::Tensor& output_of(const std::tuple<at::Tensor, Rest...>& results) {
   return std::get<0>(results);
 }
 
+// Calls the hooks that wait for a node, in releases of PyTorch that have them.
+template <typename Pointer>
+void announce(const Pointer& node) {
+  if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
+}
+
 // What `forward` gives, computed below autograd, with a node behind the first of it. `inputs` are the operator's kInputs
 // tensors, undefined ones too, and `saves` those of its arguments that it saves: before anything is computed, because this
 // may be refused. `describe` makes a pair of the results: the operator, and the tensors to save of them. `settle` is called
@@ -91,7 +97,7 @@ auto recorded(const torch::autograd::variable_list& inputs, const torch::autogra
     node->save({of_results[i]});
   }
   torch::autograd::set_history(output_of(results), node);
-  if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
+  announce(node);
   return results;
 }
 

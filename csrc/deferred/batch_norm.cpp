@@ -43,7 +43,7 @@ Tensor defer_batch_norm(const std::shared_ptr<Site>& site, const Tensor& given, 
   if (node) {
     node->result = c10::weak_intrusive_ptr<c10::TensorImpl>(impl);
     impl->put(y, node);
-    if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
+    announce(node);
   }
   return y;
 }
