@@ -110,10 +110,10 @@ def affine(mean, rstd, weight, bias, c, mask, S: tl.constexpr):
 def moments_kernel(
     x, partial, outer, C, units, steps, chunk, UNIT: tl.constexpr, ROWS: tl.constexpr, R: tl.constexpr, B: tl.constexpr
 ):
-    """partial (3, chunks, C): elements, mean and sum of squared deviations of each chunk, NaN where they are not sound.
+    """partial (4, chunks, C) of each chunk: elements, mean, sum of squared deviations, and what that sum has lost.
 
-    Sums are of x - shift. The shift is the mean of the chunk's first tile, so that squares lose at most the factor
-    16 by which tiles can be further from it than elements from the mean.
+    Sums are of x - shift. The shift is the mean of the chunk's first tile. Where that is far from the chunk's mean, as a
+    border is from an image's inside, the sum is the small difference of two large ones, which are about the last value.
     """
     S: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     k, first, c = program(tl.program_id(0), C, ROWS, B)
@@ -141,16 +141,16 @@ def moments_kernel(
     delta = sum1 * (1.0 / n64)
     m2 = sum2 - sum1 * delta
     m2 = tl.where(m2 <= 0.0, 0.0, m2)
-    # Squares may have left the range of the arithmetic type, and the shift may have been of no use. NaN fails too.
-    constant = (sum1 == 0.0) & (sum2 == 0.0)
-    sound = (delta * delta * n64 <= 8.0 * m2) & (sum2 < float("inf")) & (sum2 > 1e-28 * n64)
-    m2 = tl.where(sound | constant, m2, float("nan"))
+    # Squares may have left the range of the arithmetic type. NaN fails too.
+    in_range = (sum2 < float("inf")) & (sum2 >= 0.0)
+    lost = tl.where(in_range, sum1 * delta, float("nan"))
 
     row = partial_row(C, ROWS, B)
     p = partial + tl.cast(k, tl.int64) * C + c
     tl.store(p, n64, c < C)
     tl.store(p + row, shift.to(tl.float64) + delta, c < C)
     tl.store(p + 2 * row, m2, c < C)
+    tl.store(p + 3 * row, lost, c < C)
 
 
 @triton.jit
@@ -184,6 +184,7 @@ def combined_moments(
     about = tl.load(partial + row + c, mask, other=0.0)
     s1 = tl.zeros_like(about)
     s2 = tl.zeros_like(about)
+    lost = tl.zeros_like(about)
     for k0 in range(0, chunks, K):
         k = k0 + tl.arange(0, K)[:, None]
         inside = (k < chunks) & mask[None, :]
@@ -192,11 +193,15 @@ def combined_moments(
         d = tl.where(inside, tl.load(p + row, inside, other=0.0) - about[None, :], 0.0)
         s1 += tl.sum(n * d, axis=0)
         s2 += tl.sum(tl.load(p + 2 * row, inside, other=0.0) + n * d * d, axis=0)
+        lost += tl.sum(tl.load(p + 3 * row, inside, other=0.0), axis=0)
     delta = s1 / count
     m = about + delta
     m2 = s2 - s1 * delta
     m2 = tl.where(m2 <= 0.0, 0.0, m2)
-    unsound = (m2 != m2) & mask
+    # Digits are lost of the whole channel's sum, in which a chunk of few deviations counts for little.
+    constant = (m2 == 0.0) & (lost == 0.0)
+    unsound = ((lost <= 8.0 * m2) & (m2 > 1e-28 * count) | constant) == 0
+    unsound = unsound & mask
     if tl.max(unsound.to(tl.int32)) > 0:
         exact_m, exact_m2 = exact_moments(x, c, unsound, count, channel_stride, runs, run_stride, length, step, K)
         m = tl.where(unsound, exact_m, m)
@@ -255,8 +260,8 @@ def arithmetic(x: Tensor) -> tl.dtype:
 
 
 def moments_of_chunks(x: Tensor, cut: Cut) -> Tensor:
-    """(3, chunks, C), as moments_kernel leaves them for combined_moments."""
-    partial = x.new_empty((3, cut.chunks, x.shape[1]), dtype=torch.float64)
+    """(4, chunks, C), as moments_kernel leaves them for combined_moments."""
+    partial = x.new_empty((4, cut.chunks, x.shape[1]), dtype=torch.float64)
     moments_kernel[cut.grid](x, partial, *cut.sizes, **cut.constants)
     return partial
 

@@ -5,6 +5,7 @@
 #include "cuda/bits.cuh"
 #include "cuda/channels.cuh"
 #include "cuda/reduce.cuh"
+#include "scattered.h"
 
 namespace cnnkern::gpu {
 
@@ -32,23 +33,24 @@ struct Statistics {
   double momentum, eps;
   double* variance = nullptr;  // where that is wanted in place of rstd
 
-  // Sums are taken of x - center, so that a large mean costs no digits: a few elements' mean is near enough.
+  // Sums are taken of x - center, so that a large mean costs no digits: an element near the mean is near enough, and the
+  // median of a few is one, whatever a border or an outlier among them. Where those stand has nothing to do with images.
   __device__ Before before(int64_t c) const {
     S sample[kSamples];
 #pragma unroll
     for (int j = 0; j < kSamples; ++j) {
-      const int64_t run = j * view.runs / kSamples, i = (2 * j + 1) * view.length / (2 * kSamples);
-      sample[j] = static_cast<S>(x[c * view.channel_stride + run * view.run_stride + i * view.step]);
+      const int64_t i = scattered(j, view.count()), run = view.runs == 1 ? 0 : i / view.length;
+      sample[j] = static_cast<S>(x[c * view.channel_stride + run * view.run_stride + (i - run * view.length) * view.step]);
     }
-    // In pairs, so that the mean of equal values is that value.
-    double sum[kSamples];
 #pragma unroll
-    for (int j = 0; j < kSamples; ++j) sum[j] = static_cast<double>(sample[j]);
+    for (int n = kSamples - 1; n >= kSamples / 2; --n)
 #pragma unroll
-    for (int n = kSamples / 2; n > 0; n /= 2)
-#pragma unroll
-      for (int j = 0; j < n; ++j) sum[j] += sum[j + n];
-    return {static_cast<S>(sum[0] * (1.0 / kSamples))};
+      for (int j = 0; j < n; ++j) {  // the largest of those left goes to the end
+        const S low = sample[j] < sample[j + 1] ? sample[j] : sample[j + 1];
+        sample[j + 1] = sample[j] < sample[j + 1] ? sample[j + 1] : sample[j];
+        sample[j] = low;
+      }
+    return {sample[kSamples / 2]};
   }
 
   template <bool kRagged, int V, typename Fill>
