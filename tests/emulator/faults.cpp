@@ -1,5 +1,6 @@
 // The emulator's own proof. Each kernel is right without its fault and wrong with it: `faults NAME` and
-// `faults --fault NAME`. A run without a report ends with 0. tests/test_emulator.py says which tool has to report which.
+// `faults --fault NAME`. A run without a report ends with 0. tests/test_emulator_faults.py says which tool has to report which.
+// Linked to the profile it prints what that has counted.
 #include <cstdio>
 #include <cstring>
 #include <stdexcept>
@@ -12,6 +13,8 @@
 #include "faults/shared_memory.h"
 #include "faults/tensor_cores.h"
 #include "faults/warps.h"
+
+extern "C" __attribute__((weak)) const char* emulator_profile();
 
 namespace {
 
@@ -100,5 +103,6 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "%s\n", error.what());
     return 3;
   }
+  if (emulator_profile != nullptr) std::fputs(emulator_profile(), stdout);
   return 0;
 }

@@ -1,6 +1,5 @@
 // What tensor cores make of the operands of a warp's lanes, by the layouts that PTX defines (ldmatrix, mma.m16n8k8 and
 // mma.m16n8k16). Lane l is row l / 4 of the fragments, and l % 4 is its place in the row.
-#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <type_traits>
@@ -48,7 +47,7 @@ void load_matrices(Lanes lanes) {
 template <typename T, int kDepth>
 void multiply_add(Lanes lanes) {
   constexpr int kRows = 16, kColumns = 8, kP = kPacked<T>;
-  float a[kRows][kDepth], b[kDepth][kColumns];
+  float a[kRows][kDepth], b[kDepth][kColumns], d[kRows][kColumns];
   for (int l = 0; l < kWarp; ++l) {
     const Fragments& f = *static_cast<const Fragments*>(lanes[l]);
     const int group = l / 4, place = kP * (l % 4);
@@ -58,12 +57,15 @@ void multiply_add(Lanes lanes) {
       for (int i = 0; i < kDepth / (4 * kP); ++i) b[place + 4 * kP * i + half][group] = element<T>(f.b[i], half);
     }
   }
-  for (int l = 0; l < kWarp; ++l)
-    for (int i = 0; i < 4; ++i) {
-      float& d = static_cast<Fragments*>(lanes[l])->d[i];
-      const int row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
-      for (int k = 0; k < kDepth; ++k) d = std::fma(a[row][k], b[k][column], d);
-    }
+  const auto each = [&](auto f) {
+    for (int l = 0; l < kWarp; ++l)
+      for (int i = 0; i < 4; ++i) f(static_cast<Fragments*>(lanes[l])->d[i], d[l / 4 + 8 * (i / 2)][2 * (l % 4) + i % 2]);
+  };
+  each([](float of_lane, float& element) { element = of_lane; });
+  for (int row = 0; row < kRows; ++row)
+    for (int k = 0; k < kDepth; ++k)
+      for (int column = 0; column < kColumns; ++column) d[row][column] = std::fma(a[row][k], b[k][column], d[row][column]);
+  each([](float& of_lane, float element) { of_lane = element; });
 }
 
 template void load_matrices<1, false>(Lanes);
