@@ -8,6 +8,7 @@
 #include <deque>
 #include <map>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,6 +21,7 @@ namespace {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kSets = 5;  // of fibers, that blocks which run one after another take in turn
+constexpr unsigned kMostOfTsan = 8000;  // of its 8128 threads
 constexpr size_t kSharedBytes = 48 << 10;  // what a block may have without its kernel opting in to more
 constexpr size_t kMostSharedBytes = 227 << 10;
 
@@ -251,6 +253,14 @@ void allocate_shared() {
   shared_token.release();
 }
 
+void* new_fiber_of_tsan() {
+  static unsigned made = 0;
+  if (++made > kMostOfTsan)
+    throw std::runtime_error("emulator: ThreadSanitizer has room for " + std::to_string(kMostOfTsan) +
+                             " threads; EMULATOR_RESIDENT can make fewer blocks resident");
+  return __tsan_create_fiber(0);
+}
+
 void begin_block(size_t place, uint3 index) {
   while (places.size() <= place) places.emplace_back();
   Block& block = places[place];
@@ -262,7 +272,7 @@ void begin_block(size_t place, uint3 index) {
     fiber.block = &block, fiber.thread = i, fiber.state = State::runnable;
     fiber.copies.clear(), fiber.ended_copies = fiber.groups = 0;
     if (fiber.stack == nullptr) prepare(fiber);
-    if (__tsan_create_fiber && fiber.tsan == nullptr) fiber.tsan = __tsan_create_fiber(0);
+    if (__tsan_create_fiber && fiber.tsan == nullptr) fiber.tsan = new_fiber_of_tsan();
   }
   running.push_back(&block);
 }
