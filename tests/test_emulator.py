@@ -1,4 +1,4 @@
-"""The CUDA kernels executed without a GPU, and the proof that what executes them would report a fault.
+"""The CUDA kernels executed without a GPU. tests/test_emulator_faults.py proves that what executes them reports faults.
 
 docs/emulator.md says how it works. `pytest --device emulator tests/test_battery.py` is the battery on it.
 """
@@ -6,8 +6,6 @@ docs/emulator.md says how it works. `pytest --device emulator tests/test_battery
 import itertools
 import json
 import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -327,74 +325,3 @@ def test_gradients_of_a_convolution_do_not_depend_on_dy_s_layout(layout, width, 
     for other in results[1:]:
         for one, another in zip(results[0], other, strict=True):
             assert torch.equal(one, another)
-
-
-# ---- planted faults ---------------------------------------------------------------------------------------------
-
-# name in faults.cpp -> the tool that has to report it and what the report says; with `order` threads run in that order.
-FAULTS = {
-    "missing_barrier": ("thread", "data race"),
-    "missing_syncwarp": ("thread", "data race"),
-    "shuffle_as_barrier": ("thread", "data race"),
-    "missing_threadfence": ("thread", "data race"),
-    "cross_block_race": ("thread", "data race"),
-    "cross_block_race_around_a_barrier": ("thread", "data race"),
-    "block_reads_another": ("thread", "data race"),
-    "shared_overrun": ("address+undefined", "heap-buffer-overflow"),
-    "dynamic_shared_overrun": ("address+undefined", "heap-buffer-overflow"),
-    "global_overrun": ("address+undefined", "heap-buffer-overflow"),
-    "misaligned_vector": ("address+undefined", "misaligned address"),
-    "index_overflow": ("address+undefined", "signed integer overflow"),
-    "uninitialised_shared": ("plain", "wrong result: element 0 is -?nan"),
-    "order_of_threads": ("plain", "wrong result: element 1 is -?nan", "reverse"),
-    "divergent_barrier": ("plain", "divergent barrier: thread 1 of block"),
-    "early_exit": ("plain", "thread 40 of block .* left while 40 threads wait at the barrier"),
-    "threads_that_hang": ("plain", "divergent barrier: thread 33 of block"),
-    "wrong_mask": ("plain", "thread 16 of block .* left while other lanes wait for it in __shfl_xor_sync"),
-    "lanes_with_different_masks": ("plain", "with another mask or place than lanes that wait in __shfl_xor_sync"),
-    "source_outside_mask": ("plain", "reads lane 16, which is not in the mask of __shfl_xor_sync"),
-    "too_many_threads": ("plain", "a block has at most 1024 threads"),
-    "empty_grid": ("plain", "a grid has at least one block"),
-    "grid_too_tall": ("plain", "a grid has at most .* blocks"),
-    "too_much_shared": ("plain", "at most 49152 bytes of shared memory; got 49153"),
-    "too_much_static_shared": ("plain", "shared memory exceeds 49152 bytes"),
-    "another_stream": ("plain", "on a stream that is not the current one"),
-    "missing_guard": ("plain", "no CUDAGuard has chosen the tensors' device"),
-    "missing_launch_check": ("plain", "returned without C10_CUDA_KERNEL_LAUNCH_CHECK"),
-}
-
-
-def run_faults(tool: str, *arguments: str, **switches: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, **emulator.environment(tool), **switches}
-    environment.pop("LD_PRELOAD", None)  # the program is linked to its sanitizer
-    command = [emulator.build(f"{tool}/faults"), *arguments]
-    return run_child(command, env=environment)
-
-
-@pytest.mark.parametrize("name", proved(FAULTS, (name for name, (tool, *_) in FAULTS.items() if tool == "plain")))
-def test_a_planted_fault_is_reported(name):
-    tool, report, *order = FAULTS[name]
-    done = run_faults(tool, "--fault", name, EMULATOR_ORDER=order[0] if order else "forward")
-    assert done.returncode != 0
-    assert re.search(report, done.stderr), done.stderr
-
-
-@pytest.mark.parametrize("order", ["forward", "reverse", "random:7"])
-@pytest.mark.parametrize("tool", proved(("plain", "address+undefined", "thread"), ["plain"]))
-def test_correct_kernels_are_silent(tool, order):
-    names = run_faults(tool).stdout.split()
-    assert sorted(names) == sorted(FAULTS)
-    done = run_faults(tool, *names, EMULATOR_ORDER=order)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-@pytest.mark.parametrize(
-    ("name", "switch"),
-    [
-        ("early_exit", "EMULATOR_STRICT=0"),
-        pytest.param("cross_block_race", "EMULATOR_BLOCKS=ordered", marks=pytest.mark.slow),
-    ],
-)
-def test_a_switch_that_hides_a_fault(name, switch):
-    done = run_faults(FAULTS[name][0], "--fault", name, **dict([switch.split("=")]))
-    assert (done.returncode, done.stderr) == (0, "")

@@ -9,6 +9,7 @@ from gpu_gate import traffic
 from gpu_gate.thresholds import SECTORS, SECTORS_OF_ALL
 
 from cnnkern import testing
+from tests.child import run_child
 
 pytestmark = pytest.mark.slow
 CUDA_CASES = [name for name, case in testing.CASES.items() if "cuda" in case.devices]
@@ -69,3 +70,16 @@ def test_what_a_kernel_does_with_shared_memory_and_its_own_stack_is_left_out():
         rows = machine.profile()
     # Both sweeps read x and one writes y; a few samples and statistics are left.
     assert 3 <= sum(row.bytes for row in rows) / (4 * x.numel()) <= 3.1
+
+
+def test_asynchronous_copies_are_loads_of_a_warp():
+    done = run_child([emulator.build("profile/faults"), "copy_never_waited_for"])
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [
+        line.split()[1:] for line in done.stdout.splitlines()
+    ]  # kind, bytes of a lane, then Traffic from requests on
+    ((width, *counts),) = (row for kind, *row in rows if kind == "load")
+    requests, sectors, ideal, loaded = map(int, counts)
+    vectors = 7 * 64 - 3  # of 16 bytes: seven chunks of two warps, but for three that do not exist
+    assert (width, requests, loaded) == ("16", 7 * 2, 16 * vectors)
+    assert ideal <= sectors <= ideal + requests  # malloc aligns to half a sector

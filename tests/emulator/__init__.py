@@ -45,7 +45,7 @@ def _object(source: Path, target: Path, *flags: str) -> Path:
 def build(target: str) -> Path:
     """The path of ``TOOL/kernels.so`` or ``TOOL/faults``, brought up to date.
 
-    TOOL is one of TOOLS, or ``profile``: the kernels of PROFILED, linked to a runtime that counts (profile.cpp).
+    TOOL is one of TOOLS, or ``profile``: what PROFILED compiles, linked to a runtime that counts (profile.cpp).
 
     Raises RuntimeError with the compiler's message.
     """
@@ -68,8 +68,9 @@ def build(target: str) -> Path:
         link = ["-shared", *native.torch_libraries()]
     # The runtime itself is compiled without a sanitizer for every tool: it speaks to them by their interfaces.
     objects = [program, _object(HERE / "emulator.cpp", BUILD / "emulator.o")]
-    if name != "faults":
-        observer = "profile" if tool == "profile" else "launches"
+    objects.append(_object(HERE / "tensor_cores.cpp", BUILD / "tensor_cores.o", "-O3"))
+    observer = "profile" if tool == "profile" else None if name == "faults" else "launches"
+    if observer:
         objects.append(_object(HERE / f"{observer}.cpp", BUILD / f"{observer}.o"))
     command = ["g++", *([] if tool == "profile" else flags), *map(str, objects), *link, "-o", str(BUILD / target)]
     return native.make(BUILD / target, command, lambda: objects)
