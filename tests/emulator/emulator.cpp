@@ -38,6 +38,7 @@ struct Rendezvous {  // of the lanes of a mask
   Exchange operation;
   unsigned mask, arrived;
   int width;
+  void (*together)(Lanes);
   Place place;
   Token* token;
 };
@@ -134,9 +135,13 @@ const char* name(Exchange operation) {
     case Exchange::shuffle_up: return "__shfl_up_sync";
     case Exchange::shuffle_down: return "__shfl_down_sync";
     case Exchange::shuffle_xor: return "__shfl_xor_sync";
-    default: return "__ballot_sync";
+    case Exchange::ballot: return "__ballot_sync";
+    case Exchange::load_matrices: return "load_matrices";
+    default: return "multiply_add";
   }
 }
+
+bool same(Place a, Place b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
 
 size_t self() { return static_cast<size_t>(current - fibers); }
 
@@ -345,7 +350,7 @@ void block_barrier(Place place) {
   Fiber& me = *current;
   if (exited > 0 && settings.strict)
     fail(text(self()) + " waits at the barrier at " + text(place) + ", but " + std::to_string(exited) + " threads have left");
-  if (waiting > 0 && (place.line != barrier_place.line || std::strcmp(place.file, barrier_place.file) != 0))
+  if (waiting > 0 && !same(place, barrier_place))
     fail("divergent barrier: " + text(self()) + " waits at " + text(place) + ", others at " + text(barrier_place));
   barrier_place = me.place = place;
   me.state = State::at_barrier;
@@ -356,26 +361,49 @@ void block_barrier(Place place) {
   token.acquire();
 }
 
-uint64_t warp_exchange(Exchange operation, unsigned mask, uint64_t value, int argument, int width, Place place) {
-  Fiber& me = *current;
-  const unsigned first = static_cast<unsigned>(self()) / kWarp * kWarp, lane = static_cast<unsigned>(self()) - first;
+// In a lane: joins, or begins, the operation that the lanes of `mask` meet in.
+Rendezvous& meet(Exchange operation, void (*together)(Lanes), unsigned mask, int width, Place place) {
+  const unsigned lane = static_cast<unsigned>(self()) % kWarp, first = static_cast<unsigned>(self()) - lane;
   const auto what = [&] { return std::string(name(operation)) + " at " + text(place); };
   if ((mask >> lane & 1) == 0) fail(text(self()) + " is not in the mask of its own " + what());
-  if (width < 1 || width > 32 || (width & (width - 1)) != 0) fail("the width of " + what() + " is no power of two up to 32");
   Warp& warp = meetings->warps[first / kWarp];
   for (unsigned l = 0; l < kWarp; ++l)
     if ((mask >> l & 1) != 0 && (first + l >= threads || fibers[first + l].state == State::exited))
       fail("lane " + std::to_string(l) + " is in the mask of " + what() + ", but is not there");
-  auto r = std::find_if(warp.open.begin(), warp.open.end(), [&](const Rendezvous& r) { return (r.mask & mask) != 0; });
-  if (r == warp.open.end()) {
-    warp.open.push_back({operation, mask, 0, width, place, &warp.tokens[warp.used++ % warp.tokens.size()]});
-    r = warp.open.end() - 1;
-  } else if (r->mask != mask || r->operation != operation || r->width != width || r->place.line != place.line ||
-             std::strcmp(r->place.file, place.file) != 0) {
+  const auto r = std::find_if(warp.open.begin(), warp.open.end(), [&](const Rendezvous& r) { return (r.mask & mask) != 0; });
+  if (r == warp.open.end())
+    return warp.open.emplace_back(operation, mask, 0, width, together, place, &warp.tokens[warp.used++ % warp.tokens.size()]);
+  if (r->mask != mask || r->operation != operation || r->width != width || r->together != together || !same(r->place, place))
     fail(text(self()) + " is in " + what() + " with another mask or place than lanes that wait in " + name(r->operation) + " at " +
          text(r->place));
+  return *r;
+}
+
+// Waits in r for the other lanes. The last one calls finish(lanes), with its threads, before any goes on.
+template <typename Finish>
+void wait_for_lanes(Rendezvous& r, Finish finish) {
+  Fiber& me = *current;
+  const unsigned lane = static_cast<unsigned>(self()) % kWarp, first = static_cast<unsigned>(self()) - lane;
+  me.place = r.place, me.state = State::in_exchange;
+  r.arrived |= 1u << lane;
+  if (r.arrived == r.mask) {
+    static std::vector<unsigned> lanes;
+    for (unsigned l = 0; l < kWarp; ++l)
+      if ((r.mask >> l & 1) != 0) lanes.push_back(first + l);
+    finish(lanes);
+    std::vector<Rendezvous>& open = meetings->warps[first / kWarp].open;
+    open.erase(open.begin() + (&r - open.data()));
+    enqueue_all(lanes);
   }
-  const int l = static_cast<int>(lane), segment = l / width * width;
+  run_next();
+}
+
+uint64_t warp_exchange(Exchange operation, unsigned mask, uint64_t value, int argument, int width, Place place) {
+  Fiber& me = *current;
+  const auto what = [&] { return std::string(name(operation)) + " at " + text(place); };
+  if (width < 1 || width > 32 || (width & (width - 1)) != 0) fail("the width of " + what() + " is no power of two up to 32");
+  Rendezvous& r = meet(operation, nullptr, mask, width, place);
+  const int l = static_cast<int>(self() % kWarp), segment = l / width * width;
   switch (operation) {
     case Exchange::shuffle: me.source = segment + (argument & (width - 1)); break;
     case Exchange::shuffle_up: me.source = l - argument < segment ? l : l - argument; break;
@@ -385,27 +413,45 @@ uint64_t warp_exchange(Exchange operation, unsigned mask, uint64_t value, int ar
   }
   if ((mask >> me.source & 1) == 0)
     fail(text(self()) + " reads lane " + std::to_string(me.source) + ", which is not in the mask of " + what());
-  me.value = value, me.place = place, me.state = State::in_exchange;
-  Token* const token = operation == Exchange::sync ? r->token : nullptr;  // the others order no memory
+  me.value = value;
+  Token* const token = operation == Exchange::sync ? r.token : nullptr;  // the others order no memory
   if (token != nullptr) token->release();
-  r->arrived |= 1u << lane;
-  if (r->arrived == mask) {
+  wait_for_lanes(r, [&](const std::vector<unsigned>& lanes) {
     std::array<uint64_t, kWarp> given{};
     unsigned ballot = 0;
-    static std::vector<unsigned> lanes;
-    for (unsigned l = 0; l < kWarp; ++l)
-      if ((mask >> l & 1) != 0) {
-        given[l] = fibers[first + l].value;
-        ballot |= static_cast<unsigned>(given[l] != 0) << l;
-        lanes.push_back(first + l);
-      }
+    for (const unsigned i : lanes) {
+      given[i % kWarp] = fibers[i].value;
+      ballot |= static_cast<unsigned>(fibers[i].value != 0) << i % kWarp;
+    }
     for (const unsigned i : lanes) fibers[i].value = operation == Exchange::ballot ? ballot : given[fibers[i].source];
-    warp.open.erase(r);
-    enqueue_all(lanes);
-  }
-  run_next();
+  });
   if (token != nullptr) token->acquire();
   return me.value;
+}
+
+void warp_together(Exchange operation, void (*together)(Lanes), void* mine, Place place) {
+  Rendezvous& r = meet(operation, together, ~0u, kWarp, place);
+  current->brought = mine;
+  wait_for_lanes(r, [&](const std::vector<unsigned>& lanes) {
+    std::array<void*, kWarp> brought;
+    for (const unsigned i : lanes) brought[i % kWarp] = fibers[i].brought;
+    together(brought.data());
+  });
+}
+
+int lane() { return static_cast<int>(self() % kWarp); }
+
+void refuse(const char* what, Place place) { fail(text(self()) + " " + what + " at " + text(place)); }
+
+void check_shared(const void* p, const char* what, Place place) {
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  if (address % 16 != 0) refuse((std::string("gives an address that is no multiple of 16 to ") + what).c_str(), place);
+  const auto within = [&](const Allocation& a) {
+    const auto first = reinterpret_cast<uintptr_t>(a.memory);
+    return first <= address && address + 16 <= first + a.bytes;
+  };
+  if (std::none_of(shared.begin(), shared.end(), within))
+    refuse((std::string("gives 16 bytes that are not in the block's shared memory to ") + what).c_str(), place);
 }
 
 void fence() {

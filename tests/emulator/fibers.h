@@ -76,6 +76,7 @@ struct Fiber {
   // The value given to an exchange and, when it is done, what came of it.
   uint64_t value = 0;
   int source = 0;
+  void* brought = nullptr;  // to an operation of the whole warp, on its own stack
 };
 
 Fiber host;

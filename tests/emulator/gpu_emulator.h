@@ -39,7 +39,10 @@ struct Place {
 };
 
 // What a warp exchanges: every operation has a value from each lane, and one for each.
-enum class Exchange { sync, shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot };
+enum class Exchange { sync, shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot, load_matrices, multiply_add };
+
+// What the lanes of a warp have brought to an operation of all of them.
+using Lanes = void* const*;
 
 extern uint3 thread_index, block_index;
 extern dim3 block_size, grid_size;
@@ -49,9 +52,28 @@ extern dim3 block_size, grid_size;
 void launch(dim3 grid, dim3 block, size_t dynamic_shared, void* stream, void (*thread)(const void*), const void* arguments);
 void block_barrier(Place);
 uint64_t warp_exchange(Exchange, unsigned mask, uint64_t value, int argument, int width, Place);
+void warp_together(Exchange, void (*operation)(Lanes), void* mine, Place);
+int lane();
 void fence();
+void refuse(const char* what, Place);
+// Refuses 16 bytes that are not aligned, or not in the block's shared memory.
+void check_shared(const void* p, const char* what, Place);
 void* shared_memory(const void* key, size_t bytes, size_t alignment, Place);
 void* dynamic_shared_memory(Place);
+
+// Of a lane: what it brings, and gets (tensor_cores.cpp).
+struct MatrixRow {
+  uint4 row;
+  unsigned r[4];
+};
+struct Fragments {
+  float d[4];
+  unsigned a[4], b[2];
+};
+template <int kMatrices, bool kTransposed>
+void load_matrices(Lanes);
+template <typename T, int kDepth>  // float: tf32
+void multiply_add(Lanes);
 
 // What the stand-ins in c10/cuda are made of.
 void* current_stream();
@@ -161,5 +183,53 @@ template <int kLeft>
 void async_wait() {}
 
 inline void group_barrier(unsigned*, unsigned, unsigned, GPU_EMULATOR_PLACE) { emulator::block_barrier({file, line}); }
+
+template <int kMatrices, bool kTransposed = false>
+void load_matrices(unsigned (&r)[kMatrices], const void* row, GPU_EMULATOR_PLACE) {
+  emulator::MatrixRow mine{};
+  if (emulator::lane() < 8 * kMatrices) {
+    emulator::check_shared(row, "load_matrices", {file, line});
+    mine.row = *static_cast<const uint4*>(row);
+  }
+  emulator::warp_together(emulator::Exchange::load_matrices, emulator::load_matrices<kMatrices, kTransposed>, &mine, {file, line});
+  std::memcpy(r, mine.r, sizeof(r));
+}
+
+namespace detail {
+
+template <typename T, int kDepth, int kA, int kB>
+void multiply_add(float (&d)[4], const unsigned (&a)[kA], const unsigned (&b)[kB], emulator::Place place) {
+  emulator::Fragments mine{};
+  std::memcpy(mine.d, d, sizeof(d)), std::memcpy(mine.a, a, sizeof(a)), std::memcpy(mine.b, b, sizeof(b));
+  emulator::warp_together(emulator::Exchange::multiply_add, emulator::multiply_add<T, kDepth>, &mine, place);
+  std::memcpy(d, mine.d, sizeof(d));
+}
+
+}  // namespace detail
+
+template <typename T>
+void multiply_add(float (&d)[4], const unsigned (&a)[2], const unsigned (&b)[1], GPU_EMULATOR_PLACE) {
+  detail::multiply_add<T, 8>(d, a, b, {file, line});
+}
+template <typename T>
+void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], GPU_EMULATOR_PLACE) {
+  detail::multiply_add<T, 16>(d, a, b, {file, line});
+}
+// Refuses bits that tf32 has not: a tensor core would drop them.
+inline void multiply_add_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], GPU_EMULATOR_PLACE) {
+  const auto check = [&](unsigned v) {
+    const bool nan = (v & 0x7fffffff) > 0x7f800000;
+    if ((v & 0x1fff) != 0 && !nan) emulator::refuse("gives multiply_add_tf32 a number that is not of to_tf32", {file, line});
+  };
+  for (const unsigned v : a) check(v);
+  for (const unsigned v : b) check(v);
+  detail::multiply_add<float, 8>(d, a, b, {file, line});
+}
+inline unsigned to_tf32(float v) {
+  unsigned bits;
+  std::memcpy(&bits, &v, sizeof(v));
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fffffff;  // NaN
+  return (bits + 0x1000) & ~0x1fffu;
+}
 
 }  // namespace cnnkern::gpu
