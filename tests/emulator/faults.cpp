@@ -6,6 +6,8 @@
 
 #include "faults/accesses.h"
 #include "faults/blocks.h"
+#include "faults/copies.h"
+#include "faults/groups.h"
 #include "faults/launches.h"
 #include "faults/shared_memory.h"
 #include "faults/tensor_cores.h"
@@ -42,6 +44,29 @@ const Fault kFaults[] = {
     FAULT(product_of_half_a_warp),
     FAULT(products_at_two_places),
     FAULT(not_rounded_to_tf32),
+    FAULT(copy_never_waited_for),
+    FAULT(copy_read_before_the_wait),
+    FAULT(wait_that_leaves_one_too_many),
+    FAULT(copy_not_committed),
+    FAULT(missing_barrier_after_a_copy),
+    FAULT(copy_over_what_others_read),
+    FAULT(copy_from_beyond_a_tensor),
+    FAULT(copy_to_a_misaligned_address),
+    FAULT(copy_from_a_misaligned_address),
+    FAULT(copy_beyond_shared_memory),
+    FAULT(copy_from_shared_memory),
+    FAULT(source_written_under_a_copy),
+    FAULT(destination_written_under_a_copy),
+    FAULT(group_barrier_of_too_many),
+    FAULT(group_barrier_of_too_few),
+    FAULT(group_barrier_in_a_turn_that_was),
+    FAULT(group_barrier_of_a_launch_apart),
+    FAULT(counter_that_is_not_zero),
+    FAULT(block_that_leaves_its_group),
+    FAULT(missing_group_barrier),
+    FAULT(partial_of_another_group),
+    FAULT(partial_overwritten_before_all_read_it),
+    FAULT(too_many_to_be_resident),
     FAULT(missing_threadfence),
     FAULT(cross_block_race),
     FAULT(cross_block_race_around_a_barrier),
@@ -53,6 +78,7 @@ const Fault kFaults[] = {
     FAULT(grid_too_tall),
     FAULT(too_much_shared),
     FAULT(too_much_static_shared),
+    FAULT(too_much_shared_together),
     FAULT(another_stream),
     FAULT(missing_guard),
     FAULT(missing_launch_check),

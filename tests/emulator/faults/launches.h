@@ -7,7 +7,6 @@
 
 namespace {
 
-void nothing() {}
 template <bool kFault>
 void too_many_threads() {
   launch(nothing, 1, dim3(kFault ? 1056 : 1024), 0);
@@ -22,7 +21,7 @@ void grid_too_tall() {
 }
 template <bool kFault>
 void too_much_shared() {
-  launch(nothing, 1, 32, (48 << 10) + (kFault ? 1 : 0));
+  launch(nothing, 1, 32, (227 << 10) + (kFault ? 1 : 0));
 }
 template <bool kFault>
 void fill_arrays(float* out) {
@@ -34,6 +33,13 @@ template <bool kFault>
 void too_much_static_shared() {
   Global<float> out(32);
   launch(fill_arrays<kFault>, 1, 32, 0, out.data);
+}
+// A kernel opts in by its dynamic memory alone.
+template <bool kFault>
+void too_much_shared_together() {
+  Global<float> out(32);
+  launch(fill_arrays<false>, 1, 32, 1152, out.data);
+  launch(fill_arrays<false>, 1, 32, kFault ? 1153 : (227 << 10) - 48000, out.data);
 }
 
 template <bool kFault>
