@@ -133,68 +133,72 @@ struct RowStore {
   static constexpr int kBytes = Turn::kOut * kPixels * kPitch<kVectors>;
   unsigned to[kRounds];
 
-  __device__ __forceinline__ static int pixel(int i) { return threadIdx.x / kVectors + 32 * i; }
+  static __device__ __forceinline__ int pixel(int i) { return threadIdx.x / kVectors + 32 * i; }
 
-  __device__ __forceinline__ void enter(const RowStream& s, const RowTensor<T>& rows, unsigned set, unsigned first) {
-    const unsigned vector = first + threadIdx.x % kVectors;
+  __device__ __forceinline__ void enter(const RowStream& s, const RowTensor<T>& rows, const StreamPart& part, unsigned set) {
+    const unsigned vector = part.vector + threadIdx.x % kVectors;
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
-      const int column = pixel(i) % kPixels, position = column / Turn::kOutColumns, panel = position / s.panel;
-      unsigned image = set * s.panels + panel;
-      bool there = image < s.images && vector < static_cast<unsigned>(s.vectors) && position % s.panel < s.tile;
-      const int x = (s.tiles.split(image) * s.tile + position % s.panel) * Turn::kOutColumns + column % Turn::kOutColumns - rows.left;
-      there = there && x >= 0 && x < rows.W;
-      to[i] = there ? (image * rows.H * rows.W + x) * s.vectors + vector : kNowhere;
+      const int column = pixel(i) % kPixels, position = column / Turn::kOutColumns, panel = position / s.panel, in_panel = position % s.panel;
+      const int x = (static_cast<int>(part.column) + in_panel) * Turn::kOutColumns + column % Turn::kOutColumns - rows.left;
+      const unsigned image = set * s.panels + panel;
+      const bool there = image < s.images && vector < static_cast<unsigned>(s.vectors) && in_panel < s.tile && x >= 0 && x < rows.W;
+      to[i] = there ? image * rows.H * rows.step + x * s.vectors + vector : kNowhere;
     }
   }
 
-  __device__ __forceinline__ void store(const RowStream& s, const RowTensor<T>& rows, int row, const unsigned char* shared) const {
+  __device__ __forceinline__ void store(const RowTensor<T>& rows, int row, const unsigned char* shared) const {
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       const int y = row + pixel(i) / kPixels;
       if (to[i] == kNowhere || y < 0 || y >= rows.H) continue;
       const uint4 v = *reinterpret_cast<const uint4*>(shared + pixel(i) * kPitch<kVectors> + threadIdx.x % kVectors * 16);
-      store_access(reinterpret_cast<uint4*>(rows.data + (size_t{to[i]} + static_cast<unsigned>(y * rows.W) * size_t(s.vectors)) * kPacked), v);
+      store_access(reinterpret_cast<uint4*>(rows.data + size_t{to[i] + static_cast<unsigned>(y) * rows.step} * kPacked), v);
     }
   }
 };
 
+// How many accesses of a pixel a block has, which are whole groups, and how many blocks share a multiprocessor.
+template <int kWidth>
+constexpr int kColumnsOf = kWidth == 24 ? 6 : 8;
+template <int kWidth>
+constexpr int kBlocksOf = kWidth <= 8 ? 3 : 2;
+
 template <typename T, typename Turn, int kWidth>
-__global__ void __launch_bounds__(kColumnsOf<kWidth> * 32, kWidth <= 8 ? 3 : 2)
+__global__ void __launch_bounds__(kColumnsOf<kWidth> * 32, kBlocksOf<kWidth>)
     grouped_rows_kernel(RowStream s, TurnShape shape, RowTensor<const T> x, Filters<T> filters, const T* __restrict__ bias, RowTensor<T> y) {
   constexpr int kVectors = kColumnsOf<kWidth>, kWarm = (Turn::kRows - 1) / Turn::kOut, kDepth = Turn::kDepth;
   using Copy = RowCopy<T, Turn::kInColumns, Turn::kHalo, 16 * Turn::kTiles, kVectors>;
   using Store = RowStore<T, Turn, kVectors>;
   GPU_DYN_SHARED(unsigned char, shared);
-  unsigned part = blockIdx.x;
-  const unsigned first = static_cast<unsigned>(s.channel_tiles.split(part)) * kVectors;
-  const unsigned begin = part * s.part, end = begin + s.part < s.total ? begin + s.part : s.total;
-  const unsigned warm = begin > kWarm ? begin - kWarm : 0;
+  const StreamPart part(s, kVectors);
+  StreamPlace finished(s, part.begin);
+  const unsigned warm = part.begin - static_cast<unsigned>(smaller(kWarm, finished.turn));  // outputs of a part have rows before it
   const int row_bytes = Copy::bytes(s), turn_bytes = Turn::kIn * row_bytes;
   unsigned char* const done = shared + kDepth * turn_bytes;
 
   Copy copy;
   StreamPlace ahead(s, warm);
-  copy.enter(s, x, ahead.set, first);
+  copy.enter(s, x, part, ahead.set);
   int slot_ahead = 0;
   const auto copy_next = [&] {
 #pragma unroll
     for (int i = 0; i < Turn::kIn; ++i)
-      copy.copy(s, x, ahead.turn * Turn::kIn + i - shape.top, shared + slot_ahead * turn_bytes + i * row_bytes);
-    if (ahead.next(s)) copy.enter(s, x, ahead.set, first);
+      copy.copy(x, ahead.turn * Turn::kIn + i - shape.top, shared + slot_ahead * turn_bytes + i * row_bytes);
+    if (ahead.next(s)) copy.enter(s, x, part, ahead.set);
     slot_ahead = slot_ahead + 1 == kDepth ? 0 : slot_ahead + 1;
   };
 #pragma unroll 1
   for (unsigned k = 0; k + 1 < kDepth; ++k) {
-    if (warm + k < end) copy_next();
+    if (warm + k < part.end) copy_next();
     async_commit();
   }
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / (kWidth / 8) * (kWidth / 8);
-  const int64_t output = (first + warp) * int64_t{kPacked};
-  const bool active = first + warp < static_cast<unsigned>(s.vectors);
+  const int64_t output = (part.vector + warp) * int64_t{kPacked};
+  const bool active = part.vector + warp < static_cast<unsigned>(s.vectors);
   WarpFilters<T, kWidth> b;
-  b.load(filters, output, (first + group) * int64_t{kPacked}, active);
+  b.load(filters, output, (part.vector + group) * int64_t{kPacked}, active);
   float start[2] = {0, 0};
   if (bias != nullptr && active)
 #pragma unroll
@@ -215,20 +219,19 @@ __global__ void __launch_bounds__(kColumnsOf<kWidth> * 32, kWidth <= 8 ? 3 : 2)
   begin_rows(0);
 
   Store store;
-  StreamPlace finished(s, begin);
-  store.enter(s, y, finished.set, first);
+  store.enter(s, y, part, finished.set);
   int slot = 0;
 #pragma unroll 1
-  for (unsigned t = warm; t <= end; ++t) {
+  for (unsigned t = warm; t <= part.end; ++t) {
     async_wait<kDepth - 2>();
     __syncthreads();
-    if (t + kDepth - 1 < end) copy_next();
+    if (t + kDepth - 1 < part.end) copy_next();
     async_commit();
-    if (t > begin) {  // what the last turn completed
-      store.store(s, y, finished.turn * Turn::kOut - shape.above, done + (t - 1) % 2 * Store::kBytes);
-      if (finished.next(s)) store.enter(s, y, finished.set, first);
+    if (t > part.begin) {  // what the last turn completed
+      store.store(y, finished.turn * Turn::kOut - shape.above, done + (t - 1) % 2 * Store::kBytes);
+      if (finished.next(s)) store.enter(s, y, part, finished.set);
     }
-    if (t == end) break;
+    if (t == part.end) break;
     if (active) {
       add_turn<T, Turn, kWidth, kVectors>(shared + slot * turn_bytes, row_bytes, s.panel + Turn::kHalo, place, b, sums);
 #pragma unroll
@@ -273,8 +276,6 @@ void with_width(const ConvGeometry& g, const F& f) {
   f(std::integral_constant<int, 32>{});
 }
 
-constexpr int64_t kLeastTurns = 16;  // of a block, before there are more of them
-
 // A plane of images that is read, or written.
 template <typename T>
 struct ImageRows {
@@ -287,14 +288,12 @@ void stream_rows(const ConvGeometry& g, const ImageRows<const T>& x, const Image
                  int64_t turns, int64_t positions, const Filters<T>& filters, const T* bias, Stream stream) {
   with_width(g, [&](auto width) {
     constexpr int kVectors = kColumnsOf<width()>, kPositions = 16 * Turn::kTiles;
-    const RowStream s(g.N, g.C, positions, turns, kPositions, Turn::kHalo, kVectors, kConvBlocks, kLeastTurns);
-    const auto small = [](int64_t n) { return static_cast<int>(n); };
-    const RowTensor<const T> from = {x.data, small(x.H), small(x.W), small(left), Divisor(Turn::kInColumns * (s.tile + Turn::kHalo))};
-    const RowTensor<T> to = {y.data, small(y.H), small(y.W), small(y_left), Divisor(1)};
+    const RowStream s(g.N, g.C, positions, turns, kPositions, kVectors, kProcessors * kBlocksOf<width()>);
+    const RowTensor<const T> from(x.data, x.H, x.W, left, s.vectors, Turn::kInColumns * (s.tile + Turn::kHalo));
+    const RowTensor<T> to(y.data, y.H, y.W, y_left, s.vectors, 1);
     const int row_bytes = RowCopy<T, Turn::kInColumns, Turn::kHalo, kPositions, kVectors>::bytes(s);
     const size_t shared = Turn::kDepth * Turn::kIn * row_bytes + 2 * RowStore<T, Turn, kVectors>::kBytes;
-    launch(grouped_rows_kernel<T, Turn, width()>, dim3(s.channel_tiles.by * s.parts()), dim3(kVectors * 32), shared, stream, s, shape, from,
-           filters, bias, to);
+    launch(grouped_rows_kernel<T, Turn, width()>, s.grid(), dim3(kVectors * 32), shared, stream, s, shape, from, filters, bias, to);
   });
 }
 

@@ -7,13 +7,13 @@
 
 namespace cnnkern::gpu {
 
-constexpr int64_t kSumBlocks = 264;  // that keep a GPU busy: two a multiprocessor of the largest. Each leaves a part.
+constexpr int64_t kSumBlocks = 2 * kProcessors;  // each leaves a part of the sums
 
 // The turns and the parts of the sums.
 template <int kStride>
 RowStream sums_stream(const ConvGeometry& g, int vectors) {
   using Turn = ForwardTurn<kStride>;
-  return RowStream(g.N, g.C, g.OW, g.OH + Turn::kRows - 1, 16 * Turn::kTiles, Turn::kHalo, vectors, kSumBlocks, kLeastTurns);
+  return RowStream(g.N, g.C, g.OW, g.OH + Turn::kRows - 1, 16 * Turn::kTiles, vectors, kSumBlocks);
 }
 
 // Operands of 16 rows each, which are eight channels of a tap's pixels twice: tile j has the `halves` 2 j and 2 j + 1 of a row of taps.
@@ -34,33 +34,31 @@ __global__ void __launch_bounds__(kColumnsOf<kWidth> * 32, 2)
   using CopyX = RowCopy<T, Turn::kInColumns, Turn::kHalo, kPositions, kVectors>;
   using CopyY = RowCopy<T, 1, 0, kPositions, kVectors>;
   GPU_DYN_SHARED(unsigned char, shared);
-  unsigned part = blockIdx.x;
-  const unsigned first = static_cast<unsigned>(s.channel_tiles.split(part)) * kVectors;
-  const unsigned begin = part * s.part, end = begin + s.part < s.total ? begin + s.part : s.total;
-  const unsigned last = end + Turn::kRows - 1 < s.total ? end + Turn::kRows - 1 : s.total;  // rows of x that meet the block's of dy
+  const StreamPart part(s, kVectors);
+  const unsigned last = static_cast<unsigned>(smaller(part.end + Turn::kRows - 1, s.total));  // rows of x that meet the block's of dy
   const int row_bytes = CopyX::bytes(s), dy_at = Turn::kIn * row_bytes, turn_bytes = dy_at + CopyY::bytes(s);
 
   CopyX copy_x;
   CopyY copy_y;
-  StreamPlace ahead(s, begin);
-  copy_x.enter(s, x, ahead.set, first), copy_y.enter(s, dy, ahead.set, first);
+  StreamPlace ahead(s, part.begin);
+  copy_x.enter(s, x, part, ahead.set), copy_y.enter(s, dy, part, ahead.set);
   int slot_ahead = 0;
   const auto copy_next = [&](unsigned t) {
     unsigned char* const to = shared + slot_ahead * turn_bytes;
 #pragma unroll
-    for (int i = 0; i < Turn::kIn; ++i) copy_x.copy(s, x, ahead.turn * Turn::kIn + i - top, to + i * row_bytes);
-    copy_y.copy(s, dy, t < end ? ahead.turn : -1, to + dy_at);
-    if (ahead.next(s)) copy_x.enter(s, x, ahead.set, first), copy_y.enter(s, dy, ahead.set, first);
+    for (int i = 0; i < Turn::kIn; ++i) copy_x.copy(x, ahead.turn * Turn::kIn + i - top, to + i * row_bytes);
+    copy_y.copy(dy, t < part.end ? ahead.turn : -1, to + dy_at);
+    if (ahead.next(s)) copy_x.enter(s, x, part, ahead.set), copy_y.enter(s, dy, part, ahead.set);
     slot_ahead = slot_ahead + 1 == kDepth ? 0 : slot_ahead + 1;
   };
 #pragma unroll 1
   for (unsigned k = 0; k + 1 < kDepth; ++k) {
-    if (begin + k < last) copy_next(begin + k);
+    if (part.begin + k < last) copy_next(part.begin + k);
     async_commit();
   }
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / Tiles::kChunks * Tiles::kChunks;
-  const bool active = first + warp < static_cast<unsigned>(s.vectors);
+  const bool active = part.vector + warp < static_cast<unsigned>(s.vectors);
   const auto place = [&](int position) {
     return (position / s.panel * Turn::kInColumns * (s.panel + Turn::kHalo) + position % s.panel) * kPitch<kVectors> + 16 * group;
   };
@@ -77,7 +75,7 @@ __global__ void __launch_bounds__(kColumnsOf<kWidth> * 32, 2)
 
   int slot = 0;
 #pragma unroll 1
-  for (unsigned t = begin; t < last; ++t) {
+  for (unsigned t = part.begin; t < last; ++t) {
     async_wait<kDepth - 2>();
     __syncthreads();
     if (t + kDepth - 1 < last) copy_next(t + kDepth - 1);
@@ -120,10 +118,10 @@ __global__ void __launch_bounds__(kColumnsOf<kWidth> * 32, 2)
   }
   if (!active) return;
   const int column = lane % 4 * 2;
-  const int64_t output = (first + warp) * int64_t{kPacked} + column;
+  const int64_t output = (part.vector + warp) * int64_t{kPacked} + column;
   if (lane < 4) {
     const float pair[2] = {dy_sum[0], dy_sum[1]};
-    write<2>(&sums.at(part, output, sums.taps), pair);
+    write<2>(&sums.at(part.index, output, sums.taps), pair);
   }
 #pragma unroll
   for (int ky = 0; ky < 3; ++ky)
@@ -132,7 +130,7 @@ __global__ void __launch_bounds__(kColumnsOf<kWidth> * 32, 2)
       const int input = Tiles::chunk(half) * 8 + lane / 4 - (kWidth == 8 ? column / width * width : 0);
       const float* const values = sum[ky][half / 2] + half % 2 * 2;
       const float pair[2] = {values[0], values[1]};
-      if (input >= 0 && input < width) write<2>(&sums.at(part, output, input * kSquare + ky * 3 + Tiles::kx(half)), pair);
+      if (input >= 0 && input < width) write<2>(&sums.at(part.index, output, input * kSquare + ky * 3 + Tiles::kx(half)), pair);
     }
 }
 
@@ -153,13 +151,12 @@ void sum_grouped_rows(const ConvGeometry& g, const T* dy, const T* x, const Part
   with_width(g, [&](auto width) {
     constexpr int kVectors = kColumnsOf<width()>, kPositions = 16 * Turn::kTiles, kDepth = kStride == 1 ? 4 : 3;
     const RowStream s = sums_stream<kStride>(g, kVectors);
-    const auto small = [](int64_t n) { return static_cast<int>(n); };
-    const RowTensor<const T> of_x = {x, small(g.H), small(g.W), g.pw, Divisor(Turn::kInColumns * (s.panel + Turn::kHalo))};
-    const RowTensor<const T> of_dy = {dy, small(g.OH), small(g.OW), 0, Divisor(s.panel)};
+    const RowTensor<const T> of_x(x, g.H, g.W, g.pw, s.vectors, Turn::kInColumns * (s.panel + Turn::kHalo));
+    const RowTensor<const T> of_dy(dy, g.OH, g.OW, 0, s.vectors, s.panel);
     const size_t turn = Turn::kIn * RowCopy<T, Turn::kInColumns, Turn::kHalo, kPositions, kVectors>::bytes(s) +
                         RowCopy<T, 1, 0, kPositions, kVectors>::bytes(s);
-    launch(grouped_rows_sums_kernel<T, kStride, width()>, dim3(s.channel_tiles.by * s.parts()), dim3(kVectors * 32), kDepth * turn, stream, s, g.ph,
-           small(g.inputs()), of_x, of_dy, sums);
+    launch(grouped_rows_sums_kernel<T, kStride, width()>, s.grid(), dim3(kVectors * 32), kDepth * turn, stream, s, g.ph,
+           static_cast<int>(g.inputs()), of_x, of_dy, sums);
   });
 }
 
