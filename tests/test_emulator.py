@@ -117,7 +117,12 @@ EVERY_KERNEL = {
             for k in (3, 5, 7)
             for stride in (1, 2)
         ),
-        *(((2, 16, 10, 9), "contiguous", {"width": 8, "stride": stride}) for stride in (1, 2)),
+        *(
+            ((2, 48, 10, 9), layout, {"width": width, "stride": stride})
+            for layout, widths in (("contiguous", (8,)), ("channels_last", (4, 8, 16, 24, 32)))
+            for width in widths
+            for stride in (1, 2)
+        ),
         ((2, 3, 6, 7), "contiguous", {"dilation": 2, "padding": 2}),  # for any convolution
     ],
     "layer_norm": [
@@ -245,19 +250,25 @@ def test_the_emulator_answers_and_stands_aside():
 # ---- grouped convolutions: kernels and library ------------------------------------------------------------------
 
 
+OF_16_BITS = (torch.bfloat16, torch.float16)
+ALL = (torch.float32, *OF_16_BITS)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(
-    ("variant", "planes", "rows"),  # ours in contiguous layout and in channels_last, but for float64, where all are
+    ("variant", "planes", "rows"),  # ours in contiguous layout, in channels_last, but for float64, where all are
     [
-        ({}, True, True),
-        ({"kernel": (4, 9), "padding": (0, 5), "stride": 2}, True, True),
-        ({"width": 8}, True, False),
-        ({"width": 2, "stride": 2}, True, False),
-        ({"width": 4, "kernel": 5, "padding": 2}, False, False),
-        ({"width": 4, "dilation": 2, "padding": 2}, False, False),
-        ({"multiplier": 2}, False, False),
+        ({}, ALL, ALL),
+        ({"kernel": (4, 9), "padding": (0, 5), "stride": 2}, ALL, ALL),
+        ({"width": 8}, ALL, OF_16_BITS),
+        ({"width": 2, "stride": 2}, ALL, OF_16_BITS),
+        ({"width": 24, "padding": 2}, (torch.float32,), OF_16_BITS),
+        ({"width": 8, "padding": 3}, ALL, ()),
+        ({"width": 4, "kernel": 5, "padding": 2}, (), ()),
+        ({"width": 4, "dilation": 2, "padding": 2}, (), ()),
+        ({"multiplier": 2}, (), ()),
     ],
     ids=str,
 )
@@ -270,7 +281,7 @@ def test_who_answers_for_a_grouped_convolution(variant, planes, rows, layout, dt
     monkeypatch.setenv("EMULATOR_ORDER", "sideways")  # whatever is launched fails
     with emulator.Emulator():
         for operator, given in ((forward, arguments), case.backward_call(inputs, dy)):
-            if (planes if layout == "contiguous" else rows) or dtype == torch.float64:
+            if dtype in (planes if layout == "contiguous" else rows) or dtype == torch.float64:
                 with pytest.raises(RuntimeError, match="forward, reverse or random:SEED; got sideways"):
                     operator(*given)
             else:

@@ -111,23 +111,26 @@ struct WeightGradient {
   int kh, kw;
 };
 
-constexpr int kSumColumns = 32, kSumSlices = 32;
+// Threads of a block that add parts of one value, and values of a block.
+template <int kSlices>
+constexpr int kSumColumns = kSlices == 32 ? 32 : 256 / kSlices;
 
 // Adds the parts in an order of their own, in double.
-template <typename T>
-__global__ void __launch_bounds__(kSumColumns* kSumSlices)
+template <typename T, int kSlices>
+__global__ void __launch_bounds__(kSumColumns<kSlices>* kSlices)
     sum_parts_kernel(PartialSums<compute_t<T>> sums, WeightGradient<T> gradient) {
-  GPU_SHARED(double, scratch, kSumColumns* kSumSlices);
-  const int column = threadIdx.x % kSumColumns, slice = threadIdx.x / kSumColumns;
-  const int64_t value = static_cast<int64_t>(blockIdx.x) * kSumColumns + column;
+  constexpr int kColumns = kSumColumns<kSlices>;
+  GPU_SHARED(double, scratch, kColumns* kSlices);
+  const int column = threadIdx.x % kColumns, slice = threadIdx.x / kColumns;
+  const int64_t value = static_cast<int64_t>(blockIdx.x) * kColumns + column;
   double sum = 0;
   if (value < sums.values())
 #pragma unroll 8
-    for (int64_t part = slice; part < sums.parts; part += kSumSlices) sum += sums.data[part * sums.values() + value];
-  scratch[slice * kSumColumns + column] = sum;
+    for (int64_t part = slice; part < sums.parts; part += kSlices) sum += sums.data[part * sums.values() + value];
+  scratch[slice * kColumns + column] = sum;
   __syncthreads();
-  for (int half = kSumSlices / 2; half > 0; half /= 2) {
-    if (slice < half) scratch[slice * kSumColumns + column] += scratch[(slice + half) * kSumColumns + column];
+  for (int half = kSlices / 2; half > 0; half /= 2) {
+    if (slice < half) scratch[slice * kColumns + column] += scratch[(slice + half) * kColumns + column];
     __syncthreads();
   }
   if (slice != 0 || value >= sums.values()) return;
@@ -145,8 +148,14 @@ __global__ void __launch_bounds__(kSumColumns* kSumSlices)
 
 template <typename T>
 void sum_parts(const PartialSums<compute_t<T>>& sums, const WeightGradient<T>& gradient, Stream stream) {
-  launch(sum_parts_kernel<T>, dim3(static_cast<unsigned>(divup(sums.values(), kSumColumns))), dim3(kSumColumns * kSumSlices), 0,
-         stream, sums, gradient);
+  const auto by = [&](auto slices) {
+    constexpr int kColumns = kSumColumns<slices()>;
+    launch(sum_parts_kernel<T, slices()>, dim3(static_cast<unsigned>(divup(sums.values(), kColumns))), dim3(kColumns * slices()), 0, stream, sums,
+           gradient);
+  };
+  if (sums.parts >= 256) return by(std::integral_constant<int, 32>{});
+  if (sums.parts >= 64) return by(std::integral_constant<int, 8>{});
+  by(std::integral_constant<int, 2>{});
 }
 
 }  // namespace cnnkern::gpu

@@ -4,7 +4,9 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <tuple>
 
 #include "aten.h"
@@ -48,8 +50,12 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
 // time in contiguous layout, which it converts: it did groups of 16 at 13 TFLOP/s there, and in the same time would do groups of 32
 // at 26. Guessed: that ours do half of the 67 TFLOP/s of its fp32 units, and so are ahead of both; that in 16 bits, where tensor cores
 // do twice as much and half the bytes are converted, this ends at 8 channels; and that ours are ahead in all other depthwise convolutions.
-bool left_to_library(const ConvGeometry& g, at::ScalarType type) {
+// In channels_last and 16 bits ours are on tensor cores, of memory that begins as their vectors do.
+bool left_to_library(const ConvGeometry& g, std::initializer_list<Tensor> read) {
+  const auto type = read.begin()->scalar_type();
   if (type == at::kDouble || (g.inputs() == 1 && g.outputs() == 1)) return false;
+  if (type != at::kFloat && gpu::grouped_rows_take(g))
+    return !std::all_of(read.begin(), read.end(), [](const Tensor& t) { return gpu::aligned_to_vectors(t.const_data_ptr()); });
   return !gpu::grouped_planes_take(g) || (type != at::kFloat && g.inputs() > 8);
 }
 
@@ -94,7 +100,7 @@ Tensor grouped_conv2d_cuda(const Tensor& x, const Tensor& weight, const Optional
   if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
   const auto format = result_format(x, weight);
   const ConvGeometry g = geometry(x, weight, stride, padding, dilation, groups, format == at::MemoryFormat::ChannelsLast);
-  if (left_to_library(g, x.scalar_type())) return by_library();
+  if (left_to_library(g, {x})) return by_library();
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor x_ = x.contiguous(format), weight_ = in_layout(weight), bias_ = b.defined() ? b.contiguous() : b;
   const Tensor y = aten::empty({g.N, g.O, g.OH, g.OW}, x.options().memory_format(format));
@@ -126,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cuda(const Tensor& dy
   TORCH_CHECK(dy.sizes() == at::IntArrayRef({g.N, g.O, g.OH, g.OW}) && dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
               "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.O, g.OH, g.OW}), " on ",
               x.device(), " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
-  if (left_to_library(g, x.scalar_type())) return by_library();
+  if (left_to_library(g, {x, dy})) return by_library();
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor dy_ = dy.contiguous(format), weight_ = in_layout(weight);
   const Tensor dx = output_mask[0] ? aten::empty(x.sizes(), x.options().memory_format(format)) : none;

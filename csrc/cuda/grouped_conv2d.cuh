@@ -1,7 +1,8 @@
 // grouped_conv2d: y = conv2d(x, weight, bias). Backward: dx, dweight, dbias.
 // Depthwise with a kernel of 3x3, 5x5 or 7x7 and stride 1 or 2: depthwise_planes.cuh and depthwise_rows.cuh. Groups of up
-// to kMostWide channels with a kernel of 3x3, in planes: grouped_planes.cuh. Anything else: conv_any.cuh. At stride 1 the
-// gradient of the input is the same convolution of dy, with filters turned round.
+// to kMostWide channels with a kernel of 3x3, in planes: grouped_planes.cuh; in rows, of 16 bits: grouped_rows.cuh and
+// grouped_rows_sums.cuh. Anything else: conv_any.cuh. At stride 1 the gradient of the input is the same convolution of dy, with
+// filters turned round.
 // The gradient of the weight is summed by blocks over parts of the outputs, whose sums a second kernel adds in their
 // order. How work is cut into parts depends on the shape alone, so results repeat bit for bit.
 // Traffic in tensors read or written: 2 forward, 4 backward, while the caches hold what neighbouring threads share.
@@ -11,17 +12,19 @@
 #include "cuda/depthwise_planes.cuh"
 #include "cuda/depthwise_rows.cuh"
 #include "cuda/grouped_planes.cuh"
+#include "cuda/grouped_rows_sums.cuh"
 
 namespace cnnkern::gpu {
 
 // Which kernels take a convolution.
-enum class ConvPath { any, depthwise, grouped };
+enum class ConvPath { any, depthwise, grouped, rows };
 
 // a, b: the two tensors that are accessed. fp64 is left to the kernels for anything.
 template <typename T>
 ConvPath conv_path(const ConvGeometry& g, const T* a, const T* b) {
   const auto aligned = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % (kChannels * sizeof(T)) == 0; };
   if (std::is_same_v<T, double> || !g.square() || g.inputs() != g.outputs()) return ConvPath::any;
+  if (sizeof(T) == 2 && grouped_rows_take(g) && aligned_to_vectors(a) && aligned_to_vectors(b)) return ConvPath::rows;
   if (g.inputs() > 1) return grouped_planes_take(g) ? ConvPath::grouped : ConvPath::any;
   if (g.rows && (g.C % kChannels != 0 || !aligned(a) || !aligned(b))) return ConvPath::any;
   return g.kh == 3 || g.kh == 5 || g.kh == 7 ? ConvPath::depthwise : ConvPath::any;
@@ -59,6 +62,9 @@ void grouped_conv2d_forward(const ConvGeometry& g, const T* x, const T* weight, 
                : convolve_depthwise_planes<T, size(), stride()>(g, x, weight, bias, y, false, stream);
       });
     const auto filters = filters_of(g, weight, strides, false, false);
+    if constexpr (sizeof(T) == 2)
+      if (path == ConvPath::rows)
+        return with_stride(g, [&](auto stride) { convolve_grouped_rows<T, stride()>(g, x, filters, bias, y, stream); });
     with_stride(g, [&](auto stride) { convolve_grouped_planes<T, stride()>(g, x, filters, bias, y, stream); });
   }
 }
@@ -79,6 +85,9 @@ void grouped_conv2d_input_gradient(const ConvGeometry& g, const T* dy, const T* 
                  : depthwise_planes_gradient_stride_2<T, size()>(g, dy, weight, dx, stream);
       });
     const auto filters = filters_of(g, weight, strides, true, g.sh == 1);
+    if constexpr (sizeof(T) == 2)
+      if (path == ConvPath::rows)
+        return with_stride(g, [&](auto stride) { grouped_rows_gradient<T, stride()>(g, dy, filters, dx, stream); });
     g.sh == 1 ? convolve_grouped_planes<T, 1>(g, dy, filters, kNoBias, dx, stream)
               : grouped_planes_gradient_stride_2(g, dy, filters, dx, stream);
   }
@@ -90,9 +99,10 @@ PartialSums<compute_t<T>> partial_sums(const ConvGeometry& g, const T* dy, const
   const ConvPath path = conv_path<T>(g, dy, x);
   int64_t parts = divup(g.N * g.OH * g.OW, kAnyPart);
   if (path == ConvPath::grouped) parts = grouped_planes_parts(g);
+  if (path == ConvPath::rows) parts = grouped_rows_parts(g);
   if (path == ConvPath::depthwise)
     with_kernel(g, [&](auto size, auto) { parts = g.rows ? RowSumCut(g, kSumChannels<T, size()>).parts : depthwise_planes_parts(g); });
-  return {nullptr, parts, g.O, static_cast<int>(g.inputs() * g.taps()), g.rows && path == ConvPath::depthwise};
+  return {nullptr, parts, g.O, static_cast<int>(g.inputs() * g.taps()), g.rows && path != ConvPath::any};
 }
 
 template <typename T>
@@ -108,6 +118,8 @@ void grouped_conv2d_weight_gradient(const ConvGeometry& g, const T* dy, const T*
       });
     if (path == ConvPath::grouped)
       with_stride(g, [&](auto stride) { sum_grouped_planes<T, stride()>(g, dy, x, sums, stream); });
+    if constexpr (sizeof(T) == 2)
+      if (path == ConvPath::rows) with_stride(g, [&](auto stride) { sum_grouped_rows<T, stride()>(g, dy, x, sums, stream); });
   }
   sum_parts(sums, gradient, stream);
 }

@@ -132,6 +132,11 @@ RULES = (
     cuda(r"^depthwise_rows_(?:gradient_)?kernel<c10::\w+, 3", "of 64 channels", dynamic_shared=2448),
     cuda(r"^depthwise_rows_(?:gradient_)?kernel<c10::\w+, 5", "the same", dynamic_shared=6800),
     cuda(r"^depthwise_rows_(?:gradient_)?kernel<c10::\w+, 7", "the same", dynamic_shared=13328),
+    cuda("^grouped_rows_kernel<.*ForwardTurn<1>", "rings of six rows, and two rows of results", dynamic_shared=43776),
+    cuda("^grouped_rows_kernel<.*ForwardTurn<2>", "of three pairs of rows, and the same", dynamic_shared=71424),
+    cuda("^grouped_rows_kernel<.*SpreadTurn", "of six rows, and twice two rows of results", dynamic_shared=33984),
+    cuda("^grouped_rows_sums_kernel<.*, 1, ", "of four rows of x and of dy", dynamic_shared=41472),
+    cuda("^grouped_rows_sums_kernel<.*, 2, ", "of three pairs of rows of x and rows of dy", dynamic_shared=76032),
     # ---- add_relu ----
     cuda(
         "^add_relu_fwd_kernel<.*, [248]>", "four vectors of either input and of y, whole and at the end", whole=(16, 8)
