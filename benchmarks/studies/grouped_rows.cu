@@ -1,11 +1,11 @@
-// The grouped convolutions of csrc/cuda/grouped_rows.cuh and grouped_rows_sums.cuh by themselves: each pass of small shapes against sums in double, then the
-// time of each pass of ResNeXt-50's layers. Needs PyTorch's headers and no library of it:
+// The grouped convolutions of csrc/cuda/grouped_rows.cuh and grouped_rows_sums.cuh by themselves: each pass of small shapes
+// against sums in double, then the time of each pass of ResNeXt-50's layers. Needs PyTorch's headers and no library of it:
 //
 //   nvcc -std=c++20 -O3 -arch=sm_90a --cudart static -Icsrc -I$TORCH/include benchmarks/studies/grouped_rows.cu -o grouped_rows
 //   ./grouped_rows [BATCH]
 //
-// Times are medians of launches on tensors that rotate through more memory than the caches hold, so the input comes from DRAM. GB/s are those of the
-// least bytes: every tensor once.
+// Times are medians over launches on tensors that take turns and are more than the caches hold. GB/s are those of the least
+// bytes: every tensor once.
 #include <algorithm>
 #include <array>
 #include <cmath>

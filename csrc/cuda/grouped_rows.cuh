@@ -165,7 +165,7 @@ template <int kWidth>
 constexpr int kBlocksOf = kWidth <= 8 ? 3 : 2;
 
 template <typename T, typename Turn, int kWidth>
-__global__ void __launch_bounds__(kColumnsOf<kWidth> * 32, kBlocksOf<kWidth>)
+__global__ void __launch_bounds__(256, kBlocksOf<kWidth>)
     grouped_rows_kernel(RowStream s, TurnShape shape, RowTensor<const T> x, Filters<T> filters, const T* __restrict__ bias, RowTensor<T> y) {
   constexpr int kVectors = kColumnsOf<kWidth>, kWarm = (Turn::kRows - 1) / Turn::kOut, kDepth = Turn::kDepth;
   using Copy = RowCopy<T, Turn::kInColumns, Turn::kHalo, 16 * Turn::kTiles, kVectors>;

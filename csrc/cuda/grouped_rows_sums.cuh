@@ -26,7 +26,7 @@ struct SumTiles {
 };
 
 template <typename T, int kStride, int kWidth>
-__global__ void __launch_bounds__(kColumnsOf<kWidth> * 32, 2)
+__global__ void __launch_bounds__(256, 2)
     grouped_rows_sums_kernel(RowStream s, int top, int width, RowTensor<const T> x, RowTensor<const T> dy, PartialSums<float> sums) {
   using Turn = ForwardTurn<kStride>;
   using Tiles = SumTiles<kWidth>;

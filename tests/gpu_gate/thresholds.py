@@ -135,6 +135,7 @@ RULES = (
     cuda("^grouped_rows_kernel<.*ForwardTurn<1>", "rings of six rows, and two rows of results", dynamic_shared=43776),
     cuda("^grouped_rows_kernel<.*ForwardTurn<2>", "of three pairs of rows, and the same", dynamic_shared=71424),
     cuda("^grouped_rows_kernel<.*SpreadTurn", "of six rows, and twice two rows of results", dynamic_shared=33984),
+    cuda("^grouped_rows_(?:sums_)?kernel<.*, 24>", "two blocks of six warps each", occupancy=0.18),
     cuda("^grouped_rows_sums_kernel<.*, 1, ", "of four rows of x and of dy", dynamic_shared=41472),
     cuda("^grouped_rows_sums_kernel<.*, 2, ", "of three pairs of rows of x and rows of dy", dynamic_shared=76032),
     # ---- add_relu ----
