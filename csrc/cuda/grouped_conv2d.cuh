@@ -9,6 +9,7 @@
 
 #include "cuda/conv_any.cuh"
 #include "cuda/depthwise_planes.cuh"
+#include "cuda/depthwise_ring.cuh"
 #include "cuda/depthwise_rows.cuh"
 #include "cuda/grouped_planes.cuh"
 
@@ -25,6 +26,12 @@ ConvPath conv_path(const ConvGeometry& g, const T* a, const T* b) {
   if (g.inputs() > 1) return grouped_planes_take(g) ? ConvPath::grouped : ConvPath::any;
   if (g.rows && (g.C % kChannels != 0 || !aligned(a) || !aligned(b))) return ConvPath::any;
   return g.kh == 3 || g.kh == 5 || g.kh == 7 ? ConvPath::depthwise : ConvPath::any;
+}
+
+// Which rows of channels the ring takes: those of whole 16-byte copies. depthwise_rows.cuh takes 16-bit ones that are not.
+template <typename T>
+bool ring_takes(const ConvGeometry& g, const T* a, const T* b) {
+  return g.rows && g.C % kVector<T> == 0 && aligned_to_vectors(a) && aligned_to_vectors(b);
 }
 
 // Calls f with the stride as a constant, and with the kernel's size.
@@ -55,6 +62,7 @@ void grouped_conv2d_forward(const ConvGeometry& g, const T* x, const T* weight, 
   if constexpr (!std::is_same_v<T, double>) {
     if (path == ConvPath::depthwise)
       return with_kernel(g, [&](auto size, auto stride) {
+        if (ring_takes(g, x, y)) return convolve_depthwise_ring<T, size(), stride()>(g, x, weight, bias, y, false, stream);
         g.rows ? convolve_depthwise_rows<T, size(), stride()>(g, x, weight, bias, y, false, stream)
                : convolve_depthwise_planes<T, size(), stride()>(g, x, weight, bias, y, false, stream);
       });
@@ -71,6 +79,12 @@ void grouped_conv2d_input_gradient(const ConvGeometry& g, const T* dy, const T* 
     constexpr const T* kNoBias = nullptr;
     if (path == ConvPath::depthwise)
       return with_kernel(g, [&](auto size, auto stride) {
+        if (ring_takes(g, dy, dx)) {
+          if constexpr (stride() == 1)
+            return convolve_depthwise_ring<T, size(), 1>(g, dy, weight, kNoBias, dx, true, stream);
+          else
+            return depthwise_ring_gradient_stride_2<T, size()>(g, dy, weight, dx, stream);
+        }
         if constexpr (stride() == 1)
           g.rows ? convolve_depthwise_rows<T, size(), 1>(g, dy, weight, kNoBias, dx, true, stream)
                  : convolve_depthwise_planes<T, size(), 1>(g, dy, weight, kNoBias, dx, true, stream);
