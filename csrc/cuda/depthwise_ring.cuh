@@ -24,14 +24,26 @@ struct RingWork {
   int N, C, H, W, OH, OW;        // of the tensors that are read (H, W) and written (OH, OW)
   int ph, pw;
   bool flipped;       // filters are turned round
-  bool odd_h, odd_w;  // RingGradient: the padding of the convolution is odd
+  int odd_h, odd_w;  // RingGradient: 1 where the padding of the convolution is odd
 };
+
+// Lane of values from the ring, widened. A shift and a mask widen two bfloat16, for which nvcc has three instructions.
+template <typename T>
+__device__ __forceinline__ void read_lane(const T* p, compute_t<T> (&out)[kLane<T>]) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const uint32_t pair = *reinterpret_cast<const uint32_t*>(p);
+    const uint32_t bits[2] = {pair << 16, pair & 0xffff0000u};
+    memcpy(out, bits, sizeof(bits));
+  } else {
+    read<kLane<T>>(p, true, out);
+  }
+}
 
 // The place of a thread in a block, and its part in copies: 16 bytes of every `step`th pixel of a row of its image.
 template <typename T>
 struct RingThread {
-  int width;                 // channels of a pixel in the ring
-  int lane, strip, image;    // first channel; numbers in the block
+  int width;               // channels of a pixel in the ring
+  int lane, strip, image;  // first channel; numbers in the block
   int chunk, pixel, step;
   __device__ __forceinline__ explicit RingThread(const RingWork& work) : width(work.lanes * kLane<T>) {
     const int slot = threadIdx.x / work.lanes;
@@ -41,18 +53,19 @@ struct RingThread {
     const int of_image = threadIdx.x - image * work.strips * work.lanes, chunks = width / kVector<T>;
     chunk = of_image % chunks * kVector<T>;
     pixel = of_image / chunks;
-    step = work.strips * work.lanes / chunks;
+    step = work.strips * (kVector<T> / kLane<T>);
   }
 
-  // Asks for `pixels` pixels of a row from `column` on. row: the first pixel of the image's row; there: it exists. With kSplit,
+  // Asks for `pixels` pixels of a row from `column` on. row: of the image, at its first pixel; there: it exists. If kStep is 2,
   // those at odd places lie behind the others, so that every second is a run.
-  template <bool kSplit>
+  template <int kStep>
   __device__ __forceinline__ void copy(const RingWork& work, const T* row, bool there, int column, int pixels, T* stage) const {
-    T* const to = stage + image * pixels * width + chunk;
+    T* to = stage + (image * pixels + pixel % kStep * ((pixels + 1) / 2) + pixel / kStep) * width + chunk;
+    const T* from = row + (column + pixel) * work.C + chunk;
     for (int p = pixel; p < pixels; p += step) {
-      const int place = kSplit ? p % 2 * ((pixels + 1) / 2) + p / 2 : p;
-      const bool inside = there && column + p >= 0 && column + p < work.W;
-      async_copy(to + place * width, row + (inside ? (column + p) * work.C + chunk : 0), inside);
+      async_copy(to, from, there && column + p >= 0 && column + p < work.W);
+      to += step / kStep * width;  // `step` is even
+      from += step * work.C;
     }
   }
 };
@@ -85,13 +98,13 @@ struct RingConvolution {
         for (int k = 0; k < V; ++k) sum[j][o][k] = j < kLag ? sum[j < kLag ? j + 1 : j][o][k] : start[k];
   }
 
-  // Adds row kPhase of a step, whose even and odd pixels begin at p[0] and p[1]. The first of a step makes it.
+  // Adds a row, whose even and odd pixels begin at p[0] and p[1]. kPhase: 0 for the last row of a step, which makes it.
   template <int kPhase>
   __device__ __forceinline__ void add(const T* (&p)[2], int width) {
 #pragma unroll
     for (int i = 0; i < (kOutputs - 1) * kStride + K; ++i) {
       S v[V];
-      read<V>(p[i % kStride], true, v);
+      read_lane(p[i % kStride], v);
       p[i % kStride] += width;
 #pragma unroll
       for (int o = 0; o < kOutputs; ++o) {
@@ -152,7 +165,7 @@ struct RingGradient {
 #pragma unroll
     for (int i = 0; i < kOutputs + kLag; ++i) {
       S v[V];
-      read<V>(p[0], true, v);
+      read_lane(p[0], v);
       p[0] += width;
 #pragma unroll
       for (int o = 0; o < 2 * kOutputs; ++o) {
@@ -171,13 +184,15 @@ struct RingGradient {
 
   // row, column: numbers of pairs. The first pair lacks its first one where the padding is odd.
   __device__ __forceinline__ void store(const RingWork& work, T* image, int row, int column) const {
-    const int h = 2 * row - (work.odd_h ? 1 : 0), w = 2 * column - (work.odd_w ? 1 : 0);
+    const int h = 2 * row - work.odd_h, w = 2 * column - work.odd_w;
+    T* p = image + (h * work.OW + w) * work.C;
+    const bool rows[2] = {h >= 0, h + 1 < work.OH};
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
-#pragma unroll
-      for (int o = 0; o < 2 * kOutputs; ++o)
-        if (h + j >= 0 && h + j < work.OH && w + o >= 0 && w + o < work.OW)
-          write<V>(image + ((h + j) * work.OW + w + o) * work.C, sum[j][o]);
+    for (int o = 0; o < 2 * kOutputs; ++o, p += work.C) {
+      if (w + o < 0 || w + o >= work.OW) continue;
+      if (rows[0]) write<V>(p, sum[0][o]);
+      if (rows[1]) write<V>(p + work.OW * work.C, sum[1][o]);
+    }
   }
 };
 
@@ -202,7 +217,7 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
 #pragma unroll
     for (int tap = 0; tap < K * K; ++tap) m.filter[tap / K][tap % K][k] = static_cast<compute_t<T>>(filter[work.flipped ? -tap : tap]);
   }
-  const int pixels = (work.strips * M::kOutputs - 1) * M::kStep + M::kSpan, stage_size = work.images * pixels * me.width;
+  const int pixels = (work.strips * M::kOutputs - 1) * M::kStep + M::kSpan, stage = work.images * pixels * me.width;
   const T* const mine = ring + (me.image * pixels + me.strip * M::kOutputs) * me.width + me.lane;
   const int odd = (pixels + 1) / 2 * me.width;  // from the even pixels of a row to the odd ones
   const unsigned end = static_cast<unsigned>(smaller(work.items, (part + int64_t{1}) * work.part));
@@ -214,38 +229,49 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
     at += count;
     const T* const from = x + static_cast<int64_t>(image) * work.H * work.W * work.C + first;
     T* const to = y + static_cast<int64_t>(image) * work.OH * work.OW * work.C + channel;
-    const int top = row * M::kStep - work.ph, left = column * M::kStep - work.pw;
-    const int bottom = static_cast<int>(smaller(work.H, top + (count - 1 + M::kLag) * M::kStep + 1));
-    const int skipped = top >= 0 ? 0 : static_cast<int>(smaller(-top / M::kStep, M::kLag));
-    const bool there = image < work.N && first + me.chunk < work.C;
-    int next = static_cast<int>(larger(0, top + skipped * M::kStep)), filled = 0, stage = 0;
+    const int steps = count + M::kLag, top = row * M::kStep - work.ph, left = column * M::kStep - work.pw;
+    // At stride 2 the last row of the image may be one that no other completes: a row of zeros then does.
+    const int height = work.H + (M::kStep == 2 && (work.H - top) % 2 == 0);
+    const int bottom = static_cast<int>(smaller(height, top + (steps - 1) * M::kStep + 1));
+    const bool copies = image < work.N && first + me.chunk < work.C, stores = exists && image < work.N;
+    const int begin = top < 0 ? 0 : top;
+    int next = begin, filled = 0, used = 0;
     const auto copy_next = [&] {
       if (next < bottom) {
-        me.template copy<M::kStep == 2>(work, from + next * work.W * work.C, there, left, pixels, ring + filled * stage_size);
+        me.template copy<M::kStep>(work, from + next * work.W * work.C, copies && next < work.H, left, pixels, ring + filled * stage);
         ++next;
         filled = filled + 1 == kDepth ? 0 : filled + 1;
       }
       async_commit();
     };
+    const auto add_row = [&](auto phase) {
+      async_wait<kDepth - 2>();
+      __syncthreads();
+      copy_next();
+      const T* p[2] = {mine + used * stage, mine + used * stage + odd};
+      m.template add<decltype(phase)::value>(p, me.width);
+      used = used + 1 == kDepth ? 0 : used + 1;
+    };
+    const auto store = [&](int t) {
+      if (t >= M::kLag && stores) m.store(work, to, row + t - M::kLag, column + me.strip * M::kOutputs);
+    };
     __syncthreads();  // all are done with the rows before
 #pragma unroll 1
     for (int i = 0; i < kDepth - 1; ++i) copy_next();
     m.begin();
-    const auto add = [&](int r, auto phase) {
-      if (r < 0 || r >= bottom) return false;
-      async_wait<kDepth - 2>();
-      __syncthreads();
-      copy_next();
-      const T* p[2] = {mine + stage * stage_size, mine + stage * stage_size + odd};
-      m.template add<decltype(phase)::value>(p, me.width);
-      stage = stage + 1 == kDepth ? 0 : stage + 1;
-      return true;
-    };
+    int t = 0;
 #pragma unroll 1
-    for (int t = skipped; t < count + M::kLag; ++t) {
-      if (!add(top + t * M::kStep, std::integral_constant<int, 0>{})) m.skip();
-      if (t >= M::kLag && exists && image < work.N) m.store(work, to, row + t - M::kLag, column + me.strip * M::kOutputs);
-      if constexpr (M::kStep == 2) add(top + t * 2 + 1, std::integral_constant<int, 1>{});
+    for (; t < steps && top + t * M::kStep < 0; ++t) store(t);
+#pragma unroll 1
+    for (; t < steps && top + t * M::kStep < bottom; ++t) {
+      if (M::kStep == 2 && top + t * 2 - 1 >= begin) add_row(std::integral_constant<int, M::kStep - 1>{});
+      add_row(std::integral_constant<int, 0>{});
+      store(t);
+    }
+#pragma unroll 1
+    for (; t < steps; ++t) {
+      m.skip();
+      store(t);
     }
   }
 }
@@ -281,7 +307,8 @@ struct RingCut {
 struct RingShape {
   int64_t H, W, OH, OW, rows, columns;
   int ph, pw;
-  bool flipped = false, odd_h = false, odd_w = false;
+  bool flipped = false;
+  int odd_h = 0, odd_w = 0;
 };
 
 // Rows of a ring, and blocks of a multiprocessor, as registers allow.
@@ -318,7 +345,7 @@ void depthwise_ring_gradient_stride_2(const ConvGeometry& g, const T* dy, const 
   using M = RingGradient<T, K, kRingPairs<K>>;
   const auto pairs = [](int64_t size, int padding) { return (size - 1 + padding) / 2 - padding / 2 + 1; };
   const RingShape shape = {g.OH, g.OW, g.H, g.W, pairs(g.H, g.ph), pairs(g.W, g.pw), M::kLag - g.ph / 2, M::kLag - g.pw / 2, false,
-                           g.ph % 2 == 1, g.pw % 2 == 1};
+                           g.ph % 2, g.pw % 2};
   launch_ring<M, kRingDepth, kRingBlocks<K>>(g, shape, dy, weight, static_cast<const T*>(nullptr), dx, stream);
 }
 
