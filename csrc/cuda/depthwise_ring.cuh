@@ -56,14 +56,14 @@ struct RingThread {
     step = work.strips * (kVector<T> / kLane<T>);
   }
 
-  // Asks for `pixels` pixels of a row from `column` on. row: of the image, at its first pixel; there: it exists. If kStep is 2,
-  // those at odd places lie behind the others, so that every second is a run.
+  // Asks for `pixels` pixels of a row of `size` from `column` on. row: of the image, at its first pixel; there: it exists. If
+  // kStep is 2, those at odd places lie behind the others, so that every second is a run.
   template <int kStep>
-  __device__ __forceinline__ void copy(const RingWork& work, const T* row, bool there, int column, int pixels, T* stage) const {
+  __device__ __forceinline__ void copy(const RingWork& work, const T* row, bool there, int column, int size, int pixels, T* stage) const {
     T* to = stage + (image * pixels + pixel % kStep * ((pixels + 1) / 2) + pixel / kStep) * width + chunk;
     const T* from = row + (column + pixel) * work.C + chunk;
     for (int p = pixel; p < pixels; p += step) {
-      async_copy(to, from, there && column + p >= 0 && column + p < work.W);
+      async_copy(to, from, there && column + p >= 0 && column + p < size);
       to += step / kStep * width;  // `step` is even
       from += step * work.C;
     }
@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
     int next = begin, filled = 0, used = 0;
     const auto copy_next = [&] {
       if (next < bottom) {
-        me.template copy<M::kStep>(work, from + next * work.W * work.C, copies && next < work.H, left, pixels, ring + filled * stage);
+        me.template copy<M::kStep>(work, from + next * work.W * work.C, copies && next < work.H, left, work.W, pixels, ring + filled * stage);
         ++next;
         filled = filled + 1 == kDepth ? 0 : filled + 1;
       }
@@ -285,30 +285,36 @@ inline int ring_lanes(int64_t words) {
   return 8;
 }
 
-// How rows of `columns` outputs (or pairs of them), `rows` of them an image, are cut into blocks.
-struct RingCut {
-  int lanes, strips, images;
-  int64_t tiles, column_tiles, items, part;
-  RingCut(int64_t N, int64_t words, int64_t rows, int64_t columns, int outputs, int blocks) : lanes(ring_lanes(words)), tiles(divup(words, lanes)) {
-    const int64_t slots = kRingThreads / lanes, all = divup(columns, outputs);
-    column_tiles = divup(all, slots);
-    strips = static_cast<int>(divup(all, column_tiles));
-    images = static_cast<int>(smaller(N, slots / strips));
-    items = rows * column_tiles * divup(N, images);
-    part = divup(items, larger(1, kRingProcessors * blocks / tiles));
-    if (part < kLeast) part = smaller(kLeast, rows);
-  }
-  static constexpr int64_t kLeast = 4;  // rows of a block
-  unsigned blocks() const { return static_cast<unsigned>(tiles * divup(items, part)); }
-  unsigned threads() const { return static_cast<unsigned>(lanes * strips * images); }
-};
-
 // What is read (H, W) and written (OH, OW) in `rows` by `columns` outputs, or pairs of them.
 struct RingShape {
   int64_t H, W, OH, OW, rows, columns;
   int ph, pw;
   bool flipped = false;
   int odd_h = 0, odd_w = 0;
+};
+
+// How they are cut into blocks: at least four rows each, at most `most`, and as many blocks as a GPU runs at once, or twice, thrice...
+struct RingCut {
+  int lanes, strips, images;
+  int64_t tiles, column_tiles, items, part;
+  RingCut(int64_t N, int64_t words, int64_t rows, int64_t columns, int outputs, int blocks, int64_t most = int64_t{1} << 31)
+      : lanes(ring_lanes(words)), tiles(divup(words, lanes)) {
+    const int64_t slots = kRingThreads / lanes, all = divup(columns, outputs);
+    column_tiles = divup(all, slots);
+    strips = static_cast<int>(divup(all, column_tiles));
+    images = static_cast<int>(smaller(N, slots / strips));
+    items = rows * column_tiles * divup(N, images);
+    const int64_t at_once = larger(1, kRingProcessors * blocks / tiles);
+    part = larger(divup(items, at_once * divup(items, at_once * most)), smaller(4, rows));
+  }
+  int64_t parts() const { return divup(items, part); }
+  unsigned blocks() const { return static_cast<unsigned>(tiles * parts()); }
+  unsigned threads() const { return static_cast<unsigned>(lanes * strips * images); }
+  RingWork work(const ConvGeometry& g, const RingShape& s) const {
+    const auto small = [](int64_t n) { return static_cast<int>(n); };
+    return {Divisor(s.rows), Divisor(column_tiles), Divisor(tiles), static_cast<unsigned>(items), static_cast<unsigned>(part), lanes, strips,
+            images, small(g.N), small(g.C), small(s.H), small(s.W), small(s.OH), small(s.OW), s.ph, s.pw, s.flipped, s.odd_h, s.odd_w};
+  }
 };
 
 // Rows of a ring, and blocks of a multiprocessor, as registers allow.
@@ -318,14 +324,10 @@ constexpr int kRingBlocks = K == 3 ? 4 : K == 5 ? 3 : 2;
 
 template <typename M, int kDepth, int kBlocks, typename T>
 void launch_ring(const ConvGeometry& g, const RingShape& s, const T* x, const T* weight, const T* bias, T* y, Stream stream) {
-  const auto small = [](int64_t n) { return static_cast<int>(n); };
   const RingCut cut(g.N, divup(g.C, M::V), s.rows, s.columns, M::kOutputs, kBlocks);
-  const RingWork work = {Divisor(s.rows), Divisor(cut.column_tiles), Divisor(cut.tiles), static_cast<unsigned>(cut.items),
-                         static_cast<unsigned>(cut.part), cut.lanes, cut.strips, cut.images, small(g.N), small(g.C), small(s.H), small(s.W),
-                         small(s.OH), small(s.OW), s.ph, s.pw, s.flipped, s.odd_h, s.odd_w};
   const size_t pixels = (cut.strips * M::kOutputs - 1) * M::kStep + M::kSpan;
   launch(depthwise_ring_kernel<M, kDepth, kBlocks>, dim3(cut.blocks()), dim3(cut.threads()),
-         kDepth * cut.images * pixels * cut.lanes * M::V * sizeof(T), stream, work, x, weight, bias, y);
+         kDepth * cut.images * pixels * cut.lanes * M::V * sizeof(T), stream, cut.work(g, s), x, weight, bias, y);
 }
 
 template <typename T, int K, int kStride>

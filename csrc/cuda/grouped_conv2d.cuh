@@ -9,7 +9,7 @@
 
 #include "cuda/conv_any.cuh"
 #include "cuda/depthwise_planes.cuh"
-#include "cuda/depthwise_ring.cuh"
+#include "cuda/depthwise_ring_sums.cuh"
 #include "cuda/depthwise_rows.cuh"
 #include "cuda/grouped_planes.cuh"
 
@@ -105,7 +105,12 @@ PartialSums<compute_t<T>> partial_sums(const ConvGeometry& g, const T* dy, const
   int64_t parts = divup(g.N * g.OH * g.OW, kAnyPart);
   if (path == ConvPath::grouped) parts = grouped_planes_parts(g);
   if (path == ConvPath::depthwise)
-    with_kernel(g, [&](auto size, auto) { parts = g.rows ? RowSumCut(g, kSumChannels<T, size()>).parts : depthwise_planes_parts(g); });
+    with_kernel(g, [&](auto size, auto stride) {
+      if (ring_takes(g, dy, x))
+        parts = ring_sum_cut<T, size(), stride()>(g).parts();
+      else
+        parts = g.rows ? RowSumCut(g, kSumChannels<T, size()>).parts : depthwise_planes_parts(g);
+    });
   return {nullptr, parts, g.O, static_cast<int>(g.inputs() * g.taps()), g.rows && path == ConvPath::depthwise};
 }
 
@@ -117,6 +122,7 @@ void grouped_conv2d_weight_gradient(const ConvGeometry& g, const T* dy, const T*
   if constexpr (!std::is_same_v<T, double>) {
     if (path == ConvPath::depthwise)
       with_kernel(g, [&](auto size, auto stride) {
+        if (ring_takes(g, dy, x)) return sum_depthwise_ring<T, size(), stride()>(g, dy, x, sums, stream);
         g.rows ? sum_depthwise_rows<T, size(), stride()>(g, dy, x, sums, stream)
                : sum_depthwise_planes<T, size(), stride()>(g, dy, x, sums, stream);
       });
