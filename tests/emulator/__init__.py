@@ -67,7 +67,7 @@ def build(target: str) -> Path:
         )
         link = ["-shared", *native.torch_libraries()]
     # The runtime itself is compiled without a sanitizer for every tool: it speaks to them by their interfaces.
-    objects = [program, _object(HERE / "emulator.cpp", BUILD / "emulator.o")]
+    objects = [program, *(_object(HERE / f"{part}.cpp", BUILD / f"{part}.o") for part in ("emulator", "tensor_cores"))]
     if name != "faults":
         observer = "profile" if tool == "profile" else "launches"
         objects.append(_object(HERE / f"{observer}.cpp", BUILD / f"{observer}.o"))

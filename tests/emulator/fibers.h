@@ -4,7 +4,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <array>
 #include <cstdint>
 #include <new>
 #include <vector>
@@ -39,7 +38,6 @@ namespace {
 
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStackBytes = 256 << 10;
-constexpr size_t kSets = 5;  // of fibers
 constexpr unsigned kNoSync = 1;  // __tsan_switch_to_fiber: a switch orders nothing
 
 // ---- sanitizers -------------------------------------------------------------------------------------------------
@@ -57,9 +55,14 @@ struct Token {
 
 // ---- fibers -----------------------------------------------------------------------------------------------------
 
-enum class State { runnable, at_barrier, in_exchange, exited };
+enum class State { runnable, at_barrier, at_group_barrier, in_exchange, exited };
+
+struct Block;
 
 struct Fiber {
+  Block* block = nullptr;
+  unsigned thread = 0;  // of it
+
 #ifdef EMULATOR_UCONTEXT
   ucontext_t context;
 #else
@@ -72,18 +75,17 @@ struct Fiber {
   void* tsan = nullptr;
 
   State state = State::exited;
-  Place place{};  // of the barrier or exchange
+  Place place{};  // of what it waits in
   // The value given to an exchange and, when it is done, what came of it.
   uint64_t value = 0;
   int source = 0;
+  void* brought = nullptr;  // to an operation of the whole warp, on its own stack
+  std::vector<Copy> copies;  // that it has begun, and from [ended_copies] on not waited for
+  size_t ended_copies = 0;
+  unsigned groups = 0;  // of copies, that it has committed
 };
 
 Fiber host;
-// Blocks take these sets in turn. To ThreadSanitizer, which hears of nothing that orders the threads of two sets, a race
-// between blocks then shows; one that comes back to a set counts as ordered after its predecessor there. A set has
-// stacks of its own, or their reuse would look like a race. Without ThreadSanitizer one set does.
-std::array<std::vector<Fiber>, kSets> sets;
-Fiber* fibers = nullptr;  // of the set whose turn it is; [i] is thread i of the block
 Fiber *current = &host, *previous = &host;
 
 #ifdef EMULATOR_UCONTEXT
@@ -114,15 +116,12 @@ emulator_switch:
 void switch_stacks(Fiber& from, Fiber& to) { emulator_switch(&from.stack_pointer, to.stack_pointer); }
 #endif
 
-void set_thread_index(size_t i) {
-  const unsigned n = static_cast<unsigned>(i);
-  thread_index = {n % block_size.x, n / block_size.x % block_size.y, n / (block_size.x * block_size.y)};
-}
+void set_indices(const Fiber&);  // of the thread and its block
 
 // After a switch, on the stack that it led to.
 void arrive(void* fake_stack) {
   if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(fake_stack, &previous->bottom, &previous->size);
-  if (current != &host) set_thread_index(static_cast<size_t>(current - fibers));
+  if (current != &host) set_indices(*current);
 }
 
 void switch_to(Fiber& next) {

@@ -39,19 +39,59 @@ struct Place {
 };
 
 // What a warp exchanges: every operation has a value from each lane, and one for each.
-enum class Exchange { sync, shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot };
+enum class Exchange { sync, shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot, load_matrices, multiply_add };
+
+// What the lanes of a warp have brought to an operation of all of them.
+using Lanes = void* const*;
 
 extern uint3 thread_index, block_index;
 extern dim3 block_size, grid_size;
 
 // Runs the kernel to its end; throws std::runtime_error for whatever it does that CUDA forbids, and for a launch elsewhere
 // than on the current stream of a device that a guard has chosen.
-void launch(dim3 grid, dim3 block, size_t dynamic_shared, void* stream, void (*thread)(const void*), const void* arguments);
+// at_once: all blocks, which then may wait for one another.
+void launch(dim3 grid, dim3 block, size_t dynamic_shared, void* stream, bool at_once, void (*thread)(const void*),
+            const void* arguments);
+int resident_blocks(int threads, size_t dynamic_shared);
 void block_barrier(Place);
+void release_to_group(const unsigned* counter, unsigned turn);
+void wait_for_group(const unsigned* counter, unsigned before, unsigned blocks, unsigned turn, Place);  // before: what the counter was
 uint64_t warp_exchange(Exchange, unsigned mask, uint64_t value, int argument, int width, Place);
+void warp_together(Exchange, void (*operation)(Lanes), void* mine, Place);
+int lane();
 void fence();
+void refuse(const char* what, Place);
+// Refuses 16 bytes that are not aligned, or not in the block's shared memory.
+void check_shared(const void* p, const char* what, Place);
 void* shared_memory(const void* key, size_t bytes, size_t alignment, Place);
 void* dynamic_shared_memory(Place);
+
+// Of a lane: what it brings, and gets (tensor_cores.cpp).
+struct MatrixRow {
+  uint4 row;
+  unsigned r[4];
+};
+struct Fragments {
+  float d[4];
+  unsigned a[4], b[2];
+};
+template <int kMatrices, bool kTransposed>
+void load_matrices(Lanes);
+template <typename T, int kDepth>  // float: tf32
+void multiply_add(Lanes);
+
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+  uint4 value;
+  Place place;
+  unsigned group = 0;
+};
+void check_copy(const void* shared, const void* global, bool exists, Place);
+void begin_copy(Copy);
+void commit_copies();
+// The next copy that has to arrive before at most `left` groups of the thread are under way; false: there is none.
+bool end_copy(unsigned left, Copy* copy);
 
 // What the stand-ins in c10/cuda are made of.
 void* current_stream();
@@ -126,12 +166,15 @@ namespace cnnkern::gpu {
 
 using Stream = void*;
 
+namespace detail {
+
 template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Arguments&... arguments) {
+void launch(bool at_once, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream,
+            const Arguments&... arguments) {
   using Call = std::pair<void (*)(Parameters...), std::tuple<Parameters...>>;
   const Call call(kernel, std::tuple<Parameters...>(arguments...));
   emulator::launch(
-      grid, block, shared, stream,
+      grid, block, shared, stream, at_once,
       [](const void* data) {
         const Call& call = *static_cast<const Call*>(data);
         std::apply(call.first, call.second);
@@ -139,27 +182,93 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
       &call);
 }
 
-// Blocks run one after another, so there is one at a time.
+}  // namespace detail
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Arguments&... arguments) {
+  detail::launch(false, kernel, grid, block, shared, stream, arguments...);
+}
+
 template <typename... Parameters>
-int resident_blocks(void (*)(Parameters...), int, size_t) {
-  return 1;
+int resident_blocks(void (*)(Parameters...), int threads, size_t shared) {
+  return emulator::resident_blocks(threads, shared);
 }
 
 template <typename... Parameters, typename... Arguments>
 void launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Arguments&... arguments) {
-  launch(kernel, grid, block, shared, stream, arguments...);
+  detail::launch(true, kernel, grid, block, shared, stream, arguments...);
 }
 
-inline void async_copy(void* shared, const void* global, bool exists = true) {
-  if (exists)
-    std::memcpy(shared, global, 16);
-  else
-    std::memset(shared, 0, 16);
+// Inlined, so that each call is a place of its own in the code to an observer. The source is read here, and must not change
+// until the copy arrives; the destination is written twice, for it must not be read or written in between either.
+[[gnu::always_inline]] inline void async_copy(void* shared, const void* global, bool exists = true, GPU_EMULATOR_PLACE) {
+  emulator::check_copy(shared, global, exists, {file, line});
+  emulator::Copy copy{shared, exists ? global : nullptr, {}, {file, line}};
+  if (exists) copy.value = *static_cast<const uint4*>(global);
+  *static_cast<uint4*>(shared) = {~0u, ~0u, ~0u, ~0u};  // NaN
+  emulator::begin_copy(copy);
 }
-inline void async_commit() {}
+inline void async_commit() { emulator::commit_copies(); }
 template <int kLeft>
-void async_wait() {}
+void async_wait() {
+  for (emulator::Copy copy; emulator::end_copy(kLeft, &copy);) *static_cast<uint4*>(copy.to) = copy.value;
+}
 
-inline void group_barrier(unsigned*, unsigned, unsigned, GPU_EMULATOR_PLACE) { emulator::block_barrier({file, line}); }
+inline void group_barrier(unsigned* counter, unsigned blocks, unsigned turn, GPU_EMULATOR_PLACE) {
+  emulator::block_barrier({file, line});
+  if (threadIdx.x == 0) {
+    emulator::release_to_group(counter, turn);
+    emulator::wait_for_group(counter, atomicAdd(counter, 1u), blocks, turn, {file, line});
+  }
+  emulator::block_barrier({file, line});
+}
+
+template <int kMatrices, bool kTransposed = false>
+void load_matrices(unsigned (&r)[kMatrices], const void* row, GPU_EMULATOR_PLACE) {
+  emulator::MatrixRow mine{};
+  if (emulator::lane() < 8 * kMatrices) {
+    emulator::check_shared(row, "load_matrices", {file, line});
+    mine.row = *static_cast<const uint4*>(row);
+  }
+  emulator::warp_together(emulator::Exchange::load_matrices, emulator::load_matrices<kMatrices, kTransposed>, &mine, {file, line});
+  std::memcpy(r, mine.r, sizeof(r));
+}
+
+namespace detail {
+
+template <typename T, int kDepth, int kA, int kB>
+void multiply_add(float (&d)[4], const unsigned (&a)[kA], const unsigned (&b)[kB], emulator::Place place) {
+  emulator::Fragments mine{};
+  std::memcpy(mine.d, d, sizeof(d)), std::memcpy(mine.a, a, sizeof(a)), std::memcpy(mine.b, b, sizeof(b));
+  emulator::warp_together(emulator::Exchange::multiply_add, emulator::multiply_add<T, kDepth>, &mine, place);
+  std::memcpy(d, mine.d, sizeof(d));
+}
+
+}  // namespace detail
+
+template <typename T>
+void multiply_add(float (&d)[4], const unsigned (&a)[2], const unsigned (&b)[1], GPU_EMULATOR_PLACE) {
+  detail::multiply_add<T, 8>(d, a, b, {file, line});
+}
+template <typename T>
+void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], GPU_EMULATOR_PLACE) {
+  detail::multiply_add<T, 16>(d, a, b, {file, line});
+}
+// Refuses bits that tf32 has not: a tensor core would drop them.
+inline void multiply_add_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], GPU_EMULATOR_PLACE) {
+  const auto check = [&](unsigned v) {
+    const bool nan = (v & 0x7fffffff) > 0x7f800000;
+    if ((v & 0x1fff) != 0 && !nan) emulator::refuse("gives multiply_add_tf32 a number that is not of to_tf32", {file, line});
+  };
+  for (const unsigned v : a) check(v);
+  for (const unsigned v : b) check(v);
+  detail::multiply_add<float, 8>(d, a, b, {file, line});
+}
+inline unsigned to_tf32(float v) {
+  unsigned bits;
+  std::memcpy(&bits, &v, sizeof(v));
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fffffff;  // NaN
+  return (bits + 0x1000) & ~0x1fffu;
+}
 
 }  // namespace cnnkern::gpu

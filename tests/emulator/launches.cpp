@@ -17,7 +17,7 @@ class Launches final : public emulator::Observer {
     size_t& most = most_[kernel];
     most = std::max(most, dynamic_shared);
   }
-  void block_ends() override {}
+  void blocks_end() override {}
 
   // A line for each kernel: its offset in the library, bytes.
   std::string list() const {

@@ -51,20 +51,23 @@ class Profile final : public emulator::Observer {
     kernel_ = address, places_.clear();
   }
 
-  void block_ends() override {
-    for (auto& [pc, place] : places_) {
-      for (auto& accesses : place.of_warp) {
-        for (const Access& access : accesses) add(place.kind, access);
-        accesses.clear();
+  void blocks_end() override {
+    for (auto& places : places_)
+      for (auto& [pc, place] : places) {
+        for (auto& accesses : place.of_warp) {
+          for (const Access& access : accesses) add(place.kind, access);
+          accesses.clear();
+        }
+        place.visits.fill(0);
       }
-      place.visits.fill(0);
-    }
   }
 
   void access(const void* pc, Kind kind, uintptr_t address, size_t bytes) {
-    const int thread = emulator::running_thread();
-    if (thread < 0 || bytes == 0 || !in_tensors(address)) return;
-    Place& place = places_.try_emplace(pc).first->second;
+    const auto running = emulator::running_thread();
+    if (!running || bytes == 0 || !in_tensors(address)) return;
+    const auto [block, thread] = *running;
+    if (block >= places_.size()) places_.resize(block + 1);
+    Place& place = places_[block].try_emplace(pc).first->second;
     place.kind = kind;
     auto& accesses = place.of_warp[thread / kWarp];
     const uint32_t visit = place.visits[thread]++;
@@ -149,7 +152,7 @@ class Profile final : public emulator::Observer {
   }
 
   const void* kernel_ = nullptr;
-  std::unordered_map<const void*, Place> places_;
+  std::vector<std::unordered_map<const void*, Place>> places_;  // of each block that runs at once
   std::map<std::tuple<const void*, Kind, unsigned>, Totals> totals_;
   std::vector<uintptr_t> read_, written_;  // by this launch
   uint64_t moved_ = 0;
