@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/depthwise_ring.cuh"
+#include "cuda/depthwise_ring_sums.cuh"
 #include "cuda/depthwise_rows.cuh"
 
 namespace {
@@ -69,6 +69,17 @@ void ring_gradient(const ConvGeometry& g, const Tensors& t) {
   const auto pairs = [](int64_t size, int p) { return (size - 1 + p) / 2 - p / 2 + 1; };
   launch_ring<M, kDepth, kBlocks>(g, {g.OH, g.OW, g.H, g.W, pairs(g.H, g.ph), pairs(g.W, g.pw), M::kLag - g.ph / 2, M::kLag - g.pw / 2, false,
                                       g.ph % 2, g.pw % 2}, t.y, t.weight, kNoBias, t.x, nullptr);
+}
+
+template <int K, int S, bool kRing>
+void weight_gradient(const ConvGeometry& g, const Tensors& t) {
+  const int64_t parts = kRing ? ring_sum_cut<T, K, S>(g).parts() : RowSumCut(g, kSumChannels<T, K>).parts;
+  const PartialSums<float> sums = {t.partial, parts, g.C, K * K, true};
+  if constexpr (kRing)
+    sum_depthwise_ring<T, K, S>(g, t.y, t.x, sums, nullptr);
+  else
+    sum_depthwise_rows<T, K, S>(g, t.y, t.x, sums, nullptr);
+  sum_parts(sums, WeightGradient<T>{t.dweight, nullptr, {K * K, K * K, K, 1}, K, K}, nullptr);
 }
 
 // ---- clocks ----
@@ -154,8 +165,12 @@ void check(Bench& bench, const Layer& layer) {
   must(cudaDeviceSynchronize(), "kernel");
   must(cudaGetLastError(), "launch");
   get(y, out.y), get(dx, out.x);
-  std::vector<double> gradient(nx), magnitude(nx);
-  double worst_y = 0, worst_dx = 0;
+  weight_gradient<K, S, true>(g, t);
+  std::vector<T> dweight(g.C * K * K);
+  get(dweight, t.dweight);
+  must(cudaGetLastError(), "launch");
+  std::vector<double> gradient(nx), magnitude(nx), sums(g.C * K * K), sizes(g.C * K * K, 1);
+  double worst_y = 0, worst_dx = 0, worst_dw = 0;
   const auto keep = [](double& worst, double error) { worst = error <= worst ? worst : error; };  // NaN too
   for (int64_t i = 0; i < static_cast<int64_t>(ny); ++i) {
     const int64_t c = i % g.C, ow = i / g.C % g.OW, oh = i / g.C / g.OW % g.OH, n = i / g.C / g.OW / g.OH;
@@ -166,12 +181,16 @@ void check(Bench& bench, const Layer& layer) {
       const int64_t at = ((n * g.H + h) * g.W + w) * g.C + c;
       const double f = weight[c * K * K + tap], product = f * x[at];
       sum += product, size += std::fabs(product), gradient[at] += f * dy[i], magnitude[at] += std::fabs(f * dy[i]);
+      const double of_tap = static_cast<double>(dy[i]) * x[at];
+      sums[c * K * K + tap] += of_tap, sizes[c * K * K + tap] += std::fabs(of_tap);
     }
     keep(worst_y, std::fabs(y[i] - sum) / size);
   }
   for (size_t i = 0; i < nx; ++i) keep(worst_dx, std::fabs(dx[i] - gradient[i]) / (1 + magnitude[i]));
-  const bool right = worst_y < 0.004 && worst_dx < 0.004;
-  std::printf("%s  %dx%dx%dx%d k%d s%d: y %.1e, dx %.1e\n", right ? "right" : "WRONG", layer.N, layer.C, layer.H, layer.W, K, S, worst_y, worst_dx);
+  for (size_t i = 0; i < dweight.size(); ++i) keep(worst_dw, std::fabs(dweight[i] - sums[i]) / sizes[i]);
+  const bool right = worst_y < 0.004 && worst_dx < 0.004 && worst_dw < 0.004;
+  std::printf("%s  %dx%dx%dx%d k%d s%d: y %.1e, dx %.1e, dweight %.1e\n", right ? "right" : "WRONG", layer.N, layer.C, layer.H, layer.W, K, S,
+              worst_y, worst_dx, worst_dw);
 }
 
 // ---- the layers ----
@@ -185,6 +204,8 @@ void rows_passes(Bench& bench, const Layer& layer) {
     else
       depthwise_rows_gradient_stride_2<T, K>(g, t.y, t.weight, t.x, nullptr);
   });
+  bench.time(layer, "dweight  rows (before)", 1, 1, weight_gradient<K, S, false>);
+  bench.time(layer, "dweight  ring", 1, 1, weight_gradient<K, S, true>);
 }
 
 template <int K, int S, int kOutputs, int kDepth, int kBlocks>
