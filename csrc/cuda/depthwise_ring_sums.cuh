@@ -35,7 +35,11 @@ struct RingSums {
   __device__ __forceinline__ void add(const T* (&p)[2], int width, const Dy& dy) {
     S v[kPixels][V];
 #pragma unroll
-    for (int i = 0; i < kPixels; ++i) read_lane(p[i % kStride] + i / kStride * width, v[i]);
+    for (int i = 0; i < kPixels; ++i) {
+      read_lane(p[i % kStride] + i / kStride * width, v[i]);
+#pragma unroll
+      for (int k = 0; k < V; ++k) hold(v[i][k]);
+    }
 #pragma unroll
     for (int ky = kPhase; ky < K; ky += kStride) {
       const T* const row = dy(ky / kStride);
