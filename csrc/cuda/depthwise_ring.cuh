@@ -208,14 +208,19 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
   unsigned part = blockIdx.x;
   const int first = work.tiles.split(part) * me.width, channel = first + me.lane;
   const bool exists = channel < work.C;
-  const int own = exists ? channel : 0;  // some filters, so that they are read at once
+  // Filters by way of the ring: in memory those of a tile of channels are neighbours, and those of a tap are not.
+  const int filters = static_cast<int>(smaller(me.width, work.C - first)) * (K * K);
+#pragma unroll 8
+  for (int i = threadIdx.x; i < filters; i += blockDim.x) ring[i] = weight[first * (K * K) + i];
+  __syncthreads();
   M m;
 #pragma unroll
   for (int k = 0; k < V; ++k) {
-    m.start[k] = bias != nullptr ? static_cast<compute_t<T>>(bias[own + k]) : compute_t<T>(0);
-    const T* const filter = weight + (own + k) * (K * K) + (work.flipped ? K * K - 1 : 0);
+    m.start[k] = bias != nullptr && exists ? static_cast<compute_t<T>>(bias[channel + k]) : compute_t<T>(0);
+    const T* const filter = ring + (me.lane + k) * (K * K) + (work.flipped ? K * K - 1 : 0);
+    const int step = work.flipped ? -1 : 1;
 #pragma unroll
-    for (int tap = 0; tap < K * K; ++tap) m.filter[tap / K][tap % K][k] = static_cast<compute_t<T>>(filter[work.flipped ? -tap : tap]);
+    for (int tap = 0; tap < K * K; ++tap) m.filter[tap / K][tap % K][k] = static_cast<compute_t<T>>(filter[step * tap]);
   }
   const int pixels = (work.strips * M::kOutputs - 1) * M::kStep + M::kSpan, stage = work.images * pixels * me.width;
   const T* const mine = ring + (me.image * pixels + me.strip * M::kOutputs) * me.width + me.lane;
@@ -294,10 +299,11 @@ struct RingShape {
 };
 
 // How they are cut into blocks: at least four rows each, at most `most`, and as many blocks as a GPU runs at once, or twice, thrice...
+// Where an image is cut in two, both parts take shared_rows of its rows: whole ones if that is no more.
 struct RingCut {
   int lanes, strips, images;
   int64_t tiles, column_tiles, items, part;
-  RingCut(int64_t N, int64_t words, int64_t rows, int64_t columns, int outputs, int blocks, int64_t most = int64_t{1} << 31)
+  RingCut(int64_t N, int64_t words, int64_t rows, int64_t columns, int outputs, int shared_rows, int blocks, int64_t most = int64_t{1} << 31)
       : lanes(ring_lanes(words)), tiles(divup(words, lanes)) {
     const int64_t slots = kRingThreads / lanes, all = divup(columns, outputs);
     column_tiles = divup(all, slots);
@@ -306,6 +312,8 @@ struct RingCut {
     items = rows * column_tiles * divup(N, images);
     const int64_t at_once = larger(1, kRingProcessors * blocks / tiles);
     part = larger(divup(items, at_once * divup(items, at_once * most)), smaller(4, rows));
+    const int64_t whole = divup(part, rows) * rows;
+    if (whole <= part + shared_rows && whole <= larger(most, rows)) part = whole;
   }
   int64_t parts() const { return divup(items, part); }
   unsigned blocks() const { return static_cast<unsigned>(tiles * parts()); }
@@ -324,10 +332,11 @@ constexpr int kRingBlocks = K == 3 ? 4 : K == 5 ? 3 : 2;
 
 template <typename M, int kDepth, int kBlocks, typename T>
 void launch_ring(const ConvGeometry& g, const RingShape& s, const T* x, const T* weight, const T* bias, T* y, Stream stream) {
-  const RingCut cut(g.N, divup(g.C, M::V), s.rows, s.columns, M::kOutputs, kBlocks);
-  const size_t pixels = (cut.strips * M::kOutputs - 1) * M::kStep + M::kSpan;
-  launch(depthwise_ring_kernel<M, kDepth, kBlocks>, dim3(cut.blocks()), dim3(cut.threads()),
-         kDepth * cut.images * pixels * cut.lanes * M::V * sizeof(T), stream, cut.work(g, s), x, weight, bias, y);
+  const RingCut cut(g.N, divup(g.C, M::V), s.rows, s.columns, M::kOutputs, M::kLag, kBlocks);
+  const int64_t pixels = (cut.strips * M::kOutputs - 1) * M::kStep + M::kSpan, filters = M::kSize * M::kSize;
+  const int64_t shared = cut.lanes * M::V * larger(kDepth * cut.images * pixels, filters) * static_cast<int64_t>(sizeof(T));
+  launch(depthwise_ring_kernel<M, kDepth, kBlocks>, dim3(cut.blocks()), dim3(cut.threads()), static_cast<size_t>(shared), stream, cut.work(g, s), x,
+         weight, bias, y);
 }
 
 template <typename T, int K, int kStride>

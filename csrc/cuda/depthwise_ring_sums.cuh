@@ -161,7 +161,7 @@ constexpr int kSumBlocks = K == 3 ? 5 : K == 5 ? 4 - (kStride - 1) : 4 - kStride
 
 template <typename T, int K, int kStride>
 RingCut ring_sum_cut(const ConvGeometry& g) {
-  return RingCut(g.N, divup(g.C, kLane<T>), g.OH, g.OW, kRun, kSumBlocks<K, kStride>, kRowsInFloat);
+  return RingCut(g.N, divup(g.C, kLane<T>), g.OH, g.OW, kRun, (K - 1) / kStride, kSumBlocks<K, kStride>, kRowsInFloat);
 }
 
 template <typename T, int K, int kStride>
