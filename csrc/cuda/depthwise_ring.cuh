@@ -196,6 +196,21 @@ struct RingGradient {
   }
 };
 
+// Filters by way of shared memory, eight loads at a time: in memory those of a block are neighbours, and those of a tap are not.
+template <typename T>
+__device__ __forceinline__ void share_ring_filters(const T* from, int count, T* to) {
+  constexpr int kLoads = 8;
+  const int step = blockDim.x;
+  for (int i = threadIdx.x; i < count; i += kLoads * step) {
+    T v[kLoads];
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) v[j] = from[i + j * step < count ? i + j * step : i];
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j)
+      if (i + j * step < count) to[i + j * step] = v[j];
+  }
+}
+
 // M: one of the above. kDepth: rows of the ring.
 template <typename M, int kDepth, int kBlocks>
 __global__ void __launch_bounds__(kRingThreads, kBlocks)
@@ -208,10 +223,7 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
   unsigned part = blockIdx.x;
   const int first = work.tiles.split(part) * me.width, channel = first + me.lane;
   const bool exists = channel < work.C;
-  // Filters by way of the ring: in memory those of a tile of channels are neighbours, and those of a tap are not.
-  const int filters = static_cast<int>(smaller(me.width, work.C - first)) * (K * K);
-#pragma unroll 8
-  for (int i = threadIdx.x; i < filters; i += blockDim.x) ring[i] = weight[first * (K * K) + i];
+  share_ring_filters(weight + first * (K * K), static_cast<int>(smaller(me.width, work.C - first)) * (K * K), ring);
   __syncthreads();
   M m;
 #pragma unroll
