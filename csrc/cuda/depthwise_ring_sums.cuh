@@ -30,9 +30,9 @@ struct RingSums {
 #pragma unroll
       for (int k = 0; k < V; ++k) sum[K * K][k] += gradient[o][k];
   }
-  // A row of x, whose even and odd pixels begin at p[0] and p[1], above row ky of taps. dy(ky / kStride): its row of dy, or null.
-  template <int kPhase, typename Dy>
-  __device__ __forceinline__ void add(const T* (&p)[2], int width, const Dy& dy) {
+  // A row of x, whose even and odd pixels begin at p[0] and p[1]. Its row ky of taps, if there is (ky / kStride), meets a row of dy.
+  template <int kPhase, typename There, typename Row>
+  __device__ __forceinline__ void add(const T* (&p)[2], int width, const There& there, const Row& dy) {
     S v[kPixels][V];
 #pragma unroll
     for (int i = 0; i < kPixels; ++i) {
@@ -42,10 +42,9 @@ struct RingSums {
     }
 #pragma unroll
     for (int ky = kPhase; ky < K; ky += kStride) {
-      const T* const row = dy(ky / kStride);
-      if (row == nullptr) continue;
+      if (!there(ky / kStride)) continue;
       S gradient[kRun][V];
-      read_row(row, width, gradient);
+      read_row(dy(ky / kStride), width, gradient);
       if (ky == 0) add_gradient(gradient);
 #pragma unroll
       for (int kx = 0; kx < K; ++kx)
@@ -104,14 +103,13 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
       __syncthreads();
       copy_next();
       if (decltype(phase)::value == 0) newest = newest + 1 == Rings::kRows ? 0 : newest + 1;
-      const auto dy_row = [&](int age) -> const T* {
-        const int oh = step / kStride - age, place = newest - age;
-        return oh >= 0 && oh < count ? my_dy + (place < 0 ? place + Rings::kRows : place) * dy_stage : nullptr;
-      };
+      const int last = step / kStride;
+      const auto there = [&](int age) { return last >= age && last - age < count; };
+      const auto dy_row = [&](int age) { return my_dy + (newest < age ? newest - age + Rings::kRows : newest - age) * dy_stage; };
       if (top + step >= 0 && top + step < work.H) {
         const T* p[2] = {mine + used * stage, mine + used * stage + odd};
-        m.template add<decltype(phase)::value>(p, me.width, dy_row);
-      } else if (decltype(phase)::value == 0 && dy_row(0) != nullptr) {
+        m.template add<decltype(phase)::value>(p, me.width, there, dy_row);
+      } else if (decltype(phase)::value == 0 && there(0)) {
         S gradient[kRun][V];
         m.read_row(dy_row(0), me.width, gradient);
         m.add_gradient(gradient);
