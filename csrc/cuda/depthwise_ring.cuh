@@ -339,8 +339,8 @@ struct RingCut {
 
 // Rows of a ring, and blocks of a multiprocessor, as registers allow.
 constexpr int kRingDepth = 4;
-template <int K>
-constexpr int kRingBlocks = K == 3 ? 4 : K == 5 ? 3 : 2;
+template <typename T, int K>
+constexpr int kRingBlocks = (K == 3 ? 4 : K == 5 ? 3 : 2) + (sizeof(T) == 4 ? 1 : 0);
 
 template <typename M, int kDepth, int kBlocks, typename T>
 void launch_ring(const ConvGeometry& g, const RingShape& s, const T* x, const T* weight, const T* bias, T* y, Stream stream) {
@@ -356,7 +356,7 @@ void convolve_depthwise_ring(const ConvGeometry& g, const T* x, const T* weight,
   using M = RingConvolution<T, K, kStride, kRun>;
   const RingShape forward = {g.H, g.W, g.OH, g.OW, g.OH, g.OW, g.ph, g.pw};
   const RingShape backward = {g.OH, g.OW, g.H, g.W, g.H, g.W, K - 1 - g.ph, K - 1 - g.pw, true};
-  launch_ring<M, kRingDepth, kRingBlocks<K>>(g, gradient ? backward : forward, x, weight, bias, y, stream);
+  launch_ring<M, kRingDepth, kRingBlocks<T, K>>(g, gradient ? backward : forward, x, weight, bias, y, stream);
 }
 
 // Pairs of columns of a thread, as registers allow.
@@ -369,7 +369,7 @@ void depthwise_ring_gradient_stride_2(const ConvGeometry& g, const T* dy, const 
   const auto pairs = [](int64_t size, int padding) { return (size - 1 + padding) / 2 - padding / 2 + 1; };
   const RingShape shape = {g.OH, g.OW, g.H, g.W, pairs(g.H, g.ph), pairs(g.W, g.pw), M::kLag - g.ph / 2, M::kLag - g.pw / 2, false,
                            g.ph % 2, g.pw % 2};
-  launch_ring<M, kRingDepth, kRingBlocks<K>>(g, shape, dy, weight, static_cast<const T*>(nullptr), dx, stream);
+  launch_ring<M, kRingDepth, kRingBlocks<T, K>>(g, shape, dy, weight, static_cast<const T*>(nullptr), dx, stream);
 }
 
 }  // namespace cnnkern::gpu

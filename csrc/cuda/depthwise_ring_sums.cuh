@@ -154,12 +154,12 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
 
 constexpr int kRowsInFloat = 32;  // of kRun columns each, that a thread adds in float
 
-template <int K, int kStride>
-constexpr int kSumBlocks = K == 3 ? 5 : K == 5 ? 4 - (kStride - 1) : 4 - kStride;
+template <typename T, int K, int kStride>
+constexpr int kSumBlocks = K == 3 ? 5 : sizeof(T) == 4 || (K == 5 && kStride == 1) ? 4 : K == 5 ? 3 : 4 - kStride;
 
 template <typename T, int K, int kStride>
 RingCut ring_sum_cut(const ConvGeometry& g) {
-  return RingCut(g.N, divup(g.C, kLane<T>), g.OH, g.OW, kRun, (K - 1) / kStride, kSumBlocks<K, kStride>, kRowsInFloat);
+  return RingCut(g.N, divup(g.C, kLane<T>), g.OH, g.OW, kRun, (K - 1) / kStride, kSumBlocks<T, K, kStride>, kRowsInFloat);
 }
 
 template <typename T, int K, int kStride>
@@ -168,7 +168,7 @@ void sum_depthwise_ring(const ConvGeometry& g, const T* dy, const T* x, const Pa
   const RingCut cut = ring_sum_cut<T, K, kStride>(g);
   const int64_t outputs = cut.strips * kRun, pixels = (outputs - 1) * kStride + K;
   const int64_t rings = cut.images * (Rings::kDepth * pixels + Rings::kRows * outputs) * cut.lanes * 4, scratch = kMergedTaps * cut.threads() * kLane<T> * sizeof(compute_t<T>);
-  launch(depthwise_ring_sums_kernel<T, K, kStride, kSumBlocks<K, kStride>>, dim3(cut.blocks()), dim3(cut.threads()), static_cast<size_t>(larger(rings, scratch)), stream,
+  launch(depthwise_ring_sums_kernel<T, K, kStride, kSumBlocks<T, K, kStride>>, dim3(cut.blocks()), dim3(cut.threads()), static_cast<size_t>(larger(rings, scratch)), stream,
          cut.work(g, {g.H, g.W, g.OH, g.OW, g.OH, g.OW, g.ph, g.pw}), dy, x, sums);
 }
 
