@@ -196,19 +196,25 @@ struct RingGradient {
   }
 };
 
-// Filters by way of shared memory, eight loads at a time: in memory those of a block are neighbours, and those of a tap are not.
+// Filters by way of shared memory: in memory those of a block are neighbours, and those of a tap are not. Behind async_wait and a
+// barrier they are there. `count` fills 16 bytes.
 template <typename T>
-__device__ __forceinline__ void share_ring_filters(const T* from, int count, T* to) {
-  constexpr int kLoads = 8;
-  const int step = blockDim.x;
-  for (int i = threadIdx.x; i < count; i += kLoads * step) {
-    T v[kLoads];
+__device__ __forceinline__ void copy_filters(const T* from, int count, T* to) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 == 0)
+    for (int i = threadIdx.x * kVector<T>; i < count; i += blockDim.x * kVector<T>) async_copy(to + i, from + i);
+  else
+    for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+}
+
+// The filters of a thread's channels, from the block's. flipped: turned round.
+template <typename M, typename T>
+__device__ __forceinline__ void read_filters(const T* filters, bool flipped, M& m) {
+  constexpr int K = M::kSize;
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j) v[j] = from[i + j * step < count ? i + j * step : i];
+  for (int k = 0; k < M::V; ++k)
 #pragma unroll
-    for (int j = 0; j < kLoads; ++j)
-      if (i + j * step < count) to[i + j * step] = v[j];
-  }
+    for (int tap = 0; tap < K * K; ++tap)
+      m.filter[tap / K][tap % K][k] = static_cast<compute_t<T>>(filters[k * K * K + (flipped ? K * K - 1 - tap : tap)]);
 }
 
 // M: one of the above. kDepth: rows of the ring.
@@ -223,22 +229,17 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
   unsigned part = blockIdx.x;
   const int first = work.tiles.split(part) * me.width, channel = first + me.lane;
   const bool exists = channel < work.C;
-  share_ring_filters(weight + first * (K * K), static_cast<int>(smaller(me.width, work.C - first)) * (K * K), ring);
-  __syncthreads();
   M m;
 #pragma unroll
-  for (int k = 0; k < V; ++k) {
-    m.start[k] = bias != nullptr && exists ? static_cast<compute_t<T>>(bias[channel + k]) : compute_t<T>(0);
-    const T* const filter = ring + (me.lane + k) * (K * K) + (work.flipped ? K * K - 1 : 0);
-    const int step = work.flipped ? -1 : 1;
-#pragma unroll
-    for (int tap = 0; tap < K * K; ++tap) m.filter[tap / K][tap % K][k] = static_cast<compute_t<T>>(filter[step * tap]);
-  }
+  for (int k = 0; k < V; ++k) m.start[k] = bias != nullptr && exists ? static_cast<compute_t<T>>(bias[channel + k]) : compute_t<T>(0);
   const int pixels = (work.strips * M::kOutputs - 1) * M::kStep + M::kSpan, stage = work.images * pixels * me.width;
   const T* const mine = ring + (me.image * pixels + me.strip * M::kOutputs) * me.width + me.lane;
   const int odd = (pixels + 1) / 2 * me.width;  // from the even pixels of a row to the odd ones
+  T* const filters = ring + kDepth * stage;
+  copy_filters(weight + first * (K * K), static_cast<int>(smaller(me.width, work.C - first)) * (K * K), filters);
   const unsigned end = static_cast<unsigned>(smaller(work.items, (part + int64_t{1}) * work.part));
-  for (unsigned at = part * work.part; at < end;) {
+  for (unsigned begin_of_part = part * work.part, at = begin_of_part; at < end;) {
+    const bool begins = at == begin_of_part;
     unsigned unit = at;
     const int row = work.rows.split(unit), count = static_cast<int>(smaller(end - at, work.rows.by - row));
     const int column = work.columns.split(unit) * work.strips * M::kOutputs;
@@ -275,6 +276,11 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
     __syncthreads();  // all are done with the rows before
 #pragma unroll 1
     for (int i = 0; i < kDepth - 1; ++i) copy_next();
+    if (begins) {  // the filters came with the first row
+      async_wait<kDepth - 2>();
+      __syncthreads();
+      read_filters(filters + me.lane * (K * K), work.flipped, m);
+    }
     m.begin();
     int t = 0;
 #pragma unroll 1
@@ -346,7 +352,7 @@ template <typename M, int kDepth, int kBlocks, typename T>
 void launch_ring(const ConvGeometry& g, const RingShape& s, const T* x, const T* weight, const T* bias, T* y, Stream stream) {
   const RingCut cut(g.N, divup(g.C, M::V), s.rows, s.columns, M::kOutputs, M::kLag, kBlocks);
   const int64_t pixels = (cut.strips * M::kOutputs - 1) * M::kStep + M::kSpan, filters = M::kSize * M::kSize;
-  const int64_t shared = cut.lanes * M::V * larger(kDepth * cut.images * pixels, filters) * static_cast<int64_t>(sizeof(T));
+  const int64_t shared = cut.lanes * M::V * (kDepth * cut.images * pixels + filters) * static_cast<int64_t>(sizeof(T));
   launch(depthwise_ring_kernel<M, kDepth, kBlocks>, dim3(cut.blocks()), dim3(cut.threads()), static_cast<size_t>(shared), stream, cut.work(g, s), x,
          weight, bias, y);
 }
