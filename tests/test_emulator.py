@@ -112,8 +112,8 @@ EVERY_KERNEL = {
     "grouped_conv2d": [
         *SHAPES,
         *(  # depthwise
-            ((2, 8, 10, 9), layout, {"kernel": k, "padding": k // 2, "stride": stride})
-            for layout in ("contiguous", "channels_last")
+            ((2, channels, 10, 9), layout, {"kernel": k, "padding": k // 2, "stride": stride})
+            for channels, layout in ((8, "contiguous"), (8, "channels_last"), (12, "channels_last"))
             for k in (3, 5, 7)
             for stride in (1, 2)
         ),
@@ -318,6 +318,29 @@ def test_convolutions_of_any_padding_and_stride(width, kernel, layout, generator
         dy = testing.randn(case.reference(**inputs).shape, generator, torch.float32)
         with emulator.Emulator():
             testing.check(case, inputs, dy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (19, 64, 7, 7),  # several images a block, and one that has fewer
+        (3, 72, 14, 15),  # a tile of channels that is not full
+        (1, 8, 61, 13),  # an image in parts
+        (1, 8, 6, 130),  # columns in tiles
+        (2, 40, 1, 1),
+    ],
+)
+def test_depthwise_convolutions_of_rows_of_channels(shape, kernel, stride, dtype, generator):
+    case = CASES["grouped_conv2d"]
+    inputs = case.inputs(shape, dtype, generator=generator, kernel=kernel, stride=stride, padding=kernel // 2)
+    inputs["input"] = testing.with_layout(inputs["input"], "channels_last")
+    dy = testing.randn(case.reference(**inputs).shape, generator, dtype)
+    with emulator.Emulator():
+        testing.check(case, inputs, dy)
 
 
 @pytest.mark.slow

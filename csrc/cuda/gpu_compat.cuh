@@ -196,6 +196,13 @@ __device__ __forceinline__ void prefetch([[maybe_unused]] const void* p) {
 #endif
 }
 
+// Has v computed here and held, where nvcc would compute it anew at each of its uses.
+__device__ __forceinline__ void hold([[maybe_unused]] float& v) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+f"(v));
+#endif
+}
+
 template <typename V>
 __device__ __forceinline__ void store_access(V* p, V v) {
 #ifdef __CUDA_ARCH__

@@ -138,6 +138,12 @@ RULES = (
     cuda("^grouped_rows_(?:sums_)?kernel<.*, 24>", "two blocks of six warps each", occupancy=0.18),
     cuda("^grouped_rows_sums_kernel<.*, 1, ", "of four rows of x and of dy", dynamic_shared=41472),
     cuda("^grouped_rows_sums_kernel<.*, 2, ", "of three pairs of rows of x and rows of dy", dynamic_shared=76032),
+    cuda(r"^depthwise_ring_kernel<Ring\w+<.*, 3[,>]", "filters, and rows of pixels, of stride 2 at most", dynamic_shared=31872),
+    cuda(r"^depthwise_ring_kernel<Ring\w+<.*, 5, \d", "the same", dynamic_shared=38016),
+    cuda(r"^depthwise_ring_kernel<Ring\w+<.*, 7, \d", "the same", dynamic_shared=45184),
+    cuda("^depthwise_ring_sums_kernel<.*, 3, ", "rows of pixels of x and dy", dynamic_shared=45056),
+    cuda("^depthwise_ring_sums_kernel<.*, 5, ", "the same", dynamic_shared=52736),
+    cuda("^depthwise_ring_sums_kernel<.*, 7, ", "the same", dynamic_shared=52224),
     # ---- add_relu ----
     cuda(
         "^add_relu_fwd_kernel<.*, [248]>", "four vectors of either input and of y, whole and at the end", whole=(16, 8)
@@ -208,6 +214,20 @@ RULES = (
     cuda("^depthwise_rows_(?:gradient_)?kernel<float", "a row of taps in a round", round=(5, 0), whole=(5, 4)),
     cuda("^depthwise_rows_(?:gradient_)?kernel<c10", "four channels a lane, which are 8 bytes", narrow=ANY),
     cuda("^depthwise_rows_sums", "every tap is an accumulator: registers for one or two channels a lane", narrow=ANY),
+    cuda("^depthwise_ring", "a lane is 4 bytes of a pixel; what is under way are asynchronous copies", narrow=ANY),
+    cuda("^depthwise_ring", "one division by threads along channels, at the start", divisions=6),
+    cuda(
+        r"^depthwise_ring_(?:sums_kernel<|kernel<Ring\w+<).*, [357], \d",
+        "filters and sums in registers, each used for several multiplications a round: no latency to hide",
+        occupancy=0.18,
+    ),
+    cuda(r"^depthwise_ring_(?:sums_kernel<|kernel<Ring\w+<).*, 5, \d", "the same", registers=168),
+    cuda(
+        r"^depthwise_ring_(?:sums_kernel<|kernel<Ring\w+<).*, 7, \d",
+        "98 of each in 16 bits",
+        registers=255,
+        occupancy=0.12,
+    ),
     cuda("^any_conv", "for shapes that no other kernel takes, an element at a time", narrow=ANY, divisions=1, fp64=4),
     cuda("^sum_parts", "partial sums of the weight's gradient, added up in float64", narrow=8, fp64=16),
     # ---- Triton ----
