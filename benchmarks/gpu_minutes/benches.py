@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -80,17 +81,30 @@ class AutocastBench(models.ModelBench):
         self.code: dict[Contender, str] = {}
 
 
+@dataclass(frozen=True, eq=False)
+class Passes:
+    """Those of one layer, which share its tensors."""
+
+    layer: Layer
+    device: str
+
+
+@lru_cache(maxsize=2)
+def steps_of(of: Passes, layout: str) -> dict[tuple[str, str], Callable[[], object]]:
+    """Drawn and compared once. Only those of two layouts are kept: they may be gigabytes."""
+    return passes.steps(of.layer, layout, torch.bfloat16, of.device)
+
+
 class PassBench:
     """One pass of a grouped convolution."""
 
-    def __init__(self, layer: Layer, name: str, device: str) -> None:
-        self.layer, self.name, self.device = layer, name, device
+    def __init__(self, of: Passes, name: str) -> None:
+        self.of, self.name, self.device = of, name, of.device
         self.code: dict[Contender, str] = {}
 
     def step(self, contender: Contender, verify: bool) -> Callable[[], object]:
         who = "ours" if contender.name == "ours" else "eager"
-        calls = passes.steps(self.layer, contender.layout, torch.bfloat16, self.device)
-        step = calls[who, self.name]
+        step = steps_of(self.of, contender.layout)[who, self.name]
         if self.device != "cuda":
             return step
         before = torch.backends.cudnn.benchmark

@@ -14,7 +14,7 @@ from ..studies import steps
 from ..suite import bandwidth, operators
 from ..suite.groups import AGAIN, CONVERTED_AND_COMPILED, LAYOUTS, Contender, Group, Refused, Session
 from ..suite.options import Options
-from .benches import TUNED, AutocastBench, PassBench, Scale
+from .benches import TUNED, AutocastBench, PassBench, Passes, Scale
 
 DTYPE = torch.bfloat16
 NETWORK = "several networks"  # whose layers these are
@@ -129,11 +129,12 @@ def convolution_groups(layers: list[tuple[Layer, tuple[str, ...]]], scale: Scale
             mode=name,
             api="functional",
             contenders=tuple(Contender(each, layout) for layout in layouts for each in ("eager", AGAIN, TUNED, "ours")),
-            open=lambda layer=layer, name=name: PassBench(layer, name, scale.device),
+            open=lambda of=of, name=name: PassBench(of, name),
             weight=0.7,
             dtype="bfloat16",
         )
         for layer, layouts in layers
+        for of in [Passes(layer, scale.device)]
         for name in ("forward", "dx", "dweight")
     ]
 

@@ -61,15 +61,15 @@ def steps(
 ) -> dict[tuple[str, str], Callable[[], object]]:
     """(contender, pass) -> a call, after results have been compared."""
     close = 1e-4 if dtype == torch.float32 else 2e-2
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     inputs = CASE.inputs(layer.shape, dtype, generator=generator, **layer.arguments)
-    x, weight = (testing.with_layout(inputs[name].to(device), layout) for name in ("input", "weight"))
+    x, weight = (testing.with_layout(inputs[name], layout) for name in ("input", "weight"))
     settings = [(v, v) for v in (inputs["stride"], inputs["padding"], inputs["dilation"])]
     groups = inputs["groups"]
     eager, ours = torch.ops.aten.convolution, torch.ops.cnnkern.grouped_conv2d
     eager_backward, ours_backward = torch.ops.aten.convolution_backward, torch.ops.cnnkern.grouped_conv2d_backward
     y = eager(x, weight, None, *settings, False, (0, 0), groups)
-    dy = testing.with_layout(testing.randn(y.shape, generator, dtype).to(device), layout)
+    dy = testing.with_layout(testing.randn(y.shape, generator, dtype), layout)
     torch.testing.assert_close(ours(x, weight, None, *settings, groups), y, rtol=close, atol=close)
 
     def backward(which: tuple[bool, bool], mine: bool):

@@ -121,12 +121,11 @@ class Drawn:
 @lru_cache(maxsize=1)
 def _draw(drawn: Drawn) -> tuple[dict[str, Any], Tensor]:
     """(inputs, dy), contiguous. Only the last shape's are kept: they may be gigabytes."""
-    case, generator = drawn.case, torch.Generator().manual_seed(0)
+    case, generator = drawn.case, torch.Generator(drawn.device).manual_seed(0)
     variant = case.variants[drawn.variant] | drawn.layer.arguments
     inputs = case.inputs(drawn.layer.shape, drawn.dtype, generator=generator, **variant)
-    inputs = {n: v.to(drawn.device) if isinstance(v, Tensor) else v for n, v in inputs.items()}
     shape = testing.run(case.reference, case, inputs)["output"].shape
-    return inputs, testing.randn(shape, generator, drawn.dtype).to(drawn.device)
+    return inputs, testing.randn(shape, generator, drawn.dtype)
 
 
 class OperatorBench:

@@ -75,8 +75,8 @@ class Case:
 
 
 def randn(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Normal numbers drawn in float64 and rounded, so that every dtype sees the same ones."""
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    """Normal numbers on the generator's device, drawn in float64 and rounded: every dtype sees the same ones."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device).to(dtype)
 
 
 def with_layout(x: Tensor, layout: str) -> Tensor:
