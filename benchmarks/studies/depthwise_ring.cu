@@ -71,12 +71,13 @@ void ring_gradient(const ConvGeometry& g, const Tensors& t) {
                                       g.ph % 2, g.pw % 2}, t.y, t.weight, kNoBias, t.x, nullptr);
 }
 
-template <int K, int S, bool kRing>
+// kDepth 0: the kernel of rows.
+template <int K, int S, int kDepth, int kBlocks>
 void weight_gradient(const ConvGeometry& g, const Tensors& t) {
-  const int64_t parts = kRing ? ring_sum_cut<T, K, S>(g).parts() : RowSumCut(g, kSumChannels<T, K>).parts;
+  const int64_t parts = kDepth > 0 ? ring_sum_cut<T, K, S, kBlocks>(g).parts() : RowSumCut(g, kSumChannels<T, K>).parts;
   const PartialSums<float> sums = {t.partial, parts, g.C, K * K, true};
-  if constexpr (kRing)
-    sum_depthwise_ring<T, K, S>(g, t.y, t.x, sums, nullptr);
+  if constexpr (kDepth > 0)
+    sum_depthwise_ring<T, K, S, kDepth, kBlocks>(g, t.y, t.x, sums, nullptr);
   else
     sum_depthwise_rows<T, K, S>(g, t.y, t.x, sums, nullptr);
   sum_parts(sums, WeightGradient<T>{t.dweight, nullptr, {K * K, K * K, K, 1}, K, K}, nullptr);
@@ -165,7 +166,7 @@ void check(Bench& bench, const Layer& layer) {
   must(cudaDeviceSynchronize(), "kernel");
   must(cudaGetLastError(), "launch");
   get(y, out.y), get(dx, out.x);
-  weight_gradient<K, S, true>(g, t);
+  weight_gradient<K, S, kSumDepth<K>, kSumBlocks<T, K, S>>(g, t);
   std::vector<T> dweight(g.C * K * K);
   get(dweight, t.dweight);
   must(cudaGetLastError(), "launch");
@@ -204,8 +205,14 @@ void rows_passes(Bench& bench, const Layer& layer) {
     else
       depthwise_rows_gradient_stride_2<T, K>(g, t.y, t.weight, t.x, nullptr);
   });
-  bench.time(layer, "dweight  rows (before)", 1, 1, weight_gradient<K, S, false>);
-  bench.time(layer, "dweight  ring", 1, 1, weight_gradient<K, S, true>);
+  bench.time(layer, "dweight  rows (before)", 1, 1, weight_gradient<K, S, 0, 1>);
+}
+
+template <int K, int S, int kDepth, int kBlocks>
+void sums_variant(Bench& bench, const Layer& layer) {
+  char name[64];
+  std::snprintf(name, sizeof(name), "dweight  ring %d rows x%d", kDepth, kBlocks);
+  bench.time(layer, name, 1, 1, weight_gradient<K, S, kDepth, kBlocks>);
 }
 
 template <int K, int S, int kOutputs, int kDepth, int kBlocks>
@@ -243,6 +250,10 @@ void passes(Bench& bench, const Layer& layer) {
     forward_variant<K, S, 4, 4, 2>(bench, layer);
     forward_variant<K, S, 2, 4, 3>(bench, layer);
   }
+  constexpr int kBlocks = kSumBlocks<T, K, S>;
+  sums_variant<K, S, 3, kBlocks>(bench, layer);
+  sums_variant<K, S, 4, kBlocks>(bench, layer);
+  sums_variant<K, S, 3, kBlocks == 2 ? 2 : kBlocks - 1>(bench, layer);
   if constexpr (S == 1)
     bench.time(layer, "dx       ring", 1, 1, [](const ConvGeometry& g, const Tensors& t) { convolve_depthwise_ring<T, K, 1>(g, t.y, t.weight, kNoBias, t.x, true, nullptr); });
   else if constexpr (K == 3) {

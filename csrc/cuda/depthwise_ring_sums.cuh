@@ -7,11 +7,9 @@
 
 namespace cnnkern::gpu {
 
-// Rows of both rings: kDepth of x; of dy those that a row of x meets, and those that come before the next kDepth - 1.
-template <int K, int kStride>
-struct SumRings {
-  static constexpr int kDepth = K == 7 ? 3 : 4, kLag = (K - 1) / kStride, kRows = kLag + 1 + (kDepth - 1 + kStride - 1) / kStride;
-};
+// Rows of the ring of dy, where that of x has kDepth: those that a row of x meets, and those that come with the next kDepth - 1.
+template <int K, int kStride, int kDepth>
+constexpr int kGradientRows = (K - 1) / kStride + 1 + (kDepth - 1 + kStride - 1) / kStride;
 
 // The sums of a thread: taps of its lane, and dy alone.
 template <typename T, int K, int kStride>
@@ -58,12 +56,11 @@ struct RingSums {
 
 constexpr int kMergedTaps = 8;  // at a time
 
-template <typename T, int K, int kStride, int kBlocks>
+template <typename T, int K, int kStride, int kDepth, int kBlocks>
 __global__ void __launch_bounds__(kRingThreads, kBlocks)
     depthwise_ring_sums_kernel(RingWork work, const T* __restrict__ dy, const T* __restrict__ x, PartialSums<compute_t<T>> sums) {
   using S = compute_t<T>;
-  using Rings = SumRings<K, kStride>;
-  constexpr int V = kLane<T>, M = K * K + 1;
+  constexpr int V = kLane<T>, M = K * K + 1, kRows = kGradientRows<K, kStride, kDepth>;
   GPU_DYN_SHARED(T, ring);
   const RingThread<T> me(work);
   unsigned part = blockIdx.x;
@@ -71,7 +68,7 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
   const int outputs = work.strips * kRun, pixels = (outputs - 1) * kStride + K;
   const int stage = work.images * pixels * me.width, dy_stage = work.images * outputs * me.width;
   const int odd = (pixels + 1) / 2 * me.width;
-  T* const dy_ring = ring + Rings::kDepth * stage;
+  T* const dy_ring = ring + kDepth * stage;
   const T* const mine = ring + (me.image * pixels + me.strip * kRun) * me.width + me.lane;
   const T* const my_dy = dy_ring + (me.image * outputs + me.strip * kRun) * me.width + me.lane;
   RingSums<T, K, kStride> m = {};
@@ -92,20 +89,20 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
         me.template copy<kStride>(work, from + h * work.W * work.C, copies, left, work.W, pixels, ring + filled * stage);
       if (next % kStride == 0 && oh < count) {
         me.template copy<1>(work, from_dy + oh * work.OW * work.C, copies, column, work.OW, outputs, dy_ring + dy_filled * dy_stage);
-        dy_filled = dy_filled + 1 == Rings::kRows ? 0 : dy_filled + 1;
+        dy_filled = dy_filled + 1 == kRows ? 0 : dy_filled + 1;
       }
-      filled = filled + 1 == Rings::kDepth ? 0 : filled + 1;
+      filled = filled + 1 == kDepth ? 0 : filled + 1;
       ++next;
       async_commit();
     };
     const auto add_row = [&](int step, auto phase) {
-      async_wait<Rings::kDepth - 2>();
+      async_wait<kDepth - 2>();
       __syncthreads();
       copy_next();
-      if (decltype(phase)::value == 0) newest = newest + 1 == Rings::kRows ? 0 : newest + 1;
+      if (decltype(phase)::value == 0) newest = newest + 1 == kRows ? 0 : newest + 1;
       const int last = step / kStride;
       const auto there = [&](int age) { return last >= age && last - age < count; };
-      const auto dy_row = [&](int age) { return my_dy + (newest < age ? newest - age + Rings::kRows : newest - age) * dy_stage; };
+      const auto dy_row = [&](int age) { return my_dy + (newest < age ? newest - age + kRows : newest - age) * dy_stage; };
       if (top + step >= 0 && top + step < work.H) {
         const T* p[2] = {mine + used * stage, mine + used * stage + odd};
         m.template add<decltype(phase)::value>(p, me.width, there, dy_row);
@@ -114,11 +111,11 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
         m.read_row(dy_row(0), me.width, gradient);
         m.add_gradient(gradient);
       }
-      used = used + 1 == Rings::kDepth ? 0 : used + 1;
+      used = used + 1 == kDepth ? 0 : used + 1;
     };
     __syncthreads();  // all are done with the rows before
 #pragma unroll 1
-    for (int i = 0; i < Rings::kDepth - 1; ++i) copy_next();
+    for (int i = 0; i < kDepth - 1; ++i) copy_next();
 #pragma unroll 1
     for (int step = 0; step < steps; step += kStride) {
       add_row(step, std::integral_constant<int, 0>{});
@@ -154,22 +151,25 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
 
 constexpr int kRowsInFloat = 32;  // of kRun columns each, that a thread adds in float
 
+// Rows of x in its ring, and blocks of a multiprocessor, as registers and shared memory allow.
+template <int K>
+constexpr int kSumDepth = K == 7 ? 3 : 4;
 template <typename T, int K, int kStride>
 constexpr int kSumBlocks = K == 3 ? 5 : sizeof(T) == 4 || (K == 5 && kStride == 1) ? 4 : K == 5 ? 3 : 4 - kStride;
 
-template <typename T, int K, int kStride>
+template <typename T, int K, int kStride, int kBlocks = kSumBlocks<T, K, kStride>>
 RingCut ring_sum_cut(const ConvGeometry& g) {
-  return RingCut(g.N, divup(g.C, kLane<T>), g.OH, g.OW, kRun, (K - 1) / kStride, kSumBlocks<T, K, kStride>, kRowsInFloat);
+  return RingCut(g.N, divup(g.C, kLane<T>), g.OH, g.OW, kRun, (K - 1) / kStride, kBlocks, kRowsInFloat);
 }
 
-template <typename T, int K, int kStride>
+template <typename T, int K, int kStride, int kDepth = kSumDepth<K>, int kBlocks = kSumBlocks<T, K, kStride>>
 void sum_depthwise_ring(const ConvGeometry& g, const T* dy, const T* x, const PartialSums<compute_t<T>>& sums, Stream stream) {
-  using Rings = SumRings<K, kStride>;
-  const RingCut cut = ring_sum_cut<T, K, kStride>(g);
-  const int64_t outputs = cut.strips * kRun, pixels = (outputs - 1) * kStride + K;
-  const int64_t rings = cut.images * (Rings::kDepth * pixels + Rings::kRows * outputs) * cut.lanes * 4, scratch = kMergedTaps * cut.threads() * kLane<T> * sizeof(compute_t<T>);
-  launch(depthwise_ring_sums_kernel<T, K, kStride, kSumBlocks<T, K, kStride>>, dim3(cut.blocks()), dim3(cut.threads()), static_cast<size_t>(larger(rings, scratch)), stream,
-         cut.work(g, {g.H, g.W, g.OH, g.OW, g.OH, g.OW, g.ph, g.pw}), dy, x, sums);
+  const RingCut cut = ring_sum_cut<T, K, kStride, kBlocks>(g);
+  const int64_t outputs = cut.strips * kRun, pixels = (outputs - 1) * kStride + K, width = cut.lanes * kLane<T>;
+  const int64_t rings = cut.images * (kDepth * pixels + kGradientRows<K, kStride, kDepth> * outputs) * width * sizeof(T);
+  const int64_t scratch = kMergedTaps * cut.images * cut.strips * width * sizeof(compute_t<T>);
+  launch(depthwise_ring_sums_kernel<T, K, kStride, kDepth, kBlocks>, dim3(cut.blocks()), dim3(cut.threads()),
+         static_cast<size_t>(larger(rings, scratch)), stream, cut.work(g, {g.H, g.W, g.OH, g.OW, g.OH, g.OW, g.ph, g.pw}), dy, x, sums);
 }
 
 }  // namespace cnnkern::gpu

@@ -7,13 +7,13 @@
 
 namespace cnnkern::gpu {
 
-constexpr int64_t kSumBlocks = 2 * kProcessors;  // each leaves a part of the sums
+constexpr int64_t kGroupedSumBlocks = 2 * kProcessors;  // each leaves a part of the sums
 
 // The turns and the parts of the sums.
 template <int kStride>
 RowStream sums_stream(const ConvGeometry& g, int vectors) {
   using Turn = ForwardTurn<kStride>;
-  return RowStream(g.N, g.C, g.OW, g.OH + Turn::kRows - 1, 16 * Turn::kTiles, vectors, kSumBlocks);
+  return RowStream(g.N, g.C, g.OW, g.OH + Turn::kRows - 1, 16 * Turn::kTiles, vectors, kGroupedSumBlocks);
 }
 
 // Operands of 16 rows each, which are eight channels of a tap's pixels twice: tile j has the `halves` 2 j and 2 j + 1 of a row of taps.

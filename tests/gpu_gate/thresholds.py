@@ -138,12 +138,16 @@ RULES = (
     cuda("^grouped_rows_(?:sums_)?kernel<.*, 24>", "two blocks of six warps each", occupancy=0.18),
     cuda("^grouped_rows_sums_kernel<.*, 1, ", "of four rows of x and of dy", dynamic_shared=41472),
     cuda("^grouped_rows_sums_kernel<.*, 2, ", "of three pairs of rows of x and rows of dy", dynamic_shared=76032),
-    cuda(r"^depthwise_ring_kernel<Ring\w+<.*, 3[,>]", "filters, and rows of pixels, of stride 2 at most", dynamic_shared=31872),
-    cuda(r"^depthwise_ring_kernel<Ring\w+<.*, 5, \d", "the same", dynamic_shared=38016),
-    cuda(r"^depthwise_ring_kernel<Ring\w+<.*, 7, \d", "the same", dynamic_shared=45184),
-    cuda("^depthwise_ring_sums_kernel<.*, 3, ", "rows of pixels of x and dy", dynamic_shared=45056),
-    cuda("^depthwise_ring_sums_kernel<.*, 5, ", "the same", dynamic_shared=52736),
-    cuda("^depthwise_ring_sums_kernel<.*, 7, ", "the same", dynamic_shared=52224),
+    cuda(
+        r"^depthwise_ring_kernel<Ring\w+<[^,]+, 3",
+        "filters, and rows of pixels, of stride 2 at most",
+        dynamic_shared=31872,
+    ),
+    cuda(r"^depthwise_ring_kernel<Ring\w+<[^,]+, 5", "the same", dynamic_shared=38016),
+    cuda(r"^depthwise_ring_kernel<Ring\w+<[^,]+, 7", "the same", dynamic_shared=45184),
+    cuda("^depthwise_ring_sums_kernel<[^,]+, 3", "rows of pixels of x and dy", dynamic_shared=45056),
+    cuda("^depthwise_ring_sums_kernel<[^,]+, 5", "the same", dynamic_shared=52736),
+    cuda("^depthwise_ring_sums_kernel<[^,]+, 7", "the same", dynamic_shared=52224),
     # ---- add_relu ----
     cuda(
         "^add_relu_fwd_kernel<.*, [248]>", "four vectors of either input and of y, whole and at the end", whole=(16, 8)
@@ -217,13 +221,13 @@ RULES = (
     cuda("^depthwise_ring", "a lane is 4 bytes of a pixel; what is under way are asynchronous copies", narrow=ANY),
     cuda("^depthwise_ring", "one division by threads along channels, at the start", divisions=6),
     cuda(
-        r"^depthwise_ring_(?:sums_kernel<|kernel<Ring\w+<).*, [357], \d",
+        r"^depthwise_ring_(?:sums_kernel|kernel<Ring\w+)<",
         "filters and sums in registers, each used for several multiplications a round: no latency to hide",
         occupancy=0.18,
     ),
-    cuda(r"^depthwise_ring_(?:sums_kernel<|kernel<Ring\w+<).*, 5, \d", "the same", registers=168),
+    cuda(r"^depthwise_ring_(?:sums_kernel|kernel<Ring\w+)<[^,]+, 5", "the same", registers=168),
     cuda(
-        r"^depthwise_ring_(?:sums_kernel<|kernel<Ring\w+<).*, 7, \d",
+        r"^depthwise_ring_(?:sums_kernel|kernel<Ring\w+)<[^,]+, 7",
         "98 of each in 16 bits",
         registers=255,
         occupancy=0.12,
