@@ -7,13 +7,14 @@
 
 namespace cnnkern::gpu {
 
-constexpr int64_t kGroupedSumBlocks = 2 * kProcessors;  // each leaves a part of the sums
-
-// The turns and the parts of the sums.
+// Each block leaves a part of the sums, which is written and read again: as many bytes as the turns of a quarter of the groups' width. So
+// a multiprocessor has two blocks where these have turns enough, else one.
 template <int kStride>
 RowStream sums_stream(const ConvGeometry& g, int vectors) {
   using Turn = ForwardTurn<kStride>;
-  return RowStream(g.N, g.C, g.OW, g.OH + Turn::kRows - 1, 16 * Turn::kTiles, vectors, kGroupedSumBlocks);
+  const auto by = [&](int64_t blocks) { return RowStream(g.N, g.C, g.OW, g.OH + Turn::kRows - 1, 16 * Turn::kTiles, vectors, blocks); };
+  const RowStream s = by(2 * kProcessors);
+  return s.part < g.inputs() ? by(kProcessors) : s;
 }
 
 // Operands of 16 rows each, which are eight channels of a tap's pixels twice: tile j has the `halves` 2 j and 2 j + 1 of a row of taps.
