@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(256, 2)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / Tiles::kChunks * Tiles::kChunks;
   const bool active = part.vector + warp < static_cast<unsigned>(s.vectors);
   const auto place = [&](int position) {
-    return (position / s.panel * Turn::kInColumns * (s.panel + Turn::kHalo) + position % s.panel) * kPitch<kVectors> + 16 * group;
+    return (s.panel_of(position) * Turn::kInColumns * (s.panel + Turn::kHalo) + s.in_panel(position)) * kPitch<kVectors> + 16 * group;
   };
   int whole[Turn::kTiles], single[Turn::kTiles];  // a lane's row of operands with two halves, and with one
 #pragma unroll
