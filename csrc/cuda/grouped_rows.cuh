@@ -72,7 +72,7 @@ struct OperandPlace {
   __device__ __forceinline__ OperandPlace(const RowStream& s, int first) {
     const int lane = threadIdx.x % 32;
     const auto place = [&](int position, int vector) {
-      const int panel = position / s.panel, pixel = panel * Turn::kInColumns * (s.panel + Turn::kHalo) + position % s.panel;
+      const int pixel = s.panel_of(position) * Turn::kInColumns * (s.panel + Turn::kHalo) + s.in_panel(position);
       return pixel * kPitch<kVectors> + 16 * vector;
     };
 #pragma unroll
@@ -139,7 +139,7 @@ struct RowStore {
     const unsigned vector = part.vector + threadIdx.x % kVectors;
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
-      const int column = pixel(i) % kPixels, position = column / Turn::kOutColumns, panel = position / s.panel, in_panel = position % s.panel;
+      const int column = pixel(i) % kPixels, position = column / Turn::kOutColumns, panel = s.panel_of(position), in_panel = s.in_panel(position);
       const int x = (static_cast<int>(part.column) + in_panel) * Turn::kOutColumns + column % Turn::kOutColumns - rows.left;
       const unsigned image = set * s.panels + panel;
       const bool there = image < s.images && vector < static_cast<unsigned>(s.vectors) && in_panel < s.tile && x >= 0 && x < rows.W;

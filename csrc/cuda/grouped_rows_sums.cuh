@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(256, 2)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / Tiles::kChunks * Tiles::kChunks;
   const bool active = part.vector + warp < static_cast<unsigned>(s.vectors);
   const auto place = [&](int position) {
-    return (position / s.panel * Turn::kInColumns * (s.panel + Turn::kHalo) + position % s.panel) * kPitch<kVectors> + 16 * group;
+    return (s.panel_of(position) * Turn::kInColumns * (s.panel + Turn::kHalo) + s.in_panel(position)) * kPitch<kVectors> + 16 * group;
   };
   int whole[Turn::kTiles], single[Turn::kTiles];  // a lane's row of operands with two halves, and with one
 #pragma unroll
@@ -127,8 +127,8 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
   for (int ky = 0; ky < 3; ++ky)
 #pragma unroll
-    for (int half = 0; half < Tiles::kHalves; ++half) {
-      const int input = Tiles::chunk(half) * 8 + lane / 4 - (kWidth == 8 ? column / width * width : 0);
+    for (int half = 0; half < Tiles::kHalves; ++half) {  // narrower groups, powers of two, lie side by side in the eight channels
+      const int input = Tiles::chunk(half) * 8 + lane / 4 - (kWidth == 8 ? column & -width : 0);
       const float* const values = sum[ky][half / 2] + half % 2 * 2;
       const float pair[2] = {values[0], values[1]};
       if (input >= 0 && input < width) write<2>(&sums.at(part.index, output, input * kSquare + ky * 3 + Tiles::kx(half)), pair);

@@ -22,7 +22,8 @@ struct RowStream {
   unsigned total, part;                 // turns of the stream, and of a block
   unsigned images;
   int vectors;               // accesses of a pixel
-  int panel, panels, tile;   // positions of a panel, panels, and positions of each that are used
+  int panel, panels, tile;   // positions of a panel, a power of two; panels; positions of each that are used
+  int panel_bits;
 
   // positions: of an image's row; turns: of an image; most: positions of a block; block_vectors: accesses of a pixel that it has.
   RowStream(int64_t N, int64_t C, int64_t positions, int64_t image_turns, int most, int block_vectors, int64_t blocks)
@@ -32,12 +33,15 @@ struct RowStream {
     for (int width = most; width >= kNarrowest; width /= 2)
       if (sets(width) < sets(panel)) panel = width;
     panels = most / panel;
+    for (panel_bits = 0; 1 << panel_bits < panel;) ++panel_bits;
     tiles = Divisor(divup(positions, panel));
     tile = static_cast<int>(divup(positions, tiles.by));
     total = static_cast<unsigned>(divup(N, panels) * image_turns);
     const int64_t parts = larger(1, blocks / (int64_t{channel_tiles.by} * tiles.by));
     part = static_cast<unsigned>(larger(divup(total, parts), smaller(kLeastTurns, total)));
   }
+  __device__ __forceinline__ int panel_of(int position) const { return position >> panel_bits; }
+  __device__ __forceinline__ int in_panel(int position) const { return position & (panel - 1); }
   unsigned parts() const { return tiles.by * static_cast<unsigned>(divup(total, part)); }  // that the blocks of some channels have
   dim3 grid() const { return dim3(channel_tiles.by * parts()); }
 };
