@@ -8,6 +8,7 @@ import emulator
 import pytest
 import torch
 import torch.nn.functional as F
+from test_grouped_conv2d import LIBRARY, OURS, answers_of_all_passes
 
 from cnnkern import testing
 
@@ -109,3 +110,25 @@ def test_what_vectors_do_not_divide_is_left_to_the_library(change, generator, mo
     monkeypatch.setenv("EMULATOR_ORDER", "sideways")  # whatever is launched fails
     with emulator.Emulator():
         passes(inputs, dy)
+
+
+@pytest.mark.parametrize(
+    ("width", "stride", "layout", "answers"),  # forward, dx, dweight, both
+    [
+        (8, 1, "channels_last", (OURS, OURS, OURS, OURS)),
+        (16, 2, "channels_last", (LIBRARY, OURS, OURS, OURS)),
+        (24, 2, "channels_last", (OURS, OURS, OURS, OURS)),
+        (32, 1, "channels_last", (OURS, LIBRARY, LIBRARY, LIBRARY)),
+        (32, 2, "channels_last", (LIBRARY, OURS, OURS, OURS)),
+        (4, 1, "contiguous", (OURS, OURS, LIBRARY, LIBRARY)),
+        (8, 1, "contiguous", (LIBRARY, LIBRARY, LIBRARY, LIBRARY)),
+    ],
+)
+def test_what_cudnn_does_faster_is_left_to_it_pass_by_pass(width, stride, layout, answers, generator):
+    """The rule of csrc/cuda/grouped_conv2d.cu. A call of which a part is the library's counts as the library's."""
+    inputs = CASE.inputs(
+        (2, 2 * width, 9, 8), torch.bfloat16, generator=generator, width=width, stride=stride, padding=1
+    )
+    inputs["input"] = testing.with_layout(inputs["input"], layout)
+    with emulator.Emulator():
+        assert answers_of_all_passes(inputs) == answers

@@ -112,8 +112,8 @@ def moments_kernel(
 ):
     """partial (4, chunks, C) of each chunk: elements, mean, sum of squared deviations, and what that sum has lost.
 
-    Sums are of x - shift. The shift is the mean of the chunk's first tile. Where that is far from the chunk's mean, as a
-    border is from an image's inside, the sum is the small difference of two large ones, which are about the last value.
+    Sums are of x - shift. The shift is the mean of the chunk's first tile. Where that is far from the chunk's mean, as
+    a border is from an image's inside, the sum is the small difference of two large ones of about the last value.
     """
     S: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     k, first, c = program(tl.program_id(0), C, ROWS, B)

@@ -28,9 +28,9 @@ from .tables import NO_NETWORKS
 # Title, published run, suite.
 PANELS = (
     ("Whole models, CPU", "cpu-models", "models"),
-    ("Whole models, H100", "cuda-h100-models", "models"),
+    ("Whole models, H200", "cuda-h200-models", "models"),
     ("Operators, CPU", "cpu-all-networks", "operators"),
-    ("Operators, H100", "cuda-h100", "operators"),
+    ("Operators, H200", "cuda-h200-operators", "operators"),
 )
 MODES = {"training": "a training step", "inference": "inference (models folded)"}
 NOTHING = "no published row stands\nclear of its noise yet"

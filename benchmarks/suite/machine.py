@@ -70,10 +70,10 @@ def cache_bytes(device: str) -> int | None:
 
 
 def commit() -> str:
-    """Short hash of the source tree, with '-dirty' where it has changes; outside git what CNNKERN_COMMIT says it is."""
-
-    if ROOT is None:
-        return os.environ.get("CNNKERN_COMMIT", "unknown")
+    """What CNNKERN_COMMIT says it is, else the short hash of the source tree, with '-dirty' where it has changes."""
+    named = os.environ.get("CNNKERN_COMMIT")
+    if named or ROOT is None:
+        return named or "unknown"
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -83,7 +83,7 @@ def commit() -> str:
         changes = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("CNNKERN_COMMIT", "unknown")
+        return "unknown"
 
 
 def kernels(options: Options) -> str:

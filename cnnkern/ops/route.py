@@ -52,6 +52,9 @@ def keeps_operators() -> bool:
     return _kept.get()
 
 
+keeps_operators._dynamo_marked_constant = True  # type: ignore[attr-defined]  # asked while tracing: torch 2.11 cannot trace it
+
+
 def is_pytorchs(
     inputs: Sequence[Tensor],
     parameters: Sequence[Tensor | None],
@@ -87,10 +90,10 @@ def is_pytorchs(
             return True
     if _is_compiling():
         if torch.compiler.is_exporting():
-            return not _kept.get() and alike(*inputs)
+            return not keeps_operators() and alike(*inputs)
         return fuses and _left_to_inductor(inputs[0], training) and alike(*inputs)
     if _tracing_state() is not None:
-        return not _kept.get() and alike(*inputs)
+        return not keeps_operators() and alike(*inputs)
     return False
 
 

@@ -45,18 +45,24 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
   return std::max({x.numel(), y, (sums + O) * (y / O / gpu::kAnyPart + 1)}) < kMost;
 }
 
-// The rule of dispatch among what is covered. Measured on an H100 (docs/results.md): depthwise kernels of 3x3 and 5x5 are ahead
-// of eager but in inference in channels_last, where the two are close; cuDNN does wider groups well in channels_last and loses
-// time in contiguous layout, which it converts: it did groups of 16 at 13 TFLOP/s there, and in the same time would do groups of 32
-// at 26. Guessed: that ours do half of the 67 TFLOP/s of its fp32 units, and so are ahead of both; that in 16 bits, where tensor cores
-// do twice as much and half the bytes are converted, this ends at 8 channels; and that ours are ahead in all other depthwise convolutions.
-// In channels_last and 16 bits ours are on tensor cores, of memory that begins as their vectors do.
-bool left_to_library(const ConvGeometry& g, std::initializer_list<Tensor> read) {
+enum class Pass { forward, input_gradient, weight_gradient };
+
+// The rule of dispatch among what is covered, measured on an H100 in fp32 and on an H200 in bf16 (docs/results.md). Depthwise
+// kernels are ahead of cuDNN in every pass. In channels_last and 16 bits ours of wider groups are on tensor cores, of memory that
+// begins as their vectors do, and ahead up to 24 channels, but for the forward pass of 16 at stride 2; of 32 channels cuDNN
+// has the forward pass at stride 2, and the gradients at stride 1. In planes of 16 bits ours are ahead up to 4 channels, but for
+// the weight's gradient. Guessed: fp32 in planes, that ours do half of the 67 TFLOP/s of its fp32 units, and are ahead.
+bool left_to_library(const ConvGeometry& g, Pass pass, std::initializer_list<Tensor> read) {
   const auto type = read.begin()->scalar_type();
   if (type == at::kDouble || (g.inputs() == 1 && g.outputs() == 1)) return false;
-  if (type != at::kFloat && gpu::grouped_rows_take(g))
-    return !std::all_of(read.begin(), read.end(), [](const Tensor& t) { return gpu::aligned_to_vectors(t.const_data_ptr()); });
-  return !gpu::grouped_planes_take(g) || (type != at::kFloat && g.inputs() > 8);
+  if (type != at::kFloat && gpu::grouped_rows_take(g)) {
+    const bool apart = !std::all_of(read.begin(), read.end(), [](const Tensor& t) { return gpu::aligned_to_vectors(t.const_data_ptr()); });
+    const bool forward = pass == Pass::forward, behind = g.sh == 2 ? forward && g.inputs() >= 16 && g.inputs() != 24
+                                                                   : !forward && g.inputs() == 32;
+    return apart || behind;
+  }
+  if (!gpu::grouped_planes_take(g)) return true;
+  return type != at::kFloat && (g.inputs() > 4 || pass == Pass::weight_gradient);
 }
 
 ConvGeometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
@@ -100,7 +106,7 @@ Tensor grouped_conv2d_cuda(const Tensor& x, const Tensor& weight, const Optional
   if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
   const auto format = result_format(x, weight);
   const ConvGeometry g = geometry(x, weight, stride, padding, dilation, groups, format == at::MemoryFormat::ChannelsLast);
-  if (left_to_library(g, {x})) return by_library();
+  if (left_to_library(g, Pass::forward, {x})) return by_library();
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor x_ = x.contiguous(format), weight_ = in_layout(weight), bias_ = b.defined() ? b.contiguous() : b;
   const Tensor y = aten::empty({g.N, g.O, g.OH, g.OW}, x.options().memory_format(format));
@@ -119,25 +125,31 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cuda(const Tensor& dy
                                                                 std::array<bool, 3> output_mask) {
   const auto format = result_format(x, weight);
   const Tensor none = aten::empty({0}, x.options());
-  const auto by_library = [&] {
+  const auto by_library = [&](std::array<bool, 3> wanted) {
     // A bias's gradient is summed in the order of dy's memory, which differs between autograd and torch.compile.
     const bool alike = dy.dim() == x.dim() && weight.dim() == x.dim();
     const auto grads = aten::convolution_backward(alike ? dy.contiguous(format) : dy, x, weight, stride, padding, dilation,
-                                                  groups, output_mask);
-    const auto asked = [&](int i, const Tensor& t) { return output_mask[i] ? t : none; };
+                                                  groups, wanted);
+    const auto asked = [&](int i, const Tensor& t) { return wanted[i] ? t : none; };
     return std::tuple(asked(0, std::get<0>(grads)), asked(1, std::get<1>(grads)), asked(2, std::get<2>(grads)));
   };
-  if (!covered(x, weight, {}, stride, padding, dilation, groups)) return by_library();
+  if (!covered(x, weight, {}, stride, padding, dilation, groups)) return by_library(output_mask);
   const ConvGeometry g = geometry(x, weight, stride, padding, dilation, groups, format == at::MemoryFormat::ChannelsLast);
   TORCH_CHECK(dy.sizes() == at::IntArrayRef({g.N, g.O, g.OH, g.OW}) && dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
               "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.O, g.OH, g.OW}), " on ",
               x.device(), " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
-  if (left_to_library(g, {x, dy})) return by_library();
+  const bool left_weight = left_to_library(g, Pass::weight_gradient, {x, dy});
+  const std::array<bool, 3> left = {output_mask[0] && left_to_library(g, Pass::input_gradient, {x, dy}), output_mask[1] && left_weight,
+                                    output_mask[2] && left_weight};
+  if (left == output_mask) return by_library(output_mask);
+  Tensor dx = none, dweight = none, dbias = none;
+  if (left[0] || left[1] || left[2]) std::tie(dx, dweight, dbias) = by_library(left);
+  for (int i = 0; i < 3; ++i) output_mask[i] = output_mask[i] && !left[i];
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor dy_ = dy.contiguous(format), weight_ = in_layout(weight);
-  const Tensor dx = output_mask[0] ? aten::empty(x.sizes(), x.options().memory_format(format)) : none;
-  const Tensor dweight = output_mask[1] ? aten::empty(weight.sizes(), weight.options().memory_format(format)) : none;
-  Tensor dbias = output_mask[2] && output_mask[1] ? aten::empty({g.O}, weight.options()) : none;
+  if (output_mask[0]) dx = aten::empty(x.sizes(), x.options().memory_format(format));
+  if (output_mask[1]) dweight = aten::empty(weight.sizes(), weight.options().memory_format(format));
+  if (output_mask[2] && output_mask[1]) dbias = aten::empty({g.O}, weight.options());
   if (output_mask[2] && !output_mask[1]) dbias = aten::sum(dy_, at::IntArrayRef{0, 2, 3});
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "grouped_conv2d_backward", [&] {
     const auto stream = c10::cuda::getCurrentCUDAStream();
