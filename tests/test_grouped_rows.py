@@ -52,8 +52,12 @@ def assert_as_good(inputs: dict, dy: torch.Tensor) -> None:
     with emulator.Emulator():
         ours = passes(inputs, dy)
         rounded = [t.to(dtype) for t in of_library(inputs, dy, torch.float32)]  # at its best
+        y, dx, dweight, _ = answers_of_all_passes(inputs)
     exact = of_library(inputs, dy, torch.float64)
-    for name, mine, theirs, truth in zip(("y", "dx", "dweight", "dbias"), ours, rounded, exact, strict=True):
+    whose = {"y": y, "dx": dx, "dweight": dweight, "dbias": dweight}
+    for (name, who), mine, theirs, truth in zip(whose.items(), ours, rounded, exact, strict=True):
+        if who == LIBRARY:
+            continue
         error, allowed = (mine.double() - truth).abs(), 2 * (theirs.double() - truth).abs().max()
         excess = (error - allowed - truth.abs() * ROUNDING[dtype]).max()
         assert excess <= 0, f"{name}: {error.max():.3g} off, {excess:.3g} more than allowed"

@@ -8,6 +8,8 @@
 namespace cnnkern::gpu {
 
 constexpr int64_t kBlocks = 1024;           // enough for every GPU
+constexpr int64_t kRowSumBlocks = 264;      // of sums over rows: as many as run at once, two on each multiprocessor of a Hopper
+constexpr int64_t kSumRows = 128;           // of a thread at most, whose sums stay in the arithmetic type
 constexpr int64_t kOwnerBlocks = 96;        // channels that keep a GPU busy with one block each,
 constexpr int64_t kOwnerBytes = 256 << 10;  // while all of them together stay in L2
 constexpr int64_t kSmallChannel = 8192;     // elements below which further launches cost more than idle processors
@@ -31,7 +33,7 @@ template <typename T>
 struct Cut {
   bool by_rows;
   PlaneCut planes{};
-  RowCut rows{};
+  RowCut rows{}, sums{};  // rows as they are mapped, and as they are summed
 
   template <typename... Pointers>
   explicit Cut(const Layout& s, bool may_own, const Pointers*... pointers) : by_rows(s.rows) {
@@ -53,8 +55,11 @@ struct Cut {
       cut.columns = static_cast<int>(divup(s.C / (cut.vector ? V : 1), cut.tiles));
       cut.thread_rows = kThreads / cut.columns;
       const int64_t least = static_cast<int64_t>(cut.thread_rows) * kUnroll;  // small tensors want every processor
-      cut.strip = divup(cut.rows, larger(1, smaller(kBlocks / cut.tiles, cut.rows / least)));
-      cut.strips = divup(cut.rows, cut.strip);
+      const auto strip = [&](int64_t blocks) { return divup(cut.rows, larger(1, smaller(blocks / cut.tiles, cut.rows / least))); };
+      sums = cut;
+      sums.strip = smaller(strip(kRowSumBlocks), kSumRows * cut.thread_rows);
+      cut.strip = strip(kBlocks);
+      for (RowCut* c : {&cut, &sums}) c->strips = divup(c->rows, c->strip);
     } else {
       PlaneCut& cut = planes;
       cut.C = s.C, cut.HW = s.HW;
@@ -78,7 +83,7 @@ struct Cut {
 
   // Doubles of scratch memory that a reduction needs.
   int64_t workspace() const {
-    if (by_rows) return 2 * rows.C * rows.strips;
+    if (by_rows) return 2 * sums.C * sums.strips;
     return planes.owned ? 0 : 2 * planes.C * planes.slices;
   }
 };
@@ -101,10 +106,11 @@ void reduce_shared(const R& p, const Cut<typename R::Scalar>& cut, double* works
   constexpr int V = kVector<typename R::Scalar>;
   int64_t C, slices;
   if (cut.by_rows) {
-    C = cut.rows.C, slices = cut.rows.strips;
-    const dim3 grid(static_cast<unsigned>(cut.rows.tiles * slices));
-    launch(cut.rows.vector ? reduce_rows_kernel<R, V> : reduce_rows_kernel<R, 1>, grid, dim3(kThreads),
-           cut.rows.scratch_bytes(cut.rows.vector ? V : 1), stream, p, cut.rows, workspace);
+    C = cut.sums.C, slices = cut.sums.strips;
+    const dim3 grid(static_cast<unsigned>(cut.sums.tiles * slices));
+    const int sums = 2 * cut.sums.columns * (cut.sums.vector ? V : 1) * cut.sums.thread_rows;
+    launch(cut.sums.vector ? reduce_rows_kernel<R, V> : reduce_rows_kernel<R, 1>, grid, dim3(kThreads), sizeof(typename R::S) * sums,
+           stream, p, cut.sums, workspace);
   } else {
     C = cut.planes.C, slices = cut.planes.slices;
     launch(cut.planes.ragged ? reduce_planes_kernel<R, true> : reduce_planes_kernel<R, false>,

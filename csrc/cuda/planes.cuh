@@ -56,7 +56,7 @@ __device__ __forceinline__ void reduce_planes(const P& p, const PlaneCut& cut, i
   GPU_SHARED(typename P::Before, shared, 1);
   share(shared, 1, [&](int) { return p.before(c); });
   const typename P::Before constants[1] = {shared[0]};
-  ThreadSums<P, V, 1> mine;
+  ThreadSums<P, V> mine;
   for_planes<kRagged, V>(cut, c, slice,
                          [&](const auto& at, Lanes lanes) { mine.template add<kRagged>(p, at, lanes, constants); });
   mine.flush();

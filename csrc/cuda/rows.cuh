@@ -15,8 +15,6 @@ struct RowCut {
   int64_t tiles, strips, strip;  // tiles of channels; strips of rows; rows of a strip
   int columns, thread_rows;
   bool vector;                   // whole aligned vectors of channels
-
-  size_t scratch_bytes(int lanes) const { return sizeof(double) * 2 * lanes * (thread_rows / 2) * columns; }  // of a block
 };
 
 template <int V>
@@ -49,39 +47,41 @@ __device__ __forceinline__ void for_rows(const RowCut& cut, const RowPlace<V>& p
     r += U * cut.thread_rows;
   };
   while (r + (kVectors - 1) * cut.thread_rows < end) batch(std::integral_constant<int, kVectors>{});
+  if constexpr (kVectors > kUnroll)
+    if (r + (kUnroll - 1) * cut.thread_rows < end) batch(std::integral_constant<int, kUnroll>{});
   while (r < end) batch(std::integral_constant<int, 1>{});
-}
-
-// Two sums a channel over the rows of a strip, from those of its threads. partial: (C, strips, 2).
-template <int V>
-__device__ __forceinline__ void write_column_sums(double (&sums)[2 * V], const RowCut& cut, const RowPlace<V>& place,
-                                                  double* scratch, double* partial) {
-  column_sum(sums, place.row, cut.thread_rows, place.column, cut.columns, scratch);
-  if (place.active && place.row == 0)
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      double* const out = partial + 2 * ((place.channel + k) * cut.strips + place.strip);
-      out[0] = sums[k], out[1] = sums[V + k];
-    }
 }
 
 template <typename P, int V>
 __global__ void __launch_bounds__(kThreads, 2) reduce_rows_kernel(P p, RowCut cut, double* partial) {
-  GPU_DYN_SHARED(double, scratch);
+  using S = typename P::S;
+  GPU_DYN_SHARED(S, rows);  // (thread_rows, 2, width)
   GPU_SHARED(typename P::Before, shared, kTileChannels);
   const RowPlace<V> place(cut, blockIdx.x);
+  const int width = cut.columns * V;
   share(shared, place.channels, [&](int j) { return p.before(place.first + j); });
-  ThreadSums<P, V, V> mine;
   if (place.active) {
     typename P::Before constants[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) constants[k] = shared[place.column * V + k];
     // Of eight lanes fewer vectors, if results are under way too, or much arithmetic: two blocks have to fit.
-    constexpr int kVectors = V < 8 ? kUnroll : kUnroll >> (int{P::kWritesWhileReducing} + int{P::kCostly});
-    for_rows<V, kVectors>(cut, place, [&](const auto& at, int64_t) { mine.template add<false>(p, at, Lanes{}, constants); });
-    mine.flush();
+    constexpr int kReads = sizeof(typename P::template Input<V>) / (V * sizeof(S)), kMost = 2 * kUnroll / kReads;
+    constexpr int kVectors = V < 8 ? kMost : kMost >> (int{P::kWritesWhileReducing} + int{P::kCostly});
+    S sums[2 * V] = {};  // of a strip's rows, which are few
+    for_rows<V, kVectors>(cut, place, [&](const auto& at, int64_t) {
+      add_batch<false, V>(p, at, Lanes{}, constants, [&](const auto& in, int k) { p.term(in, k, constants[k], sums[k], sums[V + k]); });
+    });
+    S* const mine = rows + place.row * 2 * width + place.column * V;
+#pragma unroll
+    for (int k = 0; k < V; ++k) mine[k] = sums[k], mine[width + k] = sums[V + k];
   }
-  write_column_sums<V>(mine.wide, cut, place, scratch, partial);
+  __syncthreads();
+  const int which = threadIdx.x / width, j = threadIdx.x % width;
+  if (which > 1 || j >= place.channels) return;
+  double sum = 0;
+#pragma unroll 8
+  for (int row = 0; row < cut.thread_rows; ++row) sum += static_cast<double>(rows[(row * 2 + which) * width + j]);
+  partial[2 * ((place.first + j) * cut.strips + place.strip) + which] = sum;
 }
 
 template <typename P, int V>

@@ -45,36 +45,37 @@ __device__ __forceinline__ void map_batch(const P& p, const int64_t (&at)[U], La
   store_batch<kRagged, V>(p, in, at, lanes, constants);
 }
 
-// A thread's two sums, one pair for all lanes or one a lane: kept in the arithmetic type for kFlush batches.
-template <typename P, int V, int K>
+// Loads a batch for the first sweep; term(input, k) is called for each lane of each vector.
+template <bool kRagged, int V, typename P, int K, int U, typename F>
+__device__ __forceinline__ void add_batch(const P& p, const int64_t (&at)[U], Lanes lanes, const typename P::Before (&constants)[K],
+                                          const F& term) {
+  typename P::template Input<V> in[U];
+  load_batch<kRagged, V>(p, in, at, lanes, constants);
+#pragma unroll
+  for (int u = 0; u < U; ++u)
+#pragma unroll
+    for (int k = 0; k < V; ++k) term(in[u], k);
+  if constexpr (P::kWritesWhileReducing)
+    if (p.writes()) store_batch<kRagged, V>(p, in, at, lanes, constants);
+}
+
+// A thread's two sums over the vectors of a channel: kept in the arithmetic type for kFlush batches.
+template <typename P, int V>
 struct ThreadSums {
   using S = typename P::S;
-  double wide[2 * K] = {};  // K first sums, K second ones
-  S s1[K] = {}, s2[K] = {};
+  double wide[2] = {};
+  S s1 = 0, s2 = 0;
   int pending = 0;
 
   template <bool kRagged, int U>
-  __device__ __forceinline__ void add(const P& p, const int64_t (&at)[U], Lanes lanes, const typename P::Before (&constants)[K]) {
-    typename P::template Input<V> in[U];
-    load_batch<kRagged, V>(p, in, at, lanes, constants);
-#pragma unroll
-    for (int u = 0; u < U; ++u)
-#pragma unroll
-      for (int k = 0; k < V; ++k) {
-        const int j = K == 1 ? 0 : k;
-        p.term(in[u], k, constants[j], s1[j], s2[j]);
-      }
-    if constexpr (P::kWritesWhileReducing)
-      if (p.writes()) store_batch<kRagged, V>(p, in, at, lanes, constants);
+  __device__ __forceinline__ void add(const P& p, const int64_t (&at)[U], Lanes lanes, const typename P::Before (&constants)[1]) {
+    add_batch<kRagged, V>(p, at, lanes, constants, [&](const auto& in, int k) { p.term(in, k, constants[0], s1, s2); });
     if (++pending == kFlush) flush();
   }
 
   __device__ __forceinline__ void flush() {
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      wide[k] += s1[k], wide[K + k] += s2[k];
-      s1[k] = s2[k] = 0;
-    }
+    wide[0] += s1, wide[1] += s2;
+    s1 = s2 = 0;
     pending = 0;
   }
 };

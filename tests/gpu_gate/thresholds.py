@@ -119,7 +119,7 @@ RULES = (
         round=(0, 0),
     ),
     # ---- what launches ask for at most ----
-    cuda("^reduce_rows", "two sums a channel of half a block's threads", dynamic_shared=16 << 10),
+    cuda("^reduce_rows", "two sums a channel of each thread", dynamic_shared=16 << 10),
     cuda("^ln_rows_bwd_kernel<.*, 8>", "two sums an element of half a block's threads", dynamic_shared=8 << 10),
     cuda("^ln_rows_bwd_kernel<.*, 4>", "the same", dynamic_shared=4 << 10),
     cuda("^ln_rows_bwd_kernel<.*, [12]>", "the same", dynamic_shared=2 << 10),
