@@ -212,12 +212,13 @@ def test_a_processor_name_that_says_no_generation_gets_family_and_model(text, sl
     assert machine.slug(machine.model_name("cpu")) == slug
 
 
-def test_commit_outside_git_is_unknown_or_what_the_environment_says(monkeypatch, tmp_path):
+def test_commit_is_what_the_environment_says_else_gits_else_unknown(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.delenv("CNNKERN_COMMIT", raising=False)
     assert machine.commit() == "unknown"
     monkeypatch.setenv("CNNKERN_COMMIT", "1234567")  # of a copy of the tree
     assert machine.commit() == "1234567"
+    monkeypatch.delenv("CNNKERN_COMMIT")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
     run_child([*git, "init", "-q"], check=True)
     run_child([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
