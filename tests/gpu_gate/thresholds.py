@@ -118,6 +118,12 @@ RULES = (
         atomics=4,
         round=(0, 0),
     ),
+    cuda(
+        "^reduce_planes_kernel<BatchNormBackward<double, .*OtherActivation>, false>, false>",
+        "float64 in eval: two values on the stack",
+        spills=5,
+        stack=8,
+    ),
     # ---- what launches ask for at most ----
     cuda("^reduce_rows", "two sums a channel of each thread", dynamic_shared=16 << 10),
     cuda("^ln_rows_bwd_kernel<.*, 8>", "two sums an element of half a block's threads", dynamic_shared=8 << 10),
@@ -214,6 +220,14 @@ RULES = (
         "^(?:depthwise|grouped)_planes", "a lane is a pixel, neighbouring lanes neighbours: an element each", narrow=ANY
     ),
     cuda("^grouped_planes", "weights go to shared memory first, whose places are divided", divisions=4),
+    cuda("^grouped_rows_sums_kernel<.*, 2, 24>", "a warp's place among the three of a group", "sm_80", divisions=1),
+    cuda(
+        "^grouped_rows_kernel<.*ForwardTurn<1>, 8>",
+        "registers for three blocks on a multiprocessor: ptxas keeps four of them on the stack",
+        "sm_100",
+        spills=6,
+        stack=16,
+    ),
     cuda("^depthwise_rows_(?:gradient_)?kernel<float", "four channels a lane; weights go to shared memory", narrow=16),
     cuda("^depthwise_rows_(?:gradient_)?kernel<float", "a row of taps in a round", round=(5, 0), whole=(5, 4)),
     cuda("^depthwise_rows_(?:gradient_)?kernel<c10", "four channels a lane, which are 8 bytes", narrow=ANY),
