@@ -10,7 +10,7 @@ import torch
 from cnnkern import cli
 from cnnkern.testing import CASES, Layer
 
-from ..studies import steps
+from ..studies import gpu_kernels, steps
 from ..suite import bandwidth, operators
 from ..suite.groups import AGAIN, CONVERTED_AND_COMPILED, LAYOUTS, Contender, Group, Refused, Session
 from ..suite.options import Options
@@ -18,6 +18,7 @@ from .benches import TUNED, AutocastBench, PassBench, Passes, Scale
 
 DTYPE = torch.bfloat16
 NETWORK = "several networks"  # whose layers these are
+LONGEST = 25  # kernels of a step that are kept by name
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Found:
     refused: list[dict[str, Any]] = field(default_factory=list)
     bandwidths: list[dict[str, Any]] = field(default_factory=list)
     checks: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, dict[str, float]] = field(default_factory=dict)  # contender -> its longest, microseconds a step
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def models_compiled(scale: Scale, seconds: float) -> Found:
 
 
 def kernels_by_kind(scale: Scale, seconds: float) -> Found:
-    """A step's milliseconds by kind of layer, of eager and of the converted model: where its time goes."""
+    """A step's milliseconds by kind of layer, of eager and of the converted model, and on a GPU its longest kernels."""
     end, found = time.perf_counter() + seconds, Found()
     for name in scale.models:
         if time.perf_counter() > end:
@@ -111,6 +113,9 @@ def kernels_by_kind(scale: Scale, seconds: float) -> Found:
             contender = Contender(who, "channels_last")
             rounds = steps.rounds(bench, contender, scale.repeats, scale.device)
             group = model_group(name, scale.batches[-1], "channels_last", (who,), scale, 0.0)
+            if scale.device == "cuda":
+                taken = gpu_kernels.microseconds(bench.step(contender, verify=False))
+                found.kernels[f"{name} {who}"] = dict(sorted(taken.items(), key=lambda item: -item[1])[:LONGEST])
             for kind in steps.KINDS:
                 samples = [r[kind] / 1e3 for r in rounds]
                 if min(samples) > 0:
