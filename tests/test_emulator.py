@@ -28,7 +28,7 @@ MEMORY = (
     "as_good_as or float32_parameters or any_layout or off_a_vector or memory_format or empty_batch or every_kernel"
 )
 ONE = "not float64 and not float16 and not bfloat16"
-DTYPES = {"float32": ONE, "address+undefined": "not float64 and not float16", "thread": ONE}
+DTYPES = {"float32": ONE, "address+undefined": "not float64 and (bfloat16 or not float16)", "thread": ONE}
 if os.environ.get("EMULATOR_FULL") == "1":  # make sanitize
     RUNS = {"plain": f"{MEMORY} or gradcheck or compiles_to_one_graph or torch_func", **dict.fromkeys(DTYPES, MEMORY)}
 else:  # test_every_kernel, and variants whose kernels differ; of the others what two dtypes make of them
