@@ -14,7 +14,6 @@
 #include "cpu/layout.h"
 #include "cpu/planes.h"
 #include "cpu/rows.h"
-#include "scattered.h"
 
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
@@ -91,32 +90,20 @@ struct BatchNormForward {
   void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2); }
 
   void prepare(int64_t c, int64_t n) {
+    Lot m{}, var;
     if (training) {
-      choose_shift(c, n);
+      // Sums are taken of x - shift, so that a large mean costs no digits: a few elements' mean is near enough.
+      const int64_t count = view.count(), samples = std::clamp<int64_t>(count / 256, 1, 16);
+      for (int64_t sample = 0; sample < samples; ++sample) {
+        const T* p = x + view.offset(c, sample * (count / samples));
+        for (int64_t j = 0; j < n; ++j) m[j] += static_cast<double>(p[j * view.channel_stride]);
+      }
+      S* const shift = table.row(kShift) + c;
+      for (int64_t j = 0; j < n; ++j) shift[j] = static_cast<S>(m[j] / samples);
     } else {
-      Lot m, var;
       running.mean.read(c, n, m.data()), running.var.read(c, n, var.data());
       set_affine(c, n, m, var);
     }
-  }
-
-  // Sums are taken of x - shift, so that a large mean costs no digits: an element near the mean is near enough, and the
-  // median of a few is one, whatever a border or an outlier among them.
-  void choose_shift(int64_t c, int64_t n) {
-    constexpr int kSamples = 8;
-    const int64_t count = view.count(), samples = std::clamp<int64_t>(count / 256, 1, kSamples);
-    std::array<std::array<S, kLot>, kSamples> sample;
-    for (int64_t s = 0; s < samples; ++s) {
-      const T* p = x + view.offset(c, scattered(static_cast<int>(s), count));
-      for (int64_t j = 0; j < n; ++j) sample[s][j] = static_cast<S>(p[j * view.channel_stride]);
-    }
-    for (int64_t left = samples - 1; left >= samples / 2; --left)
-      for (int64_t s = 0; s < left; ++s)  // the largest of those left goes to the end
-        for (int64_t j = 0; j < n; ++j) {
-          const S a = sample[s][j], b = sample[s + 1][j];
-          sample[s][j] = a < b ? a : b, sample[s + 1][j] = a < b ? b : a;
-        }
-    std::copy_n(sample[samples / 2].data(), n, table.row(kShift) + c);
   }
 
   template <bool kPartial, typename At>
