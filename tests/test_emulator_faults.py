@@ -69,6 +69,7 @@ FAULTS = {
     "grid_too_tall": ("plain", "a grid has at most .* blocks"),
     "too_much_shared": ("plain", "at most 232448 bytes of shared memory; got 232449"),
     "too_much_static_shared": ("plain", "shared memory exceeds 49152 bytes with the array"),
+    "threads_that_do_not_wait": ("plain", "of 64 threads of a kernel that may start early 32 have waited"),
     "another_stream": ("plain", "on a stream that is not the current one"),
     "missing_guard": ("plain", "no CUDAGuard has chosen the tensors' device"),
     "missing_launch_check": ("plain", "returned without C10_CUDA_KERNEL_LAUNCH_CHECK"),

@@ -65,14 +65,14 @@ struct Statistics {
     s2 = fma(d, d, s2);
   }
 
-  __device__ void finish(int64_t c, double s1, double s2) const {
+  __device__ void finish(int64_t c, double s1, double s2, double center) const {
     GPU_SHARED(int, sound, 1);
     if (threadIdx.x == 0) {
       const double n = static_cast<double>(view.count()), delta = s1 / n, moment = (s2 - s1 * delta) / n;
       const double var = moment > 0 ? moment : 0.0;
       // Far from the mean the shift was of no use; squares may have left the arithmetic type's range; NaN fails too.
       sound[0] = (s1 == 0 && s2 == 0) || (delta * delta <= 8 * var && std::isfinite(s2) && s2 / n > 1e-28);
-      if (sound[0]) publish(c, before(c).center + delta, var);
+      if (sound[0]) publish(c, center + delta, var);
     }
     __syncthreads();
     if (!sound[0]) publish_exact_moments(c);
@@ -244,7 +244,7 @@ struct BatchNormBackward {
       if (dresidual != nullptr) gpu::store<kRagged>(dresidual + at, lanes, g);
   }
 
-  __device__ void finish(int64_t c, double s1, double s2) const {
+  __device__ void finish(int64_t c, double s1, double s2, double) const {
     if (threadIdx.x != 0) return;
     const double n = static_cast<double>(count), r = rstd[c];
     const double lost = lost_by_rounding<S>(mean[c]);

@@ -5,6 +5,7 @@
 // <<<>>>; it waits for other blocks in group_barrier alone, and only if launch_together has started it.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -42,6 +43,51 @@ template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Arguments&... arguments) {
   allow_shared(kernel, shared);
   kernel<<<grid, block, shared, stream>>>(arguments...);
+}
+
+// Whether wait_for_previous is in what the current device runs of a kernel: it was compiled for sm_90 or later. All kernels of
+// a file are compiled for the same GPUs, so one answers for those that take the same arguments.
+template <typename... Parameters>
+bool can_wait_for_previous(void (*kernel)(Parameters...)) {
+  constexpr int kDevices = 64;
+  static std::atomic<signed char> known[kDevices];  // 0: not yet
+  int device = 0;
+  cudaGetDevice(&device);
+  signed char answer = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (answer == 0) {
+    cudaFuncAttributes attributes;
+    answer = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90 ? 1 : -1;
+    if (device < kDevices) known[device].store(answer, std::memory_order_relaxed);
+  }
+  return answer > 0;
+}
+
+// As launch, of a kernel that reads what the one before it on this stream writes: it may be started while that one ends, which
+// takes some microseconds off. It begins with wait_for_previous.
+template <typename... Parameters, typename... Arguments>
+void launch_next(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Arguments&... arguments) {
+  if (!can_wait_for_previous(kernel)) return launch(kernel, grid, block, shared, stream, arguments...);
+  allow_shared(kernel, shared);
+  cudaLaunchAttribute overlap;
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared, config.stream = stream;
+  config.attrs = &overlap, config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+}
+
+// What the kernel before this one has written is there behind it. The first statement of a kernel that launch_next starts.
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel, if launch_next starts it, may be started once all blocks have come here.
+__device__ __forceinline__ void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
 }
 
 // Blocks of a kernel that the current device runs at once; 0 where it cannot run one, or cannot start them together.

@@ -8,23 +8,25 @@
 namespace cnnkern::gpu {
 
 constexpr int64_t kBlocks = 1024;           // enough for every GPU
-constexpr int64_t kRowSumBlocks = 264;      // of sums over rows: as many as run at once, two on each multiprocessor of a Hopper
+constexpr int64_t kRowSumBlocks = 132 * kSumsPerProcessor;  // of sums over rows: as many as run at once on a Hopper
 constexpr int64_t kSumRows = 128;           // of a thread at most, whose sums stay in the arithmetic type
 constexpr int64_t kOwnerBlocks = 96;        // channels that keep a GPU busy with one block each,
 constexpr int64_t kOwnerBytes = 256 << 10;  // while all of them together stay in L2
 constexpr int64_t kSmallChannel = 8192;     // elements below which further launches cost more than idle processors
 
-// Adds the sums of a channel's slices or strips. partial: (C, slices, 2).
+// Adds the sums of a channel's slices or strips.
 template <typename P>
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(P p, int64_t slices, const double* partial) {
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(P p, Partial partial) {
+  wait_for_previous();
+  let_next_start();
   const int64_t c = blockIdx.x;
   double sums[2] = {0, 0};
-  for (int64_t i = threadIdx.x; i < slices; i += blockDim.x) {
-    sums[0] += partial[2 * (c * slices + i)];
-    sums[1] += partial[2 * (c * slices + i) + 1];
+  for (int64_t i = threadIdx.x; i < partial.slices; i += blockDim.x) {
+    sums[0] += partial.sum(c, i, 0);
+    sums[1] += partial.sum(c, i, 1);
   }
   block_sum(sums);
-  p.finish(c, sums[0], sums[1]);
+  p.finish(c, sums[0], sums[1], partial.center(c));
 }
 
 // How a tensor is cut. may_own: both sweeps are made, so one block may make them. pointers: what they access, or null;
@@ -83,40 +85,40 @@ struct Cut {
 
   // Doubles of scratch memory that a reduction needs.
   int64_t workspace() const {
-    if (by_rows) return 2 * sums.C * sums.strips;
-    return planes.owned ? 0 : 2 * planes.C * planes.slices;
+    if (by_rows) return Partial::doubles(sums.C, sums.strips);
+    return planes.owned ? 0 : Partial::doubles(planes.C, planes.slices);
   }
 };
 
+// The second sweep; `behind`: right behind the first one on the stream.
 template <typename P>
-void map(const P& p, const Cut<typename P::Scalar>& cut, Stream stream) {
+void map(const P& p, const Cut<typename P::Scalar>& cut, Stream stream, bool behind = false) {
   constexpr int V = kVector<typename P::Scalar>;
-  if (cut.by_rows) {
-    const dim3 grid(static_cast<unsigned>(cut.rows.tiles * cut.rows.strips));
-    launch(cut.rows.vector ? map_rows_kernel<P, V> : map_rows_kernel<P, 1>, grid, dim3(kThreads), 0, stream, p, cut.rows);
-  } else {
-    const dim3 grid(static_cast<unsigned>(cut.planes.C * cut.planes.slices));
-    launch(cut.planes.ragged ? map_planes_kernel<P, true> : map_planes_kernel<P, false>, grid, dim3(kThreads), 0, stream, p, cut.planes);
-  }
+  const auto start = [&](auto kernel, int64_t blocks, const auto& piece) {
+    const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
+    behind ? launch_next(kernel, grid, block, 0, stream, p, piece) : launch(kernel, grid, block, 0, stream, p, piece);
+  };
+  if (cut.by_rows)
+    start(cut.rows.vector ? map_rows_kernel<P, V> : map_rows_kernel<P, 1>, cut.rows.tiles * cut.rows.strips, cut.rows);
+  else
+    start(cut.planes.ragged ? map_planes_kernel<P, true> : map_planes_kernel<P, false>, cut.planes.C * cut.planes.slices, cut.planes);
 }
 
 // The first sweep by slices or strips that share a channel. workspace: cut.workspace() doubles.
 template <typename R>
 void reduce_shared(const R& p, const Cut<typename R::Scalar>& cut, double* workspace, Stream stream) {
   constexpr int V = kVector<typename R::Scalar>;
-  int64_t C, slices;
+  const Partial partial = cut.by_rows ? Partial{workspace, cut.sums.C, cut.sums.strips} : Partial{workspace, cut.planes.C, cut.planes.slices};
   if (cut.by_rows) {
-    C = cut.sums.C, slices = cut.sums.strips;
-    const dim3 grid(static_cast<unsigned>(cut.sums.tiles * slices));
+    const dim3 grid(static_cast<unsigned>(cut.sums.tiles * partial.slices));
     const int sums = 2 * cut.sums.columns * (cut.sums.vector ? V : 1) * cut.sums.thread_rows;
     launch(cut.sums.vector ? reduce_rows_kernel<R, V> : reduce_rows_kernel<R, 1>, grid, dim3(kThreads), sizeof(typename R::S) * sums,
-           stream, p, cut.sums, workspace);
+           stream, p, cut.sums, partial);
   } else {
-    C = cut.planes.C, slices = cut.planes.slices;
     launch(cut.planes.ragged ? reduce_planes_kernel<R, true> : reduce_planes_kernel<R, false>,
-           dim3(static_cast<unsigned>(C * slices)), dim3(kThreads), 0, stream, p, cut.planes, workspace);
+           dim3(static_cast<unsigned>(partial.C * partial.slices)), dim3(kThreads), 0, stream, p, cut.planes, partial);
   }
-  launch(finish_kernel<R>, dim3(static_cast<unsigned>(C)), dim3(kFinishThreads), 0, stream, p, slices, workspace);
+  launch_next(finish_kernel<R>, dim3(static_cast<unsigned>(partial.C)), dim3(kFinishThreads), 0, stream, p, partial);
 }
 
 // The first sweep alone.
@@ -137,7 +139,7 @@ void reduce_and_map(const P& p, const Cut<typename P::Scalar>& cut, double* work
   const typename P::Reduction& reduction = p;
   reduce_shared(reduction, cut, workspace, stream);
   if constexpr (!P::kWritesWhileReducing)
-    if (p.maps()) map(p, cut, stream);
+    if (p.maps()) map(p, cut, stream, /*behind=*/true);
 }
 
 }  // namespace cnnkern::gpu

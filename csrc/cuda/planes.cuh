@@ -50,8 +50,9 @@ __device__ __forceinline__ void for_planes(const PlaneCut& cut, int64_t c, int64
   while (j < end) batch(std::integral_constant<int, 1>{});
 }
 
+// Returns what the sums were centred on.
 template <bool kRagged, typename P>
-__device__ __forceinline__ void reduce_planes(const P& p, const PlaneCut& cut, int64_t c, int64_t slice, double (&sums)[2]) {
+__device__ __forceinline__ double reduce_planes(const P& p, const PlaneCut& cut, int64_t c, int64_t slice, double (&sums)[2]) {
   constexpr int V = kVector<typename P::Scalar>;
   GPU_SHARED(typename P::Before, shared, 1);
   share(shared, 1, [&](int) { return p.before(c); });
@@ -62,6 +63,7 @@ __device__ __forceinline__ void reduce_planes(const P& p, const PlaneCut& cut, i
   mine.flush();
   sums[0] = mine.wide[0], sums[1] = mine.wide[1];
   block_sum(sums);
+  return constants[0].center;
 }
 
 template <bool kRagged, typename P>
@@ -74,15 +76,19 @@ __device__ __forceinline__ void map_planes(const P& p, const PlaneCut& cut, int6
 }
 
 template <typename P, bool kRagged>
-__global__ void __launch_bounds__(kThreads) reduce_planes_kernel(P p, PlaneCut cut, double* partial) {
+__global__ void __launch_bounds__(kThreads) reduce_planes_kernel(P p, PlaneCut cut, Partial partial) {
+  let_next_start();
+  const int64_t c = blockIdx.x / cut.slices, slice = blockIdx.x % cut.slices;
   double sums[2];
-  reduce_planes<kRagged>(p, cut, blockIdx.x / cut.slices, blockIdx.x % cut.slices, sums);
-  if (threadIdx.x < 2) partial[2 * static_cast<int64_t>(blockIdx.x) + threadIdx.x] = threadIdx.x == 0 ? sums[0] : sums[1];
+  const double center = reduce_planes<kRagged>(p, cut, c, slice, sums);
+  if (threadIdx.x < 2) partial.keep(c, slice, threadIdx.x, threadIdx.x == 0 ? sums[0] : sums[1]);
+  if (threadIdx.x == 2 && slice == 0) partial.keep_center(c, center);
 }
 
 // Blocks go backwards through memory: what the first sweep read last is still in L2.
 template <typename P, bool kRagged>
 __global__ void __launch_bounds__(kThreads) map_planes_kernel(P p, PlaneCut cut) {
+  wait_for_previous();
   const int64_t b = gridDim.x - 1 - blockIdx.x;
   map_planes<kRagged>(p, cut, b / cut.slices, b % cut.slices);
 }
@@ -91,8 +97,8 @@ __global__ void __launch_bounds__(kThreads) map_planes_kernel(P p, PlaneCut cut)
 template <typename P, bool kRagged>
 __global__ void __launch_bounds__(kOwnerThreads, 1) own_sums_kernel(P p, PlaneCut cut) {
   double sums[2];
-  reduce_planes<kRagged>(p, cut, blockIdx.x, 0, sums);
-  p.finish(blockIdx.x, sums[0], sums[1]);
+  const double center = reduce_planes<kRagged>(p, cut, blockIdx.x, 0, sums);
+  p.finish(blockIdx.x, sums[0], sums[1], center);
 }
 
 // Both sweeps of a channel.
@@ -100,8 +106,8 @@ template <typename P, bool kRagged>
 __global__ void __launch_bounds__(kOwnerThreads, 1) own_planes_kernel(P p, PlaneCut cut, bool maps) {
   const typename P::Reduction& reduction = p;
   double sums[2];
-  reduce_planes<kRagged>(reduction, cut, blockIdx.x, 0, sums);
-  p.finish(blockIdx.x, sums[0], sums[1]);
+  const double center = reduce_planes<kRagged>(reduction, cut, blockIdx.x, 0, sums);
+  p.finish(blockIdx.x, sums[0], sums[1], center);
   if (maps) map_planes<kRagged>(p, cut, blockIdx.x, 0);
 }
 

@@ -6,6 +6,7 @@
 namespace cnnkern::gpu {
 
 constexpr int kTileChannels = 128;
+constexpr int kSumsPerProcessor = 3;  // blocks that sum, at once, where registers allow it
 
 // A block is thread_rows by `columns` threads (what is left over of its kThreads is idle), a thread keeps to the V
 // channels of its column.
@@ -53,18 +54,22 @@ __device__ __forceinline__ void for_rows(const RowCut& cut, const RowPlace<V>& p
 }
 
 template <typename P, int V>
-__global__ void __launch_bounds__(kThreads, 2) reduce_rows_kernel(P p, RowCut cut, double* partial) {
+__global__ void __launch_bounds__(kThreads, P::kCostly || P::kWritesWhileReducing ? 2 : kSumsPerProcessor)
+reduce_rows_kernel(P p, RowCut cut, Partial partial) {
+  let_next_start();
   using S = typename P::S;
   GPU_DYN_SHARED(S, rows);  // (thread_rows, 2, width)
   GPU_SHARED(typename P::Before, shared, kTileChannels);
   const RowPlace<V> place(cut, blockIdx.x);
   const int width = cut.columns * V;
   share(shared, place.channels, [&](int j) { return p.before(place.first + j); });
+  if (place.strip == 0 && static_cast<int>(threadIdx.x) < place.channels)
+    partial.keep_center(place.first + threadIdx.x, shared[threadIdx.x].center);
   if (place.active) {
     typename P::Before constants[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) constants[k] = shared[place.column * V + k];
-    // Of eight lanes fewer vectors, if results are under way too, or much arithmetic: two blocks have to fit.
+    // Of eight lanes fewer vectors, if results are under way too, or much arithmetic: the blocks have to fit.
     constexpr int kReads = sizeof(typename P::template Input<V>) / (V * sizeof(S)), kMost = 2 * kUnroll / kReads;
     constexpr int kVectors = V < 8 ? kMost : kMost >> (int{P::kWritesWhileReducing} + int{P::kCostly});
     S sums[2 * V] = {};  // of a strip's rows, which are few
@@ -81,11 +86,12 @@ __global__ void __launch_bounds__(kThreads, 2) reduce_rows_kernel(P p, RowCut cu
   double sum = 0;
 #pragma unroll 8
   for (int row = 0; row < cut.thread_rows; ++row) sum += static_cast<double>(rows[(row * 2 + which) * width + j]);
-  partial[2 * ((place.first + j) * cut.strips + place.strip) + which] = sum;
+  partial.keep(place.first + j, place.strip, which, sum);
 }
 
 template <typename P, int V>
 __global__ void __launch_bounds__(kThreads) map_rows_kernel(P p, RowCut cut) {
+  wait_for_previous();
   GPU_SHARED(typename P::After, shared, kTileChannels);
   const RowPlace<V> place(cut, gridDim.x - 1 - blockIdx.x);  // backwards, as in planes
   share(shared, place.channels, [&](int j) { return p.after(place.first + j, place.strip == 0); });

@@ -2,7 +2,8 @@
 //
 // A policy says what is computed. `Reduction` is its part in the first sweep: `before(c)`, the constants of a channel,
 // with a `center` that stands in for elements that do not exist; `Input` and `load`, what is read; `term`, an element's
-// part in the two sums; `finish`, called by a whole block, which turns a channel's sums into what `after` reads. The
+// part in the two sums; `finish`, called by a whole block, which turns a channel's sums, and the center that they were taken
+// around, into what `after` reads. The
 // second sweep has `after(c)`, its constants, an `Input` and `load` of its own, and `store`, which writes results.
 // With kWritesWhileReducing there is no second sweep: the first one stores, from the constants of `before`. kCostly:
 // `term` takes many registers.
@@ -78,6 +79,17 @@ struct ThreadSums {
     s1 = s2 = 0;
     pending = 0;
   }
+};
+
+// The sums of a channel's slices or strips, in memory: (C, slices, 2), and behind them the channels' centers.
+struct Partial {
+  double* memory;
+  int64_t C, slices;
+  static constexpr int64_t doubles(int64_t C, int64_t slices) { return C * (2 * slices + 1); }
+  __device__ void keep(int64_t c, int64_t slice, int which, double sum) const { memory[2 * (c * slices + slice) + which] = sum; }
+  __device__ double sum(int64_t c, int64_t slice, int which) const { return memory[2 * (c * slices + slice) + which]; }
+  __device__ void keep_center(int64_t c, double center) const { memory[2 * C * slices + c] = center; }
+  __device__ double center(int64_t c) const { return memory[2 * C * slices + c]; }
 };
 
 // The constants of `channels` channels, computed by a thread each, then read by all.

@@ -66,6 +66,7 @@ void check_launch(dim3 grid, dim3 block, size_t dynamic_shared, bool at_once) {
 }
 
 char the_stream;  // its address is the stream
+uint64_t waits = 0;  // of the present launch's threads, for the kernel before it
 thread_local unsigned guards = 0;
 thread_local bool unchecked = false;  // a launch whose errors nobody has asked for
 
@@ -112,18 +113,18 @@ int resident_blocks(int block, size_t dynamic_shared) {
   return block > static_cast<int>(kMaxThreads) || dynamic_shared > kMostSharedBytes ? 0 : resident;
 }
 
-void launch(dim3 grid, dim3 block, size_t dynamic_shared, void* stream, bool at_once, void (*thread)(const void*),
-            const void* arguments) {
+void launch(dim3 grid, dim3 block, size_t dynamic_shared, void* stream, Start start, void (*thread)(const void*), const void* arguments) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   check_place(stream);
   unchecked = true;
-  check_launch(grid, block, dynamic_shared, at_once);
+  check_launch(grid, block, dynamic_shared, start == Start::together);
   read_settings();
-  kernel = thread, kernel_arguments = arguments, together = at_once;
+  kernel = thread, kernel_arguments = arguments, together = start == Start::together;
   grid_size = grid, block_size = block, dynamic_bytes = dynamic_shared;
   threads = block.x * block.y * block.z;
   groups.clear();
+  waits = 0;
   if (__tsan_get_current_fiber) host.tsan = __tsan_get_current_fiber();
   launch_token.release();
   // gpu::launch hands over the kernel's address before its arguments.
@@ -144,6 +145,9 @@ void launch(dim3 grid, dim3 block, size_t dynamic_shared, void* stream, bool at_
   end_token.acquire();
   for (void* const memory : old_shared) std::free(memory);
   old_shared.clear();
+  if (start == Start::early && failure.empty() && waits != count * threads)
+    failure = "of " + std::to_string(count * threads) + " threads of a kernel that may start early " + std::to_string(waits) +
+              " have waited for the kernel before it";
   if (!failure.empty()) {
     abandon_fibers();
     throw std::runtime_error("emulator: " + std::exchange(failure, {}));
@@ -163,6 +167,8 @@ void guard_ends(bool unwinding) {
 void launches_checked() { unchecked = false; }
 
 // ---- what kernels call ------------------------------------------------------------------------------------------
+
+void wait_for_previous() { ++waits; }
 
 void block_barrier(Place place) {
   Fiber& me = *current;

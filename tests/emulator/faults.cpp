@@ -82,6 +82,7 @@ const Fault kFaults[] = {
     FAULT(too_much_shared),
     FAULT(too_much_static_shared),
     FAULT(too_much_shared_together),
+    FAULT(threads_that_do_not_wait),
     FAULT(another_stream),
     FAULT(missing_guard),
     FAULT(missing_launch_check),

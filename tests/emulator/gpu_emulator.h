@@ -49,9 +49,13 @@ extern dim3 block_size, grid_size;
 
 // Runs the kernel to its end; throws std::runtime_error for whatever it does that CUDA forbids, and for a launch elsewhere
 // than on the current stream of a device that a guard has chosen.
-// at_once: all blocks, which then may wait for one another.
-void launch(dim3 grid, dim3 block, size_t dynamic_shared, void* stream, bool at_once, void (*thread)(const void*),
-            const void* arguments);
+enum class Start {
+  behind,    // what the stream had before
+  together,  // all blocks at once, which then may wait for one another
+  early,     // while the kernel before it ends: each thread waits for that one
+};
+void launch(dim3 grid, dim3 block, size_t dynamic_shared, void* stream, Start start, void (*thread)(const void*), const void* arguments);
+void wait_for_previous();
 int resident_blocks(int threads, size_t dynamic_shared);
 void block_barrier(Place);
 void release_to_group(const unsigned* counter, unsigned turn);
@@ -169,12 +173,12 @@ using Stream = void*;
 namespace detail {
 
 template <typename... Parameters, typename... Arguments>
-void launch(bool at_once, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream,
+void launch(emulator::Start start, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream,
             const Arguments&... arguments) {
   using Call = std::pair<void (*)(Parameters...), std::tuple<Parameters...>>;
   const Call call(kernel, std::tuple<Parameters...>(arguments...));
   emulator::launch(
-      grid, block, shared, stream, at_once,
+      grid, block, shared, stream, start,
       [](const void* data) {
         const Call& call = *static_cast<const Call*>(data);
         std::apply(call.first, call.second);
@@ -186,8 +190,16 @@ void launch(bool at_once, void (*kernel)(Parameters...), dim3 grid, dim3 block, 
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Arguments&... arguments) {
-  detail::launch(false, kernel, grid, block, shared, stream, arguments...);
+  detail::launch(emulator::Start::behind, kernel, grid, block, shared, stream, arguments...);
 }
+
+// Kernels run one after the other here; what is seen is whether each thread waits.
+template <typename... Parameters, typename... Arguments>
+void launch_next(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Arguments&... arguments) {
+  detail::launch(emulator::Start::early, kernel, grid, block, shared, stream, arguments...);
+}
+inline void wait_for_previous() { emulator::wait_for_previous(); }
+inline void let_next_start() {}
 
 template <typename... Parameters>
 int resident_blocks(void (*)(Parameters...), int threads, size_t shared) {
@@ -196,7 +208,7 @@ int resident_blocks(void (*)(Parameters...), int threads, size_t shared) {
 
 template <typename... Parameters, typename... Arguments>
 void launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Arguments&... arguments) {
-  detail::launch(true, kernel, grid, block, shared, stream, arguments...);
+  detail::launch(emulator::Start::together, kernel, grid, block, shared, stream, arguments...);
 }
 
 // Inlined, so that each call is a place of its own in the code to an observer. The source is read here, and must not change

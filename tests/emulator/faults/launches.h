@@ -43,6 +43,17 @@ void too_much_shared_together() {
 }
 
 template <bool kFault>
+void half_waits() {
+  if (!kFault || threadIdx.x < 16) cnnkern::gpu::wait_for_previous();
+}
+template <bool kFault>
+void threads_that_do_not_wait() {
+  const c10::cuda::CUDAGuard guard(kDevice);
+  cnnkern::gpu::launch_next(half_waits<kFault>, 2, 32, 0, c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <bool kFault>
 void another_stream() {
   const c10::cuda::CUDAGuard guard(kDevice);
   cnnkern::gpu::launch(nothing, 1, 32, 0, kFault ? nullptr : c10::cuda::getCurrentCUDAStream());
