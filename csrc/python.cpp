@@ -10,6 +10,7 @@
 #include <string>
 
 #include "deferred/batch_norm.h"
+#include "deferred/capture.h"
 #include "deferred/folded_conv.h"
 #include "kernels.h"
 
@@ -63,6 +64,7 @@ PYBIND11_MODULE(_C, m) {
            pybind11::call_guard<pybind11::gil_scoped_release>(), "The convolution and an activation at once.")
       .def("take_over", &cnnkern::FoldedConv::take_over, pybind11::call_guard<pybind11::gil_scoped_release>(),
            "The same in place of another one, whose result waits.");
+  m.def("sees_captures", &cnnkern::sees_captures, "Whether batch norms can wait while a CUDA graph is captured.");
   m.def("convolution_of", &cnnkern::convolution_of, "The FoldedConv whose result a tensor is, where it waits; else None.");
 #ifdef CNNKERN_CUDA
   m.def("let_launchers_answer", &cnnkern::let_launchers_answer,

@@ -1,5 +1,6 @@
 """Batch norms whose results wait for what uses them, and what became of those results."""
 
+import sys
 from typing import Any
 
 import torch
@@ -9,10 +10,8 @@ from cnnkern.nn.batchnorm import _FusedBatchNorm
 from cnnkern.ops import route, tuned
 from cnnkern.ops.bn_act import batch_norm_act
 
-try:
-    from cnnkern._C import Site
-except ImportError:  # without the extension batch norms are computed at once
-    Site = None  # type: ignore[assignment, misc]
+_extension: Any = sys.modules.get("cnnkern._C")  # None where the package works without: nothing waits there
+Site = _extension and _extension.Site
 
 SITE = "_cnnkern_site"  # in a converted layer: what became of its results
 FOLDED_SITE = "_cnnkern_folded_site"  # in a batch norm behind a folded convolution: the same of those of both
@@ -29,7 +28,7 @@ def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
             return route.by_pytorch(batch_norm_act, input, *arguments, "none")
         if Site is None or route.is_pytorchs((input,), arguments[:4]) or torch.compiler.is_compiling():
             return batch_norm_act(input, *arguments, "none")
-        if type(input) is not Tensor or _is_captured(input):
+        if type(input) is not Tensor or _is_captured_unseen(input):
             return batch_norm_act(input, *arguments, "none")
         site = norm.__dict__.get(SITE)
         if site is None:
@@ -52,9 +51,10 @@ def _usual(site: Any) -> tuple[str, str]:
     return "batch_norm_act", name
 
 
-def _is_captured(input: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, which may end before somebody asks for a result."""
-    return input.is_cuda and torch.cuda.is_current_stream_capturing()
+def _is_captured_unseen(input: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, which may end before somebody asks for a result, and the extension, built
+    without CUDA, cannot tell."""
+    return input.is_cuda and not _extension.sees_captures() and torch.cuda.is_current_stream_capturing()
 
 
 def became(layer: str, site: Any) -> tuple[str, str]:

@@ -1,6 +1,8 @@
 """Batch norm with an activation in one operator; each class is a `torch.nn` batch norm and takes its checkpoints."""
 
+import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,10 +14,8 @@ from cnnkern.ops.bn_act import batch_norm_act
 from cnnkern.ops.bn_add_act import batch_norm_add_act
 from cnnkern.ops.route import alike
 
-try:
-    from cnnkern._C import convolution_of
-except ImportError:  # without the extension no convolution is folded
-    convolution_of = None
+_extension: Any = sys.modules.get("cnnkern._C")  # None where the package works without: no convolution is folded
+convolution_of = _extension and _extension.convolution_of
 
 
 class _FusedBatchNorm(_BatchNorm):

@@ -2,6 +2,7 @@
 
 #include "autograd/composite.h"
 #include "deferred/arguments.h"
+#include "deferred/capture.h"
 
 namespace cnnkern {
 
@@ -28,8 +29,13 @@ Tensor defer_batch_norm(const std::shared_ptr<Site>& site, const Tensor& given, 
   const Strides strides = plain_strides(x.sizes(), batch_norm_in_rows(given));
   const auto norm = std::make_shared<BatchNorm>(x, w, b, mean, var, training, momentum, eps, any_strides);
   const bool seen = site->defers(mode), disturbed = !is_undisturbed();
-  if (!seen || disturbed || !norm->can_wait()) {
-    if (seen) site->at_once(disturbed ? "hooks on saved tensors, a mode or a transform see every operator" : "its arguments are unusual");
+  // The capture of a graph may end before somebody asks for a result; so the steps that are run before it have to tell.
+  const bool captured = capture_of(stream_of(x.device())) != 0 && !site->always_fuses(mode);
+  if (!seen || disturbed || captured || !norm->can_wait()) {
+    if (seen)
+      site->at_once(disturbed  ? "hooks on saved tensors, a mode, a transform or a profiler that records shapes see every operator"
+                    : captured ? "a CUDA graph was captured, and it had not always been fused before"
+                               : "its arguments are unusual");
     const Tensor y = std::get<0>(norm_operator().call(x, weight, bias, running_mean, running_var, training, momentum, eps, act));
     return any_strides ? Deferred::laid(y, strides) : y;
   }

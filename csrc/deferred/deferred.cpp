@@ -3,6 +3,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/TracerMode.h>
+#include <ATen/record_function.h>
 #include <c10/core/Event.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -12,6 +13,7 @@
 
 #include "autograd/composite.h"
 #include "autograd/strides.h"
+#include "deferred/capture.h"
 
 namespace cnnkern {
 
@@ -46,11 +48,6 @@ class NoHooks {
   std::optional<at::impl::SavedTensorDefaultHooksTLS> before_;
 };
 
-c10::Stream stream_of(c10::Device device) {
-  if (device.is_cpu()) return c10::Stream(c10::Stream::DEFAULT, device);
-  return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-}
-
 // Computes on the stream on which the layer was called; the present one waits for it.
 class OnStream {
  public:
@@ -77,8 +74,18 @@ bool is_held(const Tensor& t, size_t own) {
 
 }  // namespace
 
+namespace {
+
+// A profiler that records shapes asks each tensor that an operator gets for its memory, before the operator has it.
+bool are_inputs_observed() {
+  const auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
+  return callbacks && callbacks->needs_inputs_;
+}
+
+}  // namespace
+
 bool is_undisturbed() {
-  return !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::impl::torch_function_mode_enabled() &&
+  return !are_inputs_observed() && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::impl::torch_function_mode_enabled() &&
          !at::tracer::impl::is_dispatch_enabled() && at::SavedTensorDefaultHooks::get_tls_state().stack.empty() &&
          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !c10::impl::tls_is_dispatch_key_excluded(kDeferredKey);
@@ -122,7 +129,8 @@ Deferred::Deferred(std::shared_ptr<Source> source, const at::TensorOptions& like
     : TensorImpl(c10::DispatchKeySet({like.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU, kDeferredKey}), like.dtype(),
                  like.device()),
       source_(std::move(source)), residual_(residual), norm_(norm), where_(where), grad_mode_(at::GradMode::is_enabled()),
-      inference_(c10::InferenceMode::is_enabled()), stream_(stream_of(like.device())), waiting_(Waiting::of_this_thread()) {
+      inference_(c10::InferenceMode::is_enabled()), stream_(stream_of(like.device())), capture_(capture_of(stream_)),
+      waiting_(Waiting::of_this_thread()) {
   set_sizes_and_strides(sizes, strides);
   if (residual.defined()) residual_was_.remember(residual);
 }
@@ -188,6 +196,9 @@ bool Deferred::conflicts_with(const c10::StorageImpl* memory, bool writes) {
 Result Deferred::compute(const std::string& act) {
   TORCH_CHECK(!residual_.defined() || residual_was_.holds(residual_), "cnnkern: what was added to a batch norm's output was changed "
               "by other means than PyTorch's operators, or by another thread, before the sum was used");
+  TORCH_CHECK(capture_of(stream_) == capture_ && capture_of(stream_of(device())) == capture_, "cnnkern: a batch norm was called ",
+              capture_ == 0 ? "before" : "in", " the capture of a CUDA graph, and its output is used for the first time ",
+              capture_ == 0 ? "in it" : "behind its end", ". Use it on the same side, or leave this batch norm unconverted.");
   const bool again = std::exchange(again_, true);
   Result result = [&] {
     const OnStream on(stream_);
@@ -302,7 +313,8 @@ bool Deferred::is_where_it_was_put(const Tensor& self) const {
 
 bool Deferred::takes(const Tensor& self) const {
   return state_ == kOpen && is_where_it_was_put(self) && at::GradMode::is_enabled() == grad_mode_ &&
-         c10::InferenceMode::is_enabled() == inference_ && is_undisturbed() && stream_of(device()) == stream_;
+         c10::InferenceMode::is_enabled() == inference_ && is_undisturbed() && stream_of(device()) == stream_ &&
+         capture_of(stream_) == capture_;
 }
 
 bool Deferred::is_observed(const Tensor& self) const {

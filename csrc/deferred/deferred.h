@@ -105,6 +105,7 @@ class Deferred final : public c10::TensorImpl {
   For where_;
   bool grad_mode_, inference_;
   c10::Stream stream_;
+  uint64_t capture_;  // of a CUDA graph, in which the layer was called; 0: none
   std::shared_ptr<Waiting> waiting_;
   State state_ = kOpen;
   bool again_ = false;  // it was computed before: the statistics have had this batch

@@ -17,6 +17,10 @@ class Site {
     std::lock_guard<std::mutex> lock(mutex_);
     return modes_[mode].missed <= modes_[mode].fused;
   }
+  bool always_fuses(int mode) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return modes_[mode].missed == 0 && modes_[mode].fused > 0;
+  }
   void fused(int mode, const std::string& with) {
     std::lock_guard<std::mutex> lock(mutex_);
     ++modes_[mode].fused, ++fused_[with];
