@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import cnnkern
+from cnnkern.conversion.deferral import SITE
 from cnnkern.measure import clock, machine, profile, show
 from cnnkern.measure.result import BenchmarkResult, Contender
 from cnnkern.measure.steps import Setting, step
@@ -109,7 +110,7 @@ def test_rounds_call_every_step_and_end():
 
 
 def event(name, parent=None, inputs=()):
-    return SimpleNamespace(name=name, cpu_parent=parent, concrete_inputs=list(inputs))
+    return SimpleNamespace(name=name, id=0, cpu_parent=parent, concrete_inputs=list(inputs))
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,28 @@ def test_every_operator_of_ours_has_a_kind():
 def test_the_bound_is_amdahls():
     parts = dict.fromkeys(profile.KINDS, 0.0) | {profile.DENSE: 3.0, profile.NORM: 0.5, profile.GROUPED: 0.5}
     assert profile.bound(parts) == pytest.approx(4 / 3)
+
+
+def test_a_profile_sees_the_fused_kernels_of_a_converted_model():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, groups=2)
+    )
+    converted, x = cnnkern.convert(model), torch.randn(2, 4, 9, 9)
+    converted[3] = model[3]  # PyTorch's, whose name does not say that it is grouped
+
+    def step() -> None:
+        converted(x).sum().backward()
+
+    step()
+    site = converted[1].__dict__[SITE]
+    kinds = profile.convolution_kinds(step, "cpu")
+    assert kinds["aten::convolution"] == [profile.DENSE, profile.GROUPED]
+    assert kinds["aten::convolution_backward"] == [profile.GROUPED, profile.DENSE]
+    assert site.fusions() == {"relu": 1}  # under a profile with shapes nothing waits, and nothing counts as missed
+    found = profile.profile_once(step, "cpu", kinds)
+    assert site.fusions() == {"relu": 2}
+    assert all(found.by_kind[kind] > 0 for kind in (profile.DENSE, profile.GROUPED, profile.NORM))
+    assert sum(site.alone().values()) == 1
 
 
 def test_peak_memory_is_what_tensors_hold():

@@ -12,6 +12,7 @@ from benchmarks.studies import steps
 from benchmarks.suite import models
 from benchmarks.suite.groups import Contender
 from benchmarks.suite.options import Options
+from cnnkern.measure import profile
 from cnnkern.measure.profile import peak_bytes
 from tests.results import measure
 
@@ -75,6 +76,18 @@ def test_bfloat16_is_autocast_in_training_and_the_type_in_inference(training, mo
     assert seen == {(stored, torch.bfloat16, stored)}
     options = Options(quick=True, dtype="bfloat16")
     assert {g.dtype for g in models.groups(options)} == {"bfloat16"}
+
+
+def test_in_16_bits_a_network_is_judged_as_a_whole():
+    truth = {"output": torch.tensor([2.0]), "a.running_mean": torch.ones(3), "b.running_mean": torch.full((2,), 4.0)}
+    eager = truth | {"output": torch.tensor([2.01]), "a.running_mean": torch.tensor([1.0, 1.01, 1.0])}
+    ours = truth | {"output": torch.tensor([2.01]), "b.running_mean": torch.tensor([4.0, 4.04])}
+    with pytest.raises(AssertionError, match=r"b\.running_mean: error"):
+        models.assert_as_good_as(ours, eager, truth)
+    models.assert_as_good_as(*models.by_kind([ours, eager, truth]))
+    ours["b.running_mean"][1] = 4.1
+    with pytest.raises(AssertionError, match=r"^running_mean: error"):
+        models.assert_as_good_as(*models.by_kind([ours, eager, truth]))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -152,7 +165,9 @@ def test_where_the_time_of_a_step_goes(monkeypatch, capsys):
     bench = models.ModelBench("both", 3, training=True, device="cpu")
     for who in ("eager", "ours"):
         found = steps.milliseconds(bench, Contender(who, "contiguous"), 1)
-        assert all(found[kind] > 0 for kind in steps.KINDS)
+        kinds = (profile.DENSE, profile.GROUPED, profile.NORM, profile.OPTIMIZER, profile.REST)
+        assert all(found[kind] > 0 for kind in kinds)
+        assert found.keys() == set(steps.KINDS)
     assert steps.main(["both", "--batch", "2", "--steps", "1", "--default-malloc"]) == 0
     header, _, *lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[:3] for line in lines] == [

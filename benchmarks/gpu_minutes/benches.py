@@ -71,14 +71,19 @@ def pictures(count: int, size: int) -> Tensor:
 
 
 class AutocastBench(models.ModelBench):
-    """A training step of a model in bfloat16 under autocast, on a batch of any size."""
+    """A training step of a model in bfloat16 under autocast, on a batch of any size; `graphed`: as a CUDA graph."""
 
-    def __init__(self, name: str, batch: int, scale: Scale) -> None:
+    def __init__(self, name: str, batch: int, scale: Scale, graphed: bool = False) -> None:
+        self.graphed = graphed and scale.device == "cuda"
         self.training, self.device, self.dtype = True, scale.device, torch.bfloat16
         self.base = build(name).train()
         self.x = pictures(batch, scale.size)
         self.target = torch.arange(batch)
         self.code: dict[Contender, str] = {}
+
+    def step(self, contender: Contender, verify: bool) -> Callable[[], object]:
+        step = super().step(contender, verify)
+        return timing.captured(step) if self.graphed else step
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,16 +68,18 @@ def measure_bandwidth(scale: Scale, seconds: float) -> Found:
     return Found(bandwidths=[{"mix": b.mix, "size": b.size, "gb_s": b.gb_s} for b in measured])
 
 
-def model_group(name: str, batch: int, layout: str, names: tuple[str, ...], scale: Scale, weight: float) -> Group:
+def model_group(
+    name: str, batch: int, layout: str, names: tuple[str, ...], scale: Scale, weight: float, graphed: bool = False
+) -> Group:
     return Group(
         suite="models",
         operator=name,
         network=name,
         shape=f"{batch}x3x{scale.size}x{scale.size}",
-        mode="training",
+        mode="training, CUDA graph" if graphed else "training",
         api="module",
         contenders=tuple(Contender(each, layout) for each in names),
-        open=lambda: AutocastBench(name, batch, scale),
+        open=lambda: AutocastBench(name, batch, scale, graphed),
         weight=weight,
         dtype="bfloat16",
         min_rounds=7,
@@ -90,6 +92,14 @@ def model_group(name: str, batch: int, layout: str, names: tuple[str, ...], scal
 def models_in_eager(scale: Scale, seconds: float) -> Found:
     names = ("eager", AGAIN, "ours")
     plan = [model_group(m, batch, "channels_last", names, scale, 6.0) for batch in scale.batches for m in scale.models]
+    return timed(plan, scale, seconds)
+
+
+def models_graphed(scale: Scale, seconds: float) -> Found:
+    """Whole steps as CUDA graphs: the kernels without the host, for which models of many small layers wait."""
+    names = ("eager", AGAIN, "ours")
+    batch = scale.batches[-1]
+    plan = [model_group(m, batch, "channels_last", names, scale, 8.0, graphed=True) for m in scale.models]
     return timed(plan, scale, seconds)
 
 
@@ -210,6 +220,7 @@ SECTIONS = (
     Section("check", 10, check),
     Section("bandwidth", 10, measure_bandwidth),
     Section("models", 130, models_in_eager),
+    Section("graphed", 60, models_graphed),
     Section("grouped", 90, grouped),
     Section("kernels", 70, kernels_by_kind),
     Section("batch_norm", 60, batch_norm),

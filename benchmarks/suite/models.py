@@ -207,6 +207,24 @@ def results(model: nn.Module, x: Tensor, target: Tensor, backward: bool) -> dict
     return found
 
 
+def by_kind(all_results: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Results with the output, the running means and the running variances of a network as one tensor each, relative to
+    the largest value of the truth, which is the last.
+
+    In 16 bits a network's roundings are many and independent. The largest error of a few channels is then a matter of
+    chance, in eager too; the largest one in the network is not.
+    """
+    truth = all_results[-1]
+    joined: list[dict[str, Tensor]] = []
+    for results in all_results:
+        parts: dict[str, list[Tensor]] = {}
+        for name, value in results.items():
+            scale = truth[name].abs().max().clamp(min=1e-12).to(value.dtype)
+            parts.setdefault(name.rpartition(".")[2], []).append((value / scale).reshape(-1))
+        joined.append({kind: torch.cat(values) for kind, values in parts.items()})
+    return joined
+
+
 class ModelBench:
     """A model in one mode. In bfloat16 it is trained under autocast, and runs inference as a model of that type."""
 
@@ -289,7 +307,8 @@ class ModelBench:
 
         with self.autocast():
             timed = [run(who, self.stored, SIZE, False) for who in (contender, eager)]
-        assert_as_good_as(*timed, run(eager, torch.float64, SIZE, False))
+        timed.append(run(eager, torch.float64, SIZE, False))
+        assert_as_good_as(*(by_kind(timed) if self.dtype.itemsize == 2 else timed))
         if self.training:
             ours = {n: t.float() for n, t in run(contender, torch.float64, SMALL, True).items()}
             assert_as_good_as(ours, run(eager, torch.float32, SMALL, True), run(eager, torch.float64, SMALL, True))

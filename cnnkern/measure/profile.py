@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch.autograd.profiler_util import FunctionEvent
@@ -38,11 +39,13 @@ KIND_OF = {
     **{f"aten::{name}": LINEAR for name in ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm")},
     "aten::scaled_dot_product_attention": LINEAR,
 }
+NONE: Mapping[int, str] = MappingProxyType({})
 _COPIES = frozenset(f"aten::{name}" for name in ("copy_", "_to_copy", "to", "contiguous", "clone"))
 
 
-def kind_of(event: FunctionEvent) -> str:
-    """Of the outermost operator around an event that has a kind: a cast within a convolution is the convolution's."""
+def kind_of(event: FunctionEvent, convolutions: Mapping[int, str] = NONE) -> str:
+    """Of the outermost operator around an event that has a kind: a cast within a convolution is the convolution's.
+    `convolutions`: the kinds of those whose events do not say it, by the events' ids."""
     around = [event]
     while around[-1].cpu_parent is not None:
         around.append(around[-1].cpu_parent)
@@ -51,7 +54,7 @@ def kind_of(event: FunctionEvent) -> str:
             return OPTIMIZER
         if e.name in GROUPS:
             groups = (e.concrete_inputs or [])[GROUPS[e.name] :][:1]
-            return GROUPED if groups and groups[0] != 1 else DENSE
+            return GROUPED if groups and groups[0] != 1 else convolutions.get(e.id, DENSE)
         if e.name in KIND_OF:
             return KIND_OF[e.name]
     return COPIES if any(e.name in _COPIES for e in around) else REST
@@ -73,12 +76,13 @@ def profiled(steps: Mapping[str, Callable[[], object]], device: str, seconds: fl
     """Of each step the medians over rounds, which call every step once; as many as `seconds` or ROUNDS allow, three at
     least."""
     found: dict[str, list[Profiled]] = {name: [] for name in steps}
+    kinds = {name: convolution_kinds(step, device) for name, step in steps.items()}
     deadline = time.perf_counter() + seconds
     for done in range(ROUNDS):
         if done >= 3 and time.perf_counter() > deadline:
             break
         for name, step in steps.items():
-            found[name].append(_profiled(step, device))
+            found[name].append(profile_once(step, device, kinds[name]))
     return {name: _median(rounds) for name, rounds in found.items()}
 
 
@@ -87,21 +91,53 @@ def _median(rounds: list[Profiled]) -> Profiled:
     return Profiled(by_kind, statistics.median(r.wall for r in rounds))
 
 
-def _profiled(step: Callable[[], object], device: str) -> Profiled:
+Kinds = Mapping[str, Sequence[str]]
+
+
+def convolution_kinds(step: Callable[[], object], device: str) -> Kinds:
+    """The kinds of a step's convolutions in their order, by the operator's name.
+
+    Only a profile with shapes tells them apart. It looks at each tensor before the operator has it, so a converted
+    model's batch norms do not wait for what follows them while it runs: times are taken without.
+    """
+    return {
+        name: [kind_of(e) for e in events] for name, events in _convolutions(_events(step, device, True)[0]).items()
+    }
+
+
+def profile_once(step: Callable[[], object], device: str, kinds: Kinds) -> Profiled:
+    """One step; `kinds` are its :func:`convolution_kinds`."""
+    events, wall = _events(step, device, False)
+    convolutions = {
+        e.id: kind for name, found in _convolutions(events).items() for e, kind in zip(found, kinds[name], strict=False)
+    }
+    on_gpu = torch.device(device).type == "cuda"
+    by_kind = dict.fromkeys(KINDS[:-1], 0.0)
+    for event in events:
+        micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        by_kind[kind_of(event, convolutions)] += micros / 1e6
+    return Profiled(by_kind, wall)
+
+
+def _events(step: Callable[[], object], device: str, shapes: bool) -> tuple[list[FunctionEvent], float]:
+    """The operators of one step, and the seconds on the wall. On a GPU kernels are their operators'."""
     on_gpu = torch.device(device).type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities, record_shapes=True) as found:
+    with profile(activities=activities, record_shapes=shapes) as found:
         start = time.perf_counter()
         step()
         if on_gpu:
             torch.cuda.synchronize()
         wall = time.perf_counter() - start
-    by_kind = dict.fromkeys(KINDS[:-1], 0.0)
-    for event in found.events():
-        if event.device_type == torch.autograd.DeviceType.CPU:  # on a GPU kernels are listed once more by themselves
-            micros = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-            by_kind[kind_of(event)] += micros / 1e6
-    return Profiled(by_kind, wall)
+    return [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CPU], wall
+
+
+def _convolutions(events: Iterable[FunctionEvent]) -> dict[str, list[FunctionEvent]]:
+    found: dict[str, list[FunctionEvent]] = {name: [] for name in GROUPS}
+    for event in sorted(events, key=lambda e: e.time_range.start):
+        if event.name in GROUPS:
+            found[event.name].append(event)
+    return found
 
 
 def breakdown(found: Profiled, step_seconds: float, on_gpu: bool) -> dict[str, float]:
