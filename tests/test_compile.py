@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import cnnkern
+from cnnkern.ops import route
 
 NAMES = ["resnet18", "resnext50_32x4d", "convnext_tiny"]
 BATCHES = (4, 4, 3, 6)
@@ -170,6 +172,14 @@ def test_who_computes_batch_norms_in_a_compiled_graph(training, layout):
     compiled(x)
     assert called & ours == (ours if layout == torch.channels_last else set())
     assert {"cnnkern.grouped_conv2d.default", "cnnkern.layer_norm.default"} <= called
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_contiguous_training_is_left_to_inductor_on_a_gpu_too(device):
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 4, 4, device=device)
+        assert route._left_to_inductor(x, training=True)
+        assert not route._left_to_inductor(x.contiguous(memory_format=torch.channels_last), training=True)
 
 
 @pytest.mark.parametrize("training", [False, True])
