@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "autograd/node.h"
+#include "check.h"
 #include "memory_layout.h"
 
 namespace cnnkern {
@@ -26,6 +27,13 @@ class Lock {
 
  private:
   std::unique_lock<std::recursive_mutex> lock_;
+};
+
+// An activation by name, with its number where that is not the default.
+struct Activation {
+  std::string name = "none";
+  std::optional<double> param = std::nullopt;
+  operator ActivationName() const { return {name, param}; }
 };
 
 // A batch norm's arguments, as autograd saves them.
@@ -53,8 +61,8 @@ class NormNode final : public torch::autograd::Node {
   // What the node in front tells: a gradient that has yet to pass its activation, or all that is asked for.
   struct Known {
     at::Tensor dy;
-    std::string act;
-    Strides strides;  // of the activation's result
+    Activation act;
+    Strides strides;  // of what the activation's gradient reads
     std::optional<torch::autograd::variable_list> gradients;
   } known;
   std::recursive_mutex mutex;
@@ -71,7 +79,7 @@ using NormPointer = decltype(make_node<NormNode>());
 
 // act(batch norm), whose node is the next one.
 struct ActNode final : torch::autograd::Node {
-  std::string act;
+  Activation act;
   Strides strides;  // of the result
   std::string name() const override { return "BatchNormAct"; }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
@@ -84,13 +92,14 @@ struct SumNode final : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
 };
 
-// relu(batch norm + residual), whose node is the next one: computes the gradients of all three.
-struct ReluOfSumNode final : torch::autograd::Node {
-  torch::autograd::SavedVariable mask;
-  bool channels_last = false;  // the order of the mask
-  Strides strides;             // of the result
-  std::string name() const override { return "BatchNormAddReLU"; }
-  void release_variables() override { mask.reset_data(); }
+// act(batch norm + residual), whose node is the next one: computes the gradients of all three.
+struct ActOfSumNode final : torch::autograd::Node {
+  Activation act;
+  torch::autograd::SavedVariable mask, residual;  // one of the two
+  bool channels_last = false;                     // the order of the mask
+  Strides strides;                                // of what the activation's gradient reads
+  std::string name() const override { return "BatchNormAddAct"; }
+  void release_variables() override { mask.reset_data(), residual.reset_data(); }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
 };
 
