@@ -88,7 +88,7 @@ struct OtherActivation {
       case kSilu: return W::divide(pre, V(1) + W::exp(V(0) - pre));
       case kHardswish: return pre * clamp6(W::relu(pre + V(3))) * V(1.0 / 6);
       case kElu: return W::where_lt(V(0), pre, pre, V(param) * W::expm1(pre));
-      case kGelu: return pre * normal_cdf<W>(pre);
+      case kGelu: return pre * (V(0.5) * W::erfc(pre * V(-kSqrtHalf)));  // 1 + erf(...) would cancel below 0
       // 1 + tanh(u) is 2 / (1 + exp(-2 u)), in which nothing cancels.
       case kGeluTanh: return W::divide(pre, V(1) + W::exp(V(0) - twice_inner(pre)));
       case kMish: return pre * Softplus<W, V>(pre).tanh();
@@ -115,8 +115,8 @@ struct OtherActivation {
         return W::where_le(pre, V(-3), V(0), W::where_le(V(3), pre, dy, dy * (pre * V(1.0 / 3) + V(0.5))));
       case kElu: return W::where_lt(V(0), pre, dy, dy * V(param) * W::exp(pre));
       case kGelu: {
-        const V z = pre * V(kSqrtHalf);
-        return dy * (normal_cdf<W>(pre) + pre * (V(kInverseSqrtTwoPi) * W::exp(V(0) - z * z)));
+        const V z = pre * V(-kSqrtHalf);  // so that erfc's exponential is the same
+        return dy * (V(0.5) * W::erfc(z) + pre * (V(kInverseSqrtTwoPi) * W::exp(V(0) - z * z)));
       }
       case kGeluTanh: {
         // s = sigmoid(v) and s (1 - s), by the exponential of a negative number.
@@ -141,9 +141,6 @@ struct OtherActivation {
   static CNNKERN_HOST_DEVICE V clamp6(V v) { return Lanewise<V>::where_le(V(6), v, V(6), v); }
   template <typename W, typename V>
   static CNNKERN_HOST_DEVICE V sigmoid(V v) { return W::divide(V(1), V(1) + W::exp(V(0) - v)); }
-  // 1 + erf(v / sqrt(2)) would cancel below 0.
-  template <typename W, typename V>
-  static CNNKERN_HOST_DEVICE V normal_cdf(V v) { return V(0.5) * W::erfc(v * V(-kSqrtHalf)); }
   template <typename V>
   static CNNKERN_HOST_DEVICE V twice_inner(V v) { return v * (V(2 * kSqrtTwoOverPi) + V(2 * kSqrtTwoOverPi * kCubic) * v * v); }
 

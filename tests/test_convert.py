@@ -124,6 +124,27 @@ def residual_overwritten_after_the_add(self, y, x):
     return F.relu(z) + r
 
 
+def residual_overwritten_after_the_activation(self, y, x):
+    r = x * 1
+    z = F.silu(y + r)
+    r.mul_(3)
+    return z + r
+
+
+def residual_overwritten_through_data_after_the_activation(self, y, x):
+    r = x * 1
+    z = F.gelu(y + r)
+    r.data.mul_(3)
+    return z + r
+
+
+def residual_put_in_anothers_place_after_the_activation(self, y, x):
+    r = (x * 1).detach()
+    z = F.silu(y + r)
+    r.data = r * 2
+    return z + r
+
+
 def used_twice_after_the_add(self, y, x):
     z = y + x
     return F.relu(z) * z
@@ -268,6 +289,7 @@ WRITTEN = {
     "F.elu": (lambda: Functional(lambda x: F.elu(x, 0.5)), {"BatchNorm + ELU": 1}),
     "F.mish": (lambda: Functional(F.mish), {"BatchNorm + Mish": 1}),
     "F.hardsigmoid": (lambda: Functional(F.hardsigmoid), {"BatchNorm + Hardsigmoid": 1}),
+    "softplus": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Softplus()), {"BatchNorm": 1}),
     "F.selu": (lambda: Functional(F.selu), {"BatchNorm": 1}),
     "F.celu": (lambda: Functional(lambda x: F.celu(x, 0.5)), {"BatchNorm": 1}),
     "F.leaky_relu of another slope": (
@@ -320,6 +342,18 @@ WRITTEN = {
         lambda: Residual(residual_overwritten_after_the_add),
         {"BatchNorm + add": 1},
     ),
+    "residual overwritten after the activation": (
+        lambda: Residual(residual_overwritten_after_the_activation),
+        {"BatchNorm + add + SiLU": 1},
+    ),
+    "residual overwritten through data after the activation": (
+        lambda: Residual(residual_overwritten_through_data_after_the_activation),
+        {"BatchNorm + add + GELU": 1},
+    ),
+    "residual put in another's place after the activation": (
+        lambda: Residual(residual_put_in_anothers_place_after_the_activation),
+        {"BatchNorm + add + SiLU": 1},
+    ),
     "sum used twice": (lambda: Residual(used_twice_after_the_add), {"BatchNorm": 1}),
     "dropout between": (
         lambda: Residual(lambda self, y, x: F.relu(self.drop(y) + x)),
@@ -367,8 +401,9 @@ def test_however_it_is_written(name):
 
 REASONS = {
     "output used twice": "its output is used again",
-    "leaky relu of another slope": "leaky_relu follows",
-    "gelu": "gelu follows",
+    "F.selu": "selu follows",
+    "F.celu": "celu follows",
+    "softplus": "softplus follows",
     "scaled add": "add follows",
     "dropout between": "dropout follows",
     "sum of two batch norms": "the sum with another follows",

@@ -322,7 +322,7 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& a
     auto made = make_node<ActOfSumNode>();
     made->act = act;
     made->mask = torch::autograd::SavedVariable(result.mask, /*is_output=*/false);
-    if (recomputes_sum(act.name)) made->residual = torch::autograd::SavedVariable(residual_, /*is_output=*/false);
+    if (recomputes_sum(act.name)) made->residual.keep(residual_);
     made->channels_last = batch_norm_in_rows(source_->norm()->x);
     made->strides = strides;
     node = made;

@@ -31,14 +31,14 @@ const auto& add_backward() {
   return op;
 }
 
-// Below autograd and modes, which are to see no more than PyTorch's operators.
+}  // namespace
+
 Tensor copy_of(const Tensor& t) {
-  c10::impl::ForceDispatchKeyGuard below(c10::default_included_set,
-                                         c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+  c10::impl::ForceDispatchKeyGuard below(
+      c10::default_included_set,
+      c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::DispatchKeySet(c10::DispatchKey::DeferredInit));
   return t.clone();
 }
-
-}  // namespace
 
 Lock::Lock(std::recursive_mutex& mutex) : lock_(mutex, std::try_to_lock) {
   if (lock_.owns_lock()) return;
@@ -144,12 +144,12 @@ variable_list ActOfSumNode::apply(variable_list&& grads) {
   auto& norm = static_cast<NormNode&>(*next_edge(0).function->next_edge(0).function);
   Lock lock(norm.mutex);
   const auto saved = norm.unpack();
+  const Tensor bits = mask.unpack(), added = residual.unpack();
   const bool recomputes = recomputes_sum(act.name);
   const std::array<bool, 4> needs = {norm.next_edge(0).is_valid(), true, norm.next_edge(1).is_valid(), norm.next_edge(2).is_valid()};
   auto [dx, dresidual, dweight, dbias] =
       add_backward().call(dz, saved[0], optional_of(saved[1]), recomputes ? optional_of(saved[2]) : std::nullopt, saved[3].contiguous(),
-                          saved[4].contiguous(), mask.unpack(), channels_last, norm.training(), act.name, needs,
-                          optional_of(residual.unpack()), act.param);
+                          saved[4].contiguous(), bits, channels_last, norm.training(), act.name, needs, optional_of(added), act.param);
   if (needs[0]) dx = in_strides_of_batch_norm_gradient(dx, saved[0], dz, strides, act.name);
   dresidual = restrided(dresidual, strides_of_gradient(dz, strides, act.name));
   norm.known = {dresidual, {}, strides,

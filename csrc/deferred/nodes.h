@@ -16,6 +16,7 @@
 
 #include "autograd/node.h"
 #include "check.h"
+#include "deferred/seal.h"
 #include "memory_layout.h"
 
 namespace cnnkern {
@@ -41,6 +42,9 @@ struct NormArguments {
   at::Tensor x, weight, bias;
   bool training;
 };
+
+// A copy below autograd and modes, which are to see no more than PyTorch's operators.
+at::Tensor copy_of(const at::Tensor& t);
 
 // Makes the result, an object of Deferred, whose node is asked for a gradient.
 void make_real(c10::TensorImpl* result);
@@ -95,11 +99,12 @@ struct SumNode final : torch::autograd::Node {
 // act(batch norm + residual), whose node is the next one: computes the gradients of all three.
 struct ActOfSumNode final : torch::autograd::Node {
   Activation act;
-  torch::autograd::SavedVariable mask, residual;  // one of the two
-  bool channels_last = false;                     // the order of the mask
-  Strides strides;                                // of what the activation's gradient reads
+  torch::autograd::SavedVariable mask;
+  Kept residual;               // instead of a mask
+  bool channels_last = false;  // the order of the mask
+  Strides strides;             // of what the activation's gradient reads
   std::string name() const override { return "BatchNormAddAct"; }
-  void release_variables() override { mask.reset_data(), residual.reset_data(); }
+  void release_variables() override { mask.reset_data(), residual.reset(); }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
 };
 
