@@ -70,11 +70,11 @@ def _unpacked(mask: Tensor, x: Tensor, strides: Strides) -> Tensor:
     return bits.as_strided(x.shape, strides)
 
 
-def bn_act(x, weight, bias, running_mean, running_var, training, momentum, eps, act):
+def bn_act(x, weight, bias, running_mean, running_var, training, momentum, eps, act, act_param=None):
     check.batch_norm("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, eps)
-    check.activation("cnnkern::bn_act", act)
+    check.activation("cnnkern::bn_act", act, act_param)
     y, mean, rstd = _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
-    return reference.ACTIVATIONS[act](y), mean, rstd
+    return reference.activated(y, act, act_param), mean, rstd
 
 
 def _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps):
@@ -88,24 +88,42 @@ def _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, 
     return in_layout_of(found, y), mean.double(), rstd.double()
 
 
-_ACTIVATION_GRADIENTS = {
+_ACTIVATION_GRADIENTS: dict[str, Callable[..., Tensor]] = {
     "relu": lambda dy, pre: _aten.threshold_backward(dy, pre, 0),
     "relu6": lambda dy, pre: _aten.hardtanh_backward(dy, pre, 0, 6),
-    "leaky_relu": lambda dy, pre: _aten.leaky_relu_backward(dy, pre, 0.01, False),
+    "leaky_relu": lambda dy, pre, slope: _aten.leaky_relu_backward(dy, pre, slope, False),
     "sigmoid": lambda dy, pre: _aten.sigmoid_backward(dy, torch.sigmoid(pre)),
     "silu": _aten.silu_backward,
     "hardswish": _aten.hardswish_backward,
+    "elu": lambda dy, pre, alpha: _aten.elu_backward(dy, alpha, 1, 1, False, pre),
+    "gelu": _aten.gelu_backward,
+    "gelu_tanh": lambda dy, pre: _aten.gelu_backward(dy, pre, approximate="tanh"),
+    "mish": _aten.mish_backward,
+    "hardsigmoid": _aten.hardsigmoid_backward,
 }
 
 
-def bn_act_backward(dy, x, weight, bias, mean, rstd, training, act, output_mask: Sequence[bool]):
+def _through_activation(dy: Tensor, pre: Tensor, act: str, act_param: float | None) -> Tensor:
+    if act not in check.PARAMETERS:
+        return _ACTIVATION_GRADIENTS[act](dy, pre)
+    return _ACTIVATION_GRADIENTS[act](dy, pre, check.PARAMETERS[act] if act_param is None else act_param)
+
+
+def _pre(x, weight, bias, mean, rstd):
+    """The batch norm's result, computed again from the statistics that were saved."""
+    wide = _wide(x)
+    w, b, m, var = _to(wide, weight), _to(wide, bias), mean.to(wide), rstd.pow(-2).to(wide)
+    return torch.native_batch_norm(x, w, b, m, var, False, 0.0, 0.0)[0]
+
+
+def bn_act_backward(
+    dy, x, weight, bias, mean, rstd, training, act, output_mask: Sequence[bool], act_param: float | None = None
+):
     check.batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, act != "none", mean, rstd, output_mask)
-    check.activation("cnnkern::bn_act_backward", act)
+    check.activation("cnnkern::bn_act_backward", act, act_param)
     x = in_batch_norm_layout(x)
     if act != "none" and x.numel() > 0:  # the operator saves no mask, so what the activation saw is computed again
-        wide = _wide(x)
-        w, b, m, var = _to(wide, weight), _to(wide, bias), mean.to(wide), rstd.pow(-2).to(wide)
-        dy = _ACTIVATION_GRADIENTS[act](dy, torch.native_batch_norm(x, w, b, m, var, False, 0.0, 0.0)[0])
+        dy = _through_activation(dy, _pre(x, weight, bias, mean, rstd), act, act_param)
     return _batch_norm_backward(dy, x, weight, bias, mean, rstd, training, output_mask)
 
 
@@ -125,30 +143,49 @@ def _batch_norm_backward(dy, x, weight, bias, mean, rstd, training, output_mask)
     return in_layout_of(dx, x) if output_mask[0] else dx, dweight, dbias
 
 
-def bn_add_act(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act):
+def bn_add_act(
+    x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act, act_param: float | None = None
+):
     check.batch_norm("cnnkern::bn_add_act", x, weight, bias, running_mean, running_var, training, eps)
     check.same_shape("cnnkern::bn_add_act", "residual", residual, x)
-    check.relu_or_none("cnnkern::bn_add_act", act)
+    check.activation("cnnkern::bn_add_act", act, act_param)
     pre, mean, rstd = _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
-    strides = strides_of_sum(pre, residual, act == "relu")
-    y = reference.ACTIVATIONS[act](pre.add_(residual))
+    strides = strides_of_sum(pre, residual, act)
+    y = reference.activated(pre.add_(residual), act, act_param)
     mask = _packed(y) if act == "relu" else x.new_empty(0, dtype=torch.uint8)
     return with_strides(y, strides), mean, rstd, mask
 
 
 def bn_add_act_backward(
-    dy, x, weight, bias, mean, rstd, mask, channels_last, training, act, output_mask: Sequence[bool]
+    dy,
+    x,
+    weight,
+    bias,
+    mean,
+    rstd,
+    mask,
+    channels_last,
+    training,
+    act,
+    output_mask: Sequence[bool],
+    residual: Tensor | None = None,
+    act_param: float | None = None,
 ):
     op = "cnnkern::bn_add_act_backward"
     wants_dx, wants_dresidual, *wants = output_mask
-    check.batch_norm_backward(op, dy, x, weight, bias, False, mean, rstd, [wants_dx, *wants])
-    check.relu_or_none(op, act)
+    recomputes = check.recomputes_sum(act)
+    check.batch_norm_backward(op, dy, x, weight, bias, recomputes, mean, rstd, [wants_dx, *wants])
+    check.activation(op, act, act_param)
+    check.saved_residual(op, act, residual, x)
     check.channels_last(op, x, channels_last)
     check.mask(op, mask, mask_bytes(x.numel()) if act == "relu" else 0, x)
     x = laid_out(x, channels_last)
     g = in_layout_of(dy, x)
     if act == "relu":
         g = in_layout_of(torch.where(_unpacked(mask, x, x.stride()), g, 0), x)
+    if recomputes and x.numel() > 0:
+        pre = in_layout_of(_pre(x, weight, bias, mean, rstd), x) + in_layout_of(residual, x)
+        g = in_layout_of(_through_activation(g, pre, act, act_param), x)
     dx, dweight, dbias = _batch_norm_backward(g, x, weight, bias, mean, rstd, training, [wants_dx, *wants])
     return dx, g.clone() if wants_dresidual else x.new_empty(0), dweight, dbias
 
@@ -162,15 +199,15 @@ def sync_bn_stats(x):
     return torch.cat([mean, var, mean.new_full((1,), values.shape[0])])
 
 
-def sync_bn(x, residual, weight, bias, mean, rstd, act):
-    check.sync_bn("cnnkern::sync_bn", x, residual, weight, bias, mean, rstd, act)
+def sync_bn(x, residual, weight, bias, mean, rstd, act, act_param: float | None = None):
+    check.sync_bn("cnnkern::sync_bn", x, residual, weight, bias, mean, rstd, act, act_param)
     x = in_batch_norm_layout(x)
     pre = _normalized(x, weight, bias, mean, rstd).to(x.dtype)
     none = x.new_empty(0, dtype=torch.uint8)
     if residual is None:
-        return reference.ACTIVATIONS[act](in_layout_of(pre, x)), none
-    strides = strides_of_sum(x, residual, act == "relu")
-    y = in_layout_of(reference.ACTIVATIONS[act](pre + residual), x)
+        return reference.activated(in_layout_of(pre, x), act, act_param), none
+    strides = strides_of_sum(x, residual, act)
+    y = in_layout_of(reference.activated(pre + residual, act, act_param), x)
     return with_strides(y, strides), _packed(y) if act == "relu" else none
 
 
@@ -185,31 +222,60 @@ def _normalized(x, weight, bias, mean, rstd):
     return pre if bias is None else pre + _columns(x, bias)
 
 
-def _through(dy, x, weight, bias, mean, rstd, mask, act):
+def _through(dy, x, weight, bias, mean, rstd, mask, act, residual, act_param):
     """The part of dy that the mask or the activation lets through, in float32 at least."""
     if mask is not None:
         return torch.where(_unpacked(mask, x, x.stride()), dy, 0).to(_wide(x))
     if act == "none" or x.numel() == 0:
         return dy.to(_wide(x))
-    return _ACTIVATION_GRADIENTS[act](dy, _normalized(x, weight, bias, mean, rstd).to(x.dtype)).to(_wide(x))
+    pre = _normalized(x, weight, bias, mean, rstd).to(x.dtype)
+    pre = pre if residual is None else pre + residual
+    return _through_activation(dy, pre, act, act_param).to(_wide(x))
 
 
-def sync_bn_sums(dy, x, weight, bias, mean, rstd, mask, channels_last, act):
-    check.sync_bn_sums("cnnkern::sync_bn_sums", dy, x, weight, bias, mean, rstd, mask, channels_last, act)
+def sync_bn_sums(
+    dy,
+    x,
+    weight,
+    bias,
+    mean,
+    rstd,
+    mask,
+    channels_last,
+    act,
+    residual: Tensor | None = None,
+    act_param: float | None = None,
+):
+    op = "cnnkern::sync_bn_sums"
+    check.sync_bn_sums(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, residual, act_param)
     dims = [d for d in range(x.dim()) if d != 1]
     dy, x = laid_out(dy, channels_last), laid_out(x, channels_last)
-    g = _through(dy, x, weight, bias, mean, rstd, mask, act)
+    g = _through(dy, x, weight, bias, mean, rstd, mask, act, residual, act_param)
     normalized = _normalized(x, None, None, mean, rstd)
     return torch.stack([g.sum(dims, dtype=torch.float64), (g * normalized).sum(dims, dtype=torch.float64)])
 
 
 def sync_bn_backward(
-    dy, x, weight, bias, mean, rstd, mask, channels_last, act, sums, count, output_mask: Sequence[bool]
+    dy,
+    x,
+    weight,
+    bias,
+    mean,
+    rstd,
+    mask,
+    channels_last,
+    act,
+    sums,
+    count,
+    output_mask: Sequence[bool],
+    residual: Tensor | None = None,
+    act_param: float | None = None,
 ):
     op = "cnnkern::sync_bn_backward"
-    check.sync_bn_backward(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, sums, count, output_mask)
+    statistics = (weight, bias, mean, rstd, mask)
+    check.sync_bn_backward(op, dy, x, *statistics, channels_last, act, sums, count, output_mask, residual, act_param)
     x = laid_out(x, channels_last)
-    g = _through(laid_out(dy, channels_last), x, weight, bias, mean, rstd, mask, act)
+    g = _through(laid_out(dy, channels_last), x, *statistics, act, residual, act_param)
     scale = rstd if weight is None else rstd * weight
     means = sums / count
     dx = g - _columns(x, means[0]) - _normalized(x, None, None, mean, rstd) * _columns(x, means[1])

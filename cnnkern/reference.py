@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {
+# Those that take a number, in check.PARAMETERS, have it behind the tensor.
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "none": lambda x: x,
     "relu": F.relu,
     "relu6": F.relu6,
@@ -19,7 +20,16 @@ ACTIVATIONS = {
     "sigmoid": F.sigmoid,
     "silu": F.silu,
     "hardswish": F.hardswish,
+    "elu": F.elu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "mish": F.mish,
+    "hardsigmoid": F.hardsigmoid,
 }
+
+
+def activated(x: Tensor, act: str, act_param: float | None = None) -> Tensor:
+    return ACTIVATIONS[act](x) if act_param is None else ACTIVATIONS[act](x, act_param)
 
 
 def _batch_norm(input: Tensor, running_mean, running_var, weight, bias, training, momentum, eps) -> Tensor:
@@ -30,9 +40,19 @@ def _batch_norm(input: Tensor, running_mean, running_var, weight, bias, training
 
 
 def batch_norm_act(
-    input: Tensor, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, act="relu"
+    input: Tensor,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    act="relu",
+    act_param=None,
 ) -> Tensor:
-    return ACTIVATIONS[act](_batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))
+    y = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return activated(y, act, act_param)
 
 
 def batch_norm_add_act(
@@ -46,9 +66,10 @@ def batch_norm_add_act(
     momentum=0.1,
     eps=1e-5,
     act="relu",
+    act_param=None,
 ) -> Tensor:
     y = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return ACTIVATIONS[act](y + residual)
+    return activated(y + residual, act, act_param)
 
 
 def sync_batch_norm_act(
@@ -63,10 +84,11 @@ def sync_batch_norm_act(
     act="relu",
     residual=None,
     group=None,
+    act_param=None,
 ) -> Tensor:
     """In a process alone. Over several it is this of their batches behind one another, which no process has."""
     y = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return ACTIVATIONS[act](y if residual is None else y + residual)
+    return activated(y if residual is None else y + residual, act, act_param)
 
 
 def add_relu(input: Tensor, other: Tensor) -> Tensor:
@@ -74,7 +96,7 @@ def add_relu(input: Tensor, other: Tensor) -> Tensor:
 
 
 # In place, as torchvision's and timm's networks have them.
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+_IN_PLACE: dict[str, Callable[..., Tensor]] = {
     "none": lambda x: x,
     "relu": torch.relu_,
     "relu6": functools.partial(F.relu6, inplace=True),
@@ -82,15 +104,26 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid_,
     "silu": functools.partial(F.silu, inplace=True),
     "hardswish": functools.partial(F.hardswish, inplace=True),
+    "elu": functools.partial(F.elu, inplace=True),
+    "gelu": ACTIVATIONS["gelu"],
+    "gelu_tanh": ACTIVATIONS["gelu_tanh"],
+    "mish": functools.partial(F.mish, inplace=True),
+    "hardsigmoid": functools.partial(F.hardsigmoid, inplace=True),
 }
 
 
-def batch_norm_act_in_place(*, act: str = "relu", **arguments) -> Tensor:
-    return _IN_PLACE[act](_batch_norm(**arguments))
+def _activated_in_place(x: Tensor, act: str, act_param: float | None) -> Tensor:
+    return _IN_PLACE[act](x) if act_param is None else _IN_PLACE[act](x, act_param)
 
 
-def batch_norm_add_act_in_place(*, residual: Tensor, act: str = "relu", **arguments) -> Tensor:
-    return _IN_PLACE[act](_batch_norm(**arguments).add_(residual))
+def batch_norm_act_in_place(*, act: str = "relu", act_param: float | None = None, **arguments) -> Tensor:
+    return _activated_in_place(_batch_norm(**arguments), act, act_param)
+
+
+def batch_norm_add_act_in_place(
+    *, residual: Tensor, act: str = "relu", act_param: float | None = None, **arguments
+) -> Tensor:
+    return _activated_in_place(_batch_norm(**arguments).add_(residual), act, act_param)
 
 
 def add_relu_in_place(input: Tensor, other: Tensor) -> Tensor:

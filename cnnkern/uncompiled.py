@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from cnnkern import eager
+from cnnkern.triton_kernels.check import recomputes_sum
 from cnnkern.triton_kernels.layout import batch_norm_in_rows, memory_order
 
 WARNING = (
@@ -49,6 +50,7 @@ def _autograd(name: str) -> Callable:
     operator = getattr(torch.ops.cnnkern, name).default
     gradient = getattr(torch.ops.cnnkern, f"{name}_backward").default
     inputs = [a.name for a in operator._schema.arguments]
+    defaults = [a.default_value for a in operator._schema.arguments]
     mutated = [i for i, a in enumerate(operator._schema.arguments) if a.alias_info and a.alias_info.is_write]
     outputs = [r.name for r in operator._schema.returns]
     needed = [a.name for a in gradient._schema.arguments]
@@ -69,8 +71,9 @@ def _autograd(name: str) -> Callable:
             every = results if isinstance(results, tuple) else (results,)
             known = dict(zip(inputs, arguments, strict=True)) | dict(zip(outputs, every, strict=True))
             known |= {"channels_last": batch_norm_in_rows(arguments[0]), "order": memory_order(every[0])}
-            if name != "bn_act" or known["act"] == "none":
-                known["bias"] = None  # which that gradient does not read
+            act = known.get("act", "none")
+            if not ((name == "bn_act" and act != "none") or (name == "bn_add_act" and recomputes_sum(act))):
+                known |= {"bias": None, "residual": None}  # which that gradient does not read
             ctx.names = [n for n in needed if isinstance(known.get(n), Tensor)]
             ctx.save_for_backward(*(known[n] for n in ctx.names))
             ctx.others = {n: known[n] for n in needed if n in known and n not in ctx.names}
@@ -93,6 +96,7 @@ def _autograd(name: str) -> Callable:
             return tuple(found[n] if wants else None for n, wants in wanted.items())
 
     def kernel(*arguments):
+        arguments += tuple(defaults[len(arguments) :])  # the dispatcher leaves out those that are the defaults
         if not torch.is_grad_enabled() or not any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
             return below(*arguments)
         # What is saved may be refused when all is computed: what the call changes in place changes after that.

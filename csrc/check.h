@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -165,35 +166,57 @@ inline void check_order(const char* op, at::IntArrayRef order, const Tensor& dy)
   TORCH_CHECK(fits, op, ": order must name each of the ", dy.dim(), " dimensions of dy once; got ", order);
 }
 
-// Calls f with the activation named `act`, one of none and relu, as a type.
-template <typename F>
-auto with_relu_or_none(const char* op, std::string_view act, F&& f) {
-  if (act == "relu") return f(Relu{});
-  TORCH_CHECK_VALUE(act == "none", op, ": act must be one of none, relu; got '", act, "'");
-  return f(Identity{});
-}
+// An activation by name, and its number: the slope of leaky_relu or alpha of elu where that is not PyTorch's default.
+struct ActivationName {
+  std::string_view name;
+  std::optional<double> param;
+};
 
-inline void check_relu_or_none(const char* op, std::string_view act) {
-  with_relu_or_none(op, act, [](auto) {});
-}
-
-// Calls f with any activation.
-template <typename F>
-auto with_activation(const char* op, std::string_view act, F&& f) {
+// One that is neither none nor relu.
+inline OtherActivation other_activation(const char* op, const ActivationName& act) {
   using Other = OtherActivation;
-  if (act == "relu") return f(Relu{});
-  if (act == "none") return f(Identity{});
-  if (act == "relu6") return f(Other{Other::kRelu6});
-  if (act == "leaky_relu") return f(Other{Other::kLeakyRelu});
-  if (act == "sigmoid") return f(Other{Other::kSigmoid});
-  if (act == "silu") return f(Other{Other::kSilu});
-  TORCH_CHECK_VALUE(act == "hardswish", op,
-                    ": act must be one of none, relu, relu6, leaky_relu, sigmoid, silu, hardswish; got '", act, "'");
-  return f(Other{Other::kHardswish});
+  struct Known {
+    std::string_view name;
+    Other::Kind kind;
+    double param;
+  };
+  static constexpr Known known[] = {{"relu6", Other::kRelu6, 0},         {"leaky_relu", Other::kLeakyRelu, 0.01},
+                                    {"sigmoid", Other::kSigmoid, 0},     {"silu", Other::kSilu, 0},
+                                    {"hardswish", Other::kHardswish, 0}, {"elu", Other::kElu, 1},
+                                    {"gelu", Other::kGelu, 0},           {"gelu_tanh", Other::kGeluTanh, 0},
+                                    {"mish", Other::kMish, 0},           {"hardsigmoid", Other::kHardsigmoid, 0}};
+  for (const Known& other : known)
+    if (act.name == other.name) return {other.kind, act.param.value_or(other.param)};
+  TORCH_CHECK_VALUE(false, op, ": act must be one of none, relu, relu6, leaky_relu, sigmoid, silu, hardswish, elu, gelu, gelu_tanh, "
+                    "mish, hardsigmoid; got '", act.name, "'");
 }
 
-inline void check_activation(const char* op, std::string_view act) {
+// Calls f with any activation, as a type.
+template <typename F>
+auto with_activation(const char* op, const ActivationName& act, F&& f) {
+  if (act.param.has_value()) {
+    TORCH_CHECK_VALUE(act.name == "leaky_relu" || act.name == "elu", op, ": act_param is the slope of leaky_relu or alpha of elu; got ",
+                      *act.param, " for '", act.name, "'");
+    TORCH_CHECK_VALUE(std::isfinite(*act.param), op, ": act_param must be finite; got ", *act.param);
+  }
+  if (act.name == "relu") return f(Relu{});
+  if (act.name == "none") return f(Identity{});
+  return f(other_activation(op, act));
+}
+
+inline void check_activation(const char* op, const ActivationName& act) {
   with_activation(op, act, [](auto) {});
+}
+
+// Behind an addition the gradient of a ReLU goes through a mask of one bit an element, that of any other activation through
+// what the activation saw, which is computed again: from x, the bias and the residual.
+inline bool recomputes_sum(std::string_view act) { return act != "none" && act != "relu"; }
+
+// The residual in the gradient operator.
+inline void check_saved_residual(const char* op, std::string_view act, const OptionalTensor& residual, const Tensor& x) {
+  if (!recomputes_sum(act)) return;
+  TORCH_CHECK(tensor_or_undefined(residual).defined(), op, ": the gradient of ", act, " reads the residual, but residual is None");
+  check_same_shape(op, "residual", *residual, x);
 }
 
 }  // namespace cnnkern

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <optional>
 #include <tuple>
 
 #include "check.h"
@@ -27,26 +28,29 @@ using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Optional = const OptionalTensor&;
 using Sizes = at::IntArrayRef;
+using Number = std::optional<double>;
 
 using bn_act = Three(const Tensor& x, Optional weight, Optional bias, Optional running_mean, Optional running_var,
-                     bool training, double momentum, double eps, c10::string_view act);
+                     bool training, double momentum, double eps, c10::string_view act, Number act_param);
 using bn_act_backward = Three(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
-                              const Tensor& rstd, bool training, c10::string_view act, std::array<bool, 3> output_mask);
+                              const Tensor& rstd, bool training, c10::string_view act, std::array<bool, 3> output_mask,
+                              Number act_param);
 
 using bn_add_act = Four(const Tensor& x, const Tensor& residual, Optional weight, Optional bias, Optional running_mean,
-                        Optional running_var, bool training, double momentum, double eps, c10::string_view act);
+                        Optional running_var, bool training, double momentum, double eps, c10::string_view act, Number act_param);
 using bn_add_act_backward = Four(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
                                  const Tensor& rstd, const Tensor& mask, bool channels_last, bool training,
-                                 c10::string_view act, std::array<bool, 4> output_mask);
+                                 c10::string_view act, std::array<bool, 4> output_mask, Optional residual, Number act_param);
 
 using sync_bn_stats = One(const Tensor& x);
 using sync_bn = Two(const Tensor& x, Optional residual, Optional weight, Optional bias, const Tensor& mean, const Tensor& rstd,
-                    c10::string_view act);
+                    c10::string_view act, Number act_param);
 using sync_bn_sums = One(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
-                         const Tensor& rstd, Optional mask, bool channels_last, c10::string_view act);
+                         const Tensor& rstd, Optional mask, bool channels_last, c10::string_view act, Optional residual,
+                         Number act_param);
 using sync_bn_backward = Two(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
                              const Tensor& rstd, Optional mask, bool channels_last, c10::string_view act, const Tensor& sums,
-                             const Tensor& count, std::array<bool, 2> output_mask);
+                             const Tensor& count, std::array<bool, 2> output_mask, Optional residual, Number act_param);
 
 using add_relu = Two(const Tensor& x, const Tensor& residual);
 using add_relu_backward = One(const Tensor& dy, const Tensor& mask, Sizes order);

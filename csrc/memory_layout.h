@@ -133,10 +133,12 @@ inline at::Tensor laid_out(const at::Tensor& t, bool rows) {
 
 inline at::Tensor in_batch_norm_layout(const at::Tensor& x) { return laid_out(x, batch_norm_in_rows(x)); }
 
+// Whether PyTorch's activation has the strides of its input.
+inline bool keeps_strides(std::string_view act) { return act == "none" || act == "relu6"; }
+
 // The result of a batch norm of x, from in_batch_norm_layout, with the strides of PyTorch's activation behind its batch norm.
-// relu6 keeps those of its input.
 inline at::Tensor batch_norm_result(const at::Tensor& x, std::string_view act) {
-  if (act == "none" || act == "relu6") return aten::empty_like(x);
+  if (keeps_strides(act)) return aten::empty_like(x);
   return aten::empty_strided(x.sizes(), elementwise_strides(x.sizes(), x.strides(), x.strides()), x.options());
 }
 
@@ -145,15 +147,15 @@ inline at::Tensor with_strides(const at::Tensor& t, at::IntArrayRef strides) {
   return t.strides() == strides ? t : aten::empty_strided(t.sizes(), strides, t.options()).copy_(t);
 }
 
-// The strides of PyTorch's a + b, or relu(a + b).
-inline Strides strides_of_sum(const at::Tensor& a, const at::Tensor& b, bool relu) {
+// The strides of PyTorch's act(a + b).
+inline Strides strides_of_sum(const at::Tensor& a, const at::Tensor& b, std::string_view act) {
   const Strides sum = elementwise_strides(a.sizes(), a.strides(), b.strides());
-  return relu ? elementwise_strides(a.sizes(), sum, sum) : sum;
+  return keeps_strides(act) ? sum : elementwise_strides(a.sizes(), sum, sum);
 }
 
 // y, computed of a and b, with these strides.
-inline at::Tensor in_strides_of_sum(const at::Tensor& y, const at::Tensor& a, const at::Tensor& b, bool relu) {
-  return with_strides(y, strides_of_sum(a, b, relu));
+inline at::Tensor in_strides_of_sum(const at::Tensor& y, const at::Tensor& a, const at::Tensor& b, std::string_view act) {
+  return with_strides(y, strides_of_sum(a, b, act));
 }
 
 }  // namespace cnnkern

@@ -60,7 +60,7 @@ PYBIND11_MODULE(_C, m) {
       .def("holds", &cnnkern::FoldedConv::holds, "Whether it is still what these sources give.")
       .def("call", &cnnkern::FoldedConv::call, pybind11::call_guard<pybind11::gil_scoped_release>(),
            "The convolution of an input, which waits for what uses it; None where PyTorch's has to compute it.")
-      .def("run", [](cnnkern::FoldedConv& conv, const at::Tensor& x, const std::string& act) { return conv.run(x, {}, act, x.scalar_type()); },
+      .def("run", [](cnnkern::FoldedConv& conv, const at::Tensor& x, const std::string& act) { return conv.run(x, {}, {act}, x.scalar_type()); },
            pybind11::call_guard<pybind11::gil_scoped_release>(), "The convolution and an activation at once.")
       .def("take_over", &cnnkern::FoldedConv::take_over, pybind11::call_guard<pybind11::gil_scoped_release>(),
            "The same in place of another one, whose result waits.");

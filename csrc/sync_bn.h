@@ -22,32 +22,34 @@ inline void check_sync_bn_statistics(const char* op, const Tensor& x, const Opti
   check_fp64(op, "rstd", rstd, {x.size(1)}, x);
 }
 
-// Beside a residual: the activations that a mask of one bit an element tells the gradient of.
 inline void check_sync_bn(const char* op, const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-                          const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, std::string_view act) {
+                          const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, const ActivationName& act) {
   check_sync_bn_statistics(op, x, weight, bias, mean, rstd);
-  if (!tensor_or_undefined(residual).defined()) return check_activation(op, act);
-  check_same_shape(op, "residual", *residual, x);
-  check_relu_or_none(op, act);
+  if (tensor_or_undefined(residual).defined()) check_same_shape(op, "residual", *residual, x);
+  check_activation(op, act);
 }
 
 inline void check_sync_bn_sums(const char* op, const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
                                const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, const OptionalTensor& mask,
-                               bool channels_last, std::string_view act, bool wants_dresidual = false) {
+                               bool channels_last, const ActivationName& act, const OptionalTensor& residual,
+                               bool wants_dresidual = false) {
   check_sync_bn_statistics(op, x, weight, bias, mean, rstd);
   check_same_shape(op, "dy", dy, x);
   if (tensor_or_undefined(mask).defined()) check_mask(op, *mask, mask_bytes(x.numel()), x);
-  TORCH_CHECK(!wants_dresidual || tensor_or_undefined(mask).defined(), op,
-              ": output_mask asks for dresidual, but mask is None");
+  const bool adds = tensor_or_undefined(residual).defined();
+  if (adds) check_same_shape(op, "residual", *residual, x);
+  TORCH_CHECK(!adds || recomputes_sum(act.name), op, ": the gradient of ", act.name, " reads no residual; got one");
+  TORCH_CHECK(!wants_dresidual || adds || tensor_or_undefined(mask).defined(), op,
+              ": output_mask asks for dresidual, but mask and residual are None");
   check_channels_last(op, dy, channels_last);
   check_activation(op, act);
 }
 
 inline void check_sync_bn_backward(const char* op, const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
                                    const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
-                                   const OptionalTensor& mask, bool channels_last, std::string_view act, const Tensor& sums,
-                                   const Tensor& count, const std::array<bool, 2>& output_mask) {
-  check_sync_bn_sums(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, output_mask[1]);
+                                   const OptionalTensor& mask, bool channels_last, const ActivationName& act, const Tensor& sums,
+                                   const Tensor& count, const std::array<bool, 2>& output_mask, const OptionalTensor& residual) {
+  check_sync_bn_sums(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, residual, output_mask[1]);
   check_fp64(op, "sums", sums, {2, x.size(1)}, x);
   check_fp64(op, "count", count, {1}, x);
 }

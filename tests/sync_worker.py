@@ -26,7 +26,14 @@ def silu(*arguments, **keywords) -> SyncBatchNorm:
     return module
 
 
-KINDS = (SyncBatchNorm, SyncBatchNormReLU, SyncBatchNormAddReLU, silu)
+def add_silu(*arguments, **keywords) -> SyncBatchNorm:
+    module = SyncBatchNormAddReLU(*arguments, **keywords)
+    module.act = "silu"
+    return module
+
+
+KINDS = (SyncBatchNorm, SyncBatchNormReLU, SyncBatchNormAddReLU, silu, add_silu)
+ADDING = (SyncBatchNormAddReLU, add_silu)
 
 
 def equal_to_one_process_on_the_whole_batch() -> None:
@@ -244,7 +251,7 @@ def every_process_empty() -> None:
         module, _ = drawn(kind, torch.float32)
         plain = nn.BatchNorm2d(CHANNELS)
         module.running_mean.fill_(0.25), plain.running_mean.fill_(0.25)
-        inputs = [torch.empty(0, CHANNELS, 3, 4, requires_grad=True) for _ in range(1 + (kind is SyncBatchNormAddReLU))]
+        inputs = [torch.empty(0, CHANNELS, 3, 4, requires_grad=True) for _ in range(1 + (kind in ADDING))]
         y = module(*inputs)
         expected = plain(inputs[0].detach())
         assert y.shape == expected.shape
@@ -332,7 +339,7 @@ def one_value_over_all_processes_is_its_own_mean() -> None:
     for kind in KINDS:
         module, _ = drawn(kind, torch.float32)
         shape = (1 if dist.get_rank() == 0 else 0, CHANNELS, 1, 1)
-        inputs = [torch.full(shape, 7.0, requires_grad=True) for _ in range(1 + (kind is SyncBatchNormAddReLU))]
+        inputs = [torch.full(shape, 7.0, requires_grad=True) for _ in range(1 + (kind in ADDING))]
         y = module(*inputs)
         expected = reference.ACTIVATIONS[module.act](module.bias.detach() + (7.0 if len(inputs) > 1 else 0.0))
         assert torch.equal(y.detach().flatten(), expected.expand(shape[0], CHANNELS).flatten())

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import itertools
+import math
 import pickle
 
 import pytest
@@ -57,6 +58,7 @@ def test_is_its_torch_twin(name):
     ours, theirs = (dict(inspect.signature(c.__init__).parameters) for c in (fused_class, twin_class))
     if "Act" in name:
         assert ours.pop("act").default == "relu"
+        assert ours.pop("act_param").default is None
         assert repr(fused) == repr(twin).replace("BatchNorm", "BatchNormAct").replace(")", f", act={act})")
     else:
         assert repr(fused) == repr(twin).replace(f"BatchNorm{name[-2:]}", name)
@@ -144,9 +146,13 @@ def test_errors_name_operator_what_came_and_what_is_allowed():
     call = functional.batch_norm_act
     with pytest.raises(
         ValueError,
-        match=r"bn_act: act must be one of none, relu, relu6, leaky_relu, sigmoid, silu, hardswish; got 'gelu'",
+        match=r"bn_act: act must be one of none, relu, .*, mish, hardsigmoid; got 'tanh'",
     ):
-        call(x, rm, rv, training=True, act="gelu")
+        call(x, rm, rv, training=True, act="tanh")
+    with pytest.raises(ValueError, match=r"bn_act: act_param is the slope of leaky_relu or alpha of elu; got 0.2 for"):
+        call(x, rm, rv, training=True, act="relu", act_param=0.2)
+    with pytest.raises(ValueError, match=r"bn_act: act_param must be finite; got nan"):
+        call(x, rm, rv, training=True, act="elu", act_param=math.nan)
     with pytest.raises(RuntimeError, match=r"bn_act: weight should contain 5 elements .* got shape \[4\]"):
         call(x, rm, rv, torch.ones(4), training=True)
     with pytest.raises(RuntimeError, match=r"bn_act: running_mean and running_var must be defined in evaluation mode"):
@@ -165,9 +171,11 @@ def test_errors_name_operator_what_came_and_what_is_allowed():
         call(torch.ones(2, 5, dtype=torch.int32), rm, rv, training=True)
     with pytest.raises(
         ValueError,
-        match=r"BatchNormAct2d: act must be one of none, relu, relu6, leaky_relu, sigmoid, silu, hardswish; got 'tanh'",
+        match=r"BatchNormAct2d: act must be one of none, relu, .*, mish, hardsigmoid; got 'tanh'",
     ):
         cnnkern.nn.BatchNormAct2d(3, act="tanh")
+    with pytest.raises(ValueError, match=r"BatchNormAddAct2d: act_param is the slope .*; got 0.2 for 'silu'"):
+        cnnkern.nn.BatchNormAddAct2d(3, act="silu", act_param=0.2)
     assert torch.equal(rm, torch.zeros(5))
     assert torch.equal(rv, torch.ones(5))
 

@@ -124,6 +124,27 @@ def residual_overwritten_after_the_add(self, y, x):
     return F.relu(z) + r
 
 
+def residual_overwritten_after_the_activation(self, y, x):
+    r = x * 1
+    z = F.silu(y + r)
+    r.mul_(3)
+    return z + r
+
+
+def residual_overwritten_through_data_after_the_activation(self, y, x):
+    r = x * 1
+    z = F.gelu(y + r)
+    r.data.mul_(3)
+    return z + r
+
+
+def residual_put_in_anothers_place_after_the_activation(self, y, x):
+    r = (x * 1).detach()
+    z = F.silu(y + r)
+    r.data = r * 2
+    return z + r
+
+
 def used_twice_after_the_add(self, y, x):
     z = y + x
     return F.relu(z) * z
@@ -250,19 +271,61 @@ WRITTEN = {
             "sigmoid": nn.Sigmoid(),
             "silu": nn.SiLU(),
             "hardswish": nn.Hardswish(),
+            "leaky relu of another slope": nn.LeakyReLU(0.2),
+            "leaky relu that falls": nn.LeakyReLU(-0.2),
+            "leaky relu in place": nn.LeakyReLU(0.2, inplace=True),
+            "elu": nn.ELU(),
+            "elu of another alpha, in place": nn.ELU(0.7, inplace=True),
+            "gelu": nn.GELU(),
+            "mish": nn.Mish(),
+            "mish in place": nn.Mish(inplace=True),
+            "hardsigmoid": nn.Hardsigmoid(),
+            "hardsigmoid in place": nn.Hardsigmoid(inplace=True),
         }.items()
     },
-    "leaky relu of another slope": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.2)), {"BatchNorm": 1}),
-    "F.leaky_relu of another slope": (lambda: Functional(lambda x: F.leaky_relu(x, 0.2)), {"BatchNorm": 1}),
+    "gelu, tanh": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.GELU("tanh")), {"BatchNorm + GELU(tanh)": 1}),
+    "F.gelu, tanh": (lambda: Functional(lambda x: F.gelu(x, approximate="tanh")), {"BatchNorm + GELU(tanh)": 1}),
+    "F.gelu": (lambda: Functional(F.gelu), {"BatchNorm + GELU": 1}),
+    "F.elu": (lambda: Functional(lambda x: F.elu(x, 0.5)), {"BatchNorm + ELU": 1}),
+    "F.mish": (lambda: Functional(F.mish), {"BatchNorm + Mish": 1}),
+    "F.hardsigmoid": (lambda: Functional(F.hardsigmoid), {"BatchNorm + Hardsigmoid": 1}),
+    "softplus": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Softplus()), {"BatchNorm": 1}),
+    "F.selu": (lambda: Functional(F.selu), {"BatchNorm": 1}),
+    "F.celu": (lambda: Functional(lambda x: F.celu(x, 0.5)), {"BatchNorm": 1}),
+    "F.leaky_relu of another slope": (
+        lambda: Functional(lambda x: F.leaky_relu(x, 0.2)),
+        {"BatchNorm + LeakyReLU": 1},
+    ),
     "F.leaky_relu": (lambda: Functional(F.leaky_relu), {"BatchNorm + LeakyReLU": 1}),
     "F.silu": (lambda: Functional(F.silu), {"BatchNorm + SiLU": 1}),
-    "gelu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.GELU()), {"BatchNorm": 1}),
     "bn + x, relu": (lambda: Residual(lambda self, y, x: F.relu(y + x)), {ADD: 1}),
     "x + bn, relu": (lambda: Residual(lambda self, y, x: (x + y).relu()), {ADD: 1}),
     "torch.add, in-place relu": (lambda: Residual(lambda self, y, x: torch.add(x, y).relu_()), {ADD: 1}),
     "in-place add, relu module": (lambda: Residual(in_place), {ADD: 1}),
     "add method, no relu": (lambda: Residual(lambda self, y, x: y.add(x) * 2), {"BatchNorm + add": 1}),
-    "add, sigmoid": (lambda: Residual(lambda self, y, x: torch.sigmoid(y + x)), {"BatchNorm + add": 1}),
+    "add, sigmoid": (lambda: Residual(lambda self, y, x: torch.sigmoid(y + x)), {"BatchNorm + add + Sigmoid": 1}),
+    **{
+        f"add, {name}": (lambda act=act: Residual(lambda self, y, x: act(y + x)), {f"BatchNorm + add + {name}": 1})
+        for name, act in {
+            "ReLU6": F.relu6,
+            "LeakyReLU": lambda x: F.leaky_relu(x, 0.2),
+            "SiLU": F.silu,
+            "Hardswish": F.hardswish,
+            "ELU": lambda x: F.elu(x, 0.7),
+            "GELU": F.gelu,
+            "GELU(tanh)": lambda x: F.gelu(x, approximate="tanh"),
+            "Mish": F.mish,
+            "Hardsigmoid": F.hardsigmoid,
+        }.items()
+    },
+    "add in place, SiLU in place": (
+        lambda: Residual(lambda self, y, x: F.silu(y.add_(x), inplace=True)),
+        {"BatchNorm + add + SiLU": 1},
+    ),
+    "residual, then bn, ELU in place": (
+        lambda: Residual(lambda self, y, x: F.elu(x + y, inplace=True)),
+        {"BatchNorm + add + ELU": 1},
+    ),
     "scaled add": (lambda: Residual(lambda self, y, x: torch.add(y, x, alpha=2)), {"BatchNorm": 1}),
     "add of a number": (lambda: Residual(lambda self, y, x: F.relu(y + 1)), {"BatchNorm": 1}),
     "added to itself": (lambda: Residual(lambda self, y, x: F.relu(y + y)), {"BatchNorm": 1}),
@@ -278,6 +341,18 @@ WRITTEN = {
     "residual overwritten after the add": (
         lambda: Residual(residual_overwritten_after_the_add),
         {"BatchNorm + add": 1},
+    ),
+    "residual overwritten after the activation": (
+        lambda: Residual(residual_overwritten_after_the_activation),
+        {"BatchNorm + add + SiLU": 1},
+    ),
+    "residual overwritten through data after the activation": (
+        lambda: Residual(residual_overwritten_through_data_after_the_activation),
+        {"BatchNorm + add + GELU": 1},
+    ),
+    "residual put in another's place after the activation": (
+        lambda: Residual(residual_put_in_anothers_place_after_the_activation),
+        {"BatchNorm + add + SiLU": 1},
     ),
     "sum used twice": (lambda: Residual(used_twice_after_the_add), {"BatchNorm": 1}),
     "dropout between": (
@@ -326,8 +401,9 @@ def test_however_it_is_written(name):
 
 REASONS = {
     "output used twice": "its output is used again",
-    "leaky relu of another slope": "leaky_relu follows",
-    "gelu": "gelu follows",
+    "F.selu": "selu follows",
+    "F.celu": "celu follows",
+    "softplus": "softplus follows",
     "scaled add": "add follows",
     "dropout between": "dropout follows",
     "sum of two batch norms": "the sum with another follows",

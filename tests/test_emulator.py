@@ -100,14 +100,14 @@ def of_activations(*activations: str) -> list[tuple]:
 
 
 EVERY_KERNEL = {
-    "bn_act": of_activations("relu", "none", "silu"),
-    "bn_add_act": of_activations("relu", "none"),
+    "bn_act": of_activations("relu", "none", "silu", "relu6", "gelu"),
+    "bn_add_act": of_activations("relu", "none", "silu"),
     "sync_bn": [
         (shape, layout, variant)
         for variant in (*({"act": act} for act in ("relu", "none", "silu")), {"residual": True})
         for shape, layout, _ in SHAPES
     ]
-    + [(shape, layout, {"residual": True, "act": "none"}) for shape, layout, _ in SHAPES],
+    + [(shape, layout, {"residual": True, "act": act}) for act in ("none", "silu") for shape, layout, _ in SHAPES],
     "add_relu": [*SHAPES, ((3, 17), "off a vector", {})],
     "grouped_conv2d": [
         *SHAPES,

@@ -305,7 +305,14 @@ def test_views_take_what_the_convolutions_return():
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # of eager's
-@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(), nn.Sigmoid(), nn.SiLU(), nn.Hardswish()])
+@pytest.mark.parametrize(
+    "act",
+    [
+        *(nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(), nn.LeakyReLU(0.2), nn.Sigmoid(), nn.SiLU(), nn.Hardswish()),
+        *(nn.ELU(0.7), nn.GELU(), nn.Mish(), nn.Hardsigmoid()),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "conv",
     [

@@ -25,7 +25,9 @@ MISUSE = {
         "a dimension too few": {"order": lambda order: order[:-1]},
     },
     "bn_add_act": {
-        "another activation": {"act": lambda _: "silu"},
+        "another activation": {"act": lambda _: "tanh"},
+        "a number that relu does not take": {"act_param": lambda _: 0.5},
+        "a slope that is not finite": {"act": lambda _: "leaky_relu", "act_param": lambda _: float("nan")},
         "residual of another shape": {"residual": lambda t: t[:, :, :-1]},
         "weight of another length": {"weight": lambda t: t[:-1]},
         "running_mean alone": {"running_var": lambda _: None},
@@ -34,7 +36,14 @@ MISUSE = {
     "bn_add_act_backward": {
         "dy of another shape": {"dy": lambda t: t[:, :, :-1]},
         "mask of another size": {"mask": lambda t: t[:-1]},
-        "another activation": {"act": lambda _: "silu"},
+        "another activation": {"act": lambda _: "tanh"},
+        "no residual": {"act": lambda _: "silu", "mask": lambda t: t[:0]},
+        "residual of another dtype": {
+            "act": lambda _: "silu",
+            "mask": lambda t: t[:0],
+            "residual": lambda _: torch.ones(3, 5, 4, 4, dtype=torch.float64),
+        },
+        "alpha that is not finite": {"act": lambda _: "elu", "act_param": lambda _: float("inf")},
         "float32 mean": {"mean": Tensor.float},
         "dweight without weight": {"weight": lambda _: None},
         "channels_last of two dimensions": {
@@ -44,7 +53,8 @@ MISUSE = {
     },
     "bn_act_backward": {
         "dy of another shape": {"dy": lambda t: t[:, :, :-1]},
-        "another activation": {"act": lambda _: "gelu"},
+        "another activation": {"act": lambda _: "tanh"},
+        "a number that silu does not take": {"act": lambda _: "silu", "act_param": lambda _: 0.5},
         "float32 rstd": {"rstd": Tensor.float},
         "dweight without weight": {"weight": lambda _: None},
         "dbias behind an activation without bias": {"bias": lambda _: None},
@@ -53,7 +63,8 @@ MISUSE = {
         "integers": {"x": Tensor.long},
         "one dimension": {"x": lambda t: t[:, 0, 0, 0]},
         "another activation": {"act": lambda _: "tanh"},
-        "another activation beside a residual": {"act": lambda _: "silu", "residual": lambda _: torch.ones(3, 5, 4, 4)},
+        "another activation beside a residual": {"act": lambda _: "tanh", "residual": lambda _: torch.ones(3, 5, 4, 4)},
+        "a number that relu does not take": {"act_param": lambda _: 0.5},
         "residual of another shape": {"residual": lambda _: torch.ones(3, 5, 4, 3)},
         "weight of another length": {"weight": lambda t: t[:-1]},
         "float32 mean": {"mean": Tensor.float},
@@ -67,6 +78,8 @@ MISUSE = {
         "sums of another shape": {"sums": torch.flatten},
         "count of no dimension": {"count": torch.squeeze},
         "dresidual without a mask": {"output_mask": lambda _: [True, True]},
+        "residual that relu does not read": {"residual": lambda _: torch.ones(3, 5, 4, 4)},
+        "residual of another shape": {"act": lambda _: "silu", "residual": lambda _: torch.ones(3, 5, 4, 3)},
         "channels_last of two dimensions": {
             "x": lambda t: t.reshape(-1, 5),
             "dy": lambda t: t.reshape(-1, 5),

@@ -107,7 +107,7 @@ FUZZED = {
             reference.batch_norm_add_act,
             {"act": act},
         )
-        for act in ("none", "relu")
+        for act in reference.ACTIVATIONS
     },
     "add_relu": ((2, 3, 4, 5), 2, functional.add_relu, reference.add_relu, {}),
     "layer_norm": ((2, 3, 4, 5), 1, functional.layer_norm, reference.layer_norm, {}),

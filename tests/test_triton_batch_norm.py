@@ -27,25 +27,36 @@ def batch_norm_act(kernels):
 
     class BnAct(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, weight, bias, running_mean, running_var, training, momentum, eps, act):
+        def forward(ctx, x, weight, bias, running_mean, running_var, training, momentum, eps, act, act_param):
             y, mean, rstd = kernels.bn_act.bn_act(
-                x, weight, bias, running_mean, running_var, training, momentum, eps, act
+                x, weight, bias, running_mean, running_var, training, momentum, eps, act, act_param
             )
             ctx.save_for_backward(x, weight, bias, mean, rstd)
-            ctx.training, ctx.act = training, act
+            ctx.training, ctx.act, ctx.act_param = training, act, act_param
             return y
 
         @staticmethod
         def backward(ctx, dy):
             x, weight, bias, mean, rstd = ctx.saved_tensors
             mask = list(ctx.needs_input_grad[:3])
-            grads = kernels.bn_act.bn_act_backward(dy, x, weight, bias, mean, rstd, ctx.training, ctx.act, mask)
-            return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), *[None] * 6
+            grads = kernels.bn_act.bn_act_backward(
+                dy, x, weight, bias, mean, rstd, ctx.training, ctx.act, mask, ctx.act_param
+            )
+            return *(g if wanted else None for g, wanted in zip(grads, mask, strict=True)), *[None] * 7
 
     def function(
-        input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, act="relu"
+        input,
+        running_mean,
+        running_var,
+        weight=None,
+        bias=None,
+        training=False,
+        momentum=0.1,
+        eps=1e-5,
+        act="relu",
+        act_param=None,
     ):
-        return BnAct.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, act)
+        return BnAct.apply(input, weight, bias, running_mean, running_var, training, momentum, eps, act, act_param)
 
     return function
 

@@ -30,7 +30,7 @@ def add_relu_kernel(x, residual, y, mask, numel, size, BYTES: tl.constexpr):
     S: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     byte, at, inside = stretch(numel, BYTES)
     v = tl.load(x + at, inside, other=0.0).to(S) + tl.load(residual + at, inside, other=0.0).to(S)
-    tl.store(y + at, act_value(v, "relu").to(y.dtype.element_ty), inside)
+    tl.store(y + at, act_value(v, 0.0, "relu").to(y.dtype.element_ty), inside)
     tl.store(mask + byte, packed(above(v, rounds_to_zero(x.dtype.element_ty))), byte < size)
 
 
@@ -47,7 +47,7 @@ def add_relu(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """y and the mask, as the schema in csrc/ops.cpp has it."""
     check.floating("cnnkern::add_relu", x)
     check.same_shape("cnnkern::add_relu", "residual", residual, x)
-    strides = strides_of_sum(x, residual, relu=True)  # in which memory is read from end to end
+    strides = strides_of_sum(x, residual, "relu")  # in which memory is read from end to end
     x, residual = densely(x, strides), densely(residual, strides)
     y = empty_strided_like(x, strides)
     mask = x.new_empty(mask_bytes(x.numel()), dtype=torch.uint8)

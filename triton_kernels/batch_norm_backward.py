@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from cnnkern.triton_kernels import check
-from cnnkern.triton_kernels.activations import act_grad
+from cnnkern.triton_kernels.activations import act_grad, constants
 from cnnkern.triton_kernels.batch_norm import (
     affine,
     arithmetic,
@@ -32,12 +32,20 @@ from torch import Tensor
 
 
 @triton.jit
-def gradient(dy, x, bits, at, mask, center, scale, offset, ACT: tl.constexpr, S: tl.constexpr):
-    """g, which is dy * act'(pre) or dy * bit, and x - center of a tile, both 0 outside of it."""
+def gradient(
+    dy, x, bits, residual, at, mask, center, scale, offset, ACT: tl.constexpr, PARAM: tl.constexpr, S: tl.constexpr
+):
+    """g, which is dy * act'(pre), pre with the residual where there is one, or dy * bit, and x - center of a tile.
+
+    Both are 0 outside of it.
+    """
     centered = tl.where(mask, tl.load(x + at, mask, other=0.0).to(S) - center, 0.0)
     g = tl.load(dy + at, mask, other=0.0).to(S)
     if bits is None:
-        return act_grad(g, tl.fma(centered, scale, offset), ACT, x.dtype.element_ty), centered
+        pre = tl.fma(centered, scale, offset)
+        if residual is not None:
+            pre += tl.load(residual + at, mask, other=0.0).to(S)
+        return act_grad(g, pre, PARAM, ACT, x.dtype.element_ty), centered
     else:
         return tl.where(bit_at(bits, at, mask), g, 0.0), centered
 
@@ -48,6 +56,7 @@ def backward_sums_kernel(
     dy,
     x,
     bits,
+    residual,
     dx,
     dresidual,
     partial,
@@ -61,6 +70,7 @@ def backward_sums_kernel(
     steps,
     chunk,
     ACT: tl.constexpr,
+    PARAM: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     R: tl.constexpr,
@@ -75,7 +85,7 @@ def backward_sums_kernel(
     s2 = tl.zeros((R, B), S)
     for step in range(k * chunk, tl.minimum(k * chunk + chunk, steps)):
         _, at, mask, _ = tile(step, first, outer, C, units, UNIT, ROWS, R, B)
-        g, centered = gradient(dy, x, bits, at, mask, center, scale, offset, ACT, S)
+        g, centered = gradient(dy, x, bits, residual, at, mask, center, scale, offset, ACT, PARAM, S)
         s1 += g
         s2 = tl.fma(g, centered, s2)
         if dresidual is not None:
@@ -138,6 +148,7 @@ def backward_apply_kernel(
     dy,
     x,
     bits,
+    residual,
     dx,
     dresidual,
     mean,
@@ -151,6 +162,7 @@ def backward_apply_kernel(
     steps,
     chunk,
     ACT: tl.constexpr,
+    PARAM: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     R: tl.constexpr,
@@ -163,7 +175,7 @@ def backward_apply_kernel(
     constant = tl.load(table + C + c, c < C, other=0.0)
     for step in range(k * chunk, tl.minimum(k * chunk + chunk, steps)):
         _, at, mask, _ = tile(step, first, outer, C, units, UNIT, ROWS, R, B)
-        g, centered = gradient(dy, x, bits, at, mask, center, scale, offset, ACT, S)
+        g, centered = gradient(dy, x, bits, residual, at, mask, center, scale, offset, ACT, PARAM, S)
         if dx is not None:
             out = tl.fma(g, scale, tl.fma(centered, slope, constant))
             tl.store(dx + at, out.to(dx.dtype.element_ty), mask)
@@ -199,8 +211,11 @@ def backward(
     training: bool,
     act: str,
     output_mask: Sequence[bool],
+    residual: Tensor | None = None,
+    act_param: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dresidual, dweight and dbias, through the mask `bits` where there is one, else through `act`."""
+    """dx, dresidual, dweight and dbias, through the mask `bits` where there is one, else through `act`, behind the
+    addition of `residual` where that is given."""
     dy = in_layout_of(dy, x)
     C = x.shape[1]
     wants_dx, wants_dresidual, wants_dweight, wants_dbias = output_mask
@@ -210,6 +225,8 @@ def backward(
     if x.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     cut = Cut.of(x)
+    residual = None if residual is None else in_layout_of(residual, x)
+    chosen = constants(act, act_param)
     applies = training and wants_dx
     sums = applies or wants_dweight or wants_dbias
     weight, bias = dense(weight), dense(bias)
@@ -221,6 +238,7 @@ def backward(
                 dy,
                 x,
                 bits,
+                residual,
                 dx if wants_dx and not training else None,
                 dresidual if wants_dresidual else None,
                 partial,
@@ -229,7 +247,7 @@ def backward(
                 weight,
                 bias,
                 *cut.sizes,
-                ACT=act,
+                **chosen,
                 **cut.constants,
             )
         if sums:
@@ -237,6 +255,8 @@ def backward(
             finalise(partial, mean, rstd, weight, *vectors, table, x)
         if applies:
             backward_apply_kernel[cut.grid](
-                dy, x, bits, dx, None, mean, rstd, weight, bias, table, *cut.sizes, ACT=act, **cut.constants
+                *(dy, x, bits, residual, dx, None, mean, rstd, weight, bias, table, *cut.sizes),
+                **chosen,
+                **cut.constants,
             )
     return dx, dresidual, dweight, dbias

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from cnnkern.triton_kernels import check
-from cnnkern.triton_kernels.activations import act_value
+from cnnkern.triton_kernels.activations import act_value, constants
 from cnnkern.triton_kernels.batch_norm import affine, program, statistics, tile
 from cnnkern.triton_kernels.batch_norm_backward import backward
 from cnnkern.triton_kernels.layout import Cut, batch_norm_result, dense, in_batch_norm_layout, on_device_of
@@ -33,6 +33,7 @@ def bn_act_apply_kernel(
     steps,
     chunk,
     ACT: tl.constexpr,
+    PARAM: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     R: tl.constexpr,
@@ -44,7 +45,7 @@ def bn_act_apply_kernel(
     for step in range(k * chunk, tl.minimum(k * chunk + chunk, steps)):
         _, at, mask, _ = tile(step, first, outer, C, units, UNIT, ROWS, R, B)
         v = tl.load(x + at, mask, other=0.0).to(S)
-        out = act_value(tl.fma(v - center, scale, offset), ACT)
+        out = act_value(tl.fma(v - center, scale, offset), PARAM, ACT)
         tl.store(y + at, out.to(y.dtype.element_ty), mask)
 
 
@@ -58,10 +59,11 @@ def bn_act(
     momentum: float,
     eps: float,
     act: str,
+    act_param: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y and the float64 vectors (C,) mean and rstd, as the schema in csrc/ops.cpp has it."""
     check.batch_norm("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, eps)
-    check.activation("cnnkern::bn_act", act)
+    check.activation("cnnkern::bn_act", act, act_param)
     x = in_batch_norm_layout(x)
     y = batch_norm_result(x, act)
     if x.numel() == 0:
@@ -71,7 +73,7 @@ def bn_act(
     with on_device_of(x):
         mean, rstd = statistics(x, cut, running_mean, running_var, training, momentum, eps)
         bn_act_apply_kernel[cut.grid](
-            x, y, mean, rstd, dense(weight), dense(bias), *cut.sizes, ACT=act, **cut.constants
+            *(x, y, mean, rstd, dense(weight), dense(bias), *cut.sizes), **constants(act, act_param), **cut.constants
         )
     return y, mean, rstd
 
@@ -86,10 +88,12 @@ def bn_act_backward(
     training: bool,
     act: str,
     output_mask: list[bool],
+    act_param: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias as the schema in csrc/ops.cpp has it; of no elements where `output_mask` is False."""
     check.batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, act != "none", mean, rstd, output_mask)
-    check.activation("cnnkern::bn_act_backward", act)
+    check.activation("cnnkern::bn_act_backward", act, act_param)
     mask = (output_mask[0], False, *output_mask[1:])
-    dx, _, dweight, dbias = backward(dy, in_batch_norm_layout(x), None, weight, bias, mean, rstd, training, act, mask)
+    statistics = (weight, bias, mean, rstd, training, act)
+    dx, _, dweight, dbias = backward(dy, in_batch_norm_layout(x), None, *statistics, mask, act_param=act_param)
     return dx, dweight, dbias

@@ -1,16 +1,17 @@
-# bn_add_act: y = act(pre + residual), pre = (x - mean) * weight * rstd + bias; act none or relu.
-# Backward: batch_norm_backward.py, with g = dy * [y > 0], and dresidual = g.
-# [y > 0] is saved as one bit an element, in the order of memory; nothing is saved of the residual, nor of y. Where
-# lines are whole bytes the kernel that writes y writes it; else a program's lines share bytes with others', and a
-# second kernel takes it from y, of which the L2 cache then holds the end or all.
-# Traffic in tensors read or written: 4 forward (5 with the second kernel), 6 backward, less what the L2 cache holds.
+# bn_add_act: y = act(pre + residual), pre = (x - mean) * weight * rstd + bias.
+# Backward: batch_norm_backward.py, with g = dy * act'(pre + residual), and dresidual = g. Of relu act' is [y > 0],
+# saved as one bit an element, in the order of memory; of others it is computed again from x and the residual, which are
+# saved. Where lines are whole bytes the kernel that writes y writes the mask; else a program's lines share bytes with
+# others', and a second kernel takes it from y, of which the L2 cache then holds the end or all.
+# Traffic in tensors read or written: 4 forward (5 with the second kernel), 6 backward (8 where the residual is read),
+# less what the L2 cache holds.
 """bn_add_act and bn_add_act_backward of csrc/ops.cpp in Triton."""
 
 import torch
 import triton
 import triton.language as tl
 from cnnkern.triton_kernels import check
-from cnnkern.triton_kernels.activations import act_value, rounds_to_zero
+from cnnkern.triton_kernels.activations import act_value, constants, rounds_to_zero
 from cnnkern.triton_kernels.batch_norm import affine, program, statistics, tile
 from cnnkern.triton_kernels.batch_norm_backward import backward
 from cnnkern.triton_kernels.bits import above, pack_positive, packed
@@ -46,6 +47,7 @@ def bn_add_act_apply_kernel(
     steps,
     chunk,
     ACT: tl.constexpr,
+    PARAM: tl.constexpr,
     UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     R: tl.constexpr,
@@ -58,7 +60,7 @@ def bn_add_act_apply_kernel(
         _, at, mask, _ = tile(step, first, outer, C, units, UNIT, ROWS, R, B)
         v = tl.load(x + at, mask, other=0.0).to(S)
         v = tl.fma(v - center, scale, offset) + tl.load(residual + at, mask, other=0.0).to(S)
-        tl.store(y + at, act_value(v, ACT).to(y.dtype.element_ty), mask)
+        tl.store(y + at, act_value(v, PARAM, ACT).to(y.dtype.element_ty), mask)
         if bits is not None:
             _, eighth, whole, _ = tile(step, first, outer, C, units, UNIT, ROWS, R, B, EVERY=8)
             positive = tl.reshape(above(v, rounds_to_zero(x.dtype.element_ty)), (R * B // 8, 8))
@@ -76,14 +78,15 @@ def bn_add_act(
     momentum: float,
     eps: float,
     act: str,
+    act_param: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, the float64 vectors (C,) mean and rstd, and the mask, as the schema in csrc/ops.cpp has it."""
     op = "cnnkern::bn_add_act"
     check.batch_norm(op, x, weight, bias, running_mean, running_var, training, eps)
     check.same_shape(op, "residual", residual, x)
-    check.relu_or_none(op, act)
+    check.activation(op, act, act_param)
     x = in_batch_norm_layout(x)
-    strides = strides_of_sum(x, residual, act == "relu")
+    strides = strides_of_sum(x, residual, act)
     residual = in_layout_of(residual, x)
     y = torch.empty_like(x)
     if x.numel() == 0:
@@ -97,7 +100,7 @@ def bn_add_act(
     cut = Cut.of(x)
     with on_device_of(x):
         mean, rstd = statistics(x, cut, running_mean, running_var, training, momentum, eps)
-        mask = apply(x, residual, y, mean, rstd, weight, bias, act, cut)
+        mask = apply(x, residual, y, mean, rstd, weight, bias, act, act_param, cut)
     return with_strides(y, strides), mean, rstd, mask
 
 
@@ -110,6 +113,7 @@ def apply(
     weight: Tensor | None,
     bias: Tensor | None,
     act: str,
+    act_param: float | None,
     cut: Cut,
 ) -> Tensor:
     """Writes y, and returns the mask, on the current device."""
@@ -117,7 +121,8 @@ def apply(
     mask = x.new_empty(mask_bytes(x.numel()) if act == "relu" and whole_bytes else 0, dtype=torch.uint8)
     bits = mask if mask.numel() > 0 else None
     vectors = (mean, rstd, dense(weight), dense(bias))
-    bn_add_act_apply_kernel[cut.grid](x, residual, y, bits, *vectors, *cut.sizes, ACT=act, **cut.constants)
+    chosen = constants(act, act_param)
+    bn_add_act_apply_kernel[cut.grid](x, residual, y, bits, *vectors, *cut.sizes, **chosen, **cut.constants)
     return pack_positive(y) if act == "relu" and bits is None else mask
 
 
@@ -133,14 +138,21 @@ def bn_add_act_backward(
     training: bool,
     act: str,
     output_mask: list[bool],
+    residual: Tensor | None = None,
+    act_param: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dresidual, dweight and dbias as the schema in csrc/ops.cpp has it; empty where `output_mask` is False."""
     op = "cnnkern::bn_add_act_backward"
     check.batch_norm_backward(
-        op, dy, x, weight, bias, False, mean, rstd, [output_mask[0], output_mask[2], output_mask[3]]
+        *(op, dy, x, weight, bias, check.recomputes_sum(act), mean, rstd),
+        [output_mask[0], output_mask[2], output_mask[3]],
     )
-    check.relu_or_none(op, act)
+    check.activation(op, act, act_param)
+    check.saved_residual(op, act, residual, x)
     check.channels_last(op, x, channels_last)
     check.mask(op, mask, mask_bytes(x.numel()) if act == "relu" else 0, x)
     bits = mask if act == "relu" else None
-    return backward(dy, laid_out(x, channels_last), bits, weight, bias, mean, rstd, training, "none", output_mask)
+    if not check.recomputes_sum(act):
+        act, residual = "none", None
+    statistics = (weight, bias, mean, rstd, training, act)
+    return backward(dy, laid_out(x, channels_last), bits, *statistics, output_mask, residual, act_param)

@@ -3,6 +3,7 @@
 A launcher calls these before it changes anything, so that an error leaves running statistics as they were.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "sigmoid", "silu", "hardswish")
+ACTIVATIONS += ("elu", "gelu", "gelu_tanh", "mish", "hardsigmoid")
+PARAMETERS = {"leaky_relu": 0.01, "elu": 1.0}  # the number that an activation takes, and its default
 
 
 def _type_name(t: Tensor) -> str:  # as C++ prints it: Float, BFloat16
@@ -60,14 +63,27 @@ def same_shape(op: str, name: str, t: Tensor, x: Tensor) -> None:
         raise RuntimeError(f"{op}: {name} must be on {x.device}; got {t.device}")
 
 
-def activation(op: str, act: str) -> None:
+def activation(op: str, act: str, act_param: float | None = None) -> None:
+    if act_param is not None and act not in PARAMETERS:
+        raise ValueError(f"{op}: act_param is the slope of leaky_relu or alpha of elu; got {act_param:g} for '{act}'")
+    if act_param is not None and not math.isfinite(act_param):
+        raise ValueError(f"{op}: act_param must be finite; got {act_param:g}")
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: act must be one of {', '.join(ACTIVATIONS)}; got '{act}'")
 
 
-def relu_or_none(op: str, act: str) -> None:
-    if act not in ("none", "relu"):
-        raise ValueError(f"{op}: act must be one of none, relu; got '{act}'")
+def recomputes_sum(act: str) -> bool:
+    """Whether the gradient of `act` behind an addition reads x, the bias and the residual: that of relu has a mask."""
+    return act not in ("none", "relu")
+
+
+def saved_residual(op: str, act: str, residual: Tensor | None, x: Tensor) -> None:
+    """The residual in the gradient operator."""
+    if not recomputes_sum(act):
+        return
+    if residual is None:
+        raise RuntimeError(f"{op}: the gradient of {act} reads the residual, but residual is None")
+    same_shape(op, "residual", residual, x)
 
 
 def mask(op: str, mask: Tensor, size: int, x: Tensor) -> None:
@@ -167,13 +183,10 @@ def sync_bn_statistics(
     fp64(op, "rstd", rstd, x.shape[1:2], x)
 
 
-def sync_bn_residual(op: str, x: Tensor, residual: Tensor | None, act: str) -> None:
-    """A residual, and the activations beside one: those that a mask of one bit an element tells the gradient of."""
-    if residual is None:
-        activation(op, act)
-    else:
+def sync_bn_residual(op: str, x: Tensor, residual: Tensor | None, act: str, act_param: float | None = None) -> None:
+    if residual is not None:
         same_shape(op, "residual", residual, x)
-        relu_or_none(op, act)
+    activation(op, act, act_param)
 
 
 def sync_bn(
@@ -185,9 +198,10 @@ def sync_bn(
     mean: Tensor,
     rstd: Tensor,
     act: str,
+    act_param: float | None = None,
 ) -> None:
     sync_bn_statistics(op, x, weight, bias, mean, rstd)
-    sync_bn_residual(op, x, residual, act)
+    sync_bn_residual(op, x, residual, act, act_param)
 
 
 def sync_bn_sums(
@@ -201,16 +215,22 @@ def sync_bn_sums(
     bits: Tensor | None,
     last: bool,
     act: str,
+    residual: Tensor | None,
+    act_param: float | None,
     wants_dresidual: bool = False,
 ) -> None:
     sync_bn_statistics(op, x, weight, bias, mean, rstd)
     same_shape(op, "dy", dy, x)
     if bits is not None:
         mask(op, bits, mask_bytes(x.numel()), x)
-    elif wants_dresidual:
-        raise RuntimeError(f"{op}: output_mask asks for dresidual, but mask is None")
+    if residual is not None:
+        same_shape(op, "residual", residual, x)
+        if not recomputes_sum(act):
+            raise RuntimeError(f"{op}: the gradient of {act} reads no residual; got one")
+    if wants_dresidual and bits is None and residual is None:
+        raise RuntimeError(f"{op}: output_mask asks for dresidual, but mask and residual are None")
     channels_last(op, dy, last)
-    activation(op, act)
+    activation(op, act, act_param)
 
 
 def sync_bn_backward(
@@ -227,8 +247,10 @@ def sync_bn_backward(
     sums: Tensor,
     count: Tensor,
     output_mask: Sequence[bool],
+    residual: Tensor | None,
+    act_param: float | None,
 ) -> None:
-    sync_bn_sums(op, dy, x, weight, bias, mean, rstd, bits, last, act, output_mask[1])
+    sync_bn_sums(op, dy, x, weight, bias, mean, rstd, bits, last, act, residual, act_param, output_mask[1])
     fp64(op, "sums", sums, (2, x.shape[1]), x)
     fp64(op, "count", count, (1,), x)
 

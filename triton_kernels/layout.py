@@ -58,10 +58,15 @@ def in_batch_norm_layout(x: Tensor) -> Tensor:
     return laid_out(x, batch_norm_in_rows(x))
 
 
+def keeps_strides(act: str) -> bool:
+    """Whether PyTorch's activation has the strides of its input."""
+    return act in ("none", "relu6")
+
+
 def batch_norm_result(x: Tensor, act: str) -> Tensor:
     """The result of a batch norm of x, from in_batch_norm_layout, with the strides of PyTorch's activation behind its
-    batch norm. relu6 keeps those of its input."""
-    if act in ("none", "relu6"):
+    batch norm."""
+    if keeps_strides(act):
         return torch.empty_like(x)
     return empty_strided_like(x, elementwise_strides(x.shape, x.stride(), x.stride()))
 
@@ -127,10 +132,10 @@ def elementwise_strides(sizes: Sequence[int], a: Strides, b: Strides) -> Strides
     return strides_in_order(sizes, order[::-1])
 
 
-def strides_of_sum(a: Tensor, b: Tensor, relu: bool) -> Strides:
-    """The strides of PyTorch's a + b, or relu(a + b)."""
+def strides_of_sum(a: Tensor, b: Tensor, act: str) -> Strides:
+    """The strides of PyTorch's act(a + b)."""
     total = elementwise_strides(a.shape, a.stride(), b.stride())
-    return elementwise_strides(a.shape, total, total) if relu else total
+    return total if keeps_strides(act) else elementwise_strides(a.shape, total, total)
 
 
 def memory_order(y: Tensor) -> list[int]:

@@ -1,7 +1,7 @@
 # sync_bn: batch norm over processes, in parts, between which statistics and sums travel from process to process.
 #   sync_bn_stats     moments = mean and biased variance of every channel of x, elements a channel
 #   sync_bn           y = act(pre + residual), pre = (x - mean) * weight * rstd + bias, from given mean and rstd
-#   sync_bn_sums      sum(g) and sum(g * (x - mean)) * rstd, g = dy * act'(pre) or dy * [y > 0]
+#   sync_bn_sums      sum(g) and sum(g * (x - mean)) * rstd, g = dy * act'(pre), pre with the residual, or dy * [y > 0]
 #   sync_bn_backward  dx = weight * rstd * (g - sum(g) / n - (x - mean) * rstd * sum(g * (x - mean) * rstd) / n), with
 #                     sums and n over all processes, read where they are: nothing waits for the GPU; dresidual = g
 # The kernels of bn_act and bn_add_act, one sweep a part, with ends of their own. Traffic in tensors read or written: 1
@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from cnnkern.triton_kernels import check
+from cnnkern.triton_kernels.activations import constants
 from cnnkern.triton_kernels.batch_norm import arithmetic, combined_moments, load_wide, lost_of, moments_of_chunks
 from cnnkern.triton_kernels.batch_norm_backward import (
     backward_apply_kernel,
@@ -104,22 +105,23 @@ def sync_bn(
     mean: Tensor,
     rstd: Tensor,
     act: str,
+    act_param: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y and the mask, as the schema in csrc/ops.cpp has them."""
-    check.sync_bn("cnnkern::sync_bn", x, residual, weight, bias, mean, rstd, act)
+    check.sync_bn("cnnkern::sync_bn", x, residual, weight, bias, mean, rstd, act, act_param)
     x = in_batch_norm_layout(x)
     y = batch_norm_result(x, act) if residual is None else torch.empty_like(x)
-    strides = y.stride() if residual is None else strides_of_sum(x, residual, act == "relu")
+    strides = y.stride() if residual is None else strides_of_sum(x, residual, act)
     masked = residual is not None and act == "relu"
     if x.numel() == 0:
         return with_strides(y, strides), x.new_zeros(mask_bytes(0) if masked else 0, dtype=torch.uint8)
     cut = Cut.of(x)
     with on_device_of(x):
         if residual is not None:
-            mask = apply(x, in_layout_of(residual, x), y, mean, rstd, weight, bias, act, cut)
+            mask = apply(x, in_layout_of(residual, x), y, mean, rstd, weight, bias, act, act_param, cut)
             return with_strides(y, strides), mask
         bn_act_apply_kernel[cut.grid](
-            x, y, mean, rstd, dense(weight), dense(bias), *cut.sizes, ACT=act, **cut.constants
+            *(x, y, mean, rstd, dense(weight), dense(bias), *cut.sizes), **constants(act, act_param), **cut.constants
         )
     return y, x.new_empty(0, dtype=torch.uint8)
 
@@ -134,9 +136,12 @@ def sync_bn_sums(
     mask: Tensor | None,
     channels_last: bool,
     act: str,
+    residual: Tensor | None = None,
+    act_param: float | None = None,
 ) -> Tensor:
     """sums, as the schema in csrc/ops.cpp has them."""
-    check.sync_bn_sums("cnnkern::sync_bn_sums", dy, x, weight, bias, mean, rstd, mask, channels_last, act)
+    op = "cnnkern::sync_bn_sums"
+    check.sync_bn_sums(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, residual, act_param)
     C = x.shape[1]
     if x.numel() == 0:
         return x.new_zeros((2, C), dtype=torch.float64)
@@ -145,10 +150,12 @@ def sync_bn_sums(
     partial = x.new_empty((2, cut.chunks, C), dtype=torch.float64)
     sums = x.new_empty((2, C), dtype=torch.float64)
     weight, bias = dense(weight), dense(bias)
-    act = act if mask is None else "none"
+    residual = None if residual is None else laid_out(residual, channels_last)
     with on_device_of(x):
         backward_sums_kernel[cut.grid](
-            dy, x, mask, None, None, partial, mean, rstd, weight, bias, *cut.sizes, ACT=act, **cut.constants
+            *(dy, x, mask, residual, None, None, partial, mean, rstd, weight, bias, *cut.sizes),
+            **constants(act if mask is None else "none", act_param),
+            **cut.constants,
         )
         finalise(partial, mean, rstd, weight, sums[1], sums[0], None, x)
     return sums
@@ -167,24 +174,28 @@ def sync_bn_backward(
     sums: Tensor,
     count: Tensor,
     output_mask: list[bool],
+    residual: Tensor | None = None,
+    act_param: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx and dresidual, as the schema in csrc/ops.cpp has them; of no elements where `output_mask` is False."""
     op = "cnnkern::sync_bn_backward"
-    check.sync_bn_backward(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, sums, count, output_mask)
+    statistics = (weight, bias, mean, rstd, mask)
+    check.sync_bn_backward(*(op, dy, x, *statistics, channels_last, act, sums, count, output_mask, residual, act_param))
     C = x.shape[1]
     x, dy = laid_out(x, channels_last), laid_out(dy, channels_last)
     dx, dresidual = (torch.empty_like(x) if wanted else None for wanted in output_mask)
     if x.numel() > 0 and any(output_mask):
         cut = Cut.of(x)
         weight, bias = dense(weight), dense(bias)
+        residual = None if residual is None else laid_out(residual, channels_last)
         table = x.new_empty((2, C), dtype=torch.promote_types(x.dtype, torch.float32))
         with on_device_of(x):
             sync_table_kernel[(triton.cdiv(C, 128),)](
                 sums, count, mean, rstd, weight, table, C, S=arithmetic(x), BLOCK=128
             )
             backward_apply_kernel[cut.grid](
-                *(dy, x, mask, dx, dresidual, mean, rstd, weight, bias, table, *cut.sizes),
-                ACT=act if mask is None else "none",
+                *(dy, x, mask, residual, dx, dresidual, mean, rstd, weight, bias, table, *cut.sizes),
+                **constants(act if mask is None else "none", act_param),
                 **cut.constants,
             )
     none = x.new_empty(0)

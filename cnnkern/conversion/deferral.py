@@ -16,14 +16,16 @@ Site = _extension and _extension.Site
 SITE = "_cnnkern_site"  # in a converted layer: what became of its results
 FOLDED_SITE = "_cnnkern_folded_site"  # in a batch norm behind a folded convolution: the same of those of both
 NAMES = {"relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "sigmoid": "Sigmoid", "silu": "SiLU"}
-NAMES |= {"hardswish": "Hardswish", "add": "add", "add + relu": "add + ReLU", "BatchNorm": "BatchNorm"}
+NAMES |= {"hardswish": "Hardswish", "elu": "ELU", "gelu": "GELU", "gelu_tanh": "GELU(tanh)", "mish": "Mish"}
+NAMES |= {"hardsigmoid": "Hardsigmoid"}
+NAMES |= {"add": "add", "BatchNorm": "BatchNorm"} | {f"add + {act}": f"add + {name}" for act, name in NAMES.items()}
 
 
 def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
     """The batch norm without an activation, which waits for one where it can."""
 
     def waiting(input: Tensor, *arguments: Any) -> Tensor:
-        *arguments, _ = arguments
+        *arguments, _, _ = arguments
         if torch.compiler.is_compiling() and not route.keeps_operators():  # Inductor fuses it with what follows
             return route.by_pytorch(batch_norm_act, input, *arguments, "none")
         if Site is None or route.is_pytorchs((input,), arguments[:4]) or torch.compiler.is_compiling():
@@ -37,7 +39,7 @@ def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
             operator, act = _usual(site)
             if tuned.loses(operator, input, arguments[2], arguments[3], act, arguments[4]):
                 return route.by_pytorch(batch_norm_act, input, *arguments, "none")
-        return site.batch_norm(input, *arguments, "none")
+        return site.batch_norm(input, *arguments)
 
     return norm._normalize(input, waiting)
 
@@ -47,7 +49,7 @@ def _usual(site: Any) -> tuple[str, str]:
     fused = {name: n for name, n in site.fusions().items() if n > 0}
     name = max(fused, key=lambda name: fused[name]) if fused else "none"
     if name.startswith("add"):
-        return "batch_norm_add_act", "relu" if name == "add + relu" else "none"
+        return "batch_norm_add_act", "none" if name == "add" else name.removeprefix("add + ")
     return "batch_norm_act", name
 
 

@@ -35,7 +35,7 @@ class SyncBatchNormAct(sync.SyncBatchNorm):
         if isinstance(input, fx.Proxy):
             return leaf(self, input)
         operator = self._over_processes(batch_norm_act)
-        y = self._normalize(input, lambda *arguments: operator(*arguments[:-1], "none"))
+        y = self._normalize(input, lambda *arguments: operator(*arguments[:-2], "none"))
         return self._modules["act"](self.drop(y))
 
     _behind = _BatchNormAct._behind

@@ -25,9 +25,20 @@ GROUPS = {
     "cnnkern::grouped_conv2d": 6,
     "cnnkern::grouped_conv2d_backward": 6,
 }
-_IN_PLACE_TOO = ("relu", "hardtanh", "silu", "sigmoid", "hardswish", "leaky_relu", "add")
+_IN_PLACE_TOO = ("relu", "hardtanh", "silu", "sigmoid", "hardsigmoid", "hardswish", "leaky_relu", "elu", "mish", "add")
 _ACTIVATIONS = (*_IN_PLACE_TOO, *(f"{name}_" for name in _IN_PLACE_TOO), "relu6", "gelu")
-_DERIVATIVES = ("threshold", "hardtanh", "silu", "sigmoid", "hardswish", "gelu", "leaky_relu")
+_DERIVATIVES = (
+    "threshold",
+    "hardtanh",
+    "silu",
+    "sigmoid",
+    "hardsigmoid",
+    "hardswish",
+    "gelu",
+    "leaky_relu",
+    "elu",
+    "mish",
+)
 _FUSED = ("bn_act", "bn_add_act", "add_relu", "sync_bn", "sync_bn_stats", "sync_bn_sums")
 KIND_OF = {
     **{f"aten::{name}": NORM for name in (*_ACTIVATIONS, "batch_norm", "native_batch_norm_backward")},

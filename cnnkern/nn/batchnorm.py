@@ -1,7 +1,7 @@
 """Batch norm with an activation in one operator; each class is a `torch.nn` batch norm and takes its checkpoints."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from cnnkern.nn.traced import leaf
 from cnnkern.ops.bn_act import batch_norm_act
 from cnnkern.ops.bn_add_act import batch_norm_add_act
 from cnnkern.ops.route import alike
+from cnnkern.triton_kernels import check
 
 _extension: Any = sys.modules.get("cnnkern._C")  # None where the package works without: no convolution is folded
 convolution_of = _extension and _extension.convolution_of
@@ -22,6 +23,7 @@ class _FusedBatchNorm(_BatchNorm):
     """`torch.nn`'s batch norm, its constructor and its state, with a forward pass that applies `act` as well."""
 
     act: str
+    act_param: float | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         return self._normalize(input, batch_norm_act)
@@ -47,6 +49,7 @@ class _FusedBatchNorm(_BatchNorm):
             self._average_factor(counter),
             self.eps,
             self.act,
+            self.act_param,
         )
         if counter is None:
             return operator(*arguments)
@@ -72,7 +75,7 @@ class _FusedBatchNorm(_BatchNorm):
 
     def _behind(self, y: Tensor, *residual: Tensor) -> Tensor:
         """What follows the batch norm, by PyTorch's operators, for which a folded convolution waits."""
-        return reference.ACTIVATIONS[self.act](y + residual[0] if residual else y)
+        return reference.activated(y + residual[0] if residual else y, self.act, self.act_param)
 
     def _average_factor(self, counter: Tensor | None) -> float | Tensor:
         """The weight of this batch's statistics in the running ones."""
@@ -90,9 +93,7 @@ class _FusedBatchNormAdd(_FusedBatchNorm):
 
 
 class _ChosenAct(_FusedBatchNorm):
-    """The activation is an argument of the constructor."""
-
-    allowed: Iterable[str] = reference.ACTIVATIONS
+    """The activation is an argument of the constructor, and the number of one that takes one."""
 
     def __init__(
         self,
@@ -106,14 +107,15 @@ class _ChosenAct(_FusedBatchNorm):
         *,
         bias: bool = True,
         act: str = "relu",
+        act_param: float | None = None,
     ) -> None:
-        if act not in self.allowed:
-            raise ValueError(f"{type(self).__name__}: act must be one of {', '.join(self.allowed)}; got {act!r}")
+        check.activation(type(self).__name__, act, act_param)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias)
-        self.act = act
+        self.act, self.act_param = act, act_param
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, act={self.act}"
+        number = "" if self.act_param is None else f", act_param={self.act_param:g}"
+        return f"{super().extra_repr()}, act={self.act}{number}"
 
 
 class BatchNormAct1d(_ChosenAct, nn.BatchNorm1d):
@@ -174,30 +176,24 @@ class BatchNormReLU3d(_FusedBatchNorm, nn.BatchNorm3d):
 
 
 class BatchNormAddAct1d(_FusedBatchNormAdd, _ChosenAct, nn.BatchNorm1d):
-    """:class:`torch.nn.BatchNorm1d`, plus a residual, then ``act``, ``"relu"`` or ``"none"``: ``m(x, residual)``.
+    """:class:`torch.nn.BatchNorm1d`, plus a residual, then the activation ``act``: ``m(x, residual)``.
 
     Input and residual (N, C) or (N, C, L). Equivalent to ``F.relu(bn(x) + residual)``.
     """
 
-    allowed = ("none", "relu")
-
 
 class BatchNormAddAct2d(_FusedBatchNormAdd, _ChosenAct, nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d`, plus a residual, then ``act``, ``"relu"`` or ``"none"``: ``m(x, residual)``.
+    """:class:`torch.nn.BatchNorm2d`, plus a residual, then the activation ``act``: ``m(x, residual)``.
 
     Input and residual (N, C, H, W). Equivalent to ``F.relu(bn(x) + residual)``.
     """
 
-    allowed = ("none", "relu")
-
 
 class BatchNormAddAct3d(_FusedBatchNormAdd, _ChosenAct, nn.BatchNorm3d):
-    """:class:`torch.nn.BatchNorm3d`, plus a residual, then ``act``, ``"relu"`` or ``"none"``: ``m(x, residual)``.
+    """:class:`torch.nn.BatchNorm3d`, plus a residual, then the activation ``act``: ``m(x, residual)``.
 
     Input and residual (N, C, D, H, W). Equivalent to ``F.relu(bn(x) + residual)``.
     """
-
-    allowed = ("none", "relu")
 
 
 class BatchNormAddReLU1d(_FusedBatchNormAdd, nn.BatchNorm1d):

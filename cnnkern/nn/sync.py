@@ -62,12 +62,12 @@ class SyncBatchNorm(_FusedBatchNorm):
             return alone
 
         def together(input: Tensor, *arguments) -> Tensor:
-            *residual, mean, var, weight, bias, training, momentum, eps, act = arguments
+            *residual, mean, var, weight, bias, training, momentum, eps, act, act_param = arguments
             if not training:
                 return alone(input, *arguments)
             added = residual[0] if residual else None
             return sync_batch_norm_act(
-                input, mean, var, weight, bias, training, momentum, eps, act, added, self.process_group
+                *(input, mean, var, weight, bias, training, momentum, eps, act, added, self.process_group, act_param)
             )
 
         return together

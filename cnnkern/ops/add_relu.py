@@ -29,7 +29,7 @@ def _(x, residual):
     if fake.is_meta(x):
         check.floating("cnnkern::add_relu", x)
     fake.check_residual("cnnkern::add_relu", x, residual)
-    return fake.sum_of(x, residual, relu=True), fake.mask_of(x)
+    return fake.sum_of(x, residual, "relu"), fake.mask_of(x)
 
 
 @torch.library.register_fake("cnnkern::add_relu_backward")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from cnnkern import reference
 from cnnkern.ops import fake, route, tuned
 from cnnkern.triton_kernels import check
 
@@ -20,20 +21,24 @@ def batch_norm_add_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     act: str = "relu",
+    act_param: float | None = None,
 ) -> Tensor:
     """Batch normalisation over (N, ...) of each channel, plus a residual, then an activation.
 
     Equivalent to ``F.relu(F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) +
-    residual)`` for ``act="relu"``, without the ReLU for ``act="none"``.
+    residual)`` for ``act="relu"``, without the ReLU for ``act="none"``; other activations, and ``act_param``, are
+    those of :func:`batch_norm_act`.
 
     Shapes: ``input``, ``residual`` and the result (N, C, ...) of 2 to 5 dimensions, all the same; the others (C,) or
     None. ``running_mean`` and ``running_var`` are updated in place when training, and are needed when not.
     Dtypes: float32, float64, bfloat16 or float16, ``residual`` that of ``input``; the vectors in the input's dtype, or
     float32 beside the 16-bit ones. The result has the strides of PyTorch's. The gradient saves the input, two
-    float64 vectors of C and, for ``"relu"``, one bit an element; not the residual.
+    float64 vectors of C and, for ``"relu"``, one bit an element. For activations other than ``"relu"`` and ``"none"``
+    it saves the residual too.
 
-    Raises ValueError for one value a channel in training, an unknown ``act`` or an impossible ``eps``, RuntimeError
-    for shapes, dtypes or devices that do not fit; running statistics are then left as they were.
+    Raises ValueError for one value a channel in training, an unknown ``act``, an ``act_param`` that is not finite or
+    that ``act`` does not take, or an impossible ``eps``, RuntimeError for shapes, dtypes or devices that do not fit;
+    running statistics are then left as they were.
 
     Source: He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385), figure 2.
     """
@@ -42,9 +47,11 @@ def batch_norm_add_act(
     if tuned.table is not None and not theirs:
         lost = tuned.loses("batch_norm_add_act", input, weight, bias, act, training)
         theirs = lost and route.alike(input, residual)
-    if theirs and act in ("none", "relu"):
-        return route.by_pytorch(batch_norm_add_act, input, residual, *vectors, training, momentum, eps, act)
-    return _bn_add_act(input, residual, weight, bias, running_mean, running_var, training, momentum, eps, act)[0]
+    if theirs and act in reference.ACTIVATIONS:
+        check.activation("cnnkern::bn_add_act", act, act_param)
+        return route.by_pytorch(batch_norm_add_act, input, residual, *vectors, training, momentum, eps, act, act_param)
+    arguments = (weight, bias, running_mean, running_var, training, momentum, eps, act, act_param)
+    return _bn_add_act(input, residual, *arguments)[0]
 
 
 def batch_norm_add_relu(
@@ -64,21 +71,21 @@ def batch_norm_add_relu(
 
 
 @torch.library.register_fake("cnnkern::bn_add_act")
-def _(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act):
+def _(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, act, act_param=None):
     if fake.is_meta(x):
         check.batch_norm("cnnkern::bn_add_act", x, weight, bias, running_mean, running_var, training, eps)
-        check.relu_or_none("cnnkern::bn_add_act", act)
+        check.activation("cnnkern::bn_add_act", act, act_param)
     fake.check_channel_vectors(
         "cnnkern::bn_add_act", x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
     )
     fake.check_residual("cnnkern::bn_add_act", x, residual)
     stats = x.new_empty(x.shape[1], dtype=torch.float64)
     mask = fake.mask_of(x) if act == "relu" else x.new_empty(0, dtype=torch.uint8)
-    return fake.sum_of(fake.batch_norm_of(x), residual, act == "relu"), stats, torch.empty_like(stats), mask
+    return fake.sum_of(fake.batch_norm_of(x), residual, act), stats, torch.empty_like(stats), mask
 
 
 @torch.library.register_fake("cnnkern::bn_add_act_backward")
-def _(dy, x, weight, bias, mean, rstd, mask, channels_last, training, act, output_mask):
+def _(dy, x, weight, bias, mean, rstd, mask, channels_last, training, act, output_mask, residual=None, act_param=None):
     like = fake.in_order_of(x, channels_last)
     dx, dresidual = (torch.empty_like(like) if wanted else x.new_empty(0) for wanted in output_mask[:2])
     parameters = zip(output_mask[2:], (weight, bias), strict=True)

@@ -42,11 +42,11 @@ def in_order_of(x: Tensor, channels_last: bool) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def sum_of(a: Tensor, b: Tensor, relu: bool) -> Tensor:
-    """a + b or relu(a + b), with PyTorch's own strides."""
+def sum_of(a: Tensor, b: Tensor, act: str) -> Tensor:
+    """act(a + b), with PyTorch's own strides."""
     if a.is_contiguous() and b.is_contiguous():
         return torch.empty_like(a, memory_format=torch.contiguous_format)
-    return empty_strided_like(a, strides_of_sum(a, b, relu))
+    return empty_strided_like(a, strides_of_sum(a, b, act))
 
 
 def mask_of(x: Tensor) -> Tensor:

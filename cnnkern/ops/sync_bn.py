@@ -27,6 +27,7 @@ def sync_batch_norm_act(
     act: str = "relu",
     residual: Tensor | None = None,
     group: "ProcessGroup | None" = None,
+    act_param: float | None = None,
 ) -> Tensor:
     """:func:`batch_norm_act`, or with a residual :func:`batch_norm_add_act`, with the statistics of all processes of a
     group, by default the default one; of this process alone where there is none.
@@ -58,13 +59,14 @@ def sync_batch_norm_act(
         raise NotImplementedError("sync_batch_norm_act: over processes it takes plain tensors, and is not exported")
     if not training or transformed or alone:
         vectors = (running_mean, running_var, weight, bias)
+        average = float(momentum)
         if residual is None:
-            return batch_norm_act(input, *vectors, training, float(momentum), eps, act)
-        return batch_norm_add_act(input, residual, *vectors, training, float(momentum), eps, act)
+            return batch_norm_act(input, *vectors, training, average, eps, act, act_param)
+        return batch_norm_add_act(input, residual, *vectors, training, average, eps, act, act_param)
     op = "cnnkern::sync_bn"
     check.batch_norm(op, input, weight, bias, running_mean, running_var, True, eps, alone=over.size == 1)
-    check.sync_bn_residual(op, input, residual, act)
-    y, mean, var, count = normalized(input, residual, weight, bias, eps, act, over)
+    check.sync_bn_residual(op, input, residual, act, act_param)
+    y, mean, var, count = normalized(input, residual, weight, bias, eps, (act, act_param), over)
     if running_mean is not None and running_var is not None:  # at last: nothing behind it refuses
         _update(running_mean, running_var, mean, var, count, momentum)
     return y
@@ -87,24 +89,26 @@ def _(x):
 
 
 @torch.library.register_fake("cnnkern::sync_bn")
-def _(x, residual, weight, bias, mean, rstd, act):
+def _(x, residual, weight, bias, mean, rstd, act, act_param=None):
     op = "cnnkern::sync_bn"
     if fake.is_meta(x):
-        check.sync_bn(op, x, residual, weight, bias, mean, rstd, act)
+        check.sync_bn(op, x, residual, weight, bias, mean, rstd, act, act_param)
     fake.check_channel_vectors(op, x, weight=weight, bias=bias, mean=mean, rstd=rstd)
     if residual is not None:
         fake.check_residual(op, x, residual)
     masked = residual is not None and act == "relu"
-    y = fake.batch_norm_of(x, act) if residual is None else fake.sum_of(fake.batch_norm_of(x), residual, masked)
+    y = fake.batch_norm_of(x, act) if residual is None else fake.sum_of(fake.batch_norm_of(x), residual, act)
     return y, fake.mask_of(x) if masked else x.new_empty(0, dtype=torch.uint8)
 
 
 @torch.library.register_fake("cnnkern::sync_bn_sums")
-def _(dy, x, weight, bias, mean, rstd, mask, channels_last, act):
+def _(dy, x, weight, bias, mean, rstd, mask, channels_last, act, residual=None, act_param=None):
     return x.new_empty((2, x.shape[1]), dtype=torch.float64)
 
 
 @torch.library.register_fake("cnnkern::sync_bn_backward")
-def _(dy, x, weight, bias, mean, rstd, mask, channels_last, act, sums, count, output_mask):
+def _(
+    dy, x, weight, bias, mean, rstd, mask, channels_last, act, sums, count, output_mask, residual=None, act_param=None
+):
     dx, dresidual = (fake.in_order_of(x, channels_last) if wanted else x.new_empty(0) for wanted in output_mask)
     return dx, dresidual

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cnnkern import reference
+from cnnkern.triton_kernels.check import recomputes_sum
 from cnnkern.triton_kernels.layout import batch_norm_in_rows
 
 if TYPE_CHECKING:
@@ -70,11 +71,12 @@ class _Saved(NamedTuple):
     rstd: Tensor
     elements: Tensor
     mask: Tensor | None
+    residual: Tensor | None  # where the activation's derivative depends on it
 
 
 class _Settings(NamedTuple):
     channels_last: bool  # the order of the mask, kept by name: x may come back from the graph in another one
-    act: str  # behind the batch norm; none where the mask or nothing stands there
+    act: tuple[str, float | None]  # by name, and its number
     adds: bool
     types: tuple[torch.dtype | None, torch.dtype | None]  # of weight and bias
     group: Group
@@ -82,20 +84,23 @@ class _Settings(NamedTuple):
 
 def _gradients(dy: Tensor, saved: _Saved, settings: _Settings, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Of x, residual, weight and bias, where they are needed. One collective where x is."""
-    statistics = (saved.weight, saved.bias, saved.mean, saved.rstd, saved.mask, settings.channels_last, settings.act)
+    act, act_param = settings.act
+    statistics = (saved.weight, saved.bias, saved.mean, saved.rstd, saved.mask, settings.channels_last, act)
     wants_dx, wants_dresidual, *wants_parameters = needs
-    dresidual = dy if wants_dresidual and saved.mask is None else None
+    dresidual = dy if wants_dresidual and act == "none" else None
     maps = [wants_dx, wants_dresidual and dresidual is None]
     sums = None
     if wants_dx or any(wants_parameters):
-        sums = _ops.sync_bn_sums(dy, saved.x, *statistics)
+        sums = _ops.sync_bn_sums(dy, saved.x, *statistics, saved.residual, act_param)
     dx = None
     if any(maps):
         total = torch.zeros(2, saved.x.shape[1], dtype=torch.float64, device=dy.device) if sums is None else sums
         total = settings.group.summed(total) if wants_dx else total
-        dx, through_mask = _ops.sync_bn_backward(dy, saved.x, *statistics, total, saved.elements, maps)
+        dx, through_act = _ops.sync_bn_backward(
+            dy, saved.x, *statistics, total, saved.elements, maps, saved.residual, act_param
+        )
         dx = dx if wants_dx else None
-        dresidual = through_mask if maps[1] else dresidual
+        dresidual = through_act if maps[1] else dresidual
     dbias, dweight = (None, None) if sums is None else sums.unbind()
     found = [
         g.to(dtype) if wanted and g is not None and dtype is not None else None
@@ -108,19 +113,21 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, bias, eps, act, group):
         mean, var, rstd, count = combined(group.gathered(_ops.sync_bn_stats(x)), eps)
-        y, mask = _ops.sync_bn(x, residual, weight, bias, mean, rstd, act)
+        y, mask = _ops.sync_bn(x, residual, weight, bias, mean, rstd, *act)
         adds = residual is not None
+        masked = adds and act[0] == "relu"
         ctx.save_for_backward(
             x,
             weight,
-            None if adds or act == "none" else bias,
+            None if masked or act[0] == "none" else bias,
             mean,
             rstd,
             count,
-            mask if adds and act == "relu" else None,
+            mask if masked else None,
+            residual if recomputes_sum(act[0]) else None,
         )
         types = tuple(None if v is None else v.dtype for v in (weight, bias))
-        ctx.settings = _Settings(batch_norm_in_rows(x), "none" if adds else act, adds, types, group)
+        ctx.settings = _Settings(batch_norm_in_rows(x), act, adds, types, group)
         ctx.mark_non_differentiable(mean, var, count)
         ctx.set_materialize_grads(False)
         return y, mean, var, count
@@ -141,11 +148,11 @@ class _Gradients(torch.autograd.Function):
     """The gradients as functions of dy, x, weight and bias, for who differentiates them once more."""
 
     @staticmethod
-    def forward(ctx, dy, x, weight, bias, mean, rstd, count, mask, settings, needs):
-        ctx.save_for_backward(dy, x, weight, bias, mean, rstd, count, mask)
+    def forward(ctx, dy, x, weight, bias, mean, rstd, count, mask, residual, settings, needs):
+        ctx.save_for_backward(dy, x, weight, bias, mean, rstd, count, mask, residual)
         ctx.settings, ctx.needs = settings, needs
         ctx.set_materialize_grads(False)
-        return _gradients(dy, _Saved(x, weight, bias, mean, rstd, count, mask), settings, needs)
+        return _gradients(dy, _Saved(x, weight, bias, mean, rstd, count, mask, residual), settings, needs)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -154,7 +161,7 @@ class _Gradients(torch.autograd.Function):
         with torch.enable_grad():
             # With a history of their own. What does not change the derivative may have any value.
             channels = {"dtype": saved.mean.dtype, "device": dy.device}
-            residual = torch.zeros_like(saved.x) if settings.adds else None
+            residual = torch.zeros_like(saved.x) if settings.adds and saved.residual is None else saved.residual
             bias = saved.bias
             if bias is None and settings.types[1] is not None:
                 bias = torch.zeros(saved.x.shape[1], **channels | {"dtype": settings.types[1]})
@@ -167,10 +174,12 @@ class _Gradients(torch.autograd.Function):
                 (f, g) for f, g in zip(first, given, strict=True) if f is not None and g is not None and f.requires_grad
             ]
             places = [
-                i for i, n in ((0, 0), (1, 1), (3, 2), (4, 3)) if ctx.needs_input_grad[n] and inputs[i] is not None
+                i
+                for i, n in ((0, 0), (1, 1), (2, 8), (3, 2), (4, 3))
+                if ctx.needs_input_grad[n] and inputs[i] is not None
             ]
             if not pairs or not places:
-                return (None,) * 10
+                return (None,) * 11
             second = torch.autograd.grad(
                 [f for f, _ in pairs],
                 [inputs[i] for i in places],
@@ -179,7 +188,7 @@ class _Gradients(torch.autograd.Function):
                 allow_unused=True,
             )
         found = dict(zip(places, second, strict=True))
-        return found.get(0), found.get(1), found.get(3), found.get(4), *[None] * 6
+        return found.get(0), found.get(1), found.get(3), found.get(4), *[None] * 4, found.get(2), None, None
 
 
 def _own(t: Tensor | None) -> Tensor | None:
@@ -230,11 +239,17 @@ def _written_out(
     if saved.mask is not None:  # which does not change
         order = [0, *range(2, x.dim()), 1] if settings.channels_last else list(range(x.dim()))
         return pre * _ops.add_relu_backward(torch.ones_like(x), saved.mask, order).detach()
-    return reference.ACTIVATIONS[settings.act](pre)
+    return reference.activated(pre, *settings.act)
 
 
 def normalized(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, act: str, group: Group
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    act: tuple[str, float | None],
+    group: Group,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, and mean, biased variance and number of elements over all processes."""
     return _SyncBatchNorm.apply(x, residual, weight, bias, eps, act, group)

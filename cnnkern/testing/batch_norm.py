@@ -9,17 +9,19 @@ from cnnkern import functional, reference
 from cnnkern.testing.case import Case, Shape, randn
 from cnnkern.testing.judge import to_float64
 from cnnkern.testing.shapes import ADD_LAYERS, BATCH_NORM_LAYERS, RAGGED_SHAPES
+from cnnkern.triton_kernels.check import recomputes_sum
 from cnnkern.triton_kernels.layout import batch_norm_in_rows
 
 # Where an activation's derivative jumps.
 KINKS = {"relu": (0.0,), "relu6": (0.0, 6.0), "leaky_relu": (0.0,), "hardswish": (-3.0, 3.0)}
+KINKS |= {"elu": (0.0,), "hardsigmoid": (-3.0, 3.0)}
 
 
 def _near_kink(inputs: dict[str, Any], distance: float) -> Tensor:
     """Elements whose pre-activation is as good as at a kink, but not zero throughout as behind a weight of zero."""
     add = "residual" in inputs
     function = reference.batch_norm_add_act if add else reference.batch_norm_act
-    pre = function(**{**to_float64(_copied(inputs)), "act": "none"})
+    pre = function(**{**to_float64(_copied(inputs)), "act": "none", "act_param": None})
     if add and inputs["input"].dtype in (torch.bfloat16, torch.float16):
         # Eager rounds the batch norm before it adds: by up to half a unit of a term of 8 or so.
         distance = max(distance, 4 * torch.finfo(inputs["input"].dtype).eps)
@@ -39,6 +41,7 @@ def batch_norm_inputs(
     momentum: float = 0.1,
     eps: float = 1e-5,
     act: str = "relu",
+    act_param: float | None = None,
     parameter_dtype: torch.dtype | None = None,
     smooth: bool = False,
     residual: bool = False,
@@ -65,10 +68,11 @@ def batch_norm_inputs(
         "momentum": momentum,
         "eps": eps,
         "act": act,
+        "act_param": act_param,
     }
     if smooth and _near_kink(inputs, 1e-3).any():
         variant = {"training": training, "weight": weight, "bias": bias, "running": running, "residual": residual}
-        variant |= {"momentum": momentum, "eps": eps, "act": act, "smooth": True}
+        variant |= {"momentum": momentum, "eps": eps, "act": act, "act_param": act_param, "smooth": True}
         return batch_norm_inputs(shape, dtype, generator=generator, **variant)
     # Rounding must not decide on which side of the kink an element falls: its whole gradient hangs on it. Such an
     # element takes its neighbour's value, which moves the statistics a little, so twice.
@@ -90,7 +94,8 @@ def _copied(inputs: dict[str, Any]) -> dict[str, Any]:
 def bn_act_forward_call(inputs: dict[str, Any]) -> tuple:
     a = inputs
     vectors = (a["weight"], a["bias"], a["running_mean"], a["running_var"])
-    return torch.ops.cnnkern.bn_act.default, (a["input"], *vectors, a["training"], a["momentum"], a["eps"], a["act"])
+    settings = (a["training"], a["momentum"], a["eps"], a["act"], a["act_param"])
+    return torch.ops.cnnkern.bn_act.default, (a["input"], *vectors, *settings)
 
 
 def bn_act_backward_call(inputs: dict[str, Any], dy: Tensor) -> tuple:
@@ -99,7 +104,7 @@ def bn_act_backward_call(inputs: dict[str, Any], dy: Tensor) -> tuple:
     _, mean, rstd = operator(*arguments)
     mask = [True, a["weight"] is not None, a["bias"] is not None]
     return torch.ops.cnnkern.bn_act_backward.default, (
-        *(dy, a["input"], a["weight"], a["bias"], mean, rstd, a["training"], a["act"], mask),
+        *(dy, a["input"], a["weight"], a["bias"], mean, rstd, a["training"], a["act"], mask, a["act_param"]),
     )
 
 
@@ -119,7 +124,7 @@ def bn_add_act_backward_call(inputs: dict[str, Any], dy: Tensor) -> tuple:
     wanted = [True, True, a["weight"] is not None, a["bias"] is not None]
     return torch.ops.cnnkern.bn_add_act_backward.default, (
         *(dy, a["input"], a["weight"], a["bias"], mean, rstd, mask, batch_norm_in_rows(a["input"])),
-        *(a["training"], a["act"], wanted),
+        *(a["training"], a["act"], wanted, a["residual"] if recomputes_sum(a["act"]) else None, a["act_param"]),
     )
 
 
@@ -136,6 +141,23 @@ BATCH_NORM_VARIANTS = {
     "momentum 1, large eps": {"momentum": 1.0, "eps": 0.1},
 }
 
+_OTHERS = {
+    "train relu6": {"act": "relu6"},
+    "train leaky_relu": {"act": "leaky_relu"},
+    "train sigmoid": {"act": "sigmoid"},
+    "eval silu": {"act": "silu", "training": False},
+    "train silu": {"act": "silu"},
+    "train hardswish": {"act": "hardswish"},
+    "train leaky_relu of slope 0.2": {"act": "leaky_relu", "act_param": 0.2},
+    "train elu": {"act": "elu"},
+    "train elu of alpha 0.7": {"act": "elu", "act_param": 0.7},
+    "train gelu": {"act": "gelu"},
+    "eval gelu": {"act": "gelu", "training": False},
+    "train gelu_tanh": {"act": "gelu_tanh"},
+    "train mish": {"act": "mish"},
+    "train hardsigmoid": {"act": "hardsigmoid"},
+}
+
 BN_ACT = Case(
     name="bn_act",
     function=functional.batch_norm_act,
@@ -143,15 +165,7 @@ BN_ACT = Case(
     inputs=batch_norm_inputs,
     differentiable=("input", "weight", "bias"),
     mutated=("running_mean", "running_var"),
-    variants=BATCH_NORM_VARIANTS
-    | {
-        "train relu6": {"act": "relu6"},
-        "train leaky_relu": {"act": "leaky_relu"},
-        "train sigmoid": {"act": "sigmoid"},
-        "eval silu": {"act": "silu", "training": False},
-        "train silu": {"act": "silu"},
-        "train hardswish": {"act": "hardswish"},
-    },
+    variants=BATCH_NORM_VARIANTS | _OTHERS,
     shapes=RAGGED_SHAPES,
     gradcheck_shapes=((3, 2, 2, 2), (4, 3), (2, 2, 3)),
     forward_call=bn_act_forward_call,
@@ -173,7 +187,13 @@ BN_ADD_ACT = Case(
     inputs=batch_norm_add_inputs,
     differentiable=("input", "residual", "weight", "bias"),
     mutated=("running_mean", "running_var"),
-    variants=BATCH_NORM_VARIANTS,
+    variants=BATCH_NORM_VARIANTS
+    | _OTHERS
+    | {
+        "silu, no affine": {"act": "silu", "weight": False, "bias": False},
+        "silu, weight alone": {"act": "silu", "bias": False},
+        "silu, bias alone, eval": {"act": "silu", "weight": False, "training": False},
+    },
     shapes=RAGGED_SHAPES,
     gradcheck_shapes=((3, 2, 2, 2), (4, 3), (2, 2, 3)),
     forward_call=bn_add_act_forward_call,

@@ -1,10 +1,12 @@
-// An activation by PyTorch's own differentiable operators. Raises ValueError for a name that is none.
+// An activation by PyTorch's own differentiable operators. Raises ValueError for what is none.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
+#include "check.h"
+
 namespace cnnkern {
 
-at::Tensor activation_by_pytorch(const at::Tensor& pre, c10::string_view act);
+at::Tensor activation_by_pytorch(const at::Tensor& pre, const ActivationName& act);
 
 }  // namespace cnnkern

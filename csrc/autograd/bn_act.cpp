@@ -19,7 +19,7 @@ const auto& forward_op() {
                              .findSchemaOrThrow("cnnkern::bn_act", "")
                              .typed<std::tuple<Tensor, Tensor, Tensor>(
                                  const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                 const OptionalTensor&, bool, double, double, c10::string_view)>();
+                                 const OptionalTensor&, bool, double, double, c10::string_view, std::optional<double>)>();
   return op;
 }
 
@@ -28,7 +28,8 @@ const auto& backward_op() {
                              .findSchemaOrThrow("cnnkern::bn_act_backward", "")
                              .typed<std::tuple<Tensor, Tensor, Tensor>(
                                  const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                 const Tensor&, const Tensor&, bool, c10::string_view, std::array<bool, 3>)>();
+                                 const Tensor&, const Tensor&, bool, c10::string_view, std::array<bool, 3>,
+                                 std::optional<double>)>();
   return op;
 }
 
@@ -36,13 +37,14 @@ const auto& backward_op() {
 struct BnActBackward : torch::autograd::Function<BnActBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
                                const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, bool training,
-                               std::string act, std::array<bool, 3> output_mask) {
+                               std::string act, std::array<bool, 3> output_mask, std::optional<double> act_param) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [dx, dweight, dbias] = backward_op().call(dy, x, weight, bias, mean, rstd, training, act, output_mask);
+    auto [dx, dweight, dbias] = backward_op().call(dy, x, weight, bias, mean, rstd, training, act, output_mask, act_param);
     ctx->save_for_backward({dy, x, tensor_or_undefined(weight), tensor_or_undefined(bias), mean, rstd});
     ctx->saved_data["dbias"] = output_mask[2];
     ctx->saved_data["training"] = training;
     ctx->saved_data["act"] = std::move(act);
+    ctx->saved_data["act_param"] = act_param;
     return {dx, dweight, dbias};
   }
 
@@ -55,9 +57,9 @@ struct BnActBackward : torch::autograd::Function<BnActBackward> {
         inputs, needs, grads,
         [&](const variable_list& v) {
           return bn_act_composite(v[1], v[2], v[3], saved[4], saved[5], ctx->saved_data["training"].toBool(),
-                                  ctx->saved_data["act"].toStringView());
+                                  {ctx->saved_data["act"].toStringView(), ctx->saved_data["act_param"].toOptional<double>()});
         });
-    out.resize(9);
+    out.resize(10);
     return out;
   }
 };
@@ -67,12 +69,13 @@ struct BnAct {
   static constexpr size_t kInputs = 3;  // x, weight, bias
   bool training;
   std::string act;
+  std::optional<double> act_param;
   Strides strides;  // of y
 
   variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 3>& needs) const {
     const Tensor& x = saved[0];
     auto [dx, dweight, dbias] = backward_op().call(dy, x, optional_of(saved[1]), optional_of(saved[2]), saved[3].contiguous(),
-                                                   saved[4].contiguous(), training, act, needs);
+                                                   saved[4].contiguous(), training, act, needs, act_param);
     if (needs[0]) dx = in_strides_of_batch_norm_gradient(dx, x, dy, strides, act);
     return {needs[0] ? dx : Tensor(), needs[1] ? dweight : Tensor(), needs[2] ? dbias : Tensor()};
   }
@@ -80,28 +83,30 @@ struct BnAct {
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_by_pytorch(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                                                      const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                                     bool training, double momentum, double eps, c10::string_view act) {
-  return batch_norm_by_pytorch("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, momentum, eps, act);
+                                                     bool training, double momentum, double eps, c10::string_view act,
+                                                     std::optional<double> act_param) {
+  return batch_norm_by_pytorch("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, momentum, eps,
+                               {act, act_param});
 }
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_autograd(const Tensor& x, const OptionalTensor& weight,
                                                    const OptionalTensor& bias, const OptionalTensor& running_mean,
                                                    const OptionalTensor& running_var, bool training, double momentum,
-                                                   double eps, c10::string_view act) {
+                                                   double eps, c10::string_view act, std::optional<double> act_param) {
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
   if (has_tangent(x) || has_tangent(w) || has_tangent(b))
-    return bn_act_by_pytorch(x, weight, bias, running_mean, running_var, training, momentum, eps, act);
+    return bn_act_by_pytorch(x, weight, bias, running_mean, running_var, training, momentum, eps, act, act_param);
   check_statistics_want_no_gradient("cnnkern::bn_act", running_mean, running_var);
   const bool records = at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b));
   const RunningStatistics statistics(training, running_mean, running_var, records);
   const auto forward = [&] {
-    return forward_op().call(x, weight, bias, statistics.mean(), statistics.var(), training, momentum, eps, act);
+    return forward_op().call(x, weight, bias, statistics.mean(), statistics.var(), training, momentum, eps, act, act_param);
   };
   if (records) {
     const Tensor read = act == "none" ? Tensor() : b;  // by the gradient
     const auto describe = [&](const auto& results) {
       const auto& [y, mean, rstd] = results;
-      return std::pair(BnAct{training, std::string(act), strides_of(y)}, variable_list{mean, rstd});
+      return std::pair(BnAct{training, std::string(act), act_param, strides_of(y)}, variable_list{mean, rstd});
     };
     return recorded<BnAct>({x, w, b}, {x, w, read}, forward, describe, [&] { statistics.settle(); });
   }
@@ -114,14 +119,15 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_autograd(const Tensor& x, const Option
 std::tuple<Tensor, Tensor, Tensor> bn_act_backward_autograd(const Tensor& dy, const Tensor& x,
                                                             const OptionalTensor& weight, const OptionalTensor& bias,
                                                             const Tensor& mean, const Tensor& rstd, bool training,
-                                                            c10::string_view act, std::array<bool, 3> output_mask) {
+                                                            c10::string_view act, std::array<bool, 3> output_mask,
+                                                            std::optional<double> act_param) {
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
   if (at::GradMode::is_enabled() && (requires_grad(dy) || requires_grad(x) || requires_grad(w) || requires_grad(b))) {
-    auto out = BnActBackward::apply(dy, x, weight, bias, mean, rstd, training, std::string(act), output_mask);
+    auto out = BnActBackward::apply(dy, x, weight, bias, mean, rstd, training, std::string(act), output_mask, act_param);
     return {out[0], out[1], out[2]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return backward_op().call(dy, x, weight, bias, mean, rstd, training, act, output_mask);
+  return backward_op().call(dy, x, weight, bias, mean, rstd, training, act, output_mask, act_param);
 }
 
 }  // namespace

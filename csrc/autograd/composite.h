@@ -76,7 +76,7 @@ inline void check_statistics_want_no_gradient(const char* op, const OptionalTens
 // without the checks of torch.nn.functional, would have updated the running statistics before anything else refuses.
 inline std::tuple<Tensor, Tensor, Tensor> batch_norm_by_pytorch(
     const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, bool training, double momentum, double eps, c10::string_view act) {
+    const OptionalTensor& running_var, bool training, double momentum, double eps, const ActivationName& act) {
   if (has_numbers(x)) check_batch_norm(op, x, weight, bias, running_mean, running_var, training, eps);
   check_activation(op, act);
   check_statistics_want_no_gradient(op, running_mean, running_var);
@@ -99,7 +99,7 @@ inline std::tuple<Tensor, Tensor> differentiable_statistics(const Tensor& x, con
 
 // y of bn_act as a differentiable function of x, weight and bias, from the vectors that the forward pass saved.
 inline Tensor bn_act_composite(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
-                               const Tensor& rstd, bool training, c10::string_view act) {
+                               const Tensor& rstd, bool training, const ActivationName& act) {
   const auto type = wide_type(x);
   std::vector<int64_t> shape(x.dim(), 1), dims;
   shape[1] = x.size(1);

@@ -16,7 +16,10 @@ inline Strides strides_of(const Tensor& t) {
   return has_numbers(t) ? Strides(t.strides().begin(), t.strides().end()) : Strides();
 }
 
-// The strides that PyTorch's gradient of an activation has whose result had `strides`, when dy arrives.
+// Whether PyTorch's gradient of an activation reads its result; else it reads what the activation was given.
+inline bool reads_result(c10::string_view act) { return act == "relu" || act == "sigmoid"; }
+
+// The strides that PyTorch's gradient of an activation has when dy arrives: what it reads had `strides`.
 inline Strides strides_of_gradient(const Tensor& dy, const Strides& strides, c10::string_view act) {
   if (act == "none") return strides_of(dy);
   const at::IntArrayRef saved = strides, arrived = dy.strides();
@@ -33,8 +36,8 @@ inline Tensor restrided(const Tensor& t, const Strides& strides) {
 
 // dx of a batch norm with the strides of PyTorch's. They are those of x's memory format, and x may seem to have two: (N, C, 1, 1)
 // is contiguous and channels_last, and strides may suggest yet another. PyTorch decides by the gradient that arrives.
-// y: the strides of the result of `act`, which is behind the batch norm.
-inline Tensor in_strides_of_batch_norm_gradient(const Tensor& dx, const Tensor& x, const Tensor& dy, const Strides& y,
+// read: the strides of what the gradient of `act`, which is behind the batch norm, reads.
+inline Tensor in_strides_of_batch_norm_gradient(const Tensor& dx, const Tensor& x, const Tensor& dy, const Strides& read,
                                                 c10::string_view act) {
   using at::MemoryFormat;
   if (!x.is_cpu() || !has_numbers(x)) return dx;
@@ -43,7 +46,7 @@ inline Tensor in_strides_of_batch_norm_gradient(const Tensor& dx, const Tensor& 
   const MemoryFormat format = x.is_contiguous() ? MemoryFormat::Contiguous : rows, suggested = x.suggest_memory_format();
   if (format == suggested || !is_dense(x)) return dx;
   const auto meta = at::TensorOptions(x.scalar_type()).device(at::kMeta);
-  const Tensor g = at::empty_strided(x.sizes(), strides_of_gradient(dy, y, act), meta);
+  const Tensor g = at::empty_strided(x.sizes(), strides_of_gradient(dy, read, act), meta);
   const bool agree = is_dense(g) && g.suggest_memory_format() == suggested;
   return restrided(dx, strides_of(at::empty(x.sizes(), meta, agree ? format : suggested)));
 }

@@ -73,7 +73,7 @@ void backward(const T* dy, T* dx, BitReader mask, int64_t numel) {
 std::tuple<Tensor, Tensor> add_relu_cpu(const Tensor& x, const Tensor& residual) {
   check_floating("cnnkern::add_relu", x);
   check_same_shape("cnnkern::add_relu", "residual", residual, x);
-  const Strides strides = strides_of_sum(x, residual, /*relu=*/true);  // in which memory is read from end to end
+  const Strides strides = strides_of_sum(x, residual, "relu");  // in which memory is read from end to end
   const Tensor x_ = densely(x, strides), residual_ = densely(residual, strides);
   Tensor y = aten::empty_strided(x.sizes(), strides, x.options()), mask = aten::empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte));
   // Only the bytes that bits are added to one by one have to be zero: with fewer than 8 lanes every one.

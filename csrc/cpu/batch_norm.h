@@ -188,25 +188,40 @@ BatchNormForward<T> batch_norm_forward(const Tensor& x, const Layout& layout, co
 // Rows of a backward kernel's table that the gates below read.
 enum : int { kCenteredScale = 1, kCenteredOffset = 2 };
 
-// Whether dy reaches the batch norm: through an activation that is computed again from x, through a mask, or always.
+// What reaches the batch norm of element i of dy, a vector, or its first n lanes if kPartial: through an activation that is
+// computed again from x, or from x and the residual; through a mask; all of it.
 template <typename T, typename Act>
 struct ThroughActivation {
   Act act;
-  template <typename At>
-  Vec<T> operator()(const At& at, Vec<T> dy, Vec<T> centered, int64_t) const {
+  void prefetch(int64_t) const {}
+  template <bool kPartial, typename At>
+  Vec<T> through(const At& at, Vec<T> dy, Vec<T> centered, int64_t, int64_t) const {
     return act.template grad<T>(dy, at::vec::fmadd(centered, at(kCenteredScale), at(kCenteredOffset)));
+  }
+};
+template <typename T, typename Act>
+struct ThroughActivationOfSum {
+  Act act;
+  const T* residual;
+  void prefetch(int64_t i) const { __builtin_prefetch(residual + i, 0, 2); }
+  template <bool kPartial, typename At>
+  Vec<T> through(const At& at, Vec<T> dy, Vec<T> centered, int64_t i, int64_t n) const {
+    const Vec<T> r = kPartial ? vload(residual + i, n, Vec<T>(0)) : vload(residual + i);
+    return act.template grad<T>(dy, at::vec::fmadd(centered, at(kCenteredScale), at(kCenteredOffset)) + r);
   }
 };
 struct ThroughMask {
   BitReader mask;
-  template <typename At, typename V>
-  V operator()(const At&, V dy, V, int64_t i) const {
+  void prefetch(int64_t) const {}
+  template <bool kPartial, typename At, typename V>
+  V through(const At&, V dy, V, int64_t i, int64_t) const {
     return zero_unless(dy, mask.from(i));
   }
 };
 struct ThroughNothing {
-  template <typename At, typename V>
-  V operator()(const At&, V dy, V, int64_t) const {
+  void prefetch(int64_t) const {}
+  template <bool kPartial, typename At, typename V>
+  V through(const At&, V dy, V, int64_t, int64_t) const {
     return dy;
   }
 };
@@ -234,7 +249,10 @@ struct BatchNormBackward {
   static constexpr bool reduces() { return true; }
   bool maps() const { return training && (dx != nullptr || dresidual != nullptr); }
   T* output() const { return dx != nullptr ? dx : dresidual; }
-  void prefetch(int64_t i) const { __builtin_prefetch(x + i, 0, 2), __builtin_prefetch(dy + i, 0, 2); }
+  void prefetch(int64_t i) const {
+    __builtin_prefetch(x + i, 0, 2), __builtin_prefetch(dy + i, 0, 2);
+    gate.prefetch(i);
+  }
 
   void prepare(int64_t c, int64_t n) {
     parameters.affine(c, n, mean + c, rstd + c, table.row(kCenter) + c, table.row(kScale) + c, table.row(kOffset) + c);
@@ -244,7 +262,7 @@ struct BatchNormBackward {
   V gradient(const At& at, int64_t i, int64_t n, V& centered) const {
     const V center = at(kCenter);
     centered = (kPartial ? vload(x + i, n, center) : vload(x + i)) - center;
-    return gate(at, kPartial ? vload(dy + i, n, V(0)) : vload(dy + i), centered, i);
+    return gate.template through<kPartial>(at, kPartial ? vload(dy + i, n, V(0)) : vload(dy + i), centered, i, n);
   }
 
   template <bool kPartial, typename At>

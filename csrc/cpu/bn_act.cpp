@@ -34,9 +34,10 @@ struct BnActForward : BatchNormForward<T> {
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_cpu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                                               const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                              bool training, double momentum, double eps, c10::string_view act) {
+                                              bool training, double momentum, double eps, c10::string_view act,
+                                              std::optional<double> act_param) {
   check_batch_norm("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, eps);
-  check_activation("cnnkern::bn_act", act);
+  check_activation("cnnkern::bn_act", {act, act_param});
   const Tensor x_ = in_batch_norm_layout(x);
   const Layout layout = layout_of(x_);
   Tensor y = batch_norm_result(x_, act);
@@ -44,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_cpu(const Tensor& x, const OptionalTen
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
   with_type(x_, [&](auto scalar) {
     using T = decltype(scalar);
-    with_activation("cnnkern::bn_act", act, [&](auto activation) {
+    with_activation("cnnkern::bn_act", {act, act_param}, [&](auto activation) {
       using Forward = BnActForward<T, decltype(activation)>;
       run(Forward{batch_norm_forward<T>(x_, layout, weight, bias, running_mean, running_var, training, momentum, eps,
                                         y, mean, rstd),
@@ -58,9 +59,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_cpu(const Tensor& x, const OptionalTen
 std::tuple<Tensor, Tensor, Tensor> bn_act_backward_cpu(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
                                                        const OptionalTensor& bias, const Tensor& mean,
                                                        const Tensor& rstd, bool training, c10::string_view act,
-                                                       std::array<bool, 3> output_mask) {
+                                                       std::array<bool, 3> output_mask, std::optional<double> act_param) {
   check_batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, /*reads_bias=*/act != "none", mean, rstd, output_mask);
-  check_activation("cnnkern::bn_act_backward", act);
+  check_activation("cnnkern::bn_act_backward", {act, act_param});
   const Tensor x_ = in_batch_norm_layout(x), dy_ = in_layout_of(dy, x_);
   const Layout layout = layout_of(x_);
   Tensor dx = gradient_like(output_mask[0], x_);
@@ -68,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_cpu(const Tensor& dy, const T
   if (x.numel() == 0) return {dx, dweight.zero_(), dbias.zero_()};
   with_type(x_, [&](auto scalar) {
     using T = decltype(scalar);
-    with_activation("cnnkern::bn_act_backward", act, [&](auto activation) {
+    with_activation("cnnkern::bn_act_backward", {act, act_param}, [&](auto activation) {
       using Gate = ThroughActivation<T, decltype(activation)>;
       run(BatchNormBackward<T, Gate>{
               .dy = dy_.const_data_ptr<T>(),

@@ -1,7 +1,7 @@
 // sync_bn: batch norm over processes, in parts, between which statistics and sums travel from process to process.
 //   sync_bn_stats     moments = mean and biased variance of every channel of x, elements a channel
 //   sync_bn           y = act(pre + residual), pre = (x - mean) * weight * rstd + bias, from given mean and rstd
-//   sync_bn_sums      sum(g) and sum(g * (x - mean)) * rstd, g = dy * act'(pre) or dy * [y > 0]
+//   sync_bn_sums      sum(g) and sum(g * (x - mean)) * rstd, g = dy * act'(pre), pre with the residual, or dy * [y > 0]
 //   sync_bn_backward  dx = weight * rstd * (g - sum(g) / n - (x - mean) * rstd * sum(g * (x - mean) * rstd) / n), with
 //                     sums and n over all processes; dresidual = g
 // The sweeps are those of bn_act and bn_add_act, one a part. Traffic in tensors read or written: 1 and 2 (3 with a
@@ -89,15 +89,17 @@ struct BackwardInputs {
   const Tensor &dy, &x;
   const OptionalTensor &weight, &bias;
   const Tensor &mean, &rstd;
-  const OptionalTensor& mask;
-  c10::string_view act;
+  const OptionalTensor &mask, &residual;
+  ActivationName act;
+  bool channels_last;
 };
 
 // Runs one sweep; x and dy in one of the two layouts. `change` sets what is its own.
 template <typename F>
 void run_backward(const char* op, const BackwardInputs& in, const F& change) {
   const Layout layout = layout_of(in.x);
-  const bool masked = tensor_or_undefined(in.mask).defined();
+  const bool masked = tensor_or_undefined(in.mask).defined(), adds = tensor_or_undefined(in.residual).defined();
+  const Tensor residual = adds ? laid_out(*in.residual, in.channels_last) : Tensor();
   with_type(in.x, [&](auto scalar) {
     using T = decltype(scalar);
     const auto through = [&](auto gate) {
@@ -121,6 +123,8 @@ void run_backward(const char* op, const BackwardInputs& in, const F& change) {
     };
     if (masked)
       through(ThroughMask{{in.mask->template const_data_ptr<uint8_t>(), in.mask->numel()}});
+    else if (adds)
+      through(ThroughActivationOfSum<T, OtherActivation>{other_activation(op, in.act), residual.const_data_ptr<T>()});
     else
       with_activation(op, in.act, [&](auto activation) { through(ThroughActivation<T, decltype(activation)>{activation}); });
   });
@@ -156,13 +160,13 @@ Tensor sync_bn_stats_cpu(const Tensor& x) {
 
 std::tuple<Tensor, Tensor> sync_bn_cpu(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
                                        const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
-                                       c10::string_view act) {
+                                       c10::string_view act, std::optional<double> act_param) {
   const char* op = "cnnkern::sync_bn";
   const bool adds = tensor_or_undefined(residual).defined();
-  check_sync_bn(op, x, residual, weight, bias, mean, rstd, act);
+  check_sync_bn(op, x, residual, weight, bias, mean, rstd, {act, act_param});
   const Tensor x_ = in_batch_norm_layout(x), residual_ = adds ? in_layout_of(*residual, x_) : Tensor();
   Tensor y = adds ? aten::empty_like(x_) : batch_norm_result(x_, act);
-  const auto result = [&] { return adds ? in_strides_of_sum(y, x_, *residual, act == "relu") : y; };
+  const auto result = [&] { return adds ? in_strides_of_sum(y, x_, *residual, act) : y; };
   Tensor mask = aten::zeros({adds && act == "relu" ? mask_bytes(x.numel()) : 0}, x.options().dtype(at::kByte));
   if (x.numel() == 0) return {result(), mask};
   const Layout layout = layout_of(x_);
@@ -188,23 +192,22 @@ std::tuple<Tensor, Tensor> sync_bn_cpu(const Tensor& x, const OptionalTensor& re
                                                                          {mask.mutable_data_ptr<uint8_t>()}},
           layout);
     };
-    if (adds)
-      with_relu_or_none(op, act, [&](auto activation) { apply(activation, std::true_type{}); });
-    else
-      with_activation(op, act, [&](auto activation) { apply(activation, std::false_type{}); });
+    with_activation(op, {act, act_param}, [&](auto activation) {
+      adds ? apply(activation, std::true_type{}) : apply(activation, std::false_type{});
+    });
   });
   return {result(), mask};
 }
 
 Tensor sync_bn_sums_cpu(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                         const Tensor& mean, const Tensor& rstd, const OptionalTensor& mask, bool channels_last,
-                        c10::string_view act) {
+                        c10::string_view act, const OptionalTensor& residual, std::optional<double> act_param) {
   const char* op = "cnnkern::sync_bn_sums";
-  check_sync_bn_sums(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act);
+  check_sync_bn_sums(op, dy, x, weight, bias, mean, rstd, mask, channels_last, {act, act_param}, residual);
   const Tensor sums = aten::zeros({2, x.size(1)}, mean.options());
   if (x.numel() == 0) return sums;
   const Tensor x_ = laid_out(x, channels_last), dy_ = laid_out(dy, channels_last);
-  run_backward(op, {dy_, x_, weight, bias, mean, rstd, mask, act},
+  run_backward(op, {dy_, x_, weight, bias, mean, rstd, mask, residual, {act, act_param}, channels_last},
                [&](auto& policy) { policy.dbias = sums[0], policy.dweight = sums[1]; });
   return sums;
 }
@@ -212,13 +215,14 @@ Tensor sync_bn_sums_cpu(const Tensor& dy, const Tensor& x, const OptionalTensor&
 std::tuple<Tensor, Tensor> sync_bn_backward_cpu(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
                                                 const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
                                                 const OptionalTensor& mask, bool channels_last, c10::string_view act,
-                                                const Tensor& sums, const Tensor& count, std::array<bool, 2> output_mask) {
+                                                const Tensor& sums, const Tensor& count, std::array<bool, 2> output_mask,
+                                                const OptionalTensor& residual, std::optional<double> act_param) {
   const char* op = "cnnkern::sync_bn_backward";
-  check_sync_bn_backward(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, sums, count, output_mask);
+  check_sync_bn_backward(op, dy, x, weight, bias, mean, rstd, mask, channels_last, {act, act_param}, sums, count, output_mask, residual);
   const Tensor x_ = laid_out(x, channels_last), dy_ = laid_out(dy, channels_last);
   Tensor dx = gradient_like(output_mask[0], x_), dresidual = gradient_like(output_mask[1], x_);
   if (x.numel() == 0 || (!output_mask[0] && !output_mask[1])) return {dx, dresidual};
-  run_backward(op, {dy_, x_, weight, bias, mean, rstd, mask, act}, [&]<typename Policy>(Policy& policy) {
+  run_backward(op, {dy_, x_, weight, bias, mean, rstd, mask, residual, {act, act_param}, channels_last}, [&]<typename Policy>(Policy& policy) {
     using T = typename Policy::Scalar;
     if (output_mask[0]) policy.dx = dx.mutable_data_ptr<T>();
     if (output_mask[1]) policy.dresidual = dresidual.mutable_data_ptr<T>();

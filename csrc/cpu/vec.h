@@ -287,6 +287,18 @@ struct Lanewise<at::vec::Vectorized<S>> {
   using V = at::vec::Vectorized<S>;
   static V relu(const V& v) { return at::vec::clamp_min(v, V(0)); }
   static V exp(const V& v) { return inline_exp(v); }
+  // Of v <= 0. at::vec's are ten times slower in float.
+  static V expm1(const V& v) {
+    if constexpr (std::is_same_v<S, double>) return v.expm1();
+    V p = V(1.0 / 5040);
+    for (const double coefficient : {1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0}) p = at::vec::fmadd(p, v, V(coefficient));
+    return where_lt(V(-0.25), v, p * v, exp(v) - V(1));  // near 0, where the difference cancels, by its series
+  }
+  static V erfc(const V& v) {
+    if constexpr (std::is_same_v<S, double>) return v.erfc();
+    return short_erfc<Lanewise>(v);
+  }
+  static V divide(const V& a, const V& b) { return a / b; }
   static V where_le(const V& x, const V& bound, const V& a, const V& b) { return where<kLessOrEqual>(x, bound, a, b); }
   static V where_lt(const V& x, const V& bound, const V& a, const V& b) { return where<kLess>(x, bound, a, b); }
 

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> add_relu_cuda(const Tensor& x, const Tensor& residual
   check_floating("cnnkern::add_relu", x);
   check_same_shape("cnnkern::add_relu", "residual", residual, x);
   const c10::cuda::CUDAGuard guard(x.device());
-  const Strides strides = strides_of_sum(x, residual, /*relu=*/true);  // in which memory is read from end to end
+  const Strides strides = strides_of_sum(x, residual, "relu");  // in which memory is read from end to end
   const Tensor x_ = densely(x, strides), residual_ = densely(residual, strides);
   const Tensor y = aten::empty_strided(x.sizes(), strides, x.options());
   const Tensor mask = words_of_mask(x, [](int64_t n, const auto& options) { return aten::empty({n}, options); });

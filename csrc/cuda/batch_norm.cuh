@@ -1,7 +1,7 @@
 // What the batch-norm operators share: statistics, the affine map of them, and the gradients.
 #pragma once
 
-#include "activations.h"
+#include "cuda/approximate.cuh"
 #include "cuda/bits.cuh"
 #include "cuda/channels.cuh"
 #include "cuda/reduce.cuh"
@@ -136,40 +136,70 @@ struct BatchNormForward : Statistics<T> {
   }
 };
 
-// What lets dy through to the batch norm: an activation, computed again from x; a mask; nothing that stops it.
-// `close` is called when dy has been read, the call operator when the pre-activation is known.
+// What a gate reads beside x and dy: nothing, or the residual.
+template <typename S, int V>
+struct NothingElse {};
+template <typename S, int V>
+struct ResidualToo {
+  S residual[V];
+};
+
+// What lets dy through to the batch norm: an activation, computed again from x, or from x and the residual; a mask; nothing
+// that stops it. `close` is called when dy has been read, the call operator when the pre-activation is known.
 template <typename T, typename Act>
 struct ThroughActivation {
   static constexpr bool kResidual = false;  // whether there is one, with a gradient of its own
   static constexpr bool kCostly = std::is_same_v<Act, OtherActivation>;  // takes many registers
+  template <typename S, int V>
+  using Else = NothingElse<S, V>;
   Act act;
   template <bool kRagged, typename S, int V>
-  __device__ __forceinline__ void close(S (&)[V], int64_t, Lanes) const {}
-  template <typename S>
-  __device__ __forceinline__ S operator()(S dy, S pre) const {
+  __device__ __forceinline__ void close(S (&)[V], NothingElse<S, V>&, int64_t, Lanes) const {}
+  template <typename S, int V>
+  __device__ __forceinline__ S operator()(S dy, S pre, const NothingElse<S, V>&, int) const {
     return act.template grad<T>(dy, pre);
+  }
+};
+template <typename T, typename Act>
+struct ThroughActivationOfSum {
+  static constexpr bool kResidual = true, kCostly = true;
+  template <typename S, int V>
+  using Else = ResidualToo<S, V>;
+  Act act;
+  const T* residual;
+  template <bool kRagged, typename S, int V>
+  __device__ __forceinline__ void close(S (&)[V], ResidualToo<S, V>& in, int64_t at, Lanes lanes) const {
+    gpu::load<kRagged>(residual + at, lanes, [](int) { return S(0); }, in.residual);
+  }
+  template <typename S, int V>
+  __device__ __forceinline__ S operator()(S dy, S pre, const ResidualToo<S, V>& in, int k) const {
+    return act.template grad<T>(dy, pre + in.residual[k]);
   }
 };
 struct ThroughMask {
   static constexpr bool kResidual = true, kCostly = false;
+  template <typename S, int V>
+  using Else = NothingElse<S, V>;
   BitReader mask;
   template <bool kRagged, typename S, int V>
-  __device__ __forceinline__ void close(S (&dy)[V], int64_t at, Lanes lanes) const {
+  __device__ __forceinline__ void close(S (&dy)[V], NothingElse<S, V>&, int64_t at, Lanes lanes) const {
     const unsigned bits = mask.template get<kRagged, V>(at, lanes);
 #pragma unroll
     for (int k = 0; k < V; ++k) dy[k] = bits >> k & 1 ? dy[k] : S(0);
   }
-  template <typename S>
-  __device__ __forceinline__ S operator()(S dy, S) const {
+  template <typename S, int V>
+  __device__ __forceinline__ S operator()(S dy, S, const NothingElse<S, V>&, int) const {
     return dy;
   }
 };
 struct ThroughNothing {
   static constexpr bool kResidual = true, kCostly = false;
+  template <typename S, int V>
+  using Else = NothingElse<S, V>;
   template <bool kRagged, typename S, int V>
-  __device__ __forceinline__ void close(S (&)[V], int64_t, Lanes) const {}
-  template <typename S>
-  __device__ __forceinline__ S operator()(S dy, S) const {
+  __device__ __forceinline__ void close(S (&)[V], NothingElse<S, V>&, int64_t, Lanes) const {}
+  template <typename S, int V>
+  __device__ __forceinline__ S operator()(S dy, S, const NothingElse<S, V>&, int) const {
     return dy;
   }
 };
@@ -187,6 +217,7 @@ struct BatchNormBackward {
   template <int V>
   struct Input {
     S x[V], dy[V];
+    [[no_unique_address]] typename Gate::template Else<S, V> others;
   };
   // In eval the gradients need no sums.
   static constexpr bool kWritesWhileReducing = !kTraining, kCostly = Gate::kCostly;
@@ -209,12 +240,12 @@ struct BatchNormBackward {
   __device__ __forceinline__ void load(Input<V>& in, int64_t at, Lanes lanes, const Fill& fill) const {
     gpu::load<kRagged>(x + at, lanes, fill, in.x);
     gpu::load<kRagged>(dy + at, lanes, [](int) { return S(0); }, in.dy);
-    gate.template close<kRagged>(in.dy, at, lanes);
+    gate.template close<kRagged>(in.dy, in.others, at, lanes);
   }
 
   template <int V>
   __device__ __forceinline__ S gradient(const Input<V>& in, int k, const Affine<S>& a) const {
-    return gate(in.dy[k], a.pre(in.x[k]));
+    return gate(in.dy[k], a.pre(in.x[k]), in.others, k);
   }
 
   template <int V>

@@ -43,6 +43,18 @@ void reduce_and_map(const P& p, const gpu::Cut<T>& cut, const Tensor& x) {
   gpu::reduce_and_map(p, cut, workspace.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream());
 }
 
+// Calls f with any activation. Those of mobile networks are types of their own, the others chosen in the kernel.
+template <typename F>
+void with_device_activation(const char* op, const ActivationName& act, const F& f) {
+  with_activation(op, act, [&](auto activation) {
+    if constexpr (std::is_same_v<decltype(activation), OtherActivation>) {
+      if (activation.kind == OtherActivation::kRelu6) return f(Relu6{});
+      if (activation.kind == OtherActivation::kSilu) return f(Silu{});
+    }
+    f(activation);
+  });
+}
+
 // Launches a forward pass; pointers: what it reads and writes of x's shape.
 template <typename T, typename P, typename... Pointers>
 void launch_forward(const P& p, const Tensor& x, const Pointers*... pointers) {

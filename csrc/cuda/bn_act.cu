@@ -6,15 +6,16 @@ namespace cnnkern {
 
 std::tuple<Tensor, Tensor, Tensor> bn_act_cuda(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                                                const OptionalTensor& running_mean, const OptionalTensor& running_var,
-                                               bool training, double momentum, double eps, c10::string_view act) {
+                                               bool training, double momentum, double eps, c10::string_view act,
+                                               std::optional<double> act_param) {
   check_batch_norm("cnnkern::bn_act", x, weight, bias, running_mean, running_var, training, eps);
-  check_activation("cnnkern::bn_act", act);
+  check_activation("cnnkern::bn_act", {act, act_param});
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor x_ = in_batch_norm_layout(x), y = batch_norm_result(x_, act);
   const Tensor mean = aten::empty({x.size(1)}, x.options().dtype(at::kDouble)), rstd = aten::empty_like(mean);
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "bn_act", [&] {
-    with_activation("cnnkern::bn_act", act, [&](auto activation) {
+    with_device_activation("cnnkern::bn_act", {act, act_param}, [&](auto activation) {
       const gpu::BnActForward<scalar_t, decltype(activation)> forward{
           batch_norm_forward<scalar_t>(x_, weight, bias, running_mean, running_var, training, momentum, eps, y, mean, rstd),
           activation};
@@ -27,9 +28,9 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_cuda(const Tensor& x, const OptionalTe
 std::tuple<Tensor, Tensor, Tensor> bn_act_backward_cuda(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
                                                         const OptionalTensor& bias, const Tensor& mean,
                                                         const Tensor& rstd, bool training, c10::string_view act,
-                                                        std::array<bool, 3> output_mask) {
+                                                        std::array<bool, 3> output_mask, std::optional<double> act_param) {
   check_batch_norm_backward("cnnkern::bn_act_backward", dy, x, weight, bias, /*reads_bias=*/act != "none", mean, rstd, output_mask);
-  check_activation("cnnkern::bn_act_backward", act);
+  check_activation("cnnkern::bn_act_backward", {act, act_param});
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor x_ = in_batch_norm_layout(x), dy_ = in_layout_of(dy, x_);
   const BatchNormGradients gradients = {gradient_like(output_mask[0], x_), Tensor(), parameter_gradient(output_mask[1], weight, x_),
@@ -38,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_cuda(const Tensor& dy, const 
     zero(gradients);
   } else {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "bn_act_backward", [&] {
-      with_activation("cnnkern::bn_act_backward", act, [&](auto activation) {
+      with_device_activation("cnnkern::bn_act_backward", {act, act_param}, [&](auto activation) {
         const gpu::ThroughActivation<scalar_t, decltype(activation)> gate{activation};
         launch_backward<scalar_t>(gate, dy_, x_, weight, bias, mean, rstd, training, gradients);
       });

@@ -1,8 +1,9 @@
-// bn_add_act: y = act(pre + residual), pre = (x - mean) * weight * rstd + bias; act none or relu.
-// Backward, with g = dy * [y > 0]: dresidual = g, and dx, dweight, dbias as those of bn_act.
-// [y > 0] is saved as one bit an element, in the order of memory; nothing is saved of the residual, nor of y.
-// Traffic in tensors read or written, where a channel (planes) or the tensor (rows) stays in L2: 3 forward, 4
-// backward; else 4 and 6. Eval: 3 and 4.
+// bn_add_act: y = act(pre + residual), pre = (x - mean) * weight * rstd + bias.
+// Backward, with g = dy * act'(pre + residual): dresidual = g, and dx, dweight, dbias as those of bn_act. Of relu act' is
+// [y > 0], saved as one bit an element, in the order of memory, and nothing is saved of the residual. Of other activations
+// it is computed again from x and the residual, which are saved. Nothing is saved of y.
+// Traffic in tensors read or written, where a channel (planes) or the tensor (rows) stays in L2: 3 forward, 4 backward; else
+// 4 and 6. Eval: 3 and 4. Where the residual is read backward: 5, else 8; eval 5.
 #pragma once
 
 #include "cuda/batch_norm.cuh"
@@ -20,6 +21,7 @@ struct BnAddActForward : BatchNormForward<T> {
   static constexpr bool kMasks = std::is_same_v<Act, Relu>;
 
   const T* residual;
+  Act act;
   BitWriter mask;
 
   template <bool kRagged, int V, typename Fill>
@@ -35,7 +37,7 @@ struct BnAddActForward : BatchNormForward<T> {
 #pragma unroll
     for (int k = 0; k < V; ++k) {
       const S pre = constants[K == 1 ? 0 : k].pre(in.x[k]) + in.residual[k];
-      out[k] = Act::template value<T>(pre);
+      out[k] = act.template value<T>(pre);
       bits |= static_cast<unsigned>(pre > S(rounds_to_zero<T>())) << k;
     }
     gpu::store<kRagged>(this->y + at, lanes, out);

@@ -249,6 +249,22 @@ __device__ __forceinline__ void hold([[maybe_unused]] float& v) {
 #endif
 }
 
+// exp(v), and a / b, by the device's approximations.
+__host__ __device__ __forceinline__ float approximate_exp(float v) {
+#ifdef __CUDA_ARCH__
+  return __expf(v);
+#else
+  return ::expf(v);
+#endif
+}
+__host__ __device__ __forceinline__ float approximate_quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+
 template <typename V>
 __device__ __forceinline__ void store_access(V* p, V v) {
 #ifdef __CUDA_ARCH__

@@ -44,12 +44,16 @@ gpu::BatchNormBackward<T, Gate, true> backward_of(const Gate& gate, const Backwa
           .gate = gate};
 }
 
-// Calls f(type, gate): a gate by the mask, or without one by the activation.
+// Calls f(type, gate): a gate by the mask, or without one by the activation. residual: laid out as x is, or undefined.
 template <typename F>
-void with_gate(const char* op, const Tensor& x, const OptionalTensor& mask, c10::string_view act, const F& f) {
+void with_gate(const char* op, const Tensor& x, const OptionalTensor& mask, const ActivationName& act, const Tensor& residual,
+               const F& f) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "sync_bn_backward", [&] {
     if (tensor_or_undefined(mask).defined())
       f(scalar_t{}, gpu::ThroughMask{{mask->const_data_ptr<uint8_t>()}});
+    else if (residual.defined())
+      f(scalar_t{}, gpu::ThroughActivationOfSum<scalar_t, OtherActivation>{other_activation(op, act),
+                                                                           residual.const_data_ptr<scalar_t>()});
     else
       with_activation(op, act, [&](auto activation) {
         f(scalar_t{}, gpu::ThroughActivation<scalar_t, decltype(activation)>{activation});
@@ -85,14 +89,14 @@ Tensor sync_bn_stats_cuda(const Tensor& x) {
 
 std::tuple<Tensor, Tensor> sync_bn_cuda(const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
                                         const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
-                                        c10::string_view act) {
+                                        c10::string_view act, std::optional<double> act_param) {
   const char* op = "cnnkern::sync_bn";
   const bool adds = tensor_or_undefined(residual).defined();
-  check_sync_bn(op, x, residual, weight, bias, mean, rstd, act);
+  check_sync_bn(op, x, residual, weight, bias, mean, rstd, {act, act_param});
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor x_ = in_batch_norm_layout(x), residual_ = adds ? in_layout_of(*residual, x_) : Tensor();
   const Tensor y = adds ? aten::empty_like(x_) : batch_norm_result(x_, act);
-  const auto result = [&] { return adds ? in_strides_of_sum(y, x_, *residual, act == "relu") : y; };
+  const auto result = [&] { return adds ? in_strides_of_sum(y, x_, *residual, act) : y; };
   // Zeros: vectors that share a byte add their bits to it.
   const Tensor mask = adds && act == "relu"
                           ? words_of_mask(x, [](int64_t n, const auto& options) { return aten::zeros({n}, options); })
@@ -111,24 +115,24 @@ std::tuple<Tensor, Tensor> sync_bn_cuda(const Tensor& x, const OptionalTensor& r
           .mask = {words(mask)}};
       launch_map<scalar_t>(forward, x_, forward.x, forward.residual, forward.y);
     };
-    if (adds)
-      with_relu_or_none(op, act, [&](auto activation) { apply(activation, std::true_type{}); });
-    else
-      with_activation(op, act, [&](auto activation) { apply(activation, std::false_type{}); });
+    with_activation(op, {act, act_param}, [&](auto activation) {
+      adds ? apply(activation, std::true_type{}) : apply(activation, std::false_type{});
+    });
   });
   return {result(), mask};
 }
 
 Tensor sync_bn_sums_cuda(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                          const Tensor& mean, const Tensor& rstd, const OptionalTensor& mask, bool channels_last,
-                         c10::string_view act) {
+                         c10::string_view act, const OptionalTensor& residual, std::optional<double> act_param) {
   const char* op = "cnnkern::sync_bn_sums";
-  check_sync_bn_sums(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act);
+  check_sync_bn_sums(op, dy, x, weight, bias, mean, rstd, mask, channels_last, {act, act_param}, residual);
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor sums = aten::empty({2, x.size(1)}, mean.options());
   if (x.numel() == 0) return sums.zero_();
   const Tensor x_ = laid_out(x, channels_last), dy_ = laid_out(dy, channels_last);
-  with_gate(op, x, mask, act, [&]<typename T>(T, const auto& gate) {
+  const Tensor residual_ = tensor_or_undefined(residual).defined() ? laid_out(*residual, channels_last) : Tensor();
+  with_gate(op, x, mask, {act, act_param}, residual_, [&]<typename T>(T, const auto& gate) {
     using Gate = std::decay_t<decltype(gate)>;
     const gpu::SyncSums<T, Gate> reduction{backward_of<T>(gate, {dy_, x_, weight, bias, mean, rstd}),
                                            sums.mutable_data_ptr<double>(), x.size(1)};
@@ -140,14 +144,16 @@ Tensor sync_bn_sums_cuda(const Tensor& dy, const Tensor& x, const OptionalTensor
 std::tuple<Tensor, Tensor> sync_bn_backward_cuda(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
                                                  const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,
                                                  const OptionalTensor& mask, bool channels_last, c10::string_view act,
-                                                 const Tensor& sums, const Tensor& count, std::array<bool, 2> output_mask) {
+                                                 const Tensor& sums, const Tensor& count, std::array<bool, 2> output_mask,
+                                                 const OptionalTensor& residual, std::optional<double> act_param) {
   const char* op = "cnnkern::sync_bn_backward";
-  check_sync_bn_backward(op, dy, x, weight, bias, mean, rstd, mask, channels_last, act, sums, count, output_mask);
+  check_sync_bn_backward(op, dy, x, weight, bias, mean, rstd, mask, channels_last, {act, act_param}, sums, count, output_mask, residual);
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor x_ = laid_out(x, channels_last), dy_ = laid_out(dy, channels_last);
+  const Tensor residual_ = tensor_or_undefined(residual).defined() ? laid_out(*residual, channels_last) : Tensor();
   const Tensor dx = gradient_like(output_mask[0], x_), dresidual = gradient_like(output_mask[1], x_);
   if (x.numel() > 0 && (output_mask[0] || output_mask[1]))
-    with_gate(op, x, mask, act, [&]<typename T>(T, const auto& gate) {
+    with_gate(op, x, mask, {act, act_param}, residual_, [&]<typename T>(T, const auto& gate) {
       using Gate = std::decay_t<decltype(gate)>;
       gpu::SyncBackward<T, Gate> backward{backward_of<T>(gate, {dy_, x_, weight, bias, mean, rstd}), sums.const_data_ptr<double>(),
                                           count.const_data_ptr<double>(), x.size(1)};

@@ -26,8 +26,7 @@ class Arguments {
     if (!t.defined()) return;
     if (Deferred* deferred = Deferred::of(t))
       deferred->make_real_for(name_ + " follows");
-    else if (writes && t.key_set().has(kDeferredKey))
-      Seal::break_those_of(memory_of(t));
+    if (writes && t.key_set().has(kDeferredKey)) Seal::break_those_of(memory_of(t)), Kept::copy_those_of(memory_of(t));
     for (const auto& result : waiting_) {
       if (result.get() == t.unsafeGetTensorImpl()) continue;
       // What is no plain memory may have some inside.
@@ -50,6 +49,7 @@ class Arguments {
   void expose(const Tensor& t) {
     for (const auto& result : waiting_)
       if (result->conflicts_with(memory_of(t), /*writes=*/true)) result->make_real_for(name_ + " exposes what it is made of");
+    if (t.key_set().has(kDeferredKey)) Kept::copy_those_of(memory_of(t));
   }
 
   ~Arguments() {

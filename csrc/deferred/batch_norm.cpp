@@ -8,7 +8,7 @@ namespace cnnkern {
 
 Tensor defer_batch_norm(const std::shared_ptr<Site>& site, const Tensor& given, const OptionalTensor& running_mean,
                         const OptionalTensor& running_var, const OptionalTensor& weight, const OptionalTensor& bias,
-                        bool training, double momentum, double eps, const std::string& act) {
+                        bool training, double momentum, double eps) {
   const Tensor &mean = tensor_or_undefined(running_mean), &var = tensor_or_undefined(running_var);
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
   // What a folded convolution left with channels innermost is taken as it is.
@@ -36,7 +36,7 @@ Tensor defer_batch_norm(const std::shared_ptr<Site>& site, const Tensor& given, 
       site->at_once(disturbed  ? "hooks on saved tensors, a mode, a transform or a profiler that records shapes see every operator"
                     : captured ? "a CUDA graph was captured, and it had not always been fused before"
                                : "its arguments are unusual");
-    const Tensor y = std::get<0>(norm_operator().call(x, weight, bias, running_mean, running_var, training, momentum, eps, act));
+    const Tensor y = std::get<0>(norm_operator().call(x, weight, bias, running_mean, running_var, training, momentum, eps, "none", std::nullopt));
     return any_strides ? Deferred::laid(y, strides) : y;
   }
   NormPointer node{};

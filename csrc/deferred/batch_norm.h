@@ -11,10 +11,10 @@
 
 namespace cnnkern {
 
-// The batch norm of x, deferred where that cannot be told from computing it now. The activation, the last of the arguments that
-// the operator's function has in Python, is "none".
+// The batch norm of x, deferred where that cannot be told from computing it now. The activation, which the operator's
+// function has behind these arguments in Python, is "none".
 at::Tensor defer_batch_norm(const std::shared_ptr<Site>& site, const at::Tensor& x, const std::optional<at::Tensor>& running_mean,
                             const std::optional<at::Tensor>& running_var, const std::optional<at::Tensor>& weight,
-                            const std::optional<at::Tensor>& bias, bool training, double momentum, double eps, const std::string& act);
+                            const std::optional<at::Tensor>& bias, bool training, double momentum, double eps);
 
 }  // namespace cnnkern

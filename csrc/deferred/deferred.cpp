@@ -151,7 +151,7 @@ Tensor Deferred::laid(const Tensor& value, const Strides& strides) {
 
 Tensor Deferred::compute_at_once(Source& source, const Strides& strides) {
   const Below below(c10::InferenceMode::is_enabled());
-  return laid(source.compute(Tensor(), "none", /*again=*/false).value, strides);
+  return laid(source.compute(Tensor(), Activation(), /*again=*/false).value, strides);
 }
 
 Deferred* Deferred::of(const Tensor& t) {
@@ -193,7 +193,7 @@ bool Deferred::conflicts_with(const c10::StorageImpl* memory, bool writes) {
   return std::any_of(reads.begin(), reads.end(), [&](const Tensor& t) { return memory_of(t) == memory; });
 }
 
-Result Deferred::compute(const std::string& act) {
+Result Deferred::compute(const Activation& act) {
   TORCH_CHECK(!residual_.defined() || residual_was_.holds(residual_), "cnnkern: what was added to a batch norm's output was changed "
               "by other means than PyTorch's operators, or by another thread, before the sum was used");
   TORCH_CHECK(capture_of(stream_) == capture_ && capture_of(stream_of(device())) == capture_, "cnnkern: a batch norm was called ",
@@ -207,7 +207,7 @@ Result Deferred::compute(const std::string& act) {
   }();
   if (norm_) {
     const NoHooks no_hooks;
-    norm_->fill(*source_->norm(), result.mean, result.rstd, act != "none" && !residual_.defined());
+    norm_->fill(*source_->norm(), result.mean, result.rstd, residual_.defined() ? recomputes_sum(act.name) : act.name != "none");
   }
   return result;
 }
@@ -238,7 +238,7 @@ Tensor Deferred::as_computed(const std::string& reason) {
   const Lock lock(mutex_);
   if (state_ == kOpen && source_->has_any_strides()) {
     report(reason);
-    keep_laid(compute("none").value);
+    keep_laid(compute(Activation()).value);
   }
   return state_ == kLaid ? value_ : Tensor();
 }
@@ -277,14 +277,14 @@ void Deferred::make_real_for(const std::string& reason) {
   if (state_ == kLaid) return become(value_);
   report(reason);
   if (state_ == kSpent && norm_) norm_->used_again = true;
-  become(compute("none").value);
+  become(compute(Activation()).value);
 }
 
 void Deferred::drop() noexcept {
   if (state_ == kReal) return;
   try {
     if (state_ == kOpen) {
-      if (source_->updates_statistics() || (norm_ && norm_.use_count() > 1)) compute("none");
+      if (source_->updates_statistics() || (norm_ && norm_.use_count() > 1)) compute(Activation());
       where_.site->missed(where_.mode, "its output is not used");
     }
   } catch (const std::exception& error) {
@@ -322,17 +322,19 @@ bool Deferred::is_observed(const Tensor& self) const {
   return is_held(self, own ? 2 : 1);
 }
 
-std::optional<Tensor> Deferred::activate(const Tensor& self, const char* act, bool in_place) {
+std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& act, bool in_place) {
   const Lock lock(mutex_);
-  const bool relu = std::string_view(act) == "relu";
-  if (!takes(self) || (residual_.defined() && !relu) || (in_place && is_observed(self))) return std::nullopt;
+  if (!takes(self) || (in_place && is_observed(self))) return std::nullopt;
   const bool sum = residual_.defined();
   const Result result = compute(act);
-  const Strides strides = in_place ? Strides(this->strides().begin(), this->strides().end()) : strides_of(result.value);
+  const bool of_result = !in_place && (!sum || reads_result(act.name));
+  const Strides strides = of_result ? strides_of(result.value) : Strides(this->strides().begin(), this->strides().end());
   decltype(torch::autograd::Edge::function) node;
   if (norm_ && sum) {
-    auto made = make_node<ReluOfSumNode>();
+    auto made = make_node<ActOfSumNode>();
+    made->act = act;
     made->mask = torch::autograd::SavedVariable(result.mask, /*is_output=*/false);
+    if (recomputes_sum(act.name)) made->residual.keep(residual_);
     made->channels_last = batch_norm_in_rows(source_->norm()->x);
     made->strides = strides;
     node = made;
@@ -342,7 +344,7 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const char* act, bo
     node = made;
   }
   if (node) node->add_next_edge(torch::autograd::impl::gradient_edge(self));
-  fused_with_ = sum ? "add + relu" : act;
+  fused_with_ = sum ? "add + " + act.name : act.name;
   where_.site->fused(where_.mode, fused_with_);
   const bool any_strides = source_->has_any_strides();
   if (!in_place) {
@@ -365,7 +367,7 @@ std::optional<Tensor> Deferred::add(const Tensor& self, const Tensor& other, Ter
     return std::nullopt;
   if (!norm_ && grad_mode_ && other.requires_grad()) return std::nullopt;
   const Strides strides = elementwise_strides(sizes(), this->strides(), other.strides());
-  // A ReLU behind the sum lays it out with the batch norm as the first term.
+  // An activation behind the sum lays it out with the batch norm as the first term.
   if (term == kSecond && strides != elementwise_strides(sizes(), other.strides(), this->strides())) return std::nullopt;
   if (in_place && is_observed(self)) return std::nullopt;
   Tensor residual = other;
@@ -379,7 +381,7 @@ std::optional<Tensor> Deferred::add(const Tensor& self, const Tensor& other, Ter
     node = make_node<SumNode>();
     node->set_next_edges({torch::autograd::impl::gradient_edge(self), torch::autograd::impl::gradient_edge(other)});
   }
-  // The sum waits in its turn, for a ReLU behind it.
+  // The sum waits in its turn, for an activation behind it.
   if (in_place) {
     residual_ = residual;
     residual_was_.remember(residual);

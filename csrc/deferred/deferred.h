@@ -61,7 +61,7 @@ class Deferred final : public c10::TensorImpl {
 
   enum Term { kFirst, kSecond };
   // What an activation, an addition of this, gives in one kernel; nothing where it has to be the plain operator.
-  std::optional<at::Tensor> activate(const at::Tensor& self, const char* act, bool in_place);
+  std::optional<at::Tensor> activate(const at::Tensor& self, const Activation& act, bool in_place);
   std::optional<at::Tensor> add(const at::Tensor& self, const at::Tensor& other, Term term, bool in_place);
 
   // Whether an operator that is given this memory, and writes to it or not, has to wait until this is real.
@@ -91,7 +91,7 @@ class Deferred final : public c10::TensorImpl {
   bool takes(const at::Tensor& self) const;
   bool is_where_it_was_put(const at::Tensor& self) const;
   bool is_observed(const at::Tensor& self) const;
-  Result compute(const std::string& act);
+  Result compute(const Activation& act);
   void become(const at::Tensor& value);
   void report(const std::string& reason);
   void keep_laid(const at::Tensor& value);

@@ -2,6 +2,7 @@
 #include <ATen/RedispatchFunctions.h>
 #include <torch/library.h>
 
+#include <cmath>
 #include <set>
 
 #include "deferred/arguments.h"
@@ -25,7 +26,7 @@ decltype(auto) past(const Operator& call) {
 bool takes_any_strides(const c10::OperatorHandle& op) {
   static const std::set<std::pair<std::string, std::string>> names = {
       {"aten::max_pool2d", ""}, {"aten::avg_pool2d", ""}, {"aten::adaptive_avg_pool2d", ""}, {"aten::cat", ""}, {"aten::mul", "Tensor"},
-      {"aten::hardsigmoid", ""}, {"aten::upsample_nearest2d", "vec"}, {"aten::upsample_bilinear2d", "vec"}};
+      {"aten::upsample_nearest2d", "vec"}, {"aten::upsample_bilinear2d", "vec"}};
   const auto& name = op.schema().operator_name();
   return names.count({name.name, name.overload_name}) > 0;
 }
@@ -87,64 +88,95 @@ void any_operator(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* s
   past([&] { op.redispatchBoxed(below(keys), stack); });
 }
 
+// What an operator that no kernel of ours computes gives, in place and out of place.
 template <typename Operator>
-Tensor activate(const Tensor& t, const char* act, const Operator& otherwise) {
-  if (Deferred* deferred = Deferred::of(t))
-    if (auto result = deferred->activate(t, act, /*in_place=*/false)) return *result;
-  Arguments(act).visit(t, /*writes=*/false);
+Tensor as_it_is(const char* name, const Tensor& t, const Operator& otherwise) {
+  Arguments(name).visit(t, /*writes=*/false);
   return past(otherwise);
 }
-
 template <typename Operator>
-Tensor& activate_(Tensor& t, const char* act, const Operator& otherwise) {
-  if (Deferred* deferred = Deferred::of(t))
-    if (deferred->activate(t, act, /*in_place=*/true)) return t;
-  Arguments(act).visit(t, /*writes=*/true);
+Tensor& as_it_is_(const char* name, Tensor& t, const Operator& otherwise) {
+  Arguments(name).visit(t, /*writes=*/true);
   past(otherwise);
   return t;
 }
 
-#define CNNKERN_ACTIVATION(name)                                                                                     \
-  Tensor name(Keys keys, const Tensor& t) {                                                                          \
-    return activate(t, #name, [&] { return at::redispatch::name(below(keys), t); });                                 \
-  }                                                                                                                  \
-  Tensor& name##_(Keys keys, Tensor& t) {                                                                            \
-    return activate_(t, #name, [&] { at::redispatch::name##_(below(keys), t); });                                    \
+// An activation, computed with what waits where there is one of ours that it is.
+template <typename Operator>
+Tensor activate(const char* name, const Tensor& t, const std::optional<Activation>& act, const Operator& otherwise) {
+  if (Deferred* deferred = Deferred::of(t); deferred != nullptr && act)
+    if (auto result = deferred->activate(t, *act, /*in_place=*/false)) return *result;
+  return as_it_is(name, t, otherwise);
+}
+template <typename Operator>
+Tensor& activate_(const char* name, Tensor& t, const std::optional<Activation>& act, const Operator& otherwise) {
+  if (Deferred* deferred = Deferred::of(t); deferred != nullptr && act)
+    if (deferred->activate(t, *act, /*in_place=*/true)) return t;
+  return as_it_is_(name, t, otherwise);
+}
+
+#define CNNKERN_ACTIVATION(name)                                                                          \
+  Tensor name(Keys keys, const Tensor& t) {                                                               \
+    return activate(#name, t, Activation{#name}, [&] { return at::redispatch::name(below(keys), t); });   \
+  }                                                                                                       \
+  Tensor& name##_(Keys keys, Tensor& t) {                                                                 \
+    return activate_(#name, t, Activation{#name}, [&] { at::redispatch::name##_(below(keys), t); });      \
   }
 CNNKERN_ACTIVATION(relu)
 CNNKERN_ACTIVATION(relu6)
 CNNKERN_ACTIVATION(sigmoid)
 CNNKERN_ACTIVATION(silu)
 CNNKERN_ACTIVATION(hardswish)
+CNNKERN_ACTIVATION(mish)
+CNNKERN_ACTIVATION(hardsigmoid)
 #undef CNNKERN_ACTIVATION
 
 bool is(const at::Scalar& number, double value) { return !number.isComplex() && !number.isSymbolic() && number.toDouble() == value; }
 
+std::optional<Activation> hardtanh_of(const at::Scalar& low, const at::Scalar& high) {
+  return is(low, 0) && is(high, 6) ? std::optional(Activation{"relu6"}) : std::nullopt;
+}
+// An activation with a number. In place PyTorch has no gradient of one that is negative, and says so.
+std::optional<Activation> numbered(const char* name, const at::Scalar& number, bool in_place) {
+  if (number.isComplex() || number.isSymbolic() || !std::isfinite(number.toDouble())) return std::nullopt;
+  if (in_place && number.toDouble() < 0) return std::nullopt;
+  return Activation{name, number.toDouble()};
+}
+std::optional<Activation> elu_of(const at::Scalar& alpha, const at::Scalar& scale, const at::Scalar& input_scale, bool in_place) {
+  return is(scale, 1) && is(input_scale, 1) ? numbered("elu", alpha, in_place) : std::nullopt;
+}
+std::optional<Activation> gelu_of(c10::string_view approximate) {
+  if (approximate == "none") return Activation{"gelu"};
+  return approximate == "tanh" ? std::optional(Activation{"gelu_tanh"}) : std::nullopt;
+}
+
 Tensor hardtanh(Keys keys, const Tensor& t, const at::Scalar& low, const at::Scalar& high) {
-  const auto otherwise = [&] { return at::redispatch::hardtanh(below(keys), t, low, high); };
-  if (is(low, 0) && is(high, 6)) return activate(t, "relu6", otherwise);
-  Arguments("hardtanh").visit(t, /*writes=*/false);
-  return past(otherwise);
+  return activate("hardtanh", t, hardtanh_of(low, high), [&] { return at::redispatch::hardtanh(below(keys), t, low, high); });
 }
 Tensor& hardtanh_(Keys keys, Tensor& t, const at::Scalar& low, const at::Scalar& high) {
-  const auto otherwise = [&] { at::redispatch::hardtanh_(below(keys), t, low, high); };
-  if (is(low, 0) && is(high, 6)) return activate_(t, "relu6", otherwise);
-  Arguments("hardtanh").visit(t, /*writes=*/true);
-  past(otherwise);
-  return t;
+  return activate_("hardtanh", t, hardtanh_of(low, high), [&] { at::redispatch::hardtanh_(below(keys), t, low, high); });
 }
 Tensor leaky_relu(Keys keys, const Tensor& t, const at::Scalar& slope) {
-  const auto otherwise = [&] { return at::redispatch::leaky_relu(below(keys), t, slope); };
-  if (is(slope, 0.01)) return activate(t, "leaky_relu", otherwise);
-  Arguments("leaky_relu").visit(t, /*writes=*/false);
-  return past(otherwise);
+  return activate("leaky_relu", t, numbered("leaky_relu", slope, /*in_place=*/false),
+                  [&] { return at::redispatch::leaky_relu(below(keys), t, slope); });
 }
 Tensor& leaky_relu_(Keys keys, Tensor& t, const at::Scalar& slope) {
-  const auto otherwise = [&] { at::redispatch::leaky_relu_(below(keys), t, slope); };
-  if (is(slope, 0.01)) return activate_(t, "leaky_relu", otherwise);
-  Arguments("leaky_relu").visit(t, /*writes=*/true);
-  past(otherwise);
-  return t;
+  return activate_("leaky_relu", t, numbered("leaky_relu", slope, /*in_place=*/true),
+                   [&] { at::redispatch::leaky_relu_(below(keys), t, slope); });
+}
+Tensor elu(Keys keys, const Tensor& t, const at::Scalar& alpha, const at::Scalar& scale, const at::Scalar& input_scale) {
+  return activate("elu", t, elu_of(alpha, scale, input_scale, /*in_place=*/false),
+                  [&] { return at::redispatch::elu(below(keys), t, alpha, scale, input_scale); });
+}
+Tensor& elu_(Keys keys, Tensor& t, const at::Scalar& alpha, const at::Scalar& scale, const at::Scalar& input_scale) {
+  return activate_("elu", t, elu_of(alpha, scale, input_scale, /*in_place=*/true),
+                   [&] { at::redispatch::elu_(below(keys), t, alpha, scale, input_scale); });
+}
+Tensor gelu(Keys keys, const Tensor& t, c10::string_view approximate) {
+  return activate("gelu", t, gelu_of(approximate), [&] { return at::redispatch::gelu(below(keys), t, approximate); });
+}
+Tensor& gelu_(Keys keys, Tensor& t, c10::string_view approximate) {
+  return activate_("gelu", t, gelu_of(approximate), [&] { at::redispatch::gelu_(below(keys), t, approximate); });
 }
 
 Tensor add(Keys keys, const Tensor& a, const Tensor& b, const at::Scalar& alpha) {
@@ -204,6 +236,14 @@ TORCH_LIBRARY_IMPL(aten, DeferredInit, m) {
   m.impl("silu_", &cnnkern::silu_);
   m.impl("hardswish", &cnnkern::hardswish);
   m.impl("hardswish_", &cnnkern::hardswish_);
+  m.impl("mish", &cnnkern::mish);
+  m.impl("mish_", &cnnkern::mish_);
+  m.impl("hardsigmoid", &cnnkern::hardsigmoid);
+  m.impl("hardsigmoid_", &cnnkern::hardsigmoid_);
+  m.impl("elu", &cnnkern::elu);
+  m.impl("elu_", &cnnkern::elu_);
+  m.impl("gelu", &cnnkern::gelu);
+  m.impl("gelu_", &cnnkern::gelu_);
   m.impl("detach", &cnnkern::detach);
   m.impl("_has_compatible_shallow_copy_type", &cnnkern::has_compatible_shallow_copy_type);
   m.impl("add.Tensor", &cnnkern::add);

@@ -29,19 +29,31 @@ auto operator_of(const char* name, const char* overload = "") {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
 }
 
-// An activation of ours as oneDNN has it.
-std::pair<const char*, std::vector<double>> post_operator(const std::string& act) {
-  if (act == "relu6") return {"hardtanh", {0, 6}};
-  if (act == "leaky_relu") return {"leaky_relu", {0.01}};
-  if (act == "silu") return {"swish", {}};
-  return {act == "relu" ? "relu" : act == "sigmoid" ? "sigmoid" : act == "hardswish" ? "hardswish" : "none", {}};
+// An activation of ours as oneDNN has it behind a convolution; "none" for one that it lacks.
+struct PostOperator {
+  const char* name = "none";
+  std::vector<double> numbers = {};
+  const char* algorithm = "";
+};
+
+PostOperator post_operator(const Activation& act) {
+  if (act.name == "relu") return {"relu"};
+  if (act.name == "sigmoid") return {"sigmoid"};
+  if (act.name == "hardswish") return {"hardswish"};
+  if (act.name == "hardsigmoid") return {"hardsigmoid"};
+  if (act.name == "silu") return {"swish"};
+  if (act.name == "relu6") return {"hardtanh", {0, 6}};
+  if (act.name == "leaky_relu") return {"leaky_relu", {other_activation("cnnkern", act).param}};
+  if (act.name == "gelu") return {"gelu", {}, "none"};
+  if (act.name == "gelu_tanh") return {"gelu", {}, "tanh"};
+  return {};
 }
 
 class Convolved final : public Source {
  public:
   Convolved(std::shared_ptr<FoldedConv> conv, const Tensor& x, const Remembered& x_was, at::ScalarType dtype)
       : conv_(std::move(conv)), x_(x), x_was_(x_was), dtype_(dtype) {}
-  Result compute(const Tensor& residual, const std::string& act, bool) override {
+  Result compute(const Tensor& residual, const Activation& act, bool) override {
     TORCH_CHECK(x_was_.holds(x_), "cnnkern: the input of a folded convolution was changed by other means than PyTorch's operators, "
                 "or by another thread, before its output was used");
     return {conv_->run(x_, residual, act, dtype_), {}, {}, {}};
@@ -131,7 +143,7 @@ Tensor FoldedConv::defer(const std::shared_ptr<Site>& site, const Tensor& x, con
   return tensor_of(Deferred::make(source, x.options().dtype(dtype), sizes, strides, {}, {site, 0}));
 }
 
-Tensor FoldedConv::run(const Tensor& x, const Tensor& residual, const std::string& act, at::ScalarType dtype) {
+Tensor FoldedConv::run(const Tensor& x, const Tensor& residual, const Activation& act, at::ScalarType dtype) {
   const Tensor padded = (settings_.pad.empty() ? x : at::pad(x, settings_.pad, settings_.pad_mode)).to(dtype);
   if (!is_librarys(padded, dtype)) return by_parts(padded, residual, act);
   const int64_t from = settings_.own_from_pixels;
@@ -140,39 +152,41 @@ Tensor FoldedConv::run(const Tensor& x, const Tensor& residual, const std::strin
 }
 
 // By PyTorch's convolution with the folded weights, and what follows it.
-Tensor FoldedConv::by_parts(const Tensor& x, const Tensor& residual, const std::string& act) {
+Tensor FoldedConv::by_parts(const Tensor& x, const Tensor& residual, const Activation& act) {
   const auto& [stride, padding, dilation, groups, pad, pad_mode, own_from_pixels, dtypes] = settings_;
   const OptionalTensor bias = bias_.defined() ? OptionalTensor(bias_.to(x.scalar_type())) : std::nullopt;
   const std::vector<int64_t> none(stride.size(), 0);
   Tensor y = at::convolution(x, weight_.to(x.scalar_type()), bias, stride, padding, dilation, /*transposed=*/false, none, groups);
   if (residual.defined()) y.add_(residual);
-  return act == "relu" ? y.relu_() : activation_by_pytorch(y, act);
+  return act.name == "relu" ? y.relu_() : activation_by_pytorch(y, act);
 }
 
-Tensor FoldedConv::by_library(const Tensor& x, const Tensor& residual, const std::string& act) {
+Tensor FoldedConv::by_library(const Tensor& x, const Tensor& residual, const Activation& act) {
   static const auto pointwise = operator_of<Pointwise>("mkldnn::_convolution_pointwise");
   static const auto binary = operator_of<Binary>("mkldnn::_convolution_pointwise", "binary");
   const auto& [stride, padding, dilation, groups, pad, pad_mode, own_from_pixels, dtypes] = settings_;
   const OptionalTensor bias = bias_.defined() ? OptionalTensor(bias_.to(x.scalar_type())) : std::nullopt;
   const Tensor weight = packed(x);
   if (residual.defined()) {
-    const Name relu = act == "relu" ? Name("relu") : std::nullopt;
-    return binary.call(x, residual, weight, bias, padding, stride, dilation, groups, "add", std::nullopt, relu, Scalars(), "");
+    const Name relu = act.name == "relu" ? Name("relu") : std::nullopt;
+    const Tensor y = binary.call(x, residual, weight, bias, padding, stride, dilation, groups, "add", std::nullopt, relu, Scalars(), "");
+    return relu ? y : activation_by_pytorch(y, act);
   }
-  const auto [name, numbers] = post_operator(act);
+  const auto [name, numbers, algorithm] = post_operator(act);
   Scalars scalars;
   for (const double number : numbers) scalars.push_back(at::Scalar(number));
-  return pointwise.call(x, weight, bias, padding, stride, dilation, groups, name, scalars, "");
+  const Tensor y = pointwise.call(x, weight, bias, padding, stride, dilation, groups, name, scalars, algorithm);
+  return std::string_view(name) == "none" ? activation_by_pytorch(y, act) : y;
 }
 
 // By our grouped convolution, and what follows it.
-Tensor FoldedConv::by_own(const Tensor& x, const Tensor& residual, const std::string& act) {
+Tensor FoldedConv::by_own(const Tensor& x, const Tensor& residual, const Activation& act) {
   static const auto grouped = operator_of<Grouped>("cnnkern::grouped_conv2d");
   const auto& [stride, padding, dilation, groups, pad, pad_mode, own_from_pixels, dtypes] = settings_;
   Tensor y = grouped.call(x.contiguous(at::MemoryFormat::ChannelsLast), weight_.to(x.scalar_type()), optional_of(bias_), stride, padding,
                           dilation, groups);
   if (residual.defined()) y.add_(residual);
-  return act == "relu" ? y.relu_() : activation_by_pytorch(y, act);
+  return act.name == "relu" ? y.relu_() : activation_by_pytorch(y, act);
 }
 
 Tensor FoldedConv::packed(const Tensor& x) {

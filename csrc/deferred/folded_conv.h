@@ -43,7 +43,7 @@ class FoldedConv : public std::enable_shared_from_this<FoldedConv> {
   // The same in place of another one, whose result `waiting` is.
   at::Tensor take_over(const std::shared_ptr<Site>& site, const at::Tensor& waiting);
 
-  at::Tensor run(const at::Tensor& x, const at::Tensor& residual, const std::string& act, at::ScalarType dtype);
+  at::Tensor run(const at::Tensor& x, const at::Tensor& residual, const Activation& act, at::ScalarType dtype);
 
  private:
   bool takes(const at::Tensor& x) const;
@@ -52,9 +52,9 @@ class FoldedConv : public std::enable_shared_from_this<FoldedConv> {
   at::Tensor defer(const std::shared_ptr<Site>& site, const at::Tensor& x, const Remembered& x_was,
                    const std::vector<int64_t>& sizes, bool rows, at::ScalarType dtype);
   bool is_librarys(const at::Tensor& x, at::ScalarType dtype) const;
-  at::Tensor by_parts(const at::Tensor& x, const at::Tensor& residual, const std::string& act);
-  at::Tensor by_library(const at::Tensor& x, const at::Tensor& residual, const std::string& act);
-  at::Tensor by_own(const at::Tensor& x, const at::Tensor& residual, const std::string& act);
+  at::Tensor by_parts(const at::Tensor& x, const at::Tensor& residual, const Activation& act);
+  at::Tensor by_library(const at::Tensor& x, const at::Tensor& residual, const Activation& act);
+  at::Tensor by_own(const at::Tensor& x, const at::Tensor& residual, const Activation& act);
   at::Tensor packed(const at::Tensor& x);
 
   at::Tensor weight_, bias_;

@@ -15,10 +15,12 @@ using torch::autograd::variable_list;
 namespace {
 
 using NormBackward = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                                        const Tensor&, const Tensor&, bool, c10::string_view, std::array<bool, 3>);
+                                                        const Tensor&, const Tensor&, bool, c10::string_view, std::array<bool, 3>,
+                                                        std::optional<double>);
 using AddBackward = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&,
                                                                const OptionalTensor&, const Tensor&, const Tensor&, const Tensor&,
-                                                               bool, bool, c10::string_view, std::array<bool, 4>);
+                                                               bool, bool, c10::string_view, std::array<bool, 4>, const OptionalTensor&,
+                                                               std::optional<double>);
 
 const auto& norm_backward() {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::bn_act_backward", "").typed<NormBackward>();
@@ -29,14 +31,14 @@ const auto& add_backward() {
   return op;
 }
 
-// Below autograd and modes, which are to see no more than PyTorch's operators.
+}  // namespace
+
 Tensor copy_of(const Tensor& t) {
-  c10::impl::ForceDispatchKeyGuard below(c10::default_included_set,
-                                         c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+  c10::impl::ForceDispatchKeyGuard below(
+      c10::default_included_set,
+      c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::DispatchKeySet(c10::DispatchKey::DeferredInit));
   return t.clone();
 }
-
-}  // namespace
 
 Lock::Lock(std::recursive_mutex& mutex) : lock_(mutex, std::try_to_lock) {
   if (lock_.owns_lock()) return;
@@ -101,15 +103,14 @@ variable_list NormNode::apply(variable_list&& grads) {
   if (!dy.defined()) return variable_list(3);
   const bool same = before.dy.defined() && before.dy.is_same(dy);
   if (same && before.gradients) return *before.gradients;
-  TORCH_CHECK(same || before.act.empty(), "cnnkern: a gradient was replaced on its way from an activation to the batch norm "
+  TORCH_CHECK(same || before.act.name == "none", "cnnkern: a gradient was replaced on its way from an activation to the batch norm "
               "before it, which computes both in one; please report this");
-  const c10::string_view act = before.act.empty() ? "none" : c10::string_view(before.act);
   const auto saved = unpack();
   std::array<bool, 3> needs;
   for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
   auto [dx, dweight, dbias] = norm_backward().call(dy, saved[0], optional_of(saved[1]), optional_of(saved[2]), saved[3].contiguous(),
-                                                   saved[4].contiguous(), training_, act, needs);
-  if (needs[0]) dx = in_strides_of_batch_norm_gradient(dx, saved[0], dy, before.strides, act);
+                                                   saved[4].contiguous(), training_, before.act.name, needs, before.act.param);
+  if (needs[0]) dx = in_strides_of_batch_norm_gradient(dx, saved[0], dy, before.strides, before.act.name);
   return {needs[0] ? dx : Tensor(), needs[1] ? dweight : Tensor(), needs[2] ? dbias : Tensor()};
 }
 
@@ -126,7 +127,7 @@ variable_list ActNode::apply(variable_list&& grads) {
   const auto saved = norm.unpack();
   const bool create_graph = at::GradMode::is_enabled();
   at::AutoGradMode enable(true);
-  Tensor y = bn_act_composite(saved[0], saved[1], saved[2], saved[3], saved[4], norm.training(), "none");
+  Tensor y = bn_act_composite(saved[0], saved[1], saved[2], saved[3], saved[4], norm.training(), {"none", {}});
   if (!create_graph) y = y.detach();
   if (!y.requires_grad()) y.requires_grad_();
   return torch::autograd::grad({activation_by_pytorch(y, act)}, {y}, {dz}, /*retain_graph=*/create_graph, create_graph);
@@ -137,19 +138,21 @@ variable_list SumNode::apply(variable_list&& grads) {
   return {grads[0], grads[0]};
 }
 
-variable_list ReluOfSumNode::apply(variable_list&& grads) {
+variable_list ActOfSumNode::apply(variable_list&& grads) {
   const Tensor& dz = grads[0];
   if (!dz.defined()) return {Tensor()};
   auto& norm = static_cast<NormNode&>(*next_edge(0).function->next_edge(0).function);
   Lock lock(norm.mutex);
   const auto saved = norm.unpack();
+  const Tensor bits = mask.unpack(), added = residual.unpack();
+  const bool recomputes = recomputes_sum(act.name);
   const std::array<bool, 4> needs = {norm.next_edge(0).is_valid(), true, norm.next_edge(1).is_valid(), norm.next_edge(2).is_valid()};
   auto [dx, dresidual, dweight, dbias] =
-      add_backward().call(dz, saved[0], optional_of(saved[1]), std::nullopt, saved[3].contiguous(), saved[4].contiguous(),
-                          mask.unpack(), channels_last, norm.training(), "relu", needs);
-  if (needs[0]) dx = in_strides_of_batch_norm_gradient(dx, saved[0], dz, strides, "relu");
-  dresidual = restrided(dresidual, strides_of_gradient(dz, strides, "relu"));
-  norm.known = {dresidual, "", strides,
+      add_backward().call(dz, saved[0], optional_of(saved[1]), recomputes ? optional_of(saved[2]) : std::nullopt, saved[3].contiguous(),
+                          saved[4].contiguous(), bits, channels_last, norm.training(), act.name, needs, optional_of(added), act.param);
+  if (needs[0]) dx = in_strides_of_batch_norm_gradient(dx, saved[0], dz, strides, act.name);
+  dresidual = restrided(dresidual, strides_of_gradient(dz, strides, act.name));
+  norm.known = {dresidual, {}, strides,
                 variable_list{needs[0] ? dx : Tensor(), needs[2] ? dweight : Tensor(), needs[3] ? dbias : Tensor()}};
   return {dresidual};
 }

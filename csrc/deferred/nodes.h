@@ -15,6 +15,8 @@
 #include <vector>
 
 #include "autograd/node.h"
+#include "check.h"
+#include "deferred/seal.h"
 #include "memory_layout.h"
 
 namespace cnnkern {
@@ -28,11 +30,21 @@ class Lock {
   std::unique_lock<std::recursive_mutex> lock_;
 };
 
+// An activation by name, with its number where that is not the default.
+struct Activation {
+  std::string name = "none";
+  std::optional<double> param = std::nullopt;
+  operator ActivationName() const { return {name, param}; }
+};
+
 // A batch norm's arguments, as autograd saves them.
 struct NormArguments {
   at::Tensor x, weight, bias;
   bool training;
 };
+
+// A copy below autograd and modes, which are to see no more than PyTorch's operators.
+at::Tensor copy_of(const at::Tensor& t);
 
 // Makes the result, an object of Deferred, whose node is asked for a gradient.
 void make_real(c10::TensorImpl* result);
@@ -53,8 +65,8 @@ class NormNode final : public torch::autograd::Node {
   // What the node in front tells: a gradient that has yet to pass its activation, or all that is asked for.
   struct Known {
     at::Tensor dy;
-    std::string act;
-    Strides strides;  // of the activation's result
+    Activation act;
+    Strides strides;  // of what the activation's gradient reads
     std::optional<torch::autograd::variable_list> gradients;
   } known;
   std::recursive_mutex mutex;
@@ -71,7 +83,7 @@ using NormPointer = decltype(make_node<NormNode>());
 
 // act(batch norm), whose node is the next one.
 struct ActNode final : torch::autograd::Node {
-  std::string act;
+  Activation act;
   Strides strides;  // of the result
   std::string name() const override { return "BatchNormAct"; }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
@@ -84,13 +96,15 @@ struct SumNode final : torch::autograd::Node {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
 };
 
-// relu(batch norm + residual), whose node is the next one: computes the gradients of all three.
-struct ReluOfSumNode final : torch::autograd::Node {
+// act(batch norm + residual), whose node is the next one: computes the gradients of all three.
+struct ActOfSumNode final : torch::autograd::Node {
+  Activation act;
   torch::autograd::SavedVariable mask;
+  Kept residual;               // instead of a mask
   bool channels_last = false;  // the order of the mask
-  Strides strides;             // of the result
-  std::string name() const override { return "BatchNormAddReLU"; }
-  void release_variables() override { mask.reset_data(); }
+  Strides strides;             // of what the activation's gradient reads
+  std::string name() const override { return "BatchNormAddAct"; }
+  void release_variables() override { mask.reset_data(), residual.reset(); }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
 };
 

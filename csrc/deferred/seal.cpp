@@ -20,6 +20,7 @@ namespace {
 
 std::mutex mutex;
 std::vector<Sealed*> all;
+std::vector<Kept*> all_kept;
 
 // The keys of any tensor, which its class keeps to its heirs.
 struct Keys : c10::TensorImpl {
@@ -68,6 +69,41 @@ bool Seal::holds(const std::vector<Tensor>& tensors) const {
       return false;
   }
   return true;
+}
+
+void Kept::keep(const Tensor& t) {
+  std::lock_guard<std::mutex> lock(mutex);
+  tensor_ = t, version_ = t._version();
+  if (!t.key_set().has(kDeferredKey)) Keys::of(t) = Keys::of(t).add(kDeferredKey);
+  all_kept.push_back(this);
+}
+
+void Kept::reset() {
+  Tensor released, copy;  // destroyed without the lock: what they free may be kept tensors' nodes
+  std::lock_guard<std::mutex> lock(mutex);
+  std::erase(all_kept, this);
+  std::swap(released, tensor_), std::swap(copy, copy_);
+}
+
+Tensor Kept::unpack() const {
+  std::lock_guard<std::mutex> lock(mutex);
+  if (!tensor_.defined()) return Tensor();
+  if (copy_.defined()) {
+    TORCH_CHECK(!at::GradMode::is_enabled() || !tensor_.requires_grad(), "cnnkern: what was added to a batch norm's output was changed "
+                "in place since, and a second derivative needs it as it was");
+    return copy_;
+  }
+  TORCH_CHECK(tensor_._version() == version_, "one of the variables needed for gradient computation has been modified by an inplace "
+              "operation: what was added to a batch norm's output, through a view that was made before. Use the view after the "
+              "gradient, or leave this batch norm unconverted.");
+  return tensor_;
+}
+
+void Kept::copy_those_of(const c10::StorageImpl* memory) {
+  std::lock_guard<std::mutex> lock(mutex);
+  for (Kept* kept : all_kept)
+    if (memory_of(kept->tensor_) == memory && !kept->copy_.defined() && kept->tensor_._version() == kept->version_)
+      kept->copy_ = copy_of(kept->tensor_);
 }
 
 void Seal::break_those_of(const c10::StorageImpl* memory) {

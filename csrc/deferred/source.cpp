@@ -10,7 +10,7 @@ namespace {
 
 using NormAdd = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
                                                            const OptionalTensor&, const OptionalTensor&, bool, double, double,
-                                                           c10::string_view);
+                                                           c10::string_view, std::optional<double>);
 
 const auto& norm_add_op() {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::bn_add_act", "").typed<NormAdd>();
@@ -99,7 +99,7 @@ void BatchNorm::check_unchanged(bool statistics) const {
   }
 }
 
-Result BatchNorm::compute(const Tensor& residual, const std::string& act, bool again) {
+Result BatchNorm::compute(const Tensor& residual, const Activation& act, bool again) {
   const auto& [x, weight, bias, training] = arguments_;
   const bool of_batch_only = training && again;  // the running statistics have had this batch
   check_unchanged(!of_batch_only);
@@ -108,10 +108,12 @@ Result BatchNorm::compute(const Tensor& residual, const std::string& act, bool a
   Result result;
   if (residual.defined())
     std::tie(result.value, result.mean, result.rstd, result.mask) =
-        norm_add_op().call(x, residual, optional_of(weight), optional_of(bias), mean, var, training, momentum_, eps_, act);
+        norm_add_op().call(x, residual, optional_of(weight), optional_of(bias), mean, var, training, momentum_, eps_, act.name,
+                           act.param);
   else
     std::tie(result.value, result.mean, result.rstd) =
-        norm_operator().call(x, optional_of(weight), optional_of(bias), mean, var, training, momentum_, eps_, act);
+        norm_operator().call(x, optional_of(weight), optional_of(bias), mean, var, training, momentum_, eps_, act.name,
+                           act.param);
   if (training && !again) bump_version(mean), bump_version(var);
   return result;
 }

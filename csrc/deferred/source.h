@@ -15,7 +15,7 @@ namespace cnnkern {
 // cnnkern::bn_act.
 using NormOperator = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
-    const std::optional<at::Tensor>&, bool, double, double, c10::string_view);
+    const std::optional<at::Tensor>&, bool, double, double, c10::string_view, std::optional<double>);
 const c10::TypedOperatorHandle<NormOperator>& norm_operator();
 
 // Asks no deferred result to be real.
@@ -31,7 +31,7 @@ class Source {
  public:
   virtual ~Source() = default;
   // act(result + residual), the residual being optional, below autograd. Where `again` it was computed before.
-  virtual Result compute(const at::Tensor& residual, const std::string& act, bool again) = 0;
+  virtual Result compute(const at::Tensor& residual, const Activation& act, bool again) = 0;
   virtual std::vector<at::Tensor> reads() const = 0;
   virtual const NormArguments* norm() const { return nullptr; }  // whose gradients are ours to compute
   // Whether it changes or reads a running statistic in this memory: nobody else is to touch one before it does.
@@ -65,7 +65,7 @@ class BatchNorm final : public Source {
   // Whether our kernels compute it as it stands, and nobody can tell when.
   bool can_wait() const;
 
-  Result compute(const at::Tensor& residual, const std::string& act, bool again) override;
+  Result compute(const at::Tensor& residual, const Activation& act, bool again) override;
   std::vector<at::Tensor> reads() const override;
   const NormArguments* norm() const override { return &arguments_; }
   bool keeps_statistic(const c10::StorageImpl* memory) const override;

@@ -21,7 +21,7 @@ FAULTS = [
         "bn_act",
         "no activation",
         "bn_act.py",
-        "out = act_value(tl.fma(v - center, scale, offset), ACT)",
+        "out = act_value(tl.fma(v - center, scale, offset), PARAM, ACT)",
         "out = tl.fma(v - center, scale, offset)",
     ),
     fault(
@@ -124,15 +124,15 @@ FAULTS = [
         "add_relu",
         "a store beyond the end",
         "add_relu.py",
-        'tl.store(y + at, act_value(v, "relu").to(y.dtype.element_ty), inside)',
-        'tl.store(y + at, act_value(v, "relu").to(y.dtype.element_ty), at >= 0)',
+        'tl.store(y + at, act_value(v, 0.0, "relu").to(y.dtype.element_ty), inside)',
+        'tl.store(y + at, act_value(v, 0.0, "relu").to(y.dtype.element_ty), at >= 0)',
     ),
     fault(
         "add_relu",
         "no ReLU",
         "add_relu.py",
-        'act_value(v, "relu")',
-        'act_value(v, "none")',
+        'act_value(v, 0.0, "relu")',
+        'act_value(v, 0.0, "none")',
     ),
     fault(
         "layer_norm",

@@ -47,9 +47,9 @@ def of_batch_norms(rows: bool) -> dict[str, Launch]:
 
     x = torch.empty((32, 64, 56, 56), device="meta")
     cut = layout.Cut.of(x.to(memory_format=torch.channels_last) if rows else x)
-    relu, tile = cut.constants | {"ACT": "relu"}, cut.R * cut.B
-    masked = cut.constants | {"ACT": "none"}
-    unmasked = {"bits": None, "dresidual": None}
+    relu, tile = cut.constants | {"ACT": "relu", "PARAM": 0.0}, cut.R * cut.B
+    masked = cut.constants | {"ACT": "none", "PARAM": 0.0, "residual": None}
+    unmasked = {"bits": None, "residual": None, "dresidual": None}
     return {
         "moments": Launch(batch_norm.moments_kernel, cut.constants, tile, 2),  # the first tile stands before the loop
         "bn_act": Launch(bn_act.bn_act_apply_kernel, relu, tile, 1, 1),

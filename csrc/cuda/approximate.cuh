@@ -1,0 +1,22 @@
+// Activations whose result is rounded to 16 bits: by the approximations that a GPU has instructions for, whose errors are
+// a few units of float's 24 digits, while the result keeps 11 or 8. The exact ones take several times as many instructions,
+// and made activations with an exponential slower than the memory.
+#pragma once
+
+#include "activations.h"
+#include "cuda/gpu_compat.cuh"
+
+namespace cnnkern {
+
+struct Approximate : Lanewise<float> {
+  static CNNKERN_HOST_DEVICE float exp(float v) { return gpu::approximate_exp(v); }
+  // 0 where |b| is beyond 2^126.
+  static CNNKERN_HOST_DEVICE float divide(float a, float b) { return gpu::approximate_quotient(a, b); }
+  static CNNKERN_HOST_DEVICE float erfc(float v) { return short_erfc<Approximate>(v); }
+};
+template <>
+struct Rounded<c10::BFloat16, float> : Approximate {};
+template <>
+struct Rounded<c10::Half, float> : Approximate {};
+
+}  // namespace cnnkern
