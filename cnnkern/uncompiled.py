@@ -69,6 +69,7 @@ def _autograd(name: str) -> Callable:
             every = results if isinstance(results, tuple) else (results,)
             known = dict(zip(inputs, arguments, strict=True)) | dict(zip(outputs, every, strict=True))
             known |= {"channels_last": batch_norm_in_rows(arguments[0]), "order": memory_order(every[0])}
+            known |= {"size": arguments[0].shape[2:]}
             if name != "bn_act" or known["act"] == "none":
                 known["bias"] = None  # which that gradient does not read
             ctx.names = [n for n in needed if isinstance(known.get(n), Tensor)]
