@@ -108,7 +108,7 @@ MISUSE = {
         "integers": {"x": Tensor.long},
         "three dimensions": {"x": lambda t: t[0]},
         "no channels": {"x": lambda t: t[:, :0]},
-        "a kernel of three numbers": {"kernel_size": lambda _: (3, 3, 3)},
+        "a kernel of three numbers": {"kernel_size": lambda _: [3, 3, 3]},
         "no kernel": {"kernel_size": lambda _: (0, 3)},
         "a window of too many": {"kernel_size": lambda _: (16, 17)},
         "no stride": {"stride": lambda _: (1, 0)},

@@ -316,7 +316,8 @@ def _pool_image(op: str, sizes: Sequence[int]) -> None:
 def _window(op: str, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:
     if not len(kernel) == len(stride) == len(padding) == 2:
         raise RuntimeError(
-            f"{op}: kernel_size, stride and padding must be two numbers each; got {kernel}, {stride} and {padding}"
+            f"{op}: kernel_size, stride and padding must be two numbers each; "
+            f"got {list(kernel)}, {list(stride)} and {list(padding)}"
         )
     if min(kernel) < 1 or kernel[0] * kernel[1] > WINDOW:
         raise RuntimeError(

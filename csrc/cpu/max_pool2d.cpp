@@ -59,6 +59,12 @@ Largest<T> nothing_yet(int64_t first) {
 
 template <typename T>
 void store_positions(uint8_t* p, Vec<T> positions, int64_t n) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, double>)
+    return _mm_mask_storeu_epi8(p, (1u << n) - 1, _mm256_cvtepi32_epi8(_mm512_cvttpd_epi32(positions)));
+  else
+    return _mm_mask_storeu_epi8(p, (1u << n) - 1, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(positions)));
+#endif
   compute_t<T> lanes[kLanes<T>];
   positions.store(lanes);
   if (n == kLanes<T>) {  // of a length that the compiler knows
