@@ -13,7 +13,7 @@ class MaxPool2d(nn.MaxPool2d):
     Input (N, C, H, W) or (C, H, W), output (N, C, H', W') or (C, H', W').
     """
 
-    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if isinstance(input, fx.Proxy):
             return leaf(self, input)
         return max_pool2d(
