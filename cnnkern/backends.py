@@ -25,7 +25,7 @@ _LABELS = {"triton": "Triton", "eager": "eager PyTorch"}
 # Modules of cnnkern.triton_kernels, and the operators that each has the launchers of.
 _TRITON_KERNELS = {
     name: (name, f"{name}_backward")
-    for name in ("bn_act", "bn_add_act", "add_relu", "grouped_conv2d", "layer_norm", "layer_norm2d")
+    for name in ("bn_act", "bn_add_act", "add_relu", "grouped_conv2d", "layer_norm", "layer_norm2d", "max_pool2d")
 } | {"sync_bn": ("sync_bn_stats", "sync_bn", "sync_bn_sums", "sync_bn_backward")}
 _WITHOUT_CUDA = (
     "the extension was built without CUDA; `CNNKERN_CUDA=1 pip install --no-build-isolation .` builds it with, given "

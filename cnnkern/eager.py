@@ -355,10 +355,34 @@ def layer_norm2d_backward(dy, x, weight, bias, mean, rstd, output_mask: Sequence
     return in_layout_of(dx.permute(0, 3, 1, 2), x) if output_mask[0] else dx, dweight, dbias
 
 
-FORWARD: tuple[Callable, ...] = (bn_act, bn_add_act, add_relu, grouped_conv2d, layer_norm, layer_norm2d)
+def _corners(y: Tensor, stride: Sequence[int], padding: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Row and column where each window begins."""
+    rows, columns = (torch.arange(n, device=y.device) for n in y.shape[2:])
+    return (rows * stride[0] - padding[0])[:, None], columns * stride[1] - padding[1]
+
+
+def max_pool2d(x, kernel_size, stride, padding, ceil_mode):
+    check.max_pool2d("cnnkern::max_pool2d", x, kernel_size, stride, padding, ceil_mode)
+    y, indices = _aten.max_pool2d_with_indices(x, kernel_size, stride, padding, 1, ceil_mode)
+    top, left = _corners(y, stride, padding)
+    positions = (indices // x.shape[3] - top) * kernel_size[1] + indices % x.shape[3] - left
+    return y, in_layout_of(positions.to(torch.uint8), y)
+
+
+def max_pool2d_backward(dy, positions, size, kernel_size, stride, padding, channels_last):
+    check.max_pool2d_backward("cnnkern::max_pool2d_backward", dy, positions, size, kernel_size, stride, padding)
+    top, left = _corners(dy, stride, padding)
+    at = positions.long()
+    indices = (top + at // kernel_size[1]) * size[1] + left + at % kernel_size[1]
+    dx = dy.new_zeros((*dy.shape[:2], size[0] * size[1]), dtype=_wide(dy))
+    dx = dx.scatter_add_(2, indices.flatten(2), dy.to(dx.dtype).flatten(2)).view(*dy.shape[:2], *size)
+    return dx.to(dy.dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+FORWARD: tuple[Callable, ...] = (bn_act, bn_add_act, add_relu, grouped_conv2d, layer_norm, layer_norm2d, max_pool2d)
 BACKWARD: tuple[Callable, ...] = (
     *(bn_act_backward, bn_add_act_backward, add_relu_backward),
-    *(grouped_conv2d_backward, layer_norm_backward, layer_norm2d_backward),
+    *(grouped_conv2d_backward, layer_norm_backward, layer_norm2d_backward, max_pool2d_backward),
 )
 # Parts of a layer whose derivative is that of the whole: cnnkern/ops/sync_bn_autograd.py.
 PARTS: tuple[Callable, ...] = (sync_bn_stats, sync_bn, sync_bn_sums, sync_bn_backward)

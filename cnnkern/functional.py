@@ -6,6 +6,7 @@ from cnnkern.ops.bn_add_act import batch_norm_add_act, batch_norm_add_relu
 from cnnkern.ops.grouped_conv2d import conv2d
 from cnnkern.ops.layer_norm import layer_norm
 from cnnkern.ops.layer_norm2d import layer_norm2d
+from cnnkern.ops.max_pool2d import max_pool2d
 from cnnkern.ops.sync_bn import sync_batch_norm_act
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "conv2d",
     "layer_norm",
     "layer_norm2d",
+    "max_pool2d",
     "sync_batch_norm_act",
 ]

@@ -151,3 +151,7 @@ def layer_norm2d_written_out(input: Tensor, weight=None, bias=None, eps=1e-6) ->
     y = (input - mean) / ((input - mean).pow(2).mean(1, keepdim=True) + eps).sqrt()
     y = y if weight is None else weight[:, None, None] * y
     return y if bias is None else y + bias[:, None, None]
+
+
+def max_pool2d(input: Tensor, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)

@@ -71,6 +71,7 @@ def _autograd(name: str) -> Callable:
             every = results if isinstance(results, tuple) else (results,)
             known = dict(zip(inputs, arguments, strict=True)) | dict(zip(outputs, every, strict=True))
             known |= {"channels_last": batch_norm_in_rows(arguments[0]), "order": memory_order(every[0])}
+            known |= {"size": arguments[0].shape[2:]}
             act = known.get("act", "none")
             if not ((name == "bn_act" and act != "none") or (name == "bn_add_act" and recomputes_sum(act))):
                 known |= {"bias": None, "residual": None}  # which that gradient does not read

@@ -18,7 +18,8 @@
   f(add_relu) f(add_relu_backward)                  \
   f(grouped_conv2d) f(grouped_conv2d_backward)      \
   f(layer_norm) f(layer_norm_backward)              \
-  f(layer_norm2d) f(layer_norm2d_backward)
+  f(layer_norm2d) f(layer_norm2d_backward)          \
+  f(max_pool2d) f(max_pool2d_backward)
 
 namespace cnnkern::signature {
 
@@ -67,6 +68,10 @@ using layer_norm_backward = Three(const Tensor& dy, const Tensor& x, Sizes norma
 using layer_norm2d = Three(const Tensor& x, Optional weight, Optional bias, double eps);
 using layer_norm2d_backward = Three(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
                                     const Tensor& rstd, std::array<bool, 3> output_mask);
+
+using max_pool2d = Two(const Tensor& x, Sizes kernel_size, Sizes stride, Sizes padding, bool ceil_mode);
+using max_pool2d_backward = One(const Tensor& dy, const Tensor& positions, Sizes size, Sizes kernel_size, Sizes stride,
+                                Sizes padding, bool channels_last);
 
 }  // namespace cnnkern::signature
 

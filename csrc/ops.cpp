@@ -44,4 +44,9 @@ TORCH_LIBRARY(cnnkern, m) {
   // y = layer norm of x, (N, C, H, W), over C. mean and rstd: (N, 1, H, W), as above.
   m.def("layer_norm2d(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def("layer_norm2d_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+
+  // y = max_pool2d(x), with -inf around x. positions are those of the maxima in their windows, counted row by row: a byte for
+  // each of y, in y's shape. size is the height and width of x, channels_last the memory format of dx.
+  m.def("max_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode) -> (Tensor y, Tensor positions)");
+  m.def("max_pool2d_backward(Tensor dy, Tensor positions, SymInt[] size, int[2] kernel_size, int[2] stride, int[2] padding, bool channels_last) -> Tensor dx");
 }

@@ -19,7 +19,8 @@ from cnnkern.testing.case import Shape
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "sliced")
-LEFT_TO_INDUCTOR = ("bn_act", "bn_add_act", "add_relu")  # where images are contiguous and on the CPU, under compile
+# Where images are contiguous and on the CPU, under compile.
+LEFT_TO_INDUCTOR = ("bn_act", "bn_add_act", "add_relu", "max_pool2d")
 ROOT = Path(__file__).parent.parent
 # With every layout, or each in one of them: test_instruction_sets.py asks for that.
 EACH_SHAPE_ONCE = "CNNKERN_EACH_SHAPE_ONCE" in os.environ

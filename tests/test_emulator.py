@@ -145,6 +145,13 @@ EVERY_KERNEL = {
         ((1, 1100, 3, 3), "contiguous", {}),
         ((2, 100, 14, 14), "contiguous", {}),  # half a vector of 16 bits
     ],
+    "max_pool2d": [
+        (shape, layout, {"kernel": kernel, "stride": stride, "padding": padding})
+        for kernel, stride, padding in ((3, 2, 1), (3, 2, 0), (2, 2, 0), (2, 2, 1), (3, 1, 1), (5, 3, 2))
+        for shape in ((2, 8, 10, 12), (3, 5, 9, 7))
+        for layout in ("contiguous", "channels_last", "off a vector")
+    ]
+    + [((40, 160, 34, 10), "channels_last", {}), ((300, 40, 34, 10), "contiguous", {})],  # several windows a thread
 }
 
 

@@ -93,6 +93,19 @@ LAYER_NORM2D = {
     "device of weight": ({"weight": META}, "meta"),
     "device of bias": ({"bias": META}, "meta"),
 }
+# What torch names, and what ours do.
+POOLING = {
+    "padding": ({"kernel_size": 3, "padding": 2}, r"padding \[2, 2\] and kernel_size \[3, 3\]"),
+    "no room": ({"kernel_size": 5}, r"output size is too small: an input of \[2, 5, 3, 3\]"),
+    "no stride": ({"kernel_size": 2, "stride": 0}, r"stride must be from 1 to 2\^30; got stride \[0, 0\]"),
+    "no kernel": ({"kernel_size": 0}, "kernel_size must be greater than zero"),
+    "two dimensions": ({"input": X[0, 0], "kernel_size": 2}, r"expected an input of 4 dimensions .* got \[3, 3\]"),
+    "five dimensions": ({"input": X[None], "kernel_size": 2}, r"an input of 4 dimensions .* got \[1, 2, 5, 3, 3\]"),
+    "no channels": ({"input": X[:, :0], "kernel_size": 2}, r"of which only the first may be 0; got \[2, 0, 3, 3\]"),
+    "three numbers": ({"kernel_size": (2, 2, 2)}, r"kernel_size to be one number or two; got \(2, 2, 2\)"),
+    "booleans": ({"input": X.bool(), "kernel_size": 2}, "got Bool"),
+    "complex": ({"input": X + 1j, "kernel_size": 2}, "got ComplexFloat"),
+}
 
 
 def batch_norm(**others):
@@ -165,6 +178,15 @@ def test_layer_norms_raise_what_torch_raises(misuse):
     others, shared = LAYER_NORM[misuse]
     arguments = {"input": X, "normalized_shape": (3,), "weight": torch.ones(3), "bias": torch.zeros(3)} | others
     assert_the_same_error("layer_norm", functional.layer_norm, F.layer_norm, arguments, shared)
+
+
+@pytest.mark.parametrize("misuse", POOLING)
+def test_poolings_raise_what_torch_raises(misuse):
+    others, said = POOLING[misuse]
+    arguments = {"input": X} | others
+    assert_the_same_error("max_pool2d", functional.max_pool2d, F.max_pool2d, arguments, None)
+    with pytest.raises((RuntimeError, NotImplementedError), match=said):
+        functional.max_pool2d(**arguments)
 
 
 @pytest.mark.parametrize("misuse", LAYER_NORM2D)

@@ -117,6 +117,27 @@ MISUSE = {
         "a kernel larger than the image": {"x": lambda t: t[..., :1, :1], "padding": lambda _: [0, 0]},
         "another dtype": {"weight": Tensor.double},
     },
+    "max_pool2d": {
+        "integers": {"x": Tensor.long},
+        "three dimensions": {"x": lambda t: t[0]},
+        "no channels": {"x": lambda t: t[:, :0]},
+        "a kernel of three numbers": {"kernel_size": lambda _: [3, 3, 3]},
+        "no kernel": {"kernel_size": lambda _: (0, 3)},
+        "a window of too many": {"kernel_size": lambda _: (16, 17)},
+        "no stride": {"stride": lambda _: (1, 0)},
+        "padding of more than half": {"padding": lambda _: (1, 2)},
+        "an image smaller than the kernel": {"kernel_size": lambda _: (7, 3), "padding": lambda _: (1, 1)},
+    },
+    "max_pool2d_backward": {
+        "integers": {"dy": Tensor.long},
+        "padding of more than half": {"padding": lambda _: (2, 1)},
+        "dy of three dimensions": {"dy": lambda t: t[0]},
+        "dy of another shape": {"dy": lambda t: t[:, :, :-1]},
+        "three sizes": {"size": lambda _: [4, 4, 4]},
+        "no rows": {"size": lambda _: [0, 4]},
+        "positions of another shape": {"positions": lambda t: t[:1]},
+        "positions of another dtype": {"positions": Tensor.int},
+    },
 }
 
 

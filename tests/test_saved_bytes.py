@@ -69,6 +69,15 @@ def test_add_relu_saves_one_bit_an_element(dtype, generator):
 
 
 @dtypes
+def test_max_pooling_saves_a_byte_an_output(dtype, generator):
+    outputs = N * C * H * W // 4
+    for layout in LAYOUTS:
+        x, ours, eager = held(CASES["max_pool2d"], dtype, layout, generator)
+        assert ours == outputs
+        assert eager == x + 8 * outputs  # the input, and indices
+
+
+@dtypes
 @pytest.mark.parametrize(("name", "rows", "width"), [("layer_norm", N * C * H, W), ("layer_norm2d", N * H * W, C)])
 def test_layer_norms_save_the_input_and_two_numbers_a_row(name, rows, width, dtype, generator):
     number = max(dtype.itemsize, 4)

@@ -66,8 +66,8 @@ class ConversionReport:
 
 
 def convert(model: nn.Module, inplace: bool = False, verify: Any = None) -> nn.Module:
-    """The model with its norms and grouped convolutions on our kernels, and the activation or the residual addition
-    behind a batch norm computed with it.
+    """The model with its norms, grouped convolutions and max poolings on our kernels, and the activation or the
+    residual addition behind a batch norm computed with it.
 
     The result shares parameters and buffers with ``model`` and has the same state-dict keys, so an optimiser made
     before still works and checkpoints fit either. With ``inplace`` the model itself is changed and returned. Results

@@ -10,6 +10,7 @@ from cnnkern.conversion import timm_layers
 from cnnkern.conversion.deferral import FOLDED_SITE, NAMES, SITE, became, deferred
 from cnnkern.nn import batchnorm, layer_norm, sync
 from cnnkern.nn.conv import GroupedConv2d
+from cnnkern.nn.pooling import MaxPool2d
 
 
 def kind_now(module: nn.Module) -> tuple[str, str]:
@@ -71,6 +72,7 @@ def replacements() -> dict[type, tuple[type, Callable[[Any], bool]]]:
         **theirs,
         nn.Conv2d: (GroupedConv2d, lambda conv: conv.groups > 1),
         nn.LayerNorm: (layer_norm.LayerNorm, always),
+        nn.MaxPool2d: (MaxPool2d, always),
     }
 
 

@@ -60,7 +60,7 @@ class DenseNet(nn.Module):
             OrderedDict(
                 conv0=nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False),
                 norm0=layers.BatchNormReLU2d(channels),
-                pool0=nn.MaxPool2d(3, stride=2, padding=1),
+                pool0=layers.MaxPool2d(3, stride=2, padding=1),
             )
         )
         for i, depth in enumerate(depths, start=1):
@@ -176,7 +176,7 @@ def densenet_small(num_classes: int = 10, in_channels: int = 1, fused: bool = Tr
     return nn.Sequential(
         nn.Conv2d(in_channels, 64, 7, stride=2, padding=3),
         layers.BatchNormReLU2d(64),
-        nn.MaxPool2d(3, stride=2, padding=1),
+        layers.MaxPool2d(3, stride=2, padding=1),
         *blocks,
         layers.BatchNormReLU2d(channels),
         nn.AdaptiveAvgPool2d(1),

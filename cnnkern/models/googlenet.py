@@ -36,7 +36,9 @@ class Inception(nn.Module):
         self.b1 = _conv_relu(in_channels, c1, 1, bn, fused)
         self.b2 = nn.Sequential(_conv_relu(in_channels, c2[0], 1, bn, fused), _conv_relu(*c2, 3, bn, fused))
         self.b3 = nn.Sequential(_conv_relu(in_channels, c3[0], 1, bn, fused), _conv_relu(*c3, 5, bn, fused))
-        self.b4 = nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), _conv_relu(in_channels, c4, 1, bn, fused))
+        self.b4 = nn.Sequential(
+            layer_set(fused).MaxPool2d(3, stride=1, padding=1), _conv_relu(in_channels, c4, 1, bn, fused)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.b1(x), self.b2(x), self.b3(x), self.b4(x)], dim=1)
@@ -59,7 +61,7 @@ class GoogLeNet(nn.Sequential):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 1, bn: bool = False, fused: bool = True) -> None:
         def pool() -> nn.Module:
-            return nn.MaxPool2d(3, stride=2, padding=1)
+            return layer_set(fused).MaxPool2d(3, stride=2, padding=1)
 
         def stage(in_channels: int, modules: tuple) -> list[Inception]:
             blocks = []

@@ -74,7 +74,7 @@ class PreActResNet(nn.Module):
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = layer_set(fused).MaxPool2d(3, stride=2, padding=1)
         in_channels = 64
         stages = []
         for i, depth in enumerate(depths):

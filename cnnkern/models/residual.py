@@ -120,7 +120,7 @@ def bn_lenet_residual(num_classes: int = 10, in_channels: int = 3, fused: bool =
             conv2d(in_channels, channels, 3, bias=False),
             layers.BatchNormReLU2d(channels),
             ResidualBlock(channels, bias=False, fused=fused),
-            nn.MaxPool2d(2),
+            layers.MaxPool2d(2),
         ]
         in_channels = channels
     return nn.Sequential(
@@ -141,14 +141,15 @@ def res_lenet(num_classes: int = 10, in_channels: int = 3, fused: bool = True) -
     The blocks are of He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes:
     16x32x32, pooled 16x16x16; 32x8x8, pooled 32x4x4; 64x2x2, pooled 64x1x1.
     """
+    layers = layer_set(fused)
     return nn.Sequential(
         conv2d(in_channels, 16, 5, bias=False),
-        layer_set(fused).BatchNormReLU2d(16),
+        layers.BatchNormReLU2d(16),
         ResidualBlock(16, bias=False, fused=fused),
-        nn.MaxPool2d(2),
+        layers.MaxPool2d(2),
         ResidualBlock(16, 32, stride=2, bias=False, fused=fused),
         ResidualBlock(32, bias=False, fused=fused),
-        nn.MaxPool2d(2),
+        layers.MaxPool2d(2),
         ResidualBlock(32, 64, stride=2, bias=False, fused=fused),
         ResidualBlock(64, bias=False, fused=fused),
         nn.AdaptiveAvgPool2d(1),

@@ -100,7 +100,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = layer_set(fused).BatchNormReLU2d(64)
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = layer_set(fused).MaxPool2d(3, stride=2, padding=1)
         in_channels = 64
 
         def stage(channels: int, depth: int, stride: int) -> nn.Sequential:

@@ -60,7 +60,7 @@ class ShuffleNetV2(nn.Module):
         super().__init__()
         layers = layer_set(fused)
         self.conv1 = nn.Sequential(nn.Conv2d(in_channels, 24, 3, 2, 1, bias=False), layers.BatchNormReLU2d(24))
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = layers.MaxPool2d(3, stride=2, padding=1)
 
         def stage(in_channels: int, width: int, depth: int) -> nn.Sequential:
             first = ShuffleBlock(in_channels, width, stride=2, fused=fused)

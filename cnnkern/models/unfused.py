@@ -6,7 +6,7 @@ Each class has the constructor, the parameters and the state-dict keys of its na
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import BatchNorm2d, LayerNorm
+from torch.nn import BatchNorm2d, LayerNorm, MaxPool2d
 from torch.nn import Conv2d as GroupedConv2d
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
@@ -22,6 +22,7 @@ __all__ = [
     "LayerNorm",
     "LayerNorm2d",
     "LazyBatchNormReLU2d",
+    "MaxPool2d",
 ]
 
 # In place, as a model that is written by hand has it, so that the baseline is no slower than need be.

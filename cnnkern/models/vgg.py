@@ -34,7 +34,7 @@ class VGG(nn.Module):
                 # The identity has the place of torchvision's ReLU, so that the layers behind keep their numbers.
                 blocks += [layers.BatchNormReLU2d(width), nn.Identity()] if batch_norm else [nn.ReLU(inplace=True)]
                 in_channels = width
-            blocks.append(nn.MaxPool2d(2))
+            blocks.append(layers.MaxPool2d(2))
         self.features = nn.Sequential(*blocks)
         self.avgpool = nn.AdaptiveAvgPool2d(7)
         self.classifier = nn.Sequential(

@@ -27,6 +27,7 @@ from cnnkern.nn.lazy import (
     LazyBatchNormReLU3d,
     LazyGroupedConv2d,
 )
+from cnnkern.nn.pooling import MaxPool2d
 from cnnkern.nn.sync import SyncBatchNorm, SyncBatchNormAddReLU, SyncBatchNormReLU, convert_sync_batchnorm
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "LazyBatchNormReLU2d",
     "LazyBatchNormReLU3d",
     "LazyGroupedConv2d",
+    "MaxPool2d",
     "SyncBatchNorm",
     "SyncBatchNormAddReLU",
     "SyncBatchNormReLU",

@@ -8,8 +8,10 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from cnnkern.ops import route, tuned
+from cnnkern.ops.pair import pair
 
 _grouped_conv2d = torch.ops.cnnkern.grouped_conv2d.default
+_NAME = "cnnkern::grouped_conv2d"
 
 
 def conv2d(
@@ -39,11 +41,11 @@ def conv2d(
     # Complex numbers are convolved by F.conv2d alone, in real parts; and it has the errors for tensors of other ranks.
     if input.is_complex() or input.dim() not in (3, 4) or weight.dim() != 4:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
+    strides, dilations = pair(_NAME, "stride", stride), pair(_NAME, "dilation", dilation)
     if isinstance(padding, str):
         input, paddings = _pad(input, weight, strides, padding, dilations)
     else:
-        paddings = _pair("padding", padding)
+        paddings = pair(_NAME, "padding", padding)
     if tuned.table is not None and input.dim() == 4:
         settings = (*weight.shape, *strides, *paddings, *dilations, groups, bias is not None)
         if tuned.loses("conv2d", input, weight, bias, *settings):
@@ -51,14 +53,6 @@ def conv2d(
     if input.dim() == 3:
         return _grouped_conv2d(input[None], weight, bias, strides, paddings, dilations, groups)[0]
     return _grouped_conv2d(input, weight, bias, strides, paddings, dilations, groups)
-
-
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    # Told by the type of a sequence: NumPy's integers, which F.conv2d takes, are no int.
-    pair = tuple(value) * (2 if len(value) == 1 else 1) if isinstance(value, (list, tuple)) else (value, value)
-    if len(pair) != 2:
-        raise RuntimeError(f"cnnkern::grouped_conv2d: expected {name} to be one number or two; got {value}")
-    return pair
 
 
 def _pad(

@@ -1,8 +1,8 @@
 """Our operators on DTensors: how arguments may be sharded, and how results then are.
 
-Layer norms take shards of their rows, grouped convolutions shards of the batch. The other operators have no strategies,
-and DTensors get PyTorch's there: a batch norm's statistics are those of the whole batch, and the bits of a ReLU's mask,
-packed over all of a tensor, are not those of its shards.
+Layer norms take shards of their rows, grouped convolutions shards of the batch, max pooling shards of the batch or of
+the channels. The other operators have no strategies, and DTensors get PyTorch's there: a batch norm's statistics are
+those of the whole batch, and the bits of a ReLU's mask, packed over all of a tensor, are not those of its shards.
 
 Imported with the first DTensor that such an operator meets, and never under torch.compile. The public
 `register_sharding` would not do: it takes what it found for one `normalized_shape`, stride or output mask for all.
@@ -83,3 +83,18 @@ def _(op, args, kwargs):
 def _(op, args, kwargs):
     batch: Placements = [_ShardingPlaceholder(0), _ShardingPlaceholder(0)]  # dy, x
     return [[*_gradients(0, args[-1]), *batch, Replicate()]]
+
+
+def _images(tensors: int) -> list[Placements]:
+    """All sharded over the batch, or over channels."""
+    return [[_ShardingPlaceholder(d) for _ in range(tensors)] for d in (0, 1)]
+
+
+@register_single_dim_strategy(_ops.max_pool2d.default, RuntimeSchemaInfo(1), allow_uneven_sharding=True)
+def _(op, args, kwargs):
+    return _images(3)  # y, positions, x
+
+
+@register_single_dim_strategy(_ops.max_pool2d_backward.default, RuntimeSchemaInfo(2), allow_uneven_sharding=True)
+def _(op, args, kwargs):
+    return _images(3)  # dx, dy, positions

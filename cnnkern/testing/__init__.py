@@ -10,6 +10,7 @@ from cnnkern.testing.case import Case, Layer, Shape, randn, run, saved_bytes, wi
 from cnnkern.testing.grouped_conv2d import GROUPED_CONV2D
 from cnnkern.testing.judge import assert_as_good_as, check, to_float64
 from cnnkern.testing.layer_norm import LAYER_NORM, LAYER_NORM2D
+from cnnkern.testing.max_pool2d import MAX_POOL2D
 from cnnkern.testing.sync_bn import SYNC_BN
 
 __all__ = [
@@ -26,5 +27,5 @@ __all__ = [
     "with_layout",
 ]
 
-_ROWS = (BN_ACT, BN_ADD_ACT, SYNC_BN, ADD_RELU, GROUPED_CONV2D, LAYER_NORM, LAYER_NORM2D)
+_ROWS = (BN_ACT, BN_ADD_ACT, SYNC_BN, ADD_RELU, GROUPED_CONV2D, LAYER_NORM, LAYER_NORM2D, MAX_POOL2D)
 CASES: dict[str, Case] = {case.name: case for case in _ROWS}

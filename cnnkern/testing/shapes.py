@@ -90,6 +90,24 @@ _GROUPED_LAYERS = {
 }
 GROUPED_LAYERS = _GROUPED_LAYERS | _of_batch(1, _GROUPED_LAYERS)
 
+# The poolings of three networks at 224x224, each once.
+
+
+def _pooled(kernel: int, *layers: tuple[int, int, int]) -> tuple[Layer, ...]:
+    """Of layers (channels, side, stride); 3x3 is padded."""
+    return tuple(
+        Layer((32, c, side, side), {"kernel": kernel, "stride": stride, "padding": kernel - 2})
+        for c, side, stride in layers
+    )
+
+
+_POOL_LAYERS = {
+    "resnet50": _pooled(3, (64, 112, 2)),
+    "vgg16": _pooled(2, (64, 224, 2), (128, 112, 2), (256, 56, 2), (512, 28, 2), (512, 14, 2)),
+    "googlenet": _pooled(3, (192, 28, 1), (512, 14, 1), (832, 7, 1)),
+}
+POOL_LAYERS = _POOL_LAYERS | _of_batch(1, _POOL_LAYERS)
+
 RAGGED_SHAPES = (
     (3, 1),
     (5, 7),

@@ -333,4 +333,29 @@ FAULTS = [
         ".first = (w + g.pw) / s - columns.count + 2,",
         battery("grouped_conv2d", "as_good_as and float32"),
     ),
+    # ---- max_pool2d
+    fault(
+        "max_pool2d",
+        "padding whose position is the window's first",
+        "max_pool2d.cpp",
+        "Largest<T> found = nothing_yet<T>(down.begin * g.kw + across.begin);",
+        "Largest<T> found = nothing_yet<T>(0);",
+        ("tests/test_max_pool2d.py", "-k", "minus_infinity and cpu"),
+    ),
+    fault(
+        "max_pool2d",
+        "planes: a last vector that reads beyond the row",
+        "max_pool2d.cpp",
+        "reach = g.sw == 2 ? divup(g.kw, 2) * 2 : g.kw;",
+        "reach = g.kw;",
+        battery("max_pool2d", "as_good_as and float32"),
+        "address+undefined",
+    ),
+    fault(
+        "max_pool2d",
+        "a window too many for a pixel",
+        "max_pool2d.cpp",
+        "return {u < kernel ? 0 : (u - kernel) / stride + 1,",
+        "return {u < kernel ? 0 : (u - kernel) / stride,",
+    ),
 ]

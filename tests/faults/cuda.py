@@ -261,4 +261,35 @@ FAULTS = [
         "const int h = oh * work.sh - work.ph + ky * work.dh, w = ow * work.sw - work.pw + kx * work.dw;",
         "const int h = oh * work.sh - work.ph + ky, w = ow * work.sw - work.pw + kx;",
     ),
+    # ---- max_pool2d
+    fault(
+        "max_pool2d",
+        "the last of equal values",
+        "max_pool2d.cuh",
+        "const bool larger = v > value[k] || v != v;",
+        "const bool larger = v >= value[k] || v != v;",
+    ),
+    fault(
+        "max_pool2d",
+        "a row that the next window does not get",
+        "max_pool2d.cuh",
+        "for (int r = 0; r < kKept; ++r) rows[r] = rows[r + S];",
+        "for (int r = 0; r < kKept; ++r) rows[r] = rows[r];",
+    ),
+    fault(
+        "max_pool2d",
+        "any: a window too few for a pixel",
+        "max_pool2d.cuh",
+        "return static_cast<int>(smaller(stride.quotient(u) + 1, windows));",
+        "return static_cast<int>(smaller(stride.quotient(u), windows));",
+    ),
+    fault(
+        "max_pool2d",
+        "a column beyond the image",
+        "max_pool2d.cuh",
+        "if (w + j >= 0 && w + j < W) store_vector",
+        "if (w + j >= 0 && w + j <= W) store_vector",
+        "",
+        "address+undefined",
+    ),
 ]

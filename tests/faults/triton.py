@@ -200,4 +200,19 @@ FAULTS = [
         "same = (i[:, None] // WIDTH == i[None, :] // WIDTH) & there[:, None] & there[None, :]\n        if TRANSPOSED:",
         "same = there[:, None] & there[None, :]\n        if TRANSPOSED:",
     ),
+    # ---- max_pool2d
+    fault(
+        "max_pool2d",
+        "the last of equal values",
+        "max_pool2d.py",
+        "larger = (v > largest) | (v != v)",
+        "larger = (v >= largest) | (v != v)",
+    ),
+    fault(
+        "max_pool2d",
+        "a window too few for a pixel",
+        "max_pool2d.py",
+        "DOWN: tl.constexpr = (KH - 1) // SH + 1",
+        "DOWN: tl.constexpr = (KH - 1) // SH",
+    ),
 ]

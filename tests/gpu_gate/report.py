@@ -153,7 +153,7 @@ def bound_rows(calls: list[traffic.Call]) -> Iterable[Sequence[object]]:
             read, written = case.elements(layer, training=True)
             moved = 4 * (read + written)
             operations = 0
-            if case.output_shape:
+            if "weight" in case.differentiable and case.output_shape:
                 width, kernel = layer.arguments.get("width", 1), layer.arguments["kernel"]
                 taps = math.prod(kernel) if isinstance(kernel, tuple) else kernel**2
                 operations = 3 * 2 * math.prod(case.output_shape(layer)) * width * taps  # output, dx, dweight

@@ -243,6 +243,12 @@ RULES = (
     ),
     cuda("^any_conv", "for shapes that no other kernel takes, an element at a time", narrow=ANY, divisions=1, fp64=4),
     cuda("^sum_parts", "partial sums of the weight's gradient, added up in float64", narrow=8, fp64=16),
+    # ---- max pooling ----
+    cuda("^max_pool_columns_.*, 1, [01]>", "planes, and channels in no whole vectors: an element a lane", narrow=ANY),
+    cuda("^max_pool_columns_", "a byte for each of a vector of 16 bytes: eight, four or two", narrow=ANY),
+    cuda("^max_pool_columns_kernel<.*, [248], 0>", "the new rows of a window, and y", round=(4, 1)),
+    cuda("^max_pool_columns_gradient_kernel<.*, [248], 0>", "dy of windows in a row, and a square of dx", round=(1, 4)),
+    cuda("^max_pool_any_", "for windows that no other kernel takes, an element at a time", narrow=ANY),
     # ---- Triton ----
     triton("^bn_add_act", "the bytes of a mask, a few to a thread", narrow=32),
     triton("^bn_add_act planes", "the number of a tile is divided into plane and place, once a round", divisions=1),
@@ -289,4 +295,5 @@ RULES = (
     ),
     triton("^moments|backward sums", "sums of tiles are added up in float64", fp64=ANY),
     triton("^add_relu|^mask of y", "the bytes of a mask", narrow=ANY),
+    triton("^max_pool", "elements of a window are strides apart; places are divided, once", narrow=ANY, divisions=24),
 )

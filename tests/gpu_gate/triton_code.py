@@ -102,6 +102,17 @@ def of_convolutions(rows: bool) -> dict[str, Launch]:
     return found
 
 
+def of_poolings(rows: bool) -> dict[str, Launch]:
+    """For ResNet-50's stem."""
+    from cnnkern.triton_kernels import max_pool2d
+
+    constants = {"SH": 2, "SW": 2, "PH": 1, "PW": 1, "KH": 3, "KW": 3, "TILE": max_pool2d.TILE, "C": 64 if rows else 1}
+    return {
+        "max_pool": Launch(max_pool2d.max_pool2d_kernel, constants),
+        "max_pool backward": Launch(max_pool2d.max_pool2d_backward_kernel, constants),
+    }
+
+
 def launches(dtype: str) -> dict[str, Launch]:
     """By what they do."""
     import triton.language
@@ -109,7 +120,7 @@ def launches(dtype: str) -> dict[str, Launch]:
 
     found = {}
     for rows, layout_name in ((False, "planes"), (True, "rows")):
-        for family in (of_batch_norms, of_layer_norms, of_convolutions):
+        for family in (of_batch_norms, of_layer_norms, of_convolutions, of_poolings):
             found |= {f"{name} {layout_name}": launch for name, launch in family(rows).items()}
     stretch = {"BYTES": layout.TILE // 8}
     found |= {
@@ -143,7 +154,7 @@ def compile_kernel(launch: Launch, name: str, dtype: str, architecture: str):
     types = dict.fromkeys(TENSORS, f"*{dtype}")
     types |= {"mean": statistics, "rstd": statistics, "partial": "*fp64", "table": "*fp32", "sums": "*fp32"}
     types |= dict.fromkeys(("dweight", "dbias"), f"*{dtype}" if finalises else "*fp64")
-    types |= dict.fromkeys(("bits", "mask"), "*u8") | {"momentum": "fp64", "eps": "fp64"}
+    types |= dict.fromkeys(("bits", "mask", "positions"), "*u8") | {"momentum": "fp64", "eps": "fp64"}
     signature = {n: "constexpr" if n in launch.constants else types.get(n, "i32") for n in names}
     constexprs = {(names.index(n),): value for n, value in launch.constants.items()}
     # What the launcher's arguments are divisible by: memory, and sizes that are specialised.
