@@ -11,7 +11,7 @@ from ..suite.bandwidth import Bandwidth
 SCHEMA = 1
 # Published run -> the sections that it is made of.
 RUNS = {
-    "models": ("models", "compile"),
+    "models": ("models", "graphed", "compile"),
     "operators": ("grouped", "batch_norm", "depthwise", "layer_norm"),
     "kernels": ("kernels",),
 }
