@@ -162,7 +162,7 @@ struct ThroughActivation {
 };
 template <typename T, typename Act>
 struct ThroughActivationOfSum {
-  static constexpr bool kResidual = true, kCostly = true;
+  static constexpr bool kResidual = true, kCostly = false;
   template <typename S, int V>
   using Else = ResidualToo<S, V>;
   Act act;
