@@ -162,7 +162,7 @@ struct ThroughActivation {
 };
 template <typename T, typename Act>
 struct ThroughActivationOfSum {
-  static constexpr bool kResidual = true, kCostly = false;
+  static constexpr bool kResidual = true, kCostly = true;
   template <typename S, int V>
   using Else = ResidualToo<S, V>;
   Act act;

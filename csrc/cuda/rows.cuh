@@ -69,9 +69,11 @@ reduce_rows_kernel(P p, RowCut cut, Partial partial) {
     typename P::Before constants[V];
 #pragma unroll
     for (int k = 0; k < V; ++k) constants[k] = shared[place.column * V + k];
-    // Of eight lanes fewer vectors, if results are under way too, or much arithmetic: the blocks have to fit.
+    // Of eight lanes fewer vectors, if results are under way too, or much arithmetic: the blocks have to fit. Of three tensors
+    // two are few already.
     constexpr int kReads = sizeof(typename P::template Input<V>) / (V * sizeof(S)), kMost = 2 * kUnroll / kReads;
-    constexpr int kVectors = V < 8 ? kMost : kMost >> (int{P::kWritesWhileReducing} + int{P::kCostly});
+    constexpr int kFewer = kMost >> (int{P::kWritesWhileReducing} + int{P::kCostly}), kLeast = kReads > 2 ? 2 : 1;
+    constexpr int kVectors = V < 8 ? kMost : kFewer < kLeast ? kLeast : kFewer;
     S sums[2 * V] = {};  // of a strip's rows, which are few
     for_rows<V, kVectors>(cut, place, [&](const auto& at, int64_t) {
       add_batch<false, V>(p, at, Lanes{}, constants, [&](const auto& in, int k) { p.term(in, k, constants[k], sums[k], sums[V + k]); });
