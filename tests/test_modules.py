@@ -52,6 +52,8 @@ def _twin(name: str) -> Twin:
         return Twin(_Added, (), (3, 5, 4, 6), inputs=2)
     if name == "LayerNorm":
         return Twin(nn.LayerNorm, ((4, 6),), (3, 5, 4, 6))
+    if name == "MaxPool2d":
+        return Twin(nn.MaxPool2d, (3, 1, 1), (3, 5, 4, 6))
     if name == "LayerNorm2d":
         return Twin(LayerNorm2d, (5, 1e-6), (3, 5, 4, 6))  # as torchvision's convnext makes them
     if name == "GroupedConv2d":
@@ -397,6 +399,9 @@ def test_misuse_is_the_twin_s_error_and_leaves_all_state(name, misuse):
     before = {n: t.clone() for n, t in ours.state_dict().items()}
     if name == "GroupedConv2d" and misuse == "device":
         assert ours(wrong).is_meta == theirs(wrong).is_meta  # torch's convolution takes it
+        return
+    if name == "MaxPool2d" and misuse != "rank":
+        assert ours(wrong).shape == theirs(wrong).shape  # nor has a pooling parameters that anything would not fit
         return
     with pytest.raises(Exception) as expected:  # noqa: PT011  the type is what is asked for
         theirs(wrong)
