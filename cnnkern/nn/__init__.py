@@ -18,13 +18,14 @@ from cnnkern.nn.batchnorm import (
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
-from cnnkern.nn.conv import GroupedConv2d
+from cnnkern.nn.conv import GroupedConv1d, GroupedConv2d
 from cnnkern.nn.layer_norm import LayerNorm, LayerNorm2d
 from cnnkern.nn.lazy import (
     LazyBatchNormAddReLU2d,
     LazyBatchNormReLU1d,
     LazyBatchNormReLU2d,
     LazyBatchNormReLU3d,
+    LazyGroupedConv1d,
     LazyGroupedConv2d,
 )
 from cnnkern.nn.sync import SyncBatchNorm, SyncBatchNormAddReLU, SyncBatchNormReLU, convert_sync_batchnorm
@@ -46,6 +47,7 @@ __all__ = [
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "GroupedConv1d",
     "GroupedConv2d",
     "LayerNorm",
     "LayerNorm2d",
@@ -53,6 +55,7 @@ __all__ = [
     "LazyBatchNormReLU1d",
     "LazyBatchNormReLU2d",
     "LazyBatchNormReLU3d",
+    "LazyGroupedConv1d",
     "LazyGroupedConv2d",
     "SyncBatchNorm",
     "SyncBatchNormAddReLU",
