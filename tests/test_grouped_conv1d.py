@@ -225,6 +225,41 @@ def called(function) -> set[str]:
     return mode.names
 
 
+# (shape, width, kernel, stride, dtype) -> whether our operator answers
+RULE = {
+    ((8, 256, 40), 1, 31, 1, FLOAT): True,
+    ((256, 40), 1, 31, 1, FLOAT): True,
+    ((17, 8, 15), 1, 3, 1, FLOAT): False,  # short rows of many
+    ((17, 8, 30), 1, 3, 2, FLOAT): False,
+    ((17, 8, 16), 1, 3, 1, FLOAT): True,
+    ((16, 8, 15), 1, 3, 1, FLOAT): True,
+    ((17, 8, 15), 1, 4, 1, FLOAT): True,
+    ((17, 8, 15), 1, 3, 1, BFLOAT): True,
+    ((17, 16, 15), 8, 3, 1, FLOAT): True,
+    ((8, 32, 63), 16, 3, 1, FLOAT): True,
+    ((9, 32, 63), 16, 3, 1, FLOAT): False,
+    ((9, 32, 64), 16, 3, 1, FLOAT): True,
+    ((2, 40, 64), 20, 3, 1, FLOAT): False,
+    ((2, 64, 40), 32, 31, 1, FLOAT): False,
+    ((2, 16, 64), 8, 9, 1, BFLOAT): True,
+    ((2, 24, 64), 12, 3, 1, BFLOAT): False,
+    ((2, 16, 64), 8, 10, 1, HALF): False,
+    ((2, 4, 64), 2, 31, 1, HALF): True,
+    ((2, 8, 64), 4, 31, 1, HALF): False,
+    ((2, 8, 64), 8, 3, 1, FLOAT): False,  # one group
+}
+
+
+@pytest.mark.parametrize("case", RULE, ids=str)
+def test_who_answers(case, generator):
+    shape, width, kernel, stride, dtype = case
+    inputs, _ = arguments(shape, generator, dtype, width=width, kernel=kernel, stride=stride)
+    assert ("cnnkern::grouped_conv2d" in called(lambda: functional.conv1d(**inputs))) == RULE[case]
+    elsewhere = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in inputs.items()}
+    on_meta = called(lambda: functional.conv1d(**elsewhere))  # where the rule is that of images
+    assert ("cnnkern::grouped_conv2d" in on_meta) == (inputs["groups"] > 1)
+
+
 def test_autocast_runs_in_the_lower_precision(generator):
     inputs, _ = arguments((2, 8, 30), generator, kernel=31)
     with torch.autocast("cpu", dtype=BFLOAT):

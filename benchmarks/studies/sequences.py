@@ -2,8 +2,9 @@
 
 `python -m benchmarks.studies.sequences [--threads N] [--dtype float32|bfloat16] [--seconds S] [--only TEXT]` prints
 for each layer PyTorch's milliseconds, and how many times as fast our operator is: in the forward pass, also of a
-transposed input, which either copies first, and in the forward pass with both gradients. A ratio is one of medians
-of interleaved rounds; behind it stands what it was in each half of the rounds. The operator is called whoever
+transposed input, which either copies first, and in the forward pass with both gradients. A time is the first quartile
+of interleaved rounds, which neighbours on the machine disturb less than a median; behind a ratio stands what it was in
+each half of the rounds. The operator is called whoever
 answers: the last column says which one `cnnkern.functional.conv1d` leaves to PyTorch. `--volumes` times depthwise
 3x3x3 convolutions of videos instead, which are PyTorch's, beside a 3x3 convolution of their frames by ours: how many
 times as long PyTorch takes for a multiplication and addition.
@@ -88,12 +89,16 @@ def timed(calls: dict[tuple[str, str], Callable[[], object]], seconds: float) ->
     return timing.interleave(calls, deadline=deadline, min_rounds=6, max_rounds=400)
 
 
+def typical(seconds: list[float]) -> float:
+    return statistics.quantiles(seconds, n=4)[0]
+
+
 def ratio(theirs: list[float], ours: list[float]) -> str:
-    """Of medians, and in brackets those of both halves."""
+    """Of all rounds, and in brackets of either half."""
     half = len(ours) // 2
 
     def of(part: slice) -> float:
-        return statistics.median(theirs[part]) / statistics.median(ours[part])
+        return typical(theirs[part]) / typical(ours[part])
 
     return f"{of(slice(None)):.2f}x ({of(slice(half)):.2f}, {of(slice(half, None)):.2f})"
 
@@ -121,7 +126,7 @@ def sequences(dtype: torch.dtype, seconds: float, only: str) -> None:
         cells = [ratio(ms["eager", part], ms["ours", part]) for part in ("forward", "transposed", "step")]
         answers = "PyTorch" if left_to_library(x, weight, stride) else "ours"
         print(
-            f"| {row} | {statistics.median(ms['eager', 'forward']) * 1e3:.3f} | {' | '.join(cells)} | {answers} |",
+            f"| {row} | {typical(ms['eager', 'forward']) * 1e3:.3f} | {' | '.join(cells)} | {answers} |",
             flush=True,
         )
 
@@ -145,7 +150,7 @@ def volumes(seconds: float, only: str) -> None:
             cells = [ratio([t / 3 for t in ms["eager", part]], ms["ours", part]) for part in ("forward", "step")]
             kind = "contiguous" if flat == torch.contiguous_format else "channels_last"
             print(
-                f"| {row} | {kind} | {statistics.median(ms['eager', 'forward']) * 1e3:.1f} | {' | '.join(cells)} |",
+                f"| {row} | {kind} | {typical(ms['eager', 'forward']) * 1e3:.1f} | {' | '.join(cells)} |",
                 flush=True,
             )
 
