@@ -1,13 +1,13 @@
 """Grouped convolutions of sequences, which run on the kernels for images, beside PyTorch's.
 
-`python -m benchmarks.studies.sequences [--threads N] [--dtype float32|bfloat16] [--seconds S] [--only TEXT]` prints
-for each layer PyTorch's milliseconds, and how many times as fast our operator is: in the forward pass, also of a
-transposed input, which either copies first, and in the forward pass with both gradients. A time is the first quartile
-of interleaved rounds, which neighbours on the machine disturb less than a median; behind a ratio stands what it was in
-each half of the rounds. The operator is called whoever
-answers: the last column says which one `cnnkern.functional.conv1d` leaves to PyTorch. `--volumes` times depthwise
-3x3x3 convolutions of videos instead, which are PyTorch's, beside a 3x3 convolution of their frames by ours: how many
-times as long PyTorch takes for a multiplication and addition.
+`python -m benchmarks.studies.sequences [--threads N] [--dtype float32|bfloat16|float16] [--seconds S] [--only TEXT]
+[--cpu-time] [--volumes]` prints for each layer PyTorch's milliseconds, and how many times as fast our operator is: in
+the forward pass, also of a transposed input, which either copies first, and in the forward pass with both gradients.
+Ratios are medians over interleaved rounds, with their chance (:mod:`cnnkern.measure.clock`). The operator is called
+whoever answers: the last column says which one `cnnkern.functional.conv1d` leaves to PyTorch. `--cpu-time`, of one
+thread alone, has the time that this process computes, without what it waits for a core: on a machine that others use.
+`--volumes` times depthwise 3x3x3 convolutions of videos instead, which are PyTorch's, beside 3x3 convolutions of their
+frames by ours: how many times as long PyTorch takes for a multiplication.
 """
 
 import argparse
@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cnnkern
+from cnnkern.measure import clock
 from cnnkern.ops.grouped_conv1d import left_to_library
-
-from ..suite import timing
 
 Calls = dict[str, Callable[[], object]]
 # (what it is like, N, C, L, channels a group, taps, stride)
@@ -84,26 +83,27 @@ def by_ours(x: Tensor, weight: Tensor, bias: None, stride: int, padding: int, di
     return torch.ops.cnnkern.grouped_conv2d(row, weight.unsqueeze(2), bias, *settings).squeeze(2)
 
 
-def timed(calls: dict[tuple[str, str], Callable[[], object]], seconds: float) -> dict[tuple[str, str], list[float]]:
-    deadline = time.perf_counter() + seconds
-    return timing.interleave(calls, deadline=deadline, min_rounds=6, max_rounds=400)
+class CpuTimer:
+    """Of what this process computes."""
+
+    def sample(self, step: Callable[[], object], calls: int) -> clock.Sample:
+        start = time.process_time()
+        for _ in range(calls):
+            step()
+        return clock.Sample((time.process_time() - start) / calls)
 
 
-def typical(seconds: list[float]) -> float:
-    return statistics.quantiles(seconds, n=4)[0]
+def timed(calls: Calls, timer: clock.Timer, seconds: float) -> dict[str, list[float]]:
+    samples = clock.interleave(calls, timer, seconds=seconds, sample_seconds=0.005)
+    return {name: [sample.wall for sample in taken] for name, taken in samples.items()}
 
 
 def ratio(theirs: list[float], ours: list[float]) -> str:
-    """Of all rounds, and in brackets of either half."""
-    half = len(ours) // 2
-
-    def of(part: slice) -> float:
-        return typical(theirs[part]) / typical(ours[part])
-
-    return f"{of(slice(None)):.2f}x ({of(slice(half)):.2f}, {of(slice(half, None)):.2f})"
+    found = clock.ratio(theirs, ours)
+    return f"{found.value:.2f}x ± {found.chance:.0%}"
 
 
-def sequences(dtype: torch.dtype, seconds: float, only: str) -> None:
+def sequences(dtype: torch.dtype, timer: clock.Timer, seconds: float, only: str) -> None:
     print("\n| layer | forward (ms) | forward | forward, transposed | forward and backward | conv1d |")
     print("|---|---:|---:|---:|---:|---|")
     for name, n, c, length, width, taps, stride in SEQUENCES:
@@ -114,24 +114,25 @@ def sequences(dtype: torch.dtype, seconds: float, only: str) -> None:
         weight = (torch.randn(c, width, taps) * (width * taps) ** -0.5).to(dtype)
         settings = (stride, taps // 2, 1, c // width)
         transposed = x.transpose(1, 2).contiguous().transpose(1, 2)
-        calls, results = {}, []
+        calls: Calls = {}
+        results = []
         for who, conv in (("eager", F.conv1d), ("ours", by_ours)):
             made, y = convolved(conv, x, weight, *settings)
-            calls |= {(who, part): call for part, call in made.items()}
-            calls[who, "transposed"] = convolved(conv, transposed, weight, *settings)[0]["forward"]
+            calls |= {f"{who} {part}": call for part, call in made.items()}
+            calls[f"{who} transposed"] = convolved(conv, transposed, weight, *settings)[0]["forward"]
             results.append(y)
         close = 1e-4 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(*results, rtol=close, atol=close)
-        ms = timed(calls, seconds)
-        cells = [ratio(ms["eager", part], ms["ours", part]) for part in ("forward", "transposed", "step")]
+        ms = timed(calls, timer, seconds)
+        cells = [ratio(ms[f"eager {part}"], ms[f"ours {part}"]) for part in ("forward", "transposed", "step")]
         answers = "PyTorch" if left_to_library(x, weight, stride) else "ours"
         print(
-            f"| {row} | {typical(ms['eager', 'forward']) * 1e3:.3f} | {' | '.join(cells)} | {answers} |",
+            f"| {row} | {statistics.median(ms['eager forward']) * 1e3:.3f} | {' | '.join(cells)} | {answers} |",
             flush=True,
         )
 
 
-def volumes(seconds: float, only: str) -> None:
+def volumes(timer: clock.Timer, seconds: float, only: str) -> None:
     print("\n| layer | layout | forward (ms) | forward, of an addition | forward and backward, of an addition |")
     print("|---|---|---:|---:|---:|")
     for name, n, c, frames, side, stride in VOLUMES:
@@ -145,12 +146,12 @@ def volumes(seconds: float, only: str) -> None:
             images = torch.randn(n * frames, c, side, side).to(memory_format=flat)
             theirs, _ = convolved(F.conv3d, x, weight, (1, stride, stride), 1, 1, c)
             ours, _ = convolved(cnnkern.functional.conv2d, images, weight[:, :, 0].clone(), stride, 1, 1, c)
-            calls = {("eager", part): call for part, call in theirs.items()}
-            ms = timed(calls | {("ours", part): call for part, call in ours.items()}, seconds)
-            cells = [ratio([t / 3 for t in ms["eager", part]], ms["ours", part]) for part in ("forward", "step")]
+            calls = {f"eager {part}": call for part, call in theirs.items()}
+            ms = timed(calls | {f"ours {part}": call for part, call in ours.items()}, timer, seconds)
+            cells = [ratio([t / 3 for t in ms[f"eager {part}"]], ms[f"ours {part}"]) for part in ("forward", "step")]
             kind = "contiguous" if flat == torch.contiguous_format else "channels_last"
             print(
-                f"| {row} | {kind} | {typical(ms['eager', 'forward']) * 1e3:.1f} | {' | '.join(cells)} |",
+                f"| {row} | {kind} | {statistics.median(ms['eager forward']) * 1e3:.1f} | {' | '.join(cells)} |",
                 flush=True,
             )
 
@@ -162,13 +163,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row")
     parser.add_argument("--only", default="", metavar="TEXT", help="layers with TEXT in their row")
     parser.add_argument("--volumes", action="store_true", help="depthwise convolutions of videos")
+    parser.add_argument("--cpu-time", action="store_true", help="what one thread computes, not what it waits")
     arguments = parser.parse_args(argv)
+    if arguments.cpu_time and arguments.threads != 1:
+        parser.error("--cpu-time is of --threads 1: several threads compute while they wait for one another")
     torch.set_num_threads(arguments.threads)
+    timer = CpuTimer() if arguments.cpu_time else clock.HostTimer()
     print(f"threads: {arguments.threads}; {cnnkern.tune_malloc()}")
     if arguments.volumes:
-        volumes(arguments.seconds, arguments.only)
+        volumes(timer, arguments.seconds, arguments.only)
     else:
-        sequences(getattr(torch, arguments.dtype), arguments.seconds, arguments.only)
+        sequences(getattr(torch, arguments.dtype), timer, arguments.seconds, arguments.only)
     return 0
 
 

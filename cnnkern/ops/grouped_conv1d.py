@@ -61,12 +61,13 @@ def _fits(
         return False
     if bias is not None and bias.shape != (outputs,):
         return False
-    if not all(isinstance(value, Integral) for value in (stride, dilation)) or min(stride, dilation) < 1:
+    whole = (stride, dilation) if isinstance(padding, str) else (stride, dilation, padding)
+    if not all(isinstance(value, Integral) for value in whole) or min(stride, dilation) < 1:
         return False
     span = dilation * (taps - 1) + 1
     if isinstance(padding, str):
         return (padding == "valid" and input.shape[-1] >= span) or (padding == "same" and stride == 1)
-    return isinstance(padding, Integral) and padding >= 0 and input.shape[-1] + 2 * padding >= span
+    return padding >= 0 and input.shape[-1] + 2 * padding >= span
 
 
 def left_to_library(input: Tensor, weight: Tensor, stride: int) -> bool:
