@@ -130,6 +130,10 @@ def add_relu_in_place(input: Tensor, other: Tensor) -> Tensor:
     return F.relu(input + other, inplace=True)
 
 
+def conv1d(input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
+
+
 def conv2d(input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 

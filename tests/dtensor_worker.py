@@ -15,7 +15,16 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cnnkern
-from cnnkern.nn import AddReLU, BatchNorm2d, BatchNormAddReLU2d, BatchNormReLU2d, GroupedConv2d, LayerNorm, LayerNorm2d
+from cnnkern.nn import (
+    AddReLU,
+    BatchNorm2d,
+    BatchNormAddReLU2d,
+    BatchNormReLU2d,
+    GroupedConv1d,
+    GroupedConv2d,
+    LayerNorm,
+    LayerNorm2d,
+)
 
 ROWS, IMAGES = (4, 6, 8), (4, 8, 6, 6)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -26,6 +35,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "LayerNorm over two dimensions without parameters": (lambda: LayerNorm((6, 8), elementwise_affine=False), ROWS),
     "LayerNorm of shards of two sizes": (lambda: LayerNorm(8), (5, 3, 8)),
     "LayerNorm2d": (lambda: LayerNorm2d(8), IMAGES),
+    "GroupedConv1d": (lambda: GroupedConv1d(8, 8, 3, padding=1, groups=4), (4, 8, 6)),
+    "GroupedConv1d with a stride": (lambda: GroupedConv1d(8, 16, 2, 2, groups=4, bias=False), (4, 8, 6)),
     "GroupedConv2d": (lambda: GroupedConv2d(8, 8, 3, padding=1, groups=4), IMAGES),
     "GroupedConv2d with a stride": (lambda: GroupedConv2d(8, 16, 2, 2, groups=4, bias=False), IMAGES),
     "GroupedConv2d with another stride": (lambda: GroupedConv2d(8, 16, 2, 3, groups=4, bias=False), IMAGES),

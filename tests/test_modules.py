@@ -1,6 +1,6 @@
 """Every module beside its torch twin: constructor, text, state, hooks, copies, casts, memory format, meta, torch.func.
 
-Their numbers in every form are in test_batchnorm.py, test_add.py, test_layer_norm.py, test_grouped_conv2d_module.py and
+Their numbers in every form are in test_batchnorm.py, test_add.py, test_layer_norm.py, test_grouped_conv*.py and
 test_sync.py.
 """
 
@@ -56,10 +56,10 @@ def _twin(name: str) -> Twin:
         return Twin(nn.MaxPool2d, (3, 1, 1), (3, 5, 4, 6))
     if name == "LayerNorm2d":
         return Twin(LayerNorm2d, (5, 1e-6), (3, 5, 4, 6))  # as torchvision's convnext makes them
-    if name == "GroupedConv2d":
-        twin = getattr(nn, f"{prefix}Conv2d")
+    if name.startswith("GroupedConv"):
+        twin = getattr(nn, prefix + name.removeprefix("Grouped"))
         rest = (1, 1, 1, 4)  # stride, padding, dilation, groups
-        return Twin(twin, (8, 3, *rest) if lazy else (8, 8, 3, *rest), (3, 8, 6, 7))
+        return Twin(twin, (8, 3, *rest) if lazy else (8, 8, 3, *rest), (3, 8, 6, 7) if "2d" in name else (3, 8, 7))
     adds, relu = "Add" in name, name.endswith("ReLU") or "ReLU" in name or "Act" in name
     dimensions = "2d" if name.startswith("Sync") else name[-2:]
     twin = nn.SyncBatchNorm if name.startswith("Sync") else getattr(nn, f"{prefix}BatchNorm{dimensions}")
@@ -397,7 +397,7 @@ def test_misuse_is_the_twin_s_error_and_leaves_all_state(name, misuse):
     else:
         wrong = MISUSES[misuse](twin.shape)
     before = {n: t.clone() for n, t in ours.state_dict().items()}
-    if name == "GroupedConv2d" and misuse == "device":
+    if name.startswith("GroupedConv") and misuse == "device":
         assert ours(wrong).is_meta == theirs(wrong).is_meta  # torch's convolution takes it
         return
     if name == "MaxPool2d" and misuse != "rank":

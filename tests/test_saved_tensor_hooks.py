@@ -136,6 +136,7 @@ MODULES = {  # name -> (module, shape of its inputs)
     "AddReLU": (cnnkern.nn.AddReLU(), SHAPES["2d"]),
     "LayerNorm": (cnnkern.nn.LayerNorm((5, 6)), SHAPES["2d"]),
     "LayerNorm2d": (cnnkern.nn.LayerNorm2d(4), SHAPES["2d"]),
+    "GroupedConv1d": (cnnkern.nn.GroupedConv1d(4, 8, 3, groups=4), SHAPES["1d"]),
     "GroupedConv2d": (cnnkern.nn.GroupedConv2d(4, 8, 3, groups=4), SHAPES["2d"]),
 }
 

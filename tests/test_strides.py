@@ -90,7 +90,7 @@ def batch_norm_arguments(x: Tensor) -> tuple:
 
 
 def convolution_weight(x: Tensor, random: random.Random) -> Tensor:
-    return any_layout([random.choice([1, 2, 3]) * x.shape[1], 1, *[random.choice([1, 3])] * 2], random)
+    return any_layout([random.choice([1, 2, 3]) * x.shape[1], 1, *[random.choice([1, 3])] * (x.dim() - 2)], random)
 
 
 # name -> (numbers of dimensions, tensors of the input's shape, of ours, of eager)
@@ -111,6 +111,7 @@ FUZZED = {
     },
     "add_relu": ((2, 3, 4, 5), 2, functional.add_relu, reference.add_relu, {}),
     "layer_norm": ((2, 3, 4, 5), 1, functional.layer_norm, reference.layer_norm, {}),
+    "conv1d": ((3,), 1, functional.conv1d, F.conv1d, {}),
     "conv2d": ((4,), 1, functional.conv2d, F.conv2d, {}),
 }
 
@@ -128,7 +129,7 @@ def test_results_and_gradients_have_eagers_strides(name):
         tensors = [any_layout(shape, draw) for _ in range(count)]
         if count == 2 and draw.random() < 0.4:  # which most have in common
             tensors[1] = torch.empty_like(tensors[0]).normal_()
-        if name == "conv2d":
+        if name.startswith("conv"):
             arguments: tuple = (convolution_weight(tensors[0], draw), None, 1, 1, 1, shape[1])
         elif name.startswith("bn"):
             arguments = batch_norm_arguments(tensors[0])

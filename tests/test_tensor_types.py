@@ -55,6 +55,10 @@ LAYERS = {
         lambda: cnnkern.nn.GroupedConv2d(8, 8, 3, groups=4),
         lambda: nn.Conv2d(8, 8, 3, groups=4),
     ),
+    "convolution of sequences": (
+        lambda: nn.Sequential(nn.Flatten(2), cnnkern.nn.GroupedConv1d(8, 8, 3, groups=4)),
+        lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(8, 8, 3, groups=4)),
+    ),
     "addition": (cnnkern.nn.AddReLU, Added),
 }
 ALL = tuple(LAYERS)

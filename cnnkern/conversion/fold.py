@@ -33,7 +33,8 @@ def fold(model: nn.Module) -> nn.Module:
 
     ``model`` is in eval mode, and stays as it is; the copy shares nothing with it, and has the same parameters, under
     the same names. Results are the same up to rounding. Norms and grouped convolutions are converted as :func:`convert`
-    does it. :func:`conversion_report` of the result tells what was done, once the model has run.
+    does it; behind a grouped ``nn.Conv1d``, whose kernels are cnnkern's, the batch norm stays a layer of its own.
+    :func:`conversion_report` of the result tells what was done, once the model has run.
 
     Weights are folded at the first call, and again when a parameter has changed. On the CPU, in float32 and in 16-bit
     types that the processor has instructions for, PyTorch's oneDNN operators compute what was fused, on weights packed

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cnnkern.conversion import timm_layers
 from cnnkern.conversion.deferral import FOLDED_SITE, NAMES, SITE, became, deferred
 from cnnkern.nn import batchnorm, layer_norm, sync
-from cnnkern.nn.conv import GroupedConv2d
+from cnnkern.nn.conv import GroupedConv1d, GroupedConv2d
 from cnnkern.nn.pooling import MaxPool2d
 
 
@@ -64,13 +64,17 @@ def replacements() -> dict[type, tuple[type, Callable[[Any], bool]]]:
     def always(_: nn.Module) -> bool:
         return True
 
+    def is_grouped(conv: nn.modules.conv._ConvNd) -> bool:
+        return conv.groups > 1
+
     convnext = sys.modules.get("torchvision.models.convnext")
     theirs = {} if convnext is None else {convnext.LayerNorm2d: (layer_norm.LayerNorm2d, always)}
     theirs |= {plain: (ours, timm_layers.exchanges) for plain, ours in timm_layers.known().items()}
     return {
         **{plain: (ours, always) for plain, ours in BATCH_NORMS.items()},
         **theirs,
-        nn.Conv2d: (GroupedConv2d, lambda conv: conv.groups > 1),
+        nn.Conv1d: (GroupedConv1d, is_grouped),
+        nn.Conv2d: (GroupedConv2d, is_grouped),
         nn.LayerNorm: (layer_norm.LayerNorm, always),
         nn.MaxPool2d: (MaxPool2d, always),
     }

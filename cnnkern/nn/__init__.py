@@ -18,13 +18,14 @@ from cnnkern.nn.batchnorm import (
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
-from cnnkern.nn.conv import GroupedConv2d
+from cnnkern.nn.conv import GroupedConv1d, GroupedConv2d
 from cnnkern.nn.layer_norm import LayerNorm, LayerNorm2d
 from cnnkern.nn.lazy import (
     LazyBatchNormAddReLU2d,
     LazyBatchNormReLU1d,
     LazyBatchNormReLU2d,
     LazyBatchNormReLU3d,
+    LazyGroupedConv1d,
     LazyGroupedConv2d,
 )
 from cnnkern.nn.pooling import MaxPool2d
@@ -47,6 +48,7 @@ __all__ = [
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "GroupedConv1d",
     "GroupedConv2d",
     "LayerNorm",
     "LayerNorm2d",
@@ -54,6 +56,7 @@ __all__ = [
     "LazyBatchNormReLU1d",
     "LazyBatchNormReLU2d",
     "LazyBatchNormReLU3d",
+    "LazyGroupedConv1d",
     "LazyGroupedConv2d",
     "MaxPool2d",
     "SyncBatchNorm",

@@ -1,18 +1,19 @@
-"""Grouped and depthwise convolution as a module."""
+"""Grouped and depthwise convolutions as modules."""
+
+from collections.abc import Callable
 
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from cnnkern.nn.traced import leaf
+from cnnkern.ops.grouped_conv1d import conv1d
 from cnnkern.ops.grouped_conv2d import conv2d
 
 
-class GroupedConv2d(nn.Conv2d):
-    """``nn.Conv2d`` that runs fast where it has many groups: depthwise, or groups of a few channels.
+class _GroupedConv(nn.modules.conv._ConvNd):
+    """The forward pass of a convolution of torch.nn by a function of ours."""
 
-    Constructor, parameters, ``padding_mode`` and checkpoints are those of :class:`torch.nn.Conv2d`.
-    Input (N, C_in, H, W) or (C_in, H, W), output (N, C_out, H', W') or (C_out, H', W').
-    """
+    convolve: Callable[..., Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
@@ -24,4 +25,24 @@ class GroupedConv2d(nn.Conv2d):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        return conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+        return self.convolve(input, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+class GroupedConv1d(_GroupedConv, nn.Conv1d):
+    """``nn.Conv1d`` that runs fast where it has many groups: depthwise, or groups of a few channels.
+
+    Constructor, parameters, ``padding_mode`` and checkpoints are those of :class:`torch.nn.Conv1d`.
+    Input (N, C_in, L) or (C_in, L), output (N, C_out, L') or (C_out, L').
+    """
+
+    convolve = staticmethod(conv1d)
+
+
+class GroupedConv2d(_GroupedConv, nn.Conv2d):
+    """``nn.Conv2d`` that runs fast where it has many groups: depthwise, or groups of a few channels.
+
+    Constructor, parameters, ``padding_mode`` and checkpoints are those of :class:`torch.nn.Conv2d`.
+    Input (N, C_in, H, W) or (C_in, H, W), output (N, C_out, H', W') or (C_out, H', W').
+    """
+
+    convolve = staticmethod(conv2d)

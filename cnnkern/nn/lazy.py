@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _LazyNormBase
 
 from cnnkern.nn.batchnorm import BatchNormAddReLU2d, BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d
-from cnnkern.nn.conv import GroupedConv2d
+from cnnkern.nn.conv import GroupedConv1d, GroupedConv2d
 
 
 class LazyBatchNormReLU1d(_LazyNormBase, BatchNormReLU1d):
@@ -32,6 +32,12 @@ class LazyBatchNormAddReLU2d(_LazyNormBase, BatchNormAddReLU2d):
 
     def initialize_parameters(self, input: Tensor, residual: Tensor) -> None:  # type: ignore[override]
         super().initialize_parameters(input)
+
+
+class LazyGroupedConv1d(nn.LazyConv1d, GroupedConv1d):  # type: ignore[misc]  # as nn.LazyConv1d itself
+    """:class:`GroupedConv1d` whose ``in_channels`` is the first input's C. Input (N, C, L) or (C, L)."""
+
+    cls_to_become = GroupedConv1d
 
 
 class LazyGroupedConv2d(nn.LazyConv2d, GroupedConv2d):  # type: ignore[misc]  # as nn.LazyConv2d itself

@@ -1,0 +1,181 @@
+"""Grouped convolutions of sequences, which run on the kernels for images, beside PyTorch's.
+
+`python -m benchmarks.studies.sequences [--threads N] [--dtype float32|bfloat16|float16] [--seconds S] [--only TEXT]
+[--cpu-time] [--volumes]` prints for each layer PyTorch's milliseconds, and how many times as fast our operator is: in
+the forward pass, also of a transposed input, which either copies first, and in the forward pass with both gradients.
+Ratios are medians over interleaved rounds, with their chance (:mod:`cnnkern.measure.clock`). The operator is called
+whoever answers: the last column says which one `cnnkern.functional.conv1d` leaves to PyTorch. `--cpu-time`, of one
+thread alone, has the time that this process computes, without what it waits for a core: on a machine that others use.
+`--volumes` times depthwise 3x3x3 convolutions of videos instead, which are PyTorch's, beside 3x3 convolutions of their
+frames by ours: how many times as long PyTorch takes for a multiplication.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import cnnkern
+from cnnkern.measure import clock
+from cnnkern.ops.grouped_conv1d import left_to_library
+
+Calls = dict[str, Callable[[], object]]
+# (what it is like, N, C, L, channels a group, taps, stride)
+SEQUENCES = (
+    ("Conformer", 8, 256, 400, 1, 31, 1),
+    ("Conformer, one", 1, 512, 300, 1, 31, 1),
+    ("long", 1, 64, 16000, 1, 31, 1),
+    ("wav2vec 2.0, positions", 2, 512, 500, 32, 128, 1),
+    ("depthwise", 16, 192, 200, 1, 3, 1),
+    ("depthwise", 16, 192, 200, 1, 3, 2),
+    ("depthwise", 16, 192, 200, 1, 5, 1),
+    ("depthwise", 16, 192, 200, 1, 5, 2),
+    ("depthwise, one", 1, 192, 200, 1, 3, 1),
+    ("depthwise, long", 4, 64, 16000, 1, 3, 1),
+    ("depthwise, short", 64, 256, 25, 1, 3, 1),
+    ("depthwise, shorter", 64, 256, 24, 1, 3, 2),
+    ("groups", 8, 256, 400, 2, 3, 1),
+    ("groups", 8, 256, 400, 4, 3, 1),
+    ("groups", 8, 256, 400, 4, 31, 1),
+    ("groups", 8, 256, 400, 8, 3, 1),
+    ("groups", 8, 256, 400, 8, 3, 2),
+    ("groups", 8, 256, 400, 8, 31, 1),
+    ("groups", 8, 256, 400, 16, 3, 1),
+    ("groups, short", 64, 256, 24, 16, 3, 2),
+    ("groups", 8, 256, 400, 32, 3, 1),
+    ("groups, long", 1, 128, 16000, 32, 9, 1),
+    ("groups", 8, 256, 40, 64, 9, 1),
+)
+# (what it is like, N, C, frames, height and width, stride of these)
+VOLUMES = (
+    ("X3D", 4, 54, 16, 56, 1),
+    ("X3D", 4, 54, 16, 56, 2),
+    ("X3D", 4, 108, 16, 28, 1),
+    ("CSN", 2, 64, 8, 56, 1),
+    ("CSN", 2, 128, 8, 28, 1),
+)
+
+
+def convolved(conv: Callable[..., Tensor], x: Tensor, weight: Tensor, *settings: object) -> tuple[Calls, Tensor]:
+    """The forward pass, and it with both gradients; and a result."""
+    leaves = [t.detach().requires_grad_() for t in (x, weight)]
+    with torch.no_grad():
+        y = conv(x, weight, None, *settings)
+    dy = torch.ones_like(y)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return conv(x, weight, None, *settings)
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(conv(*leaves, None, *settings), leaves, dy)
+
+    return {"forward": forward, "step": step}, y
+
+
+def by_ours(x: Tensor, weight: Tensor, bias: None, stride: int, padding: int, dilation: int, groups: int) -> Tensor:
+    """As cnnkern.functional.conv1d calls the operator."""
+    row, settings = x.contiguous().unsqueeze(2), ((stride, stride), (0, padding), (1, dilation), groups)
+    return torch.ops.cnnkern.grouped_conv2d(row, weight.unsqueeze(2), bias, *settings).squeeze(2)
+
+
+class CpuTimer:
+    """Of what this process computes."""
+
+    def sample(self, step: Callable[[], object], calls: int) -> clock.Sample:
+        start = time.process_time()
+        for _ in range(calls):
+            step()
+        return clock.Sample((time.process_time() - start) / calls)
+
+
+def timed(calls: Calls, timer: clock.Timer, seconds: float) -> dict[str, list[float]]:
+    samples = clock.interleave(calls, timer, seconds=seconds, sample_seconds=0.005)
+    return {name: [sample.wall for sample in taken] for name, taken in samples.items()}
+
+
+def ratio(theirs: list[float], ours: list[float]) -> str:
+    found = clock.ratio(theirs, ours)
+    return f"{found.value:.2f}x ± {found.chance:.0%}"
+
+
+def sequences(dtype: torch.dtype, timer: clock.Timer, seconds: float, only: str) -> None:
+    print("\n| layer | forward (ms) | forward | forward, transposed | forward and backward | conv1d |")
+    print("|---|---:|---:|---:|---:|---|")
+    for name, n, c, length, width, taps, stride in SEQUENCES:
+        row = f"{name}: {n}x{c}x{length} width {width} kernel {taps} stride {stride}"
+        if only not in row:
+            continue
+        x = torch.randn(n, c, length).to(dtype)
+        weight = (torch.randn(c, width, taps) * (width * taps) ** -0.5).to(dtype)
+        settings = (stride, taps // 2, 1, c // width)
+        transposed = x.transpose(1, 2).contiguous().transpose(1, 2)
+        calls: Calls = {}
+        results = []
+        for who, conv in (("eager", F.conv1d), ("ours", by_ours)):
+            made, y = convolved(conv, x, weight, *settings)
+            calls |= {f"{who} {part}": call for part, call in made.items()}
+            calls[f"{who} transposed"] = convolved(conv, transposed, weight, *settings)[0]["forward"]
+            results.append(y)
+        close = 1e-4 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(*results, rtol=close, atol=close)
+        ms = timed(calls, timer, seconds)
+        cells = [ratio(ms[f"eager {part}"], ms[f"ours {part}"]) for part in ("forward", "transposed", "step")]
+        answers = "PyTorch" if left_to_library(x, weight, stride) else "ours"
+        print(
+            f"| {row} | {statistics.median(ms['eager forward']) * 1e3:.3f} | {' | '.join(cells)} | {answers} |",
+            flush=True,
+        )
+
+
+def volumes(timer: clock.Timer, seconds: float, only: str) -> None:
+    print("\n| layer | layout | forward (ms) | forward, of an addition | forward and backward, of an addition |")
+    print("|---|---|---:|---:|---:|")
+    for name, n, c, frames, side, stride in VOLUMES:
+        for layout in (torch.contiguous_format, torch.channels_last_3d):
+            row = f"{name}: {n}x{c}x{frames}x{side}x{side} kernel 3x3x3 stride {stride}"
+            if only not in row:
+                continue
+            weight = torch.randn(c, 1, 3, 3, 3)
+            x = torch.randn(n, c, frames, side, side).to(memory_format=layout)
+            flat = torch.channels_last if layout == torch.channels_last_3d else torch.contiguous_format
+            images = torch.randn(n * frames, c, side, side).to(memory_format=flat)
+            theirs, _ = convolved(F.conv3d, x, weight, (1, stride, stride), 1, 1, c)
+            ours, _ = convolved(cnnkern.functional.conv2d, images, weight[:, :, 0].clone(), stride, 1, 1, c)
+            calls = {f"eager {part}": call for part, call in theirs.items()}
+            ms = timed(calls | {f"ours {part}": call for part, call in ours.items()}, timer, seconds)
+            cells = [ratio([t / 3 for t in ms[f"eager {part}"]], ms[f"ours {part}"]) for part in ("forward", "step")]
+            kind = "contiguous" if flat == torch.contiguous_format else "channels_last"
+            print(
+                f"| {row} | {kind} | {statistics.median(ms['eager forward']) * 1e3:.1f} | {' | '.join(cells)} |",
+                flush=True,
+            )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.sequences", description=__doc__)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each row")
+    parser.add_argument("--only", default="", metavar="TEXT", help="layers with TEXT in their row")
+    parser.add_argument("--volumes", action="store_true", help="depthwise convolutions of videos")
+    parser.add_argument("--cpu-time", action="store_true", help="what one thread computes, not what it waits")
+    arguments = parser.parse_args(argv)
+    if arguments.cpu_time and arguments.threads != 1:
+        parser.error("--cpu-time is of --threads 1: several threads compute while they wait for one another")
+    torch.set_num_threads(arguments.threads)
+    timer = CpuTimer() if arguments.cpu_time else clock.HostTimer()
+    print(f"threads: {arguments.threads}; {cnnkern.tune_malloc()}")
+    if arguments.volumes:
+        volumes(timer, arguments.seconds, arguments.only)
+    else:
+        sequences(getattr(torch, arguments.dtype), timer, arguments.seconds, arguments.only)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
