@@ -1,55 +1,19 @@
 #include "deferred/deferred.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/SavedTensorHooks.h>
 #include <ATen/TracerMode.h>
 #include <c10/core/Event.h>
-#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 
+#include "autograd/below.h"
 #include "autograd/composite.h"
 #include "autograd/strides.h"
 
 namespace cnnkern {
 
 namespace {
-
-// What a result is computed under, wherever it becomes due: below autograd, autocast, modes and transforms.
-class Below {
- public:
-  explicit Below(bool inference)
-      : mode_(c10::InferenceMode::is_enabled() == inference ? nullptr : std::make_unique<c10::InferenceMode>(inference)),
-        keys_(c10::default_included_set,
-              c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::DispatchKeySet(kDeferredKey)) {}
-
- private:
-  std::unique_ptr<c10::InferenceMode> mode_;
-  c10::impl::ForceDispatchKeyGuard keys_;
-};
-
-// What autograd saves of a result is saved as it is, for hooks are not to see it at another time.
-class NoHooks {
- public:
-  NoHooks() {
-    if (at::SavedTensorDefaultHooks::get_tls_state().stack.empty()) return;
-    before_ = at::SavedTensorDefaultHooks::get_tls_state();
-    at::SavedTensorDefaultHooks::set_tls_state({});
-  }
-  ~NoHooks() {
-    if (before_) at::SavedTensorDefaultHooks::set_tls_state(*before_);
-  }
-
- private:
-  std::optional<at::impl::SavedTensorDefaultHooksTLS> before_;
-};
-
-c10::Stream stream_of(c10::Device device) {
-  if (device.is_cpu()) return c10::Stream(c10::Stream::DEFAULT, device);
-  return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-}
 
 // Computes on the stream on which the layer was called; the present one waits for it.
 class OnStream {
@@ -69,6 +33,10 @@ class OnStream {
   c10::Stream stream_, present_;
 };
 
+void keep_recipe(HasRecipe& node, const Tensor& y, const NormArguments& norm, const Result& result, const std::string& act) {
+  node.keep_recipe(y, [&] { return recipe_of_batch_norm(norm.x, norm.weight, norm.bias, result.mean, result.rstd, act); });
+}
+
 // Whether somebody has taken hold of a tensor's place in the graph, where an operation in place puts another.
 bool is_held(const Tensor& t, size_t own) {
   const auto node = torch::autograd::impl::gradient_edge(t).function;
@@ -79,7 +47,7 @@ bool is_held(const Tensor& t, size_t own) {
 
 bool is_undisturbed() {
   return !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::impl::torch_function_mode_enabled() &&
-         !at::tracer::impl::is_dispatch_enabled() && at::SavedTensorDefaultHooks::get_tls_state().stack.empty() &&
+         !at::tracer::impl::is_dispatch_enabled() && saved_tensor_hooks() != SavedTensorHooks::kOthers &&
          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !c10::impl::tls_is_dispatch_key_excluded(kDeferredKey);
 }
@@ -266,7 +234,10 @@ void Deferred::make_real_for(const std::string& reason) {
   if (state_ == kLaid) return become(value_);
   report(reason);
   if (state_ == kSpent && norm_) norm_->used_again = true;
-  become(compute("none").value);
+  const auto [norm, source, is_sum] = std::tuple(norm_, source_, residual_.defined());
+  const Result result = compute("none");
+  become(result.value);
+  if (norm && !is_sum) keep_recipe(*norm, tensor_of(c10::intrusive_ptr<Deferred>::reclaim_copy(this)), *source->norm(), result, "none");
 }
 
 void Deferred::drop() noexcept {
@@ -318,6 +289,13 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const char* act, bo
   const Result result = compute(act);
   const Strides strides = in_place ? Strides(this->strides().begin(), this->strides().end()) : strides_of(result.value);
   decltype(torch::autograd::Edge::function) node;
+  HasRecipe* has_recipe = nullptr;
+  const auto source = source_;
+  const auto put_in_graph = [&](const Tensor& y) {
+    if (node) torch::autograd::set_history(y, node);
+    if (has_recipe != nullptr) keep_recipe(*has_recipe, y, *source->norm(), result, act);
+    return y;
+  };
   if (norm_ && sum) {
     auto made = make_node<ReluOfSumNode>();
     made->mask = torch::autograd::SavedVariable(result.mask, /*is_output=*/false);
@@ -327,6 +305,7 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const char* act, bo
   } else if (norm_) {
     auto made = make_node<ActNode>();
     made->act = act, made->strides = strides;
+    has_recipe = &*made;
     node = made;
   }
   if (node) node->add_next_edge(torch::autograd::impl::gradient_edge(self));
@@ -336,14 +315,12 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const char* act, bo
   if (!in_place) {
     state_ = kSpent;
     if (any_strides) return laid(result.value, Strides(this->strides().begin(), this->strides().end()));
-    if (node) torch::autograd::set_history(result.value, node);
-    return result.value;
+    return put_in_graph(result.value);
   }
   if (node && !sum) norm_->result.reset();
   any_strides ? keep_laid(result.value) : become(result.value);
   if (!inference_) bump_version();
-  if (node) torch::autograd::set_history(self, node);
-  return self;
+  return put_in_graph(self);
 }
 
 std::optional<Tensor> Deferred::add(const Tensor& self, const Tensor& other, Term term, bool in_place) {

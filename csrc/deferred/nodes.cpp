@@ -29,13 +29,6 @@ const auto& add_backward() {
   return op;
 }
 
-// Below autograd and modes, which are to see no more than PyTorch's operators.
-Tensor copy_of(const Tensor& t) {
-  c10::impl::ForceDispatchKeyGuard below(c10::default_included_set,
-                                         c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView);
-  return t.clone();
-}
-
 }  // namespace
 
 Lock::Lock(std::recursive_mutex& mutex) : lock_(mutex, std::try_to_lock) {
@@ -59,6 +52,7 @@ void NormNode::release_variables() {
   for (auto& variable : saved_) variable.reset_data();
   bias_.reset();
   known = {};
+  release_recipe();
 }
 
 void NormNode::fill(const NormArguments& norm, const Tensor& mean, const Tensor& rstd, bool reads_bias) {

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "autograd/node.h"
+#include "autograd/recompute.h"
 #include "memory_layout.h"
 
 namespace cnnkern {
@@ -37,7 +38,7 @@ struct NormArguments {
 // Makes the result, an object of Deferred, whose node is asked for a gradient.
 void make_real(c10::TensorImpl* result);
 
-class NormNode final : public torch::autograd::Node {
+class NormNode final : public torch::autograd::Node, public HasRecipe {
  public:
   std::string name() const override { return "BatchNorm"; }
   void release_variables() override;
@@ -70,10 +71,11 @@ class NormNode final : public torch::autograd::Node {
 using NormPointer = decltype(make_node<NormNode>());
 
 // act(batch norm), whose node is the next one.
-struct ActNode final : torch::autograd::Node {
+struct ActNode final : torch::autograd::Node, HasRecipe {
   std::string act;
   Strides strides;  // of the result
   std::string name() const override { return "BatchNormAct"; }
+  void release_variables() override { release_recipe(); }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
 };
 
