@@ -56,10 +56,13 @@ _PLAIN = "_cnnkern_plain"  # in a class that was made here: the model's own
 _made: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
 
 
-def switch_on(model: nn.Module) -> None:
-    """Every call of the model runs within :func:`recompute` from now on: its class becomes one that does that."""
+def switch_on(model: nn.Module) -> nn.Module:
+    """Every call of the model, which is returned, runs within :func:`recompute` from now on: its class becomes one that
+    does that."""
+    check_extension("recompute")
     if not is_on(model):
         model.__class__ = _recomputing(type(model))
+    return model
 
 
 def switch_off(model: nn.Module) -> None:
@@ -75,19 +78,19 @@ def plain_class(model: nn.Module) -> type:
     return type(model).__dict__.get(_PLAIN, type(model))
 
 
-def _recomputing(plain: type) -> type:
+def _recomputing(plain: Any) -> type:
     """A subclass without a name of its own, which pickle and copy therefore find by the class that it is made of."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with recompute():
-            return plain.__call__(self, *args, **kwargs)  # type: ignore[operator]
+            return plain.__call__(self, *args, **kwargs)
 
     def reduce_ex(self: Any, protocol: Any) -> Any:
         function, arguments, *state = plain.__reduce_ex__(self, protocol)
         return (_made_again, (function, tuple(plain if a is type(self) else a for a in arguments)), *state)
 
     def extra_repr(self: Any) -> str:
-        own = plain.extra_repr(self)  # type: ignore[attr-defined]
+        own = plain.extra_repr(self)
         return f"{own}{', ' if own else ''}recompute=True"
 
     found = _made.get(plain, lambda: None)()
@@ -100,6 +103,4 @@ def _recomputing(plain: type) -> type:
 
 
 def _made_again(function: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
-    model = function(*arguments)
-    switch_on(model)
-    return model
+    return switch_on(function(*arguments))

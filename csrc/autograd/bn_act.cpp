@@ -70,7 +70,7 @@ struct BnAct {
   Strides strides;  // of y
 
   RecipePointer recipe(const variable_list& inputs, const variable_list& statistics) const {
-    return recipe_of_batch_norm(inputs[0], inputs[1], inputs[2], statistics[0], statistics[1], act);
+    return recipe_of_batch_norm(inputs[0], Tensor(), inputs[1], inputs[2], statistics[0], statistics[1], act);
   }
 
   variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 3>& needs) const {

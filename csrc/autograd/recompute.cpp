@@ -20,7 +20,8 @@ const void* our_pack = nullptr;
 RecipePointer recipe_of(const Tensor& t) {
   if (!is_plain(t)) return nullptr;
   const Tensor base = t.is_view() ? Tensor(t._base()) : t;
-  if (!is_plain(base) || base.scalar_type() != t.scalar_type()) return nullptr;
+  // To ask for its memory computes what waits, whose node has its recipe then.
+  if (!is_plain(base) || base.scalar_type() != t.scalar_type() || !base.has_storage()) return nullptr;
   const auto node = base.grad_fn();
   auto* has = node ? dynamic_cast<HasRecipe*>(&*node) : nullptr;
   RecipePointer recipe = has == nullptr ? nullptr : has->recipe();
@@ -60,7 +61,22 @@ void Version::check(at::ScalarType dtype, at::IntArrayRef sizes) const {
               " instead. (Saved within cnnkern.recompute, or to compute a result again.)");
 }
 
-Recipe::Recipe(const std::vector<Tensor>& from, Compute compute) : compute_(std::move(compute)) {
+Borrowed::Borrowed(const Tensor& t)
+    : version_(t), memory_(t.storage().getWeakStorageImpl()), options_(t.options()), sizes_(t.sizes().vec()), strides_(t.strides().vec()),
+      offset_(t.storage_offset()) {}
+
+bool Borrowed::hold() {
+  if (held_.defined()) return true;
+  auto memory = memory_.lock();
+  if (!memory || !version_.is_current()) return false;
+  const auto key = options_.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
+  held_ = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(std::move(memory)), c10::DispatchKeySet(key), options_.dtype());
+  held_.unsafeGetTensorImpl()->set_sizes_and_strides(sizes_, strides_, offset_);
+  return true;
+}
+
+Recipe::Recipe(const std::vector<Tensor>& from, const Tensor& residual, Compute compute) : compute_(std::move(compute)) {
+  if (residual.defined()) residual_.emplace(residual);
   for (const Tensor& t : from) from_.emplace_back(t.tensor_data(), Version(t));
 }
 
@@ -72,15 +88,18 @@ void Recipe::is_for(const Tensor& y) {
   dtype_ = y.scalar_type();
 }
 
-bool Recipe::gives(const Tensor& t) const {
+bool Recipe::gives(const Tensor& t) {
+  std::lock_guard<std::mutex> lock(mutex_);
   return version_->is_current() && memory_of(t) == memory_._unsafe_get_target() && t.sizes() == at::IntArrayRef(sizes_) &&
-         t.strides() == at::IntArrayRef(strides_) && t.storage_offset() == 0 && t.scalar_type() == dtype_;
+         t.strides() == at::IntArrayRef(strides_) && t.storage_offset() == 0 && t.scalar_type() == dtype_ &&
+         (!residual_ || residual_->hold());
 }
 
 Tensor Recipe::computed() const {
   const Below below(/*inference=*/false);
   std::vector<Tensor> from;
   for (const auto& [tensor, _] : from_) from.push_back(tensor);
+  if (residual_) from.push_back(residual_->tensor());
   return restrided(compute_(from), strides_);
 }
 
@@ -88,6 +107,7 @@ Tensor Recipe::result() {
   std::lock_guard<std::mutex> lock(mutex_);
   version_->check(dtype_, sizes_);
   for (const auto& [tensor, version] : from_) version.check(tensor.scalar_type(), tensor.sizes());
+  if (residual_) residual_->version().check(dtype_, sizes_);
   const int task = torch::autograd::get_current_graph_task_id();
   if (task == -1 || (savers_ == 1 && !shared_.defined())) return computed();
   const c10::Stream present = stream_of(from_.front().first.device());
@@ -119,17 +139,18 @@ void Recipe::forget() {
   given_ = 0, task_ = -1;
 }
 
-RecipePointer recipe_of_batch_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean, const Tensor& rstd,
-                                   const std::string& act) {
+RecipePointer recipe_of_batch_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
+                                   const Tensor& mean, const Tensor& rstd, const std::string& act) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::sync_bn", "").typed<signature::sync_bn>();
   // The forward pass of batch norms over processes: the same map, of given statistics.
-  return std::make_shared<Recipe>(std::vector<Tensor>{x, mean, rstd}, [w = copied(weight), b = copied(bias), act](const auto& from) {
-    return std::get<0>(op.call(from[0], std::nullopt, w, b, from[1], from[2], act));
-  });
+  const auto compute = [w = copied(weight), b = copied(bias), act](const std::vector<Tensor>& from) {
+    return std::get<0>(op.call(from[0], from.size() > 3 ? OptionalTensor(from[3]) : std::nullopt, w, b, from[1], from[2], act));
+  };
+  return std::make_shared<Recipe>(std::vector<Tensor>{x, mean, rstd}, residual, compute);
 }
 
 RecipePointer recipe_of_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, LayerNormForward forward) {
-  return std::make_shared<Recipe>(std::vector<Tensor>{x}, [w = copied(weight), b = copied(bias), forward](const auto& from) {
+  return std::make_shared<Recipe>(std::vector<Tensor>{x}, Tensor(), [w = copied(weight), b = copied(bias), forward](const auto& from) {
     return forward(from[0], w, b);
   });
 }

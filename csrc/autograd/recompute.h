@@ -42,17 +42,36 @@ class Version {
   uint32_t was_;
 };
 
+// A tensor that is there for as long as somebody else holds its memory.
+class Borrowed {
+ public:
+  explicit Borrowed(const at::Tensor& t);
+  // Holds it from here on; whether it was still there, unchanged.
+  bool hold();
+  const at::Tensor& tensor() const { return held_; }
+  const Version& version() const { return version_; }
+
+ private:
+  Version version_;
+  c10::weak_intrusive_ptr<c10::StorageImpl> memory_;
+  at::TensorOptions options_;
+  std::vector<int64_t> sizes_, strides_;
+  int64_t offset_;
+  at::Tensor held_;
+};
+
 // What a result is computed again from.
 class Recipe : public std::enable_shared_from_this<Recipe> {
  public:
   using Compute = std::function<at::Tensor(const std::vector<at::Tensor>&)>;
-  // `compute` gets `from`, which must not have changed by then.
-  Recipe(const std::vector<at::Tensor>& from, Compute compute);
+  // `compute` gets `from`, which must not have changed by then, and behind them `residual` where that is defined. It is worth
+  // its while where somebody else keeps the residual: a block's input for its first convolution, for one.
+  Recipe(const std::vector<at::Tensor>& from, const at::Tensor& residual, Compute compute);
 
   // `y` is the result, as its node left it.
   void is_for(const at::Tensor& y);
-  // Whether t is that result, unchanged.
-  bool gives(const at::Tensor& t) const;
+  // Whether t is that result, unchanged, and can be computed without keeping what nobody else keeps.
+  bool gives(const at::Tensor& t);
   // The result's values, in its strides. Several who saved it get the same tensor in one backward pass.
   at::Tensor result();
   void saved_by(int change);  // one more, or less
@@ -63,6 +82,7 @@ class Recipe : public std::enable_shared_from_this<Recipe> {
   void forget();
 
   std::vector<std::pair<at::Tensor, Version>> from_;
+  std::optional<Borrowed> residual_;
   Compute compute_;
   std::optional<Version> version_;
   c10::weak_intrusive_ptr<c10::StorageImpl> memory_{c10::intrusive_ptr<c10::StorageImpl>()};
@@ -79,8 +99,8 @@ class Recipe : public std::enable_shared_from_this<Recipe> {
 using RecipePointer = std::shared_ptr<Recipe>;
 
 // The recipes of our operators. Vectors of parameters are copied: autograd allows a bias to change.
-RecipePointer recipe_of_batch_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& mean,
-                                   const at::Tensor& rstd, const std::string& act);
+RecipePointer recipe_of_batch_norm(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, const at::Tensor& bias,
+                                   const at::Tensor& mean, const at::Tensor& rstd, const std::string& act);
 // Statistics are taken again: that costs little beside reading x.
 using LayerNormForward = std::function<at::Tensor(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias)>;
 RecipePointer recipe_of_layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, LayerNormForward forward);

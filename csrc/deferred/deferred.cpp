@@ -33,8 +33,13 @@ class OnStream {
   c10::Stream stream_, present_;
 };
 
-void keep_recipe(HasRecipe& node, const Tensor& y, const NormArguments& norm, const Result& result, const std::string& act) {
-  node.keep_recipe(y, [&] { return recipe_of_batch_norm(norm.x, norm.weight, norm.bias, result.mean, result.rstd, act); });
+// Of y, which was computed from these, where its node has recipes.
+void keep_recipe(const Tensor& y, const NormArguments& norm, const Tensor& residual, const Result& result, const std::string& act) {
+  const auto node = torch::autograd::impl::gradient_edge(y).function;
+  if (auto* has_recipe = dynamic_cast<HasRecipe*>(&*node))
+    has_recipe->keep_recipe(y, [&] {
+      return recipe_of_batch_norm(norm.x, residual, norm.weight, norm.bias, result.mean, result.rstd, act);
+    });
 }
 
 // Whether somebody has taken hold of a tensor's place in the graph, where an operation in place puts another.
@@ -234,10 +239,11 @@ void Deferred::make_real_for(const std::string& reason) {
   if (state_ == kLaid) return become(value_);
   report(reason);
   if (state_ == kSpent && norm_) norm_->used_again = true;
-  const auto [norm, source, is_sum] = std::tuple(norm_, source_, residual_.defined());
+  const auto [source, residual, has_node] = std::tuple(source_, residual_, static_cast<bool>(norm_));
   const Result result = compute("none");
   become(result.value);
-  if (norm && !is_sum) keep_recipe(*norm, tensor_of(c10::intrusive_ptr<Deferred>::reclaim_copy(this)), *source->norm(), result, "none");
+  const Tensor self = tensor_of(c10::intrusive_ptr<Deferred>::reclaim_copy(this));
+  if (has_node && is_where_it_was_put(self)) keep_recipe(self, *source->norm(), residual, result, "none");
 }
 
 void Deferred::drop() noexcept {
@@ -289,11 +295,10 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const char* act, bo
   const Result result = compute(act);
   const Strides strides = in_place ? Strides(this->strides().begin(), this->strides().end()) : strides_of(result.value);
   decltype(torch::autograd::Edge::function) node;
-  HasRecipe* has_recipe = nullptr;
-  const auto source = source_;
-  const auto put_in_graph = [&](const Tensor& y) {
-    if (node) torch::autograd::set_history(y, node);
-    if (has_recipe != nullptr) keep_recipe(*has_recipe, y, *source->norm(), result, act);
+  const auto put_in_graph = [&, source = source_, residual = residual_](const Tensor& y) {
+    if (!node) return y;
+    torch::autograd::set_history(y, node);
+    keep_recipe(y, *source->norm(), residual, result, act);
     return y;
   };
   if (norm_ && sum) {
@@ -305,7 +310,6 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const char* act, bo
   } else if (norm_) {
     auto made = make_node<ActNode>();
     made->act = act, made->strides = strides;
-    has_recipe = &*made;
     node = made;
   }
   if (node) node->add_next_edge(torch::autograd::impl::gradient_edge(self));

@@ -80,19 +80,20 @@ struct ActNode final : torch::autograd::Node, HasRecipe {
 };
 
 // batch norm + residual: both have the gradient of the sum.
-struct SumNode final : torch::autograd::Node {
+struct SumNode final : torch::autograd::Node, HasRecipe {
   c10::weak_intrusive_ptr<c10::TensorImpl> result{c10::intrusive_ptr<c10::TensorImpl>()};
   std::string name() const override { return "BatchNormAdd"; }
+  void release_variables() override { release_recipe(); }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
 };
 
 // relu(batch norm + residual), whose node is the next one: computes the gradients of all three.
-struct ReluOfSumNode final : torch::autograd::Node {
+struct ReluOfSumNode final : torch::autograd::Node, HasRecipe {
   torch::autograd::SavedVariable mask;
   bool channels_last = false;  // the order of the mask
   Strides strides;             // of the result
   std::string name() const override { return "BatchNormAddReLU"; }
-  void release_variables() override { mask.reset_data(); }
+  void release_variables() override { mask.reset_data(), release_recipe(); }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
 };
 
