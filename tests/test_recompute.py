@@ -3,6 +3,8 @@
 import copy
 import gc
 import io
+import itertools
+import math
 import pickle
 import threading
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cnnkern
 from benchmarks.studies import memory
-from cnnkern import recomputation
+from cnnkern import recomputation, reference, testing
 from cnnkern.measure import profile
 from cnnkern.measure.steps import Setting
 
@@ -91,6 +93,29 @@ def assert_same(a: list[Tensor], b: list[Tensor]) -> None:
 
 def held(function: Callable[[], object]) -> int:
     return profile.held_bytes(function, "cpu")
+
+
+SHAPES = ((3, 5, 7, 9), (2, 8, 4, 4), (2, 6), (2, 6, 11), (2, 3, 3, 4, 5), (2, 40, 61, 64), (64, 96, 7, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_map_alone_gives_the_bits_of_the_forward_pass(shape, dtype, device):
+    """On whatever --device: what recipes call, beside what they stand for."""
+    if math.prod(shape) > device.elements:
+        pytest.skip("too large for this device")
+    generator, ops = torch.Generator().manual_seed(0), torch.ops.cnnkern
+    for layout, training in itertools.product(LAYOUTS, (True, False)):
+        x, residual = (
+            testing.with_layout(testing.randn(shape, generator, dtype) + 3, layout).to(device.tensors) for _ in range(2)
+        )
+        w, b, mean, var = (testing.randn(shape[1:2], generator, dtype).abs().to(device.tensors) for _ in range(4))
+        for act in reference.ACTIVATIONS:
+            y, m, r = ops.bn_act(x, w, b, mean.clone(), var.clone(), training, 0.1, 1e-5, act)
+            assert torch.equal(y, ops.sync_bn(x, None, w, b, m, r, act)[0]), (layout, training, act)
+        for act in ("relu", "none"):
+            y, m, r, _ = ops.bn_add_act(x, residual, w, b, mean.clone(), var.clone(), training, 0.1, 1e-5, act)
+            assert torch.equal(y, ops.sync_bn(x, residual, w, b, m, r, act)[0]), (layout, training, act)
 
 
 ACTS = [
