@@ -104,28 +104,32 @@ Tensor Recipe::computed() const {
 }
 
 Tensor Recipe::result() {
-  std::lock_guard<std::mutex> lock(mutex_);
+  // Others who want it wait until it is computed, but not those who save it: they hold Python's lock, which a kernel may need.
+  std::lock_guard<std::mutex> computing(computing_);
   version_->check(dtype_, sizes_);
   for (const auto& [tensor, version] : from_) version.check(tensor.scalar_type(), tensor.sizes());
   if (residual_) residual_->version().check(dtype_, sizes_);
   const int task = torch::autograd::get_current_graph_task_id();
-  if (task == -1 || (savers_ == 1 && !shared_.defined())) return computed();
   const c10::Stream present = stream_of(from_.front().first.device());
-  if (!shared_.defined() || task != task_) {
-    shared_ = computed();
-    given_ = 0, task_ = task, stream_ = present;
-    torch::autograd::Engine::get_default_engine().queue_callback([weak = weak_from_this(), task] {
-      if (const auto recipe = weak.lock()) {
-        std::lock_guard<std::mutex> lock(recipe->mutex_);
-        if (recipe->task_ == task) recipe->forget();
-      }
-    });
-  } else if (present != *stream_) {
-    return computed();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (shared_.defined() && task == task_ && present == *stream_) {
+      const Tensor found = shared_;
+      if (++given_ >= savers_) forget();
+      return found;
+    }
   }
-  const Tensor found = shared_;
-  if (++given_ >= savers_) forget();
-  return found;
+  const Tensor y = computed();
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (task == -1 || savers_ == 1 || (shared_.defined() && task == task_)) return y;
+  shared_ = y, given_ = 1, task_ = task, stream_ = present;
+  torch::autograd::Engine::get_default_engine().queue_callback([weak = weak_from_this(), task] {
+    if (const auto recipe = weak.lock()) {
+      std::lock_guard<std::mutex> lock(recipe->mutex_);
+      if (recipe->task_ == task) recipe->forget();
+    }
+  });
+  return y;
 }
 
 void Recipe::saved_by(int change) {

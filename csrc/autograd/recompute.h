@@ -90,7 +90,7 @@ class Recipe : public std::enable_shared_from_this<Recipe> {
   Strides strides_;
   at::ScalarType dtype_ = at::kFloat;
 
-  std::mutex mutex_;
+  std::mutex computing_, mutex_;
   int savers_ = 0, given_ = 0, task_ = -1;
   at::Tensor shared_;  // within the backward pass `task_`
   std::optional<c10::Stream> stream_;
