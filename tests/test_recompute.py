@@ -732,4 +732,6 @@ def test_models_keep_less(name):
     eager, again = found[memory.EAGER], found[memory.RECOMPUTE]
     assert again.elements <= (1 - SHARES[name] + 0.005) * eager.elements
     assert again.peak < eager.peak
-    assert name.split()[0] in memory.table({name: found})
+    said = memory.line(name, found)
+    assert said.startswith(name)
+    assert f"{1 - again.elements / eager.elements:.0%}" in said

@@ -54,29 +54,27 @@ def forms(model: nn.Module, setting: Setting) -> dict[str, nn.Module]:
 
 
 def measure(model: nn.Module, x: Tensor, setting: Setting) -> Memory:
-    """After two steps: by then a converted model knows what its batch norms are fused with."""
+    """After one step: then there is the optimizer's state, and known what batch norms are fused with."""
     one = step(model, (x,), setting)
-    one()
     one()
     held = profile.held_bytes(lambda: forward(model, (x,), setting), setting.device)
     return Memory(held / FLOAT / len(x), profile.peak_bytes(one, setting.device))
 
 
-def table(found: dict[str, dict[str, Memory]]) -> str:
-    """The figures of models, a line each; shares are of eager's."""
-    head = f"{'':16} {'M elements an image':>31}   {'MiB of a step at most':>31}"
-    names = f"{'':16} " + "   ".join(f"{EAGER:>8} {CONVERTED:>10} {RECOMPUTE:>11}" for _ in range(2)) + "   saved"
-    lines = [head, names]
-    for model, memory in found.items():
-        elements = [f"{memory[form].elements / 1e6:.1f}" for form in FORMS]
-        peaks = [f"{memory[form].peak / 2**20:.0f}" for form in FORMS]
-        shares = (
-            memory[RECOMPUTE].elements / memory[EAGER].elements - 1,
-            memory[RECOMPUTE].peak / memory[EAGER].peak - 1,
-        )
-        cells = [f"{a:>8} {b:>10} {c:>11}" for a, b, c in (elements, peaks)]
-        lines.append(f"{model:16} {'   '.join(cells)}   {shares[0]:.0%}, {shares[1]:.0%}")
-    return "\n".join(lines)
+HEAD = (
+    f"{'':16} {'M elements an image':>31}   {'MiB of a step at most':>31}\n"
+    f"{'':16} {'   '.join(2 * [f'{EAGER:>8} {CONVERTED:>10} {RECOMPUTE:>11}'])}   saved"
+)
+
+
+def line(model: str, memory: dict[str, Memory]) -> str:
+    """The figures of a model in a line; what is saved is shares of eager's."""
+    elements = [f"{memory[form].elements / 1e6:.1f}" for form in FORMS]
+    peaks = [f"{memory[form].peak / 2**20:.0f}" for form in FORMS]
+    cells = [f"{a:>8} {b:>10} {c:>11}" for a, b, c in (elements, peaks)]
+    eager, again = memory[EAGER], memory[RECOMPUTE]
+    shares = f"{1 - again.elements / eager.elements:.0%}, {1 - again.peak / eager.peak:.0%}"
+    return f"{model:16} {'   '.join(cells)}   {shares}"
 
 
 def times(models: dict[str, nn.Module], x: Tensor, setting: Setting, seconds: float) -> str:
@@ -109,19 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     setting = Setting(training=True, device="cpu", channels_last=options.channels_last)
     x = image(options.side, options.batch, options.channels_last)
-    found: dict[str, dict[str, Memory]] = {}
-    timed: dict[str, str] = {}
-    for name in options.models:
-        models = forms(build(name), setting)
-        found[name] = {form: measure(model, x, setting) for form, model in models.items()}
-        if options.time:
-            timed[name] = times(models, x, setting, options.seconds)
     print(
         f"float32, {options.batch} images of {options.side} x {options.side}; saved: of eager's elements, of its peak"
     )
-    print(table(found))
-    for name, line in timed.items():
-        print(f"{name:16} {line}")
+    print(HEAD)
+    for name in options.models:
+        models = forms(build(name), setting)
+        print(line(name, {form: measure(model, x, setting) for form, model in models.items()}), flush=True)
+        if options.time:
+            print(f"{'':16} {times(models, x, setting, options.seconds)}", flush=True)
 
 
 if __name__ == "__main__":
