@@ -20,6 +20,7 @@ __all__ = [
     "keep_operators",
     "models",
     "nn",
+    "recompute",
     "revert",
     "tune_malloc",
 ]
@@ -59,6 +60,7 @@ else:
     from cnnkern.memory import tune_malloc
     from cnnkern.ops import tuned
     from cnnkern.ops.route import keep_operators
+    from cnnkern.recomputation import recompute
 
     count_flops()
     tuned.load()

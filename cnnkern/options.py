@@ -25,7 +25,10 @@ FIXED = (
     *("amp", "float64", "eager", "sync_bn"),
 )
 # All that shapes a run.
-SETTINGS = (*FIXED, "epochs", "lr", "schedule", "data_dir", "channels_last", "compile", "threads", "device")
+SETTINGS = (
+    *FIXED,
+    *("epochs", "lr", "schedule", "data_dir", "channels_last", "compile", "recompute", "threads", "device"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -127,6 +130,7 @@ def make_parser() -> Parser:
     switch("--float64", help="compute in double precision, to compare runs")
     switch("--channels-last", help="keep images and weights in the channels_last memory format")
     switch("--compile", help="compile the model with torch.compile")
+    switch("--recompute", help="compute results of norms again for the gradient, to save memory")
     switch("--eager", help="use PyTorch's own operators in place of the fused layers")
     switch("--sync-bn", help="take batch statistics over the images of all processes")
     add("--seed", 0, type=number(int, zero=True), help="the seed of weights, order, augmentation and dropout")
@@ -173,6 +177,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--data-dir: digits needs none")
     if options.float64 and options.amp:
         parser.error("--float64 and --amp exclude each other")
+    if options.recompute and (options.eager or options.compile):
+        other = "--eager" if options.eager else "--compile"
+        parser.error(f"--recompute is of the fused layers outside of torch.compile: leave {other} out")
     if options.sync_bn and options.eager:
         parser.error("--sync-bn needs the fused layers: leave --eager out")
     return options

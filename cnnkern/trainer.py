@@ -30,6 +30,7 @@ from cnnkern.nn import convert_sync_batchnorm
 from cnnkern.options import SETTINGS
 from cnnkern.output import CHECKPOINT
 from cnnkern.processes import Processes
+from cnnkern.recomputation import switch_on
 from cnnkern.schedule import SCHEDULES
 
 
@@ -119,6 +120,8 @@ class Run:
         model = create_model(self.options.model, fused=fused, **self.arguments)
         if self.options.sync_bn:
             convert_sync_batchnorm(model)
+        if self.options.recompute and fused:
+            switch_on(model)
         return model.to(self.options.device, self.dtype, memory_format=self.layout)
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@
 #include <map>
 #include <string>
 
+#include "autograd/recompute.h"
 #include "deferred/batch_norm.h"
 #include "deferred/capture.h"
 #include "deferred/folded_conv.h"
@@ -66,6 +67,12 @@ PYBIND11_MODULE(_C, m) {
            "The same in place of another one, whose result waits.");
   m.def("sees_captures", &cnnkern::sees_captures, "Whether batch norms can wait while a CUDA graph is captured.");
   m.def("convolution_of", &cnnkern::convolution_of, "The FoldedConv whose result a tensor is, where it waits; else None.");
+  pybind11::class_<cnnkern::Packed, std::shared_ptr<cnnkern::Packed>>(m, "Packed", "What the graph keeps of a saved tensor.");
+  m.def("pack", [](const at::Tensor& t) { return std::make_shared<cnnkern::Packed>(t); }, pybind11::arg("tensor"),
+        "The hook of cnnkern.recompute on what autograd saves.");
+  m.def("unpack", &cnnkern::Packed::unpack, pybind11::call_guard<pybind11::gil_scoped_release>(), "The tensor that was packed.");
+  cnnkern::hooks_are_ours_with(m.attr("pack").ptr());
+  m.def("may_recompute", &cnnkern::may_recompute, "Whether nobody else packs what autograd saves in this thread.");
 #ifdef CNNKERN_CUDA
   m.def("let_launchers_answer", &cnnkern::let_launchers_answer,
         "Whether torch.ops.cnnkern_launchers answer for CUDA tensors, in the place of this extension's kernels.");

@@ -125,6 +125,15 @@ def test_compiled_contenders():
     assert not found.failed
 
 
+def test_results_computed_again_are_a_contender():
+    found = cnnkern.benchmark(Small(), X, recompute=True, seconds=0.1)
+    assert found.ok
+    peaks = {c.name: c.peak_bytes for c in found.contenders}
+    assert list(peaks) == ["eager", "converted", "recompute"]
+    assert peaks["recompute"] < peaks["converted"]
+    assert any(line.startswith("recompute, float64") for line in found.check.lines)
+
+
 def test_a_compiler_that_fails_is_said(monkeypatch):
     def refuse(*_, **__):
         raise RuntimeError("no compiler\nhere")
@@ -323,6 +332,7 @@ def test_the_command_runs_from_anywhere(tmp_path):
         (["mine.py:make", "--input", "2,x"], 2, "expected numbers such as 64,3,224,224; got '2,x'"),
         (["mine.py:make", "--device", "tpu"], 2, "must be cpu, cuda or cuda:N, got 'tpu'"),
         (["mine.py:make", "--seconds", "0"], 2, "must be a number above zero"),
+        (["mine.py:make", "--infer", "--recompute"], 2, "--recompute is of training: leave --infer out"),
         (["resnet18"], 1, "expected MODEL to be"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 
 from cnnkern import checkpoint as checkpoints
 from cnnkern import cli, data, train
-from tests.training import error_of, rows
+from tests.training import CALM, error_of, rows
 
 pytestmark = pytest.mark.usefixtures("malloc_as_it_was")
 
@@ -64,6 +64,15 @@ def test_interrupted_and_resumed_is_the_same_bit_by_bit(tiny, tmp_path, monkeypa
         }
 
 
+def test_recompute_changes_no_bit_and_resumes(tmp_path, capsys):
+    for name, options in (("kept", []), ("again", ["--recompute"])):
+        assert train.main([*CALM, str(tmp_path / name), "--epochs", "1", *options]) == 0
+    assert (tmp_path / "kept" / "steps.csv").read_bytes() == (tmp_path / "again" / "steps.csv").read_bytes()
+    capsys.readouterr()
+    assert train.main([*CALM, str(tmp_path / "kept"), "--epochs", "2", "--resume", "--recompute"]) == 0
+    assert "--recompute on from here on, off before" in capsys.readouterr().out
+
+
 def test_interrupted_before_the_first_checkpoint(tiny, tmp_path, monkeypatch, capsys):
     def interrupted(run):
         raise KeyboardInterrupt
@@ -112,6 +121,11 @@ def test_compare_prints_both_rates(tiny, capsys):
         (["lenet", "--amp", "fp8"], "argument --amp: invalid choice: 'fp8'"),
         (["lenet", "--amp", "bf16", "--float64"], "--float64 and --amp exclude each other"),
         (["lenet", "--sync-bn", "--eager"], "--sync-bn needs the fused layers"),
+        (
+            ["lenet", "--recompute", "--eager"],
+            "--recompute is of the fused layers outside of torch.compile: leave --eager",
+        ),
+        (["lenet", "--recompute", "--compile"], "leave --compile out"),
         ([], "the following arguments are required: MODEL"),
     ],
 )

@@ -137,7 +137,7 @@ def test_the_help_has_every_default(capsys):
         "constant",
     ):
         assert f"(default: {default})" in said
-    assert said.count("(default: ") == 21
+    assert said.count("(default: ") == 22
 
 
 def test_an_error_of_a_process_that_reads_ahead_is_one_line():

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cnnkern import recomputation
 from cnnkern.conversion.deferral import SITE
 from cnnkern.conversion.layers import (
     NORMS,
@@ -49,23 +50,25 @@ class ConversionReport:
     entries: list[Replacement] = field(default_factory=list)
     made_by: str = "cnnkern.convert"
     nothing: str = "no norm and no grouped convolution in this model, nothing to convert"
+    recompute: bool = False
 
     @property
     def counts(self) -> dict[str, int]:
         return dict(Counter(e.kind or "not converted" for e in self.entries))
 
     def __str__(self) -> str:
+        recomputes = "; results of norms are computed again for the gradient" if self.recompute else ""
         if not self.entries:
-            return f"{self.made_by}: {self.nothing}"
+            return f"{self.made_by}: {self.nothing}{recomputes}"
         width = max(len(e.path) for e in self.entries)
         lines = [
             f"{e.path:{width}}  {e.kind or 'not converted'}{f' ({e.reason})' if e.reason else ''}" for e in self.entries
         ]
         total = ", ".join(f"{n} {kind}" for kind, n in sorted(self.counts.items()))
-        return "\n".join([f"{self.made_by}: {total}", *lines])
+        return "\n".join([f"{self.made_by}: {total}{recomputes}", *lines])
 
 
-def convert(model: nn.Module, inplace: bool = False, verify: Any = None) -> nn.Module:
+def convert(model: nn.Module, inplace: bool = False, verify: Any = None, *, recompute: bool = False) -> nn.Module:
     """The model with its norms, grouped convolutions and max poolings on our kernels, and the activation or the
     residual addition behind a batch norm computed with it.
 
@@ -78,18 +81,29 @@ def convert(model: nn.Module, inplace: bool = False, verify: Any = None) -> nn.M
     original and of the result are then compared on it, in float64 where the model runs in that, in training and in eval
     mode, and :class:`ConversionError` is raised where they differ; ``model`` is as it was.
 
+    With ``recompute`` every call of the model runs within :func:`cnnkern.recompute`: results of norms are not kept for
+    the gradient but computed again, which saves memory, takes a little time and changes no gradient. It holds for a
+    call of the whole model, on our layers of any kind, and not under :func:`torch.compile`.
+
     :func:`conversion_report` tells what was replaced and, once the model has run, what was fused; :func:`revert`
-    undoes it. Converting twice changes nothing. Raises TypeError for what is no ``nn.Module`` or is a ``torch.jit``
-    module.
+    undoes it. Converting twice changes nothing, but that ``recompute`` may be switched on later. Raises TypeError for
+    what is no ``nn.Module`` or is a ``torch.jit`` module and for a ``recompute`` that is no bool; RuntimeError for
+    ``recompute`` without the compiled extension.
     """
     check_module("convert", model)
+    if not isinstance(recompute, bool):
+        raise TypeError(f"cnnkern.convert: recompute must be True or False; got {recompute!r}")
+    if recompute:
+        recomputation.check_extension("convert")
     if verify is not None:
-        check_results(model, lambda m: convert(m, inplace=True), verify)
+        check_results(model, lambda m: convert(m, inplace=True, recompute=recompute), verify)
     if not inplace:
         model = _sharing_copy(model)
     inner = uncompiled(model)
     if "_cnnkern_report" not in inner.__dict__:
         inner.__dict__["_cnnkern_report"] = convert_layers(inner)
+    if recompute:
+        recomputation.switch_on(inner)
     return model
 
 
@@ -98,7 +112,7 @@ def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
     check_module("revert", model)
     classes = originals()
     for path, module in model.named_modules():
-        if "_cnnkern_converted" in module.__dict__ and type(module) not in classes:
+        if "_cnnkern_converted" in module.__dict__ and recomputation.plain_class(module) not in classes:
             raise TypeError(
                 f"cnnkern.revert: {path!r} has become a {type(module).__name__} since it was converted; "
                 "take that back before, as torch.nn.utils.parametrize.remove_parametrizations does"
@@ -106,6 +120,7 @@ def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
     if not inplace:
         model = _sharing_copy(model)
     for module in model.modules():
+        recomputation.switch_off(module)
         if module.__dict__.pop("_cnnkern_converted", False):
             module.__class__ = classes[type(module)]
             module.__dict__.pop("act", None)
@@ -135,7 +150,7 @@ def conversion_report(model: nn.Module) -> ConversionReport:
             entries.append(entry)
         elif (found := module.became()) is not None:  # a folded convolution
             entries.append(Replacement(entry.path, *found))
-    return ConversionReport(entries, made.made_by, made.nothing)
+    return ConversionReport(entries, made.made_by, made.nothing, recomputation.is_on(model))
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
@@ -148,11 +163,12 @@ def convert_layers(model: nn.Module) -> ConversionReport:
     """Replaces a model's layers where they are."""
     report, table, ours = ConversionReport(), replacements(), originals()
     for path, module in model.named_modules():
-        replacement, wanted = table.get(type(module), (None, bool))
+        kind = recomputation.plain_class(module)
+        replacement, wanted = table.get(kind, (None, bool))
         if replacement is not None and wanted(module):
             replace(module, replacement)
             report.entries.append(Replacement(path, type(module).__name__))
-        elif isinstance(module, NORMS) and type(module) not in ours and not isinstance(module, _FusedBatchNorm):
+        elif isinstance(module, NORMS) and kind not in ours and not isinstance(module, _FusedBatchNorm):
             report.entries.append(
                 Replacement(path, "", f"{type(module).__name__} may do more than the class that it inherits from")
             )

@@ -92,10 +92,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     mode.add_argument("--train", action="store_true", help="time training steps (the default)")
     mode.add_argument("--infer", action="store_true", help="time inference, folded too on a CPU")
     parser.add_argument("--compile", action="store_true", help="time torch.compile of both as well")
+    parser.add_argument("--recompute", action="store_true", help="measure training with results computed again as well")
     parser.add_argument("--tune-malloc", action="store_true", help="call cnnkern.tune_malloc() first, for eager too")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--html", metavar="FILE", help="write the tables to FILE as a page")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.recompute and options.infer:
+        parser.error("--recompute is of training: leave --infer out")
+    return options
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -115,6 +119,7 @@ def main(arguments: Sequence[str]) -> int:
             channels_last=options.channels_last,
             device=options.device,
             compile=options.compile,
+            recompute=options.recompute,
             seconds=options.seconds,
             converted=loaded.converted,
             name=loaded.name,

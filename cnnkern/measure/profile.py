@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -187,13 +188,24 @@ def peak_bytes(step: Callable[[], object], device: str) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    return max(0, *_held_on_cpu(step))
+
+
+def held_bytes(step: Callable[[], object], device: str) -> int:
+    """What tensors hold when the step has returned, beyond what they held before: its result is kept until then. Of a
+    forward pass that is what its graph keeps for the gradient."""
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        _ = step()
+        return torch.cuda.memory_allocated(device) - before
+    return _held_on_cpu(step)[-1]
+
+
+def _held_on_cpu(step: Callable[[], object]) -> list[int]:
+    """The bytes that tensors hold beyond what they held before, after each allocation and release."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        step()
+        _ = step()
     # The public summary adds up an operator's allocations and loses their order.
     events = found.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = most = 0
-    for _, change in changes:
-        held += change
-        most = max(most, held)
-    return most
+    return [0, *itertools.accumulate(change for _, change in changes)]

@@ -21,8 +21,9 @@ from cnnkern.measure.result import BenchmarkResult, Contender
 from cnnkern.measure.steps import AMP, Setting, forward, step
 from cnnkern.measure.values import ModelError, by_x, mean_loss, one_line, placed, results_of, shapes
 from cnnkern.ops import tuned
+from cnnkern.recomputation import switch_on
 
-EAGER, AGAIN, CONVERTED, FOLDED = "eager", "eager, again", "converted", "folded"
+EAGER, AGAIN, CONVERTED, RECOMPUTE, FOLDED = "eager", "eager, again", "converted", "recompute", "folded"
 COMPILED, BOTH = "torch.compile", "converted + torch.compile"
 
 
@@ -35,6 +36,7 @@ def benchmark(
     channels_last: bool = False,
     device: str = "cpu",
     compile: bool = False,
+    recompute: bool = False,
     seconds: float = 30.0,
     loss: Callable[[Any], Tensor] | None = None,
     converted: nn.Module | None = None,
@@ -49,7 +51,9 @@ def benchmark(
     dataclasses. ``amp`` is ``"bf16"`` or ``"fp16"``, for autocast without a gradient scaler. With ``compile`` the model
     and the converted one are timed under :func:`torch.compile` too, in inference on a CPU always
     :func:`cnnkern.fold`'s. ``seconds`` is for the timing alone; the checks, compilation and five rounds at least come
-    on top. ``converted`` is a form of the model to be measured in the place of what ``convert`` makes of it.
+    on top. With ``recompute`` the converted model is measured with results of norms computed again too, as
+    :func:`cnnkern.recompute` does; in training alone. ``converted`` is a form of the model to be measured in the place
+    of what ``convert`` makes of it.
 
     Nothing is timed where results differ: :attr:`BenchmarkResult.ok` is then False. ``model`` is left as it is.
 
@@ -65,7 +69,7 @@ def benchmark(
     base = setting.place(copy.deepcopy(model))
     _try(name, base, arguments, setting)
 
-    forms = _forms(converted, setting)
+    forms = _forms(converted, setting, recompute)
     found = BenchmarkResult(
         model=name,
         inputs=shapes(arguments),
@@ -98,7 +102,7 @@ def _try(name: str, model: nn.Module, arguments: tuple[Any, ...], setting: Setti
         raise ModelError(f"{name} has nothing to train: no output depends on a parameter that requires a gradient")
 
 
-def _forms(converted: nn.Module | None, setting: Setting) -> dict[str, Make]:
+def _forms(converted: nn.Module | None, setting: Setting, recompute: bool) -> dict[str, Make]:
     """What the model is compared with: functions of a copy of it."""
 
     def by_author(model: nn.Module) -> nn.Module:
@@ -109,6 +113,8 @@ def _forms(converted: nn.Module | None, setting: Setting) -> dict[str, Make]:
         return setting.place(form.to(dtype))
 
     forms: dict[str, Make] = {CONVERTED: (lambda m: convert(m, inplace=True)) if converted is None else by_author}
+    if recompute and setting.training:
+        forms[RECOMPUTE] = lambda m: switch_on(forms[CONVERTED](m))
     if not setting.training and torch.device(setting.device).type == "cpu":
         forms[FOLDED] = fold if converted is None else lambda m: fold(by_author(m))
     return forms

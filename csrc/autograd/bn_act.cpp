@@ -72,6 +72,10 @@ struct BnAct {
   std::optional<double> act_param;
   Strides strides;  // of y
 
+  RecipePointer recipe(const variable_list& inputs, const variable_list& statistics) const {
+    return recipe_of_batch_norm(inputs[0], Tensor(), inputs[1], inputs[2], statistics[0], statistics[1], act, act_param);
+  }
+
   variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 3>& needs) const {
     const Tensor& x = saved[0];
     auto [dx, dweight, dbias] = backward_op().call(dy, x, optional_of(saved[1]), optional_of(saved[2]), saved[3].contiguous(),

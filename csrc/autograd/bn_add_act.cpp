@@ -91,6 +91,10 @@ struct BnAddAct {
   bool channels_last;  // the order of the mask
   Strides strides;     // of what PyTorch's gradient of the activation reads
 
+  RecipePointer recipe(const variable_list& inputs, const variable_list& of_results) const {
+    return recipe_of_batch_norm(inputs[0], inputs[1], inputs[2], inputs[3], of_results[1], of_results[2], act, act_param);
+  }
+
   variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 4>& needs) const {
     // Without an activation the residual's gradient is dy itself.
     const std::array<bool, 4> wanted = {needs[0], needs[1] && act != "none", needs[2], needs[3]};

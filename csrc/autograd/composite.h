@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/Functions.h>
-#include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -13,6 +12,7 @@
 #include <tuple>
 
 #include "autograd/activation.h"
+#include "autograd/recompute.h"
 #include "autograd/strides.h"
 #include "check.h"
 
@@ -42,7 +42,7 @@ class RunningStatistics {
   RunningStatistics(bool training, const OptionalTensor& mean, const OptionalTensor& var, bool saves)
       : training_(training), mean_(mean), var_(var), kernels_mean_(mean), kernels_var_(var) {
     copied_ = training && saves && tensor_or_undefined(mean).defined() && tensor_or_undefined(var).defined() &&
-              !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+              saved_tensor_hooks() == SavedTensorHooks::kOthers;
     if (!copied_) return;
     at::AutoDispatchBelowADInplaceOrView below;
     kernels_mean_ = mean->clone(), kernels_var_ = var->clone();

@@ -65,6 +65,13 @@ struct LayerNorm {
   static constexpr const char* kName = "LayerNorm";
   static constexpr size_t kInputs = 3;  // x, weight, bias
   int64_t dims;
+  double eps;
+
+  RecipePointer recipe(const variable_list& inputs, const variable_list&) const {
+    return recipe_of_layer_norm(inputs[0], inputs[1], inputs[2], [dims = dims, eps = eps](const Tensor& x, const auto& w, const auto& b) {
+      return std::get<0>(forward_op().call(x, x.sym_sizes().slice(x.dim() - dims), w, b, eps));
+    });
+  }
 
   variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 3>& needs) const {
     const Tensor& x = saved[0];
@@ -89,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_autograd(const Tensor& x, c10::Sym
   const auto forward = [&] { return forward_op().call(x, normalized_shape, weight, bias, eps); };
   if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b)))
     return recorded<LayerNorm>({x, w, b}, {x, w}, forward, [&](const auto& results) {
-      return std::pair(LayerNorm{static_cast<int64_t>(normalized_shape.size())},
+      return std::pair(LayerNorm{static_cast<int64_t>(normalized_shape.size()), eps},
                        variable_list{std::get<1>(results), std::get<2>(results)});
     });
   at::AutoDispatchBelowADInplaceOrView below;

@@ -60,6 +60,13 @@ struct LayerNorm2dBackward : torch::autograd::Function<LayerNorm2dBackward> {
 struct LayerNorm2d {
   static constexpr const char* kName = "LayerNorm2d";
   static constexpr size_t kInputs = 3;  // x, weight, bias
+  double eps;
+
+  RecipePointer recipe(const variable_list& inputs, const variable_list&) const {
+    return recipe_of_layer_norm(inputs[0], inputs[1], inputs[2], [eps = eps](const Tensor& x, const auto& w, const auto& b) {
+      return std::get<0>(forward_op().call(x, w, b, eps));
+    });
+  }
 
   variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 3>& needs) const {
     auto [dx, dweight, dbias] =
@@ -82,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_autograd(const Tensor& x, const 
   const auto forward = [&] { return forward_op().call(x, weight, bias, eps); };
   if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b)))
     return recorded<LayerNorm2d>({x, w, b}, {x, w}, forward, [&](const auto& results) {
-      return std::pair(LayerNorm2d{}, variable_list{std::get<1>(results), std::get<2>(results)});
+      return std::pair(LayerNorm2d{eps}, variable_list{std::get<1>(results), std::get<2>(results)});
     });
   at::AutoDispatchBelowADInplaceOrView below;
   return forward();

@@ -9,6 +9,9 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
+#include "autograd/below.h"
+#include "autograd/recompute.h"
+
 #include <array>
 #include <memory>
 #include <mutex>
@@ -22,19 +25,27 @@ namespace cnnkern {
 
 // `Operator` keeps what its gradient needs beside tensors, and has
 //   kName, kInputs      its name, and how many tensors may want a gradient
+//   recipe(inputs, of_results)   what computes the result again, if it has one: recorded() gives it what it was given
 //   backward(dy, saved, needs)   their gradients, one for each; `needs` says which are wanted
 // Saved tensors may come back from a hook in other strides than they had: what depends on those is kept in the operator.
 template <typename Operator>
-struct OperatorNode final : torch::autograd::Node {
+struct OperatorNode final : torch::autograd::Node, HasRecipe {
+  static constexpr bool has_recipe =
+      requires(Operator op, const torch::autograd::variable_list& tensors) { op.recipe(tensors, tensors); };
+
   std::string name() const override { return Operator::kName; }
 
   void save(const torch::autograd::variable_list& tensors) {
+    // A recipe holds these too, so that hooks of ours have nothing to gain.
+    const bool as_they_are = has_recipe && saved_tensor_hooks() == SavedTensorHooks::kOurs;
+    const auto no_hooks = as_they_are ? std::make_optional<NoHooks>() : std::nullopt;
     for (const at::Tensor& t : tensors) saved_.emplace_back(t, /*is_output=*/false);
   }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto& variable : saved_) variable.reset_data();
+    release_recipe();
   }
 
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override {
@@ -97,6 +108,8 @@ auto recorded(const torch::autograd::variable_list& inputs, const torch::autogra
     node->save({of_results[i]});
   }
   torch::autograd::set_history(output_of(results), node);
+  if constexpr (OperatorNode<Operator>::has_recipe)
+    node->keep_recipe(output_of(results), [&] { return node->op.recipe(inputs, of_results); });
   announce(node);
   return results;
 }

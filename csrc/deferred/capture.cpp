@@ -1,18 +1,11 @@
 #include "deferred/capture.h"
 
-#include <c10/core/impl/VirtualGuardImpl.h>
-
 #ifdef CNNKERN_CUDA
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 
 namespace cnnkern {
-
-c10::Stream stream_of(c10::Device device) {
-  if (device.is_cpu()) return c10::Stream(c10::Stream::DEFAULT, device);
-  return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-}
 
 #ifdef CNNKERN_CUDA
 

@@ -7,8 +7,6 @@
 
 namespace cnnkern {
 
-// The current stream of a device; a CPU has one.
-c10::Stream stream_of(c10::Device device);
 // Whether this extension can tell: it was built with CUDA.
 bool sees_captures();
 // A number of the capture; 0 where there is none.

@@ -1,16 +1,14 @@
 #include "deferred/deferred.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/SavedTensorHooks.h>
 #include <ATen/TracerMode.h>
 #include <ATen/record_function.h>
 #include <c10/core/Event.h>
-#include <c10/core/InferenceMode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 
+#include "autograd/below.h"
 #include "autograd/composite.h"
 #include "autograd/strides.h"
 #include "deferred/capture.h"
@@ -18,35 +16,6 @@
 namespace cnnkern {
 
 namespace {
-
-// What a result is computed under, wherever it becomes due: below autograd, autocast, modes and transforms.
-class Below {
- public:
-  explicit Below(bool inference)
-      : mode_(c10::InferenceMode::is_enabled() == inference ? nullptr : std::make_unique<c10::InferenceMode>(inference)),
-        keys_(c10::default_included_set,
-              c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::DispatchKeySet(kDeferredKey)) {}
-
- private:
-  std::unique_ptr<c10::InferenceMode> mode_;
-  c10::impl::ForceDispatchKeyGuard keys_;
-};
-
-// What autograd saves of a result is saved as it is, for hooks are not to see it at another time.
-class NoHooks {
- public:
-  NoHooks() {
-    if (at::SavedTensorDefaultHooks::get_tls_state().stack.empty()) return;
-    before_ = at::SavedTensorDefaultHooks::get_tls_state();
-    at::SavedTensorDefaultHooks::set_tls_state({});
-  }
-  ~NoHooks() {
-    if (before_) at::SavedTensorDefaultHooks::set_tls_state(*before_);
-  }
-
- private:
-  std::optional<at::impl::SavedTensorDefaultHooksTLS> before_;
-};
 
 // Computes on the stream on which the layer was called; the present one waits for it.
 class OnStream {
@@ -65,6 +34,15 @@ class OnStream {
  private:
   c10::Stream stream_, present_;
 };
+
+// Of y, which was computed from these, where its node has recipes.
+void keep_recipe(const Tensor& y, const NormArguments& norm, const Tensor& residual, const Result& result, const Activation& act) {
+  const auto node = torch::autograd::impl::gradient_edge(y).function;
+  if (auto* has_recipe = dynamic_cast<HasRecipe*>(&*node))
+    has_recipe->keep_recipe(y, [&] {
+      return recipe_of_batch_norm(norm.x, residual, norm.weight, norm.bias, result.mean, result.rstd, act.name, act.param);
+    });
+}
 
 // Whether somebody has taken hold of a tensor's place in the graph, where an operation in place puts another.
 bool is_held(const Tensor& t, size_t own) {
@@ -86,7 +64,7 @@ bool are_inputs_observed() {
 
 bool is_undisturbed() {
   return !are_inputs_observed() && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::impl::torch_function_mode_enabled() &&
-         !at::tracer::impl::is_dispatch_enabled() && at::SavedTensorDefaultHooks::get_tls_state().stack.empty() &&
+         !at::tracer::impl::is_dispatch_enabled() && saved_tensor_hooks() != SavedTensorHooks::kOthers &&
          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !c10::impl::tls_is_dispatch_key_excluded(kDeferredKey);
 }
@@ -277,7 +255,11 @@ void Deferred::make_real_for(const std::string& reason) {
   if (state_ == kLaid) return become(value_);
   report(reason);
   if (state_ == kSpent && norm_) norm_->used_again = true;
-  become(compute(Activation()).value);
+  const auto [source, residual, has_node] = std::tuple(source_, residual_, static_cast<bool>(norm_));
+  const Result result = compute(Activation());
+  become(result.value);
+  const Tensor self = tensor_of(c10::intrusive_ptr<Deferred>::reclaim_copy(this));
+  if (has_node && is_where_it_was_put(self)) keep_recipe(self, *source->norm(), residual, result, Activation());
 }
 
 void Deferred::drop() noexcept {
@@ -330,6 +312,12 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& a
   const bool of_result = !in_place && (!sum || reads_result(act.name));
   const Strides strides = of_result ? strides_of(result.value) : Strides(this->strides().begin(), this->strides().end());
   decltype(torch::autograd::Edge::function) node;
+  const auto put_in_graph = [&, source = source_, residual = residual_](const Tensor& y) {
+    if (!node) return y;
+    torch::autograd::set_history(y, node);
+    keep_recipe(y, *source->norm(), residual, result, act);
+    return y;
+  };
   if (norm_ && sum) {
     auto made = make_node<ActOfSumNode>();
     made->act = act;
@@ -350,14 +338,12 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& a
   if (!in_place) {
     state_ = kSpent;
     if (any_strides) return laid(result.value, Strides(this->strides().begin(), this->strides().end()));
-    if (node) torch::autograd::set_history(result.value, node);
-    return result.value;
+    return put_in_graph(result.value);
   }
   if (node && !sum) norm_->result.reset();
   any_strides ? keep_laid(result.value) : become(result.value);
   if (!inference_) bump_version();
-  if (node) torch::autograd::set_history(self, node);
-  return self;
+  return put_in_graph(self);
 }
 
 std::optional<Tensor> Deferred::add(const Tensor& self, const Tensor& other, Term term, bool in_place) {

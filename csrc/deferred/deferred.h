@@ -18,14 +18,12 @@
 #include <optional>
 #include <string>
 
+#include "autograd/below.h"
 #include "deferred/nodes.h"
 #include "deferred/site.h"
 #include "deferred/source.h"
 
 namespace cnnkern {
-
-// PyTorch keeps this key for extensions that defer: those of torchdistx, which is no longer developed.
-constexpr auto kDeferredKey = c10::DispatchKey::DeferredInit;
 
 class Waiting;
 
@@ -135,7 +133,7 @@ class Waiting {
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> results_;
 };
 
-// Whether what happens to tensors in this thread is PyTorch's operators, autograd and autocast alone.
+// Whether what happens to tensors in this thread is PyTorch's operators, autograd and autocast alone, or our own hooks.
 bool is_undisturbed();
 
 }  // namespace cnnkern

@@ -33,13 +33,6 @@ const auto& add_backward() {
 
 }  // namespace
 
-Tensor copy_of(const Tensor& t) {
-  c10::impl::ForceDispatchKeyGuard below(
-      c10::default_included_set,
-      c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::DispatchKeySet(c10::DispatchKey::DeferredInit));
-  return t.clone();
-}
-
 Lock::Lock(std::recursive_mutex& mutex) : lock_(mutex, std::try_to_lock) {
   if (lock_.owns_lock()) return;
   if (Py_IsInitialized() && PyGILState_Check()) {
@@ -61,6 +54,7 @@ void NormNode::release_variables() {
   for (auto& variable : saved_) variable.reset_data();
   bias_.reset();
   known = {};
+  release_recipe();
 }
 
 void NormNode::fill(const NormArguments& norm, const Tensor& mean, const Tensor& rstd, bool reads_bias) {

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "autograd/node.h"
+#include "autograd/recompute.h"
 #include "check.h"
 #include "deferred/seal.h"
 #include "memory_layout.h"
@@ -49,7 +50,7 @@ at::Tensor copy_of(const at::Tensor& t);
 // Makes the result, an object of Deferred, whose node is asked for a gradient.
 void make_real(c10::TensorImpl* result);
 
-class NormNode final : public torch::autograd::Node {
+class NormNode final : public torch::autograd::Node, public HasRecipe {
  public:
   std::string name() const override { return "BatchNorm"; }
   void release_variables() override;
@@ -82,29 +83,31 @@ class NormNode final : public torch::autograd::Node {
 using NormPointer = decltype(make_node<NormNode>());
 
 // act(batch norm), whose node is the next one.
-struct ActNode final : torch::autograd::Node {
+struct ActNode final : torch::autograd::Node, HasRecipe {
   Activation act;
   Strides strides;  // of the result
   std::string name() const override { return "BatchNormAct"; }
+  void release_variables() override { release_recipe(); }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
 };
 
 // batch norm + residual: both have the gradient of the sum.
-struct SumNode final : torch::autograd::Node {
+struct SumNode final : torch::autograd::Node, HasRecipe {
   c10::weak_intrusive_ptr<c10::TensorImpl> result{c10::intrusive_ptr<c10::TensorImpl>()};
   std::string name() const override { return "BatchNormAdd"; }
+  void release_variables() override { release_recipe(); }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
 };
 
 // act(batch norm + residual), whose node is the next one: computes the gradients of all three.
-struct ActOfSumNode final : torch::autograd::Node {
+struct ActOfSumNode final : torch::autograd::Node, HasRecipe {
   Activation act;
   torch::autograd::SavedVariable mask;
   Kept residual;               // instead of a mask
   bool channels_last = false;  // the order of the mask
   Strides strides;             // of what the activation's gradient reads
   std::string name() const override { return "BatchNormAddAct"; }
-  void release_variables() override { mask.reset_data(), residual.reset(); }
+  void release_variables() override { mask.reset_data(), residual.reset(), release_recipe(); }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
 };
 

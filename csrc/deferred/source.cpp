@@ -24,16 +24,6 @@ const c10::TypedOperatorHandle<NormOperator>& norm_operator() {
   return op;
 }
 
-bool is_plain(const Tensor& t) {
-  static const auto strange =
-      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::Conjugate,
-                           c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor, c10::DispatchKey::Functionalize,
-                           c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched,
-                           c10::DispatchKey::BatchedNestedTensor, c10::DispatchKey::NestedTensor});
-  return (t.is_cpu() || t.is_cuda()) && t.layout() == at::kStrided && !t.is_quantized() && !t.key_set().has_any(strange) &&
-         has_numbers(t);
-}
-
 void Remembered::remember(const Tensor& t) {
   memory_ = memory_of(t);
   bytes_ = memory_->nbytes();

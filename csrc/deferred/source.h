@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "autograd/plain.h"
 #include "deferred/nodes.h"
 
 namespace cnnkern {
@@ -17,11 +18,6 @@ using NormOperator = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
     const std::optional<at::Tensor>&, bool, double, double, c10::string_view, std::optional<double>);
 const c10::TypedOperatorHandle<NormOperator>& norm_operator();
-
-// Asks no deferred result to be real.
-inline const c10::StorageImpl* memory_of(const at::Tensor& t) {
-  return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
-}
 
 struct Result {
   at::Tensor value, mean, rstd, mask;
@@ -84,8 +80,5 @@ class BatchNorm final : public Source {
   bool any_strides_;
   std::array<Remembered, 5> remembered_;
 };
-
-// Whether a tensor is memory that our kernels read: no subclass, no transform's, no view of bits.
-bool is_plain(const at::Tensor& t);
 
 }  // namespace cnnkern

@@ -1,0 +1,106 @@
+"""Training with less memory: what norms and their activations give is not kept for the gradient but computed again.
+
+The recipes are the nodes' own, in csrc/autograd/recompute.h; here is what switches them on.
+"""
+
+import contextlib
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+try:
+    from cnnkern._C import may_recompute, pack, unpack
+except ImportError:  # the recipes are the extension's
+    may_recompute = None
+
+
+@contextlib.contextmanager
+def recompute() -> Iterator[None]:
+    """In this block batch norms (with their activation) and layer norms of cnnkern keep no result for the gradient.
+
+    A convolution, or whatever else uses such a result, saves it to compute its own gradient later. Within this block
+    the graph holds in its place how to compute it again, by one sweep over what the norm saves anyway. Gradients are
+    the same, bit by bit. Only the forward pass has to run within the block:
+
+    >>> with cnnkern.recompute():
+    ...     loss = model(images).square().mean()
+    >>> loss.backward()
+
+    Input and parameters of the norm may not change between the two passes; where the input did, the backward pass
+    raises the RuntimeError that autograd raises for a saved tensor. Within other hooks on saved tensors, which
+    `torch.utils.checkpoint` is made of, under :func:`torch.compile` and within transforms of `torch.func` the block
+    changes nothing. Raises RuntimeError where cnnkern was installed without its extension.
+    """
+    check_extension("recompute")
+    if torch.compiler.is_compiling() or not may_recompute():
+        yield
+        return
+    with saved_tensors_hooks(pack, unpack):
+        yield
+
+
+def check_extension(name: str) -> None:
+    if may_recompute is None:
+        raise RuntimeError(
+            f"cnnkern.{name}: results are computed again by the compiled extension, which was not built; `make` in the "
+            "repository, or `pip install --no-build-isolation .`, builds it"
+        )
+
+
+_PLAIN = "_cnnkern_plain"  # in a class that was made here: the model's own
+_made: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
+
+
+def switch_on(model: nn.Module) -> nn.Module:
+    """Every call of the model, which is returned, runs within :func:`recompute` from now on: its class becomes one that
+    does that."""
+    check_extension("recompute")
+    if not is_on(model):
+        model.__class__ = _recomputing(type(model))
+    return model
+
+
+def switch_off(model: nn.Module) -> None:
+    model.__class__ = plain_class(model)
+
+
+def is_on(model: nn.Module) -> bool:
+    return plain_class(model) is not type(model)
+
+
+def plain_class(model: nn.Module) -> type:
+    """The class of a model without what :func:`switch_on` makes of it."""
+    return type(model).__dict__.get(_PLAIN, type(model))
+
+
+def _recomputing(plain: Any) -> type:
+    """A subclass without a name of its own, which pickle and copy therefore find by the class that it is made of."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with recompute():
+            return plain.__call__(self, *args, **kwargs)
+
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        function, arguments, *state = plain.__reduce_ex__(self, protocol)
+        return (_made_again, (function, tuple(plain if a is type(self) else a for a in arguments)), *state)
+
+    def extra_repr(self: Any) -> str:
+        own = plain.extra_repr(self)
+        return f"{own}{', ' if own else ''}recompute=True"
+
+    found = _made.get(plain, lambda: None)()
+    if found is None:
+        body = {_PLAIN: plain, "__call__": call, "__reduce_ex__": reduce_ex, "extra_repr": extra_repr}
+        body |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+        found = types.new_class(plain.__name__, (plain,), exec_body=lambda namespace: namespace.update(body))
+        _made[plain] = weakref.ref(found)
+    return found
+
+
+def _made_again(function: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+    return switch_on(function(*arguments))

@@ -1,0 +1,187 @@
+#include "autograd/recompute.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/engine.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include "autograd/below.h"
+#include "autograd/strides.h"
+#include "check.h"
+#include "kernels.h"
+
+namespace cnnkern {
+
+namespace {
+
+const void* our_pack = nullptr;
+
+// The recipe of t, or of what t is a view of: nothing where that is no result of ours, or has changed.
+RecipePointer recipe_of(const Tensor& t) {
+  if (!is_plain(t)) return nullptr;
+  const Tensor base = t.is_view() ? Tensor(t._base()) : t;
+  // To ask for its memory computes what waits, whose node has its recipe then.
+  if (!is_plain(base) || base.scalar_type() != t.scalar_type() || !base.has_storage()) return nullptr;
+  const auto node = base.grad_fn();
+  auto* has = node ? dynamic_cast<HasRecipe*>(&*node) : nullptr;
+  RecipePointer recipe = has == nullptr ? nullptr : has->recipe();
+  return recipe && recipe->gives(base) ? recipe : nullptr;
+}
+
+OptionalTensor copied(const Tensor& t) { return t.defined() ? OptionalTensor(copy_of(t)) : std::nullopt; }
+
+}  // namespace
+
+void hooks_are_ours_with(const void* pack) { our_pack = pack; }
+
+SavedTensorHooks saved_tensor_hooks() {
+  const auto& state = at::SavedTensorDefaultHooks::get_tls_state();
+  if (state.stack.empty()) return SavedTensorHooks::kNone;
+  if (state.is_tracing) return SavedTensorHooks::kOthers;
+  const auto& pack = state.stack.top().first;
+  const bool ours = state.stack.size() == 1 && pack.ptr(&pack.pyinterpreter()) == our_pack;
+  return ours ? SavedTensorHooks::kOurs : SavedTensorHooks::kOthers;
+}
+
+bool may_recompute() {
+  return saved_tensor_hooks() == SavedTensorHooks::kNone && at::SavedTensorDefaultHooks::is_enabled();
+}
+
+Tensor copy_of(const Tensor& t) {
+  const Below below(/*inference=*/false);
+  return t.clone();
+}
+
+Version::Version(const Tensor& t)
+    : counter_(t.unsafeGetTensorImpl()->version_counter()), was_(counter_.current_version()) {}
+
+void Version::check(at::ScalarType dtype, at::IntArrayRef sizes) const {
+  TORCH_CHECK(is_current(), "one of the variables needed for gradient computation has been modified by an inplace operation: [", dtype,
+              " ", sizes, "] is at version ", counter_.current_version(), "; expected version ", was_,
+              " instead. (Saved within cnnkern.recompute, or to compute a result again.)");
+}
+
+Borrowed::Borrowed(const Tensor& t)
+    : version_(t), memory_(t.storage().getWeakStorageImpl()), options_(t.options()), sizes_(t.sizes().vec()), strides_(t.strides().vec()),
+      offset_(t.storage_offset()) {}
+
+bool Borrowed::hold() {
+  if (held_.defined()) return true;
+  auto memory = memory_.lock();
+  if (!memory || !version_.is_current()) return false;
+  const auto key = options_.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
+  held_ = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(std::move(memory)), c10::DispatchKeySet(key), options_.dtype());
+  held_.unsafeGetTensorImpl()->set_sizes_and_strides(sizes_, strides_, offset_);
+  return true;
+}
+
+Recipe::Recipe(const std::vector<Tensor>& from, const Tensor& residual, Compute compute) : compute_(std::move(compute)) {
+  if (residual.defined()) residual_.emplace(residual);
+  for (const Tensor& t : from) from_.emplace_back(t.tensor_data(), Version(t));
+}
+
+void Recipe::is_for(const Tensor& y) {
+  version_.emplace(y);
+  memory_ = y.storage().getWeakStorageImpl();
+  sizes_ = y.sizes().vec();
+  strides_ = Strides(y.strides().begin(), y.strides().end());
+  dtype_ = y.scalar_type();
+}
+
+bool Recipe::gives(const Tensor& t) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return version_->is_current() && memory_of(t) == memory_._unsafe_get_target() && t.sizes() == at::IntArrayRef(sizes_) &&
+         t.strides() == at::IntArrayRef(strides_) && t.storage_offset() == 0 && t.scalar_type() == dtype_ &&
+         (!residual_ || residual_->hold());
+}
+
+Tensor Recipe::computed() const {
+  const Below below(/*inference=*/false);
+  std::vector<Tensor> from;
+  for (const auto& [tensor, _] : from_) from.push_back(tensor);
+  if (residual_) from.push_back(residual_->tensor());
+  return restrided(compute_(from), strides_);
+}
+
+Tensor Recipe::result() {
+  // Others who want it wait until it is computed, but not those who save it: they hold Python's lock, which a kernel may need.
+  std::lock_guard<std::mutex> computing(computing_);
+  version_->check(dtype_, sizes_);
+  for (const auto& [tensor, version] : from_) version.check(tensor.scalar_type(), tensor.sizes());
+  if (residual_) residual_->version().check(dtype_, sizes_);
+  const int task = torch::autograd::get_current_graph_task_id();
+  const c10::Stream present = stream_of(from_.front().first.device());
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (shared_.defined() && task == task_ && present == *stream_) {
+      const Tensor found = shared_;
+      if (++given_ >= savers_) forget();
+      return found;
+    }
+  }
+  const Tensor y = computed();
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (task == -1 || savers_ == 1 || (shared_.defined() && task == task_)) return y;
+  shared_ = y, given_ = 1, task_ = task, stream_ = present;
+  torch::autograd::Engine::get_default_engine().queue_callback([weak = weak_from_this(), task] {
+    if (const auto recipe = weak.lock()) {
+      std::lock_guard<std::mutex> lock(recipe->mutex_);
+      if (recipe->task_ == task) recipe->forget();
+    }
+  });
+  return y;
+}
+
+void Recipe::saved_by(int change) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  savers_ += change;
+  if (change < 0 && given_ > 0) --given_;  // released when its gradient was computed
+}
+
+void Recipe::forget() {
+  shared_ = Tensor();
+  given_ = 0, task_ = -1;
+}
+
+RecipePointer recipe_of_batch_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
+                                   const Tensor& mean, const Tensor& rstd, const std::string& act, std::optional<double> act_param) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::sync_bn", "").typed<signature::sync_bn>();
+  // The forward pass of batch norms over processes: the same map, of given statistics.
+  const auto compute = [w = copied(weight), b = copied(bias), act, act_param](const std::vector<Tensor>& from) {
+    return std::get<0>(op.call(from[0], from.size() > 3 ? OptionalTensor(from[3]) : std::nullopt, w, b, from[1], from[2], act, act_param));
+  };
+  return std::make_shared<Recipe>(std::vector<Tensor>{x, mean, rstd}, residual, compute);
+}
+
+RecipePointer recipe_of_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, LayerNormForward forward) {
+  return std::make_shared<Recipe>(std::vector<Tensor>{x}, Tensor(), [w = copied(weight), b = copied(bias), forward](const auto& from) {
+    return forward(from[0], w, b);
+  });
+}
+
+Packed::Packed(const Tensor& t) : version_(t), recipe_(recipe_of(t)) {
+  if (recipe_) {
+    sizes_ = t.sizes().vec(), strides_ = t.strides().vec(), offset_ = t.storage_offset();
+    recipe_->saved_by(1);
+  } else {
+    kept_ = t.tensor_data();  // without its node, which may be the one that saves it
+  }
+}
+
+Packed::~Packed() {
+  if (recipe_) recipe_->saved_by(-1);
+}
+
+Tensor Packed::unpack() const {
+  if (!recipe_) {
+    if (!version_.is_current()) version_.check(kept_.scalar_type(), is_plain(kept_) ? kept_.sizes() : at::IntArrayRef());
+    return kept_;
+  }
+  version_.check(recipe_->dtype(), sizes_);
+  const Tensor y = recipe_->result();
+  if (y.sizes() == at::IntArrayRef(sizes_) && y.strides() == at::IntArrayRef(strides_) && offset_ == 0) return y;
+  const Below below(/*inference=*/false);
+  return y.as_strided(sizes_, strides_, offset_);
+}
+
+}  // namespace cnnkern
