@@ -1,5 +1,6 @@
 #include "autograd/activation.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/elu.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/hardsigmoid.h>
@@ -28,7 +29,8 @@ Tensor activation_by_pytorch(const Tensor& pre, const ActivationName& act) {
         case Act::kGelu: return at::gelu(pre);
         case Act::kGeluTanh: return at::gelu(pre, "tanh");
         case Act::kMish: return at::mish(pre);
-        case Act::kHardsigmoid: return at::hardsigmoid(pre);
+        // PyTorch has no second derivative of hardsigmoid.
+        case Act::kHardsigmoid: return pre.requires_grad() ? at::hardtanh(pre + 3, 0, 6) / 6 : at::hardsigmoid(pre);
       }
     }
     return pre;
