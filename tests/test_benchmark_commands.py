@@ -17,7 +17,7 @@ from rich.console import Console
 import cnnkern
 from benchmarks import __main__ as driver
 from benchmarks.show import report
-from benchmarks.studies import accuracy, cores, gpu_kernels, onednn, passes, sweeps, sync
+from benchmarks.studies import accuracy, cores, gpu_kernels, onednn, passes, sequences, sweeps, sync
 from benchmarks.suite import files, machine, worker
 from benchmarks.suite.bandwidth import Bandwidth
 from benchmarks.suite.options import Options
@@ -274,6 +274,31 @@ def test_pytest_refuses_a_filter_that_finds_nothing(tmp_path):
 
 
 # ---- studies ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "row"),
+    [
+        (["--cpu-time"], "| depthwise, one: 1x192x200 width 1 kernel 3 stride 1 | "),
+        (["--dtype", "bfloat16"], "| depthwise, one: 1x192x200 width 1 kernel 3 stride 1 | "),
+    ],
+)
+def test_sequences_have_a_row_each(arguments, row, capsys):
+    threads = torch.get_num_threads()
+    try:
+        assert sequences.main(["--threads", "1", "--seconds", "0", "--only", "one: 1x192", *arguments]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(row)]
+    assert len(lines) == 1
+    assert lines[0].count("x ± ") == 3
+    assert lines[0].endswith("| ours |")
+
+
+def test_sequences_take_the_processors_time_of_one_thread_alone(capsys):
+    with pytest.raises(SystemExit):
+        sequences.main(["--threads", "2", "--cpu-time"])
+    assert "--threads 1" in capsys.readouterr().err
 
 
 def test_accuracy_is_ours_against_float64(monkeypatch):

@@ -133,7 +133,7 @@ def sequences(dtype: torch.dtype, timer: clock.Timer, seconds: float, only: str)
 
 
 def volumes(timer: clock.Timer, seconds: float, only: str) -> None:
-    print("\n| layer | layout | forward (ms) | forward, of an addition | forward and backward, of an addition |")
+    print("\n| layer | layout | forward (ms) | forward, per multiplication | with backward, per multiplication |")
     print("|---|---|---:|---:|---:|")
     for name, n, c, frames, side, stride in VOLUMES:
         for layout in (torch.contiguous_format, torch.channels_last_3d):
