@@ -123,7 +123,7 @@ __device__ __forceinline__ Largest<compute_t<T>, V> largest_of_row(const Vector<
 }
 
 template <typename T, int K, int S, int V, int F>
-__global__ void __launch_bounds__(kPoolThreads, 4)
+__global__ void __launch_bounds__(kPoolThreads, 3)
     max_pool_columns_kernel(PoolWork work, const T* __restrict__ x, T* __restrict__ y, uint8_t* __restrict__ positions) {
   constexpr int kKept = K > S ? K - S : 0;  // rows that a window shares with the one above
   unsigned at = blockIdx.x * kPoolThreads + threadIdx.x;
