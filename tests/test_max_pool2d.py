@@ -170,6 +170,15 @@ def test_what_is_left_to_pytorch(name, generator):
         assert torch.equal(a, b)
 
 
+def test_inference_in_channels_last_on_a_cpu_is_left_to_pytorch(generator):
+    rows = torch.randn(2, 16, 18, 19, generator=generator).to(memory_format=torch.channels_last)
+    for x, ours in ((rows, False), (rows.contiguous(), True), (rows.clone().requires_grad_(), True)):
+        found = operators_of(lambda x=x: functional.max_pool2d(x, 3, 2, 1))
+        assert ("cnnkern::max_pool2d" in found) == ours
+    with torch.no_grad():
+        assert "cnnkern::max_pool2d" not in operators_of(lambda: functional.max_pool2d(x, 3, 2, 1))
+
+
 def test_modules_are_torch_s(generator):
     x = torch.randn(2, 8, 9, 9, generator=generator).to(memory_format=torch.channels_last)
     for arguments in ((3, 2, 1), (2,), ((3, 2), (2, 1), (1, 0), 1, False, True), (3, 2, 1, 1, True), (3, 2, 1, 2)):

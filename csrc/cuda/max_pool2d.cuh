@@ -123,7 +123,7 @@ __device__ __forceinline__ Largest<compute_t<T>, V> largest_of_row(const Vector<
 }
 
 template <typename T, int K, int S, int V, int F>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, 3)
     max_pool_columns_kernel(PoolWork work, const T* __restrict__ x, T* __restrict__ y, uint8_t* __restrict__ positions) {
   constexpr int kKept = K > S ? K - S : 0;  // rows that a window shares with the one above
   unsigned at = blockIdx.x * kPoolThreads + threadIdx.x;
@@ -177,7 +177,7 @@ struct WindowRow {
 
 // A group is S x S pixels: of rows S a - ph to S a - ph + S - 1, of columns from S b - pw + F.
 template <typename T, int K, int S, int V, int F>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, 2)
     max_pool_columns_gradient_kernel(PoolWork work, const T* __restrict__ dy, const uint8_t* __restrict__ positions, T* __restrict__ dx) {
   constexpr int kLeft = (K - 1 - F) / S, kRight = (F + S - 1) / S;  // windows beside window b in which pixels of the group are
   constexpr int kWindows = kLeft + kRight + 1, kAbove = (K - 1) / S;
