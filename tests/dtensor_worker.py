@@ -44,6 +44,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "BatchNormReLU2d": (lambda: BatchNormReLU2d(8), IMAGES),
     "BatchNormAddReLU2d": (lambda: BatchNormAddReLU2d(8), IMAGES),
     "AddReLU": (AddReLU, IMAGES),
+    "MaxPool2d": (lambda: cnnkern.nn.MaxPool2d(3, 2, 1), IMAGES),
 }
 
 
@@ -113,9 +114,13 @@ def compare(name: str, training: bool, placement: Placement, whole: list[Tensor]
     if of_rows or "Conv" in name:
         operator = "layer_norm2d" if "2d" in name and of_rows else "layer_norm" if of_rows else "grouped_conv2d"
         assert ours == {operator, f"{operator}_backward"}, (label, ours)
+    elif "Pool" in name:
+        assert ours == {"max_pool2d", "max_pool2d_backward"}, (label, ours)
     else:
         assert not ours, (label, ours)
     independent = (0,) if "Conv" in name or "two dimensions" in name else (0, 2, 3) if "2d" in name else (0, 1)
+    if "Pool" in name:
+        independent = (0, 1)
     if ours and isinstance(placement, Shard) and placement.dim in independent:
         assert y.placements == (placement,), (label, y.placements)
         assert not any("all_gather" in n or "all_reduce" in n for n in called.names), (label, called.names)

@@ -14,7 +14,7 @@ from cnnkern.triton_kernels.layout import on_device_of
 from cnnkern.triton_kernels.tuning import Tunable
 from torch import Tensor
 
-TILE = 1024  # elements of a program
+TILE = 512  # elements of a program
 
 
 @triton.jit
