@@ -48,7 +48,7 @@ def _autograd(name: str) -> Callable:
     their names: those of the operator, dy, output_mask, and d before the name of what a gradient is of."""
     operator = getattr(torch.ops.cnnkern, name).default
     gradient = getattr(torch.ops.cnnkern, f"{name}_backward").default
-    inputs = [a.name for a in operator._schema.arguments]
+    inputs = [a.name for a in operator._schema.arguments]  # of which a call leaves out the last ones that have defaults
     mutated = [i for i, a in enumerate(operator._schema.arguments) if a.alias_info and a.alias_info.is_write]
     outputs = [r.name for r in operator._schema.returns]
     needed = [a.name for a in gradient._schema.arguments]
@@ -67,7 +67,7 @@ def _autograd(name: str) -> Callable:
         def forward(ctx, *arguments):
             results = below(*arguments)
             every = results if isinstance(results, tuple) else (results,)
-            known = dict(zip(inputs, arguments, strict=True)) | dict(zip(outputs, every, strict=True))
+            known = dict(zip(inputs, arguments, strict=False)) | dict(zip(outputs, every, strict=True))
             known |= {"channels_last": batch_norm_in_rows(arguments[0]), "order": memory_order(every[0])}
             if name != "bn_act" or known["act"] == "none":
                 known["bias"] = None  # which that gradient does not read
@@ -80,7 +80,7 @@ def _autograd(name: str) -> Callable:
         @staticmethod
         @once_differentiable
         def backward(ctx, dy, *others):
-            wanted = dict(zip(inputs, ctx.needs_input_grad, strict=True))
+            wanted = dict(zip(inputs, ctx.needs_input_grad, strict=False))
             # A hook may give what the operator returned back in other strides, which gradient operators refuse.
             saved = zip(ctx.names, ctx.saved_tensors, strict=True)
             known = {n: t.contiguous() if n in outputs else t for n, t in saved} | ctx.others
@@ -106,6 +106,25 @@ def _autograd(name: str) -> Callable:
     return kernel
 
 
+def _layer_norm_autocast(name: str) -> Callable:
+    """The kernel of a layer norm on the AutocastCUDA key, as csrc/autograd/layer_norm.h has it."""
+    operator = getattr(torch.ops.cnnkern, name).default
+    without = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+    def in_float32(t: Any) -> Any:
+        casts = isinstance(t, Tensor) and t.is_cuda and t.is_floating_point() and t.dtype != torch.float64
+        return t.float() if casts else t
+
+    def kernel(x, *others, wide=False):
+        shape, (weight, bias, eps) = others[:-3], others[-3:]
+        reads_16_bits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+        with torch._C._ExcludeDispatchKeyGuard(without):
+            x = x if reads_16_bits else in_float32(x)
+            return operator(x, *shape, in_float32(weight), in_float32(bias), eps, reads_16_bits or wide)
+
+    return kernel
+
+
 _library = torch.library.Library("cnnkern", "DEF")  # for as long as it lives the operators are there
 for _schema in _schemas():
     _library.define(_schema)
@@ -113,3 +132,5 @@ for _name, _launcher in eager.LAUNCHERS.items():
     _library.impl(_name, _with_warning(_launcher), "CPU")
 for _function in eager.FORWARD:
     _library.impl(_function.__name__, _autograd(_function.__name__), "Autograd")
+_library.impl("layer_norm", _layer_norm_autocast("layer_norm"), "AutocastCUDA")
+_library.impl("layer_norm2d", _layer_norm_autocast("layer_norm2d"), "AutocastCUDA")
