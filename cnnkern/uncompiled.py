@@ -109,18 +109,19 @@ def _autograd(name: str) -> Callable:
 def _layer_norm_autocast(name: str) -> Callable:
     """The kernel of a layer norm on the AutocastCUDA key, as csrc/autograd/layer_norm.h has it."""
     operator = getattr(torch.ops.cnnkern, name).default
+    names = [a.name for a in operator._schema.arguments]
     without = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
     def in_float32(t: Any) -> Any:
         casts = isinstance(t, Tensor) and t.is_cuda and t.is_floating_point() and t.dtype != torch.float64
         return t.float() if casts else t
 
-    def kernel(x, *others, wide=False):
-        shape, (weight, bias, eps) = others[:-3], others[-3:]
-        reads_16_bits = x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+    def kernel(x, *others):
         with torch._C._ExcludeDispatchKeyGuard(without):
-            x = x if reads_16_bits else in_float32(x)
-            return operator(x, *shape, in_float32(weight), in_float32(bias), eps, reads_16_bits or wide)
+            known = dict(zip(names[1:], map(in_float32, others), strict=False))
+            if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+                return operator(x, **known | {"wide": True})
+            return operator(in_float32(x), **known)
 
     return kernel
 
