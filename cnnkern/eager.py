@@ -313,17 +313,17 @@ def grouped_conv2d_backward(dy, x, weight, stride, padding, dilation, groups, ou
     return _asked(grads, output_mask, (x, weight, weight), x)
 
 
-def layer_norm(x, normalized_shape, weight, bias, eps):
-    check.layer_norm("cnnkern::layer_norm", x, normalized_shape, weight, bias)
-    wide = _wide(x)
+def layer_norm(x, normalized_shape, weight, bias, eps, wide=False):
+    check.layer_norm("cnnkern::layer_norm", x, normalized_shape, weight, bias, wide)
+    dtype = _wide(x)
     shape = list(normalized_shape)
-    y, mean, rstd = torch.native_layer_norm(x.to(wide), shape, _to(wide, weight), _to(wide, bias), eps)
-    return with_plain_strides(y.to(x.dtype).contiguous()), mean, rstd
+    y, mean, rstd = torch.native_layer_norm(x.to(dtype), shape, _to(dtype, weight), _to(dtype, bias), eps)
+    return with_plain_strides(y.to(dtype if wide else x.dtype).contiguous()), mean, rstd
 
 
 def layer_norm_backward(dy, x, normalized_shape, weight, bias, mean, rstd, output_mask: Sequence[bool]):
     op = "cnnkern::layer_norm_backward"
-    check.layer_norm(op, x, normalized_shape, weight, bias)
+    check.layer_norm(op, x, normalized_shape, weight, bias, check.is_wide(dy, x))
     shape = list(normalized_shape)
     kept = list(x.shape[: x.dim() - len(shape)]) + [1] * len(shape)
     check.layer_norm_saved(op, dy, x, kept, weight, bias, mean, rstd, output_mask)
@@ -336,16 +336,16 @@ def layer_norm_backward(dy, x, normalized_shape, weight, bias, mean, rstd, outpu
     return with_plain_strides(dx), dweight, dbias
 
 
-def layer_norm2d(x, weight, bias, eps):
-    check.layer_norm2d("cnnkern::layer_norm2d", x, weight, bias)
+def layer_norm2d(x, weight, bias, eps, wide=False):
+    check.layer_norm2d("cnnkern::layer_norm2d", x, weight, bias, wide)
     x = in_layout(x)
-    y, *statistics = layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], weight, bias, eps)
+    y, *statistics = layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], weight, bias, eps, wide)
     return in_layout_of(y.permute(0, 3, 1, 2), x), *(v.permute(0, 3, 1, 2) for v in statistics)
 
 
 def layer_norm2d_backward(dy, x, weight, bias, mean, rstd, output_mask: Sequence[bool]):
     op = "cnnkern::layer_norm2d_backward"
-    check.layer_norm2d(op, x, weight, bias)
+    check.layer_norm2d(op, x, weight, bias, check.is_wide(dy, x))
     N, _, H, W = x.shape
     check.layer_norm_saved(op, dy, x, (N, 1, H, W), weight, bias, mean, rstd, output_mask)
     x = in_layout(x)

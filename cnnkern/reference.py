@@ -139,8 +139,8 @@ def conv2d(input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilati
 
 
 def layer_norm(input: Tensor, normalized_shape, weight=None, bias=None, eps=1e-5) -> Tensor:
-    if input.is_cuda and weight is not None and weight.dtype != input.dtype:
-        # PyTorch takes float32 parameters beside a 16-bit input on the CPU alone.
+    if input.is_cuda and weight is not None and weight.dtype != input.dtype and not torch.is_autocast_enabled("cuda"):
+        # PyTorch takes float32 parameters beside a 16-bit input on the CPU and under autocast alone.
         return F.layer_norm(input.float(), normalized_shape, weight, bias, eps).to(input.dtype)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 

@@ -84,7 +84,7 @@ def _autograd(name: str) -> Callable:
         @staticmethod
         @once_differentiable
         def backward(ctx, dy, *others):
-            wanted = dict(zip(inputs, ctx.needs_input_grad, strict=True))
+            wanted = dict(zip(inputs, ctx.needs_input_grad, strict=False))
             # A hook may give what the operator returned back in other strides, which gradient operators refuse.
             saved = zip(ctx.names, ctx.saved_tensors, strict=True)
             known = {n: t.contiguous() if n in outputs else t for n, t in saved} | ctx.others
@@ -111,6 +111,26 @@ def _autograd(name: str) -> Callable:
     return kernel
 
 
+def _layer_norm_autocast(name: str) -> Callable:
+    """The kernel of a layer norm on the AutocastCUDA key, as csrc/autograd/layer_norm.h has it."""
+    operator = getattr(torch.ops.cnnkern, name).default
+    names = [a.name for a in operator._schema.arguments]
+    without = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+
+    def in_float32(t: Any) -> Any:
+        casts = isinstance(t, Tensor) and t.is_cuda and t.is_floating_point() and t.dtype != torch.float64
+        return t.float() if casts else t
+
+    def kernel(x, *others):
+        with torch._C._ExcludeDispatchKeyGuard(without):
+            known = dict(zip(names[1:], map(in_float32, others), strict=False))
+            if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16):
+                return operator(x, **known | {"wide": True})
+            return operator(in_float32(x), **known)
+
+    return kernel
+
+
 _library = torch.library.Library("cnnkern", "DEF")  # for as long as it lives the operators are there
 for _schema in _schemas():
     _library.define(_schema)
@@ -118,3 +138,5 @@ for _name, _launcher in eager.LAUNCHERS.items():
     _library.impl(_name, _with_warning(_launcher), "CPU")
 for _function in eager.FORWARD:
     _library.impl(_function.__name__, _autograd(_function.__name__), "Autograd")
+_library.impl("layer_norm", _layer_norm_autocast("layer_norm"), "AutocastCUDA")
+_library.impl("layer_norm2d", _layer_norm_autocast("layer_norm2d"), "AutocastCUDA")

@@ -41,9 +41,11 @@ inline void check_image(const char* op, const Tensor& x) {
   TORCH_CHECK(x.dim() >= 2 && x.dim() <= 5, op, ": expected an input of 2 to 5 dimensions (N, C, ...); got ", x.sizes());
 }
 
-// On the input's device, in the input's dtype or, beside 16-bit input, in float32.
-inline void check_parameter_type(const char* op, const char* name, const OptionalTensor& v, const Tensor& x) {
+// On the input's device, in the input's dtype or, beside 16-bit input, in float32; beside a wide result in its dtype.
+inline void check_parameter_type(const char* op, const char* name, const OptionalTensor& v, const Tensor& x, bool wide = false) {
   TORCH_CHECK(v->device() == x.device(), op, ": expected ", name, " on ", x.device(), " like the input; got ", v->device());
+  TORCH_CHECK(!wide || v->scalar_type() == wide_type(x), op, ": expected ", name, " in ", wide_type(x),
+              " beside a result in that dtype; got ", v->scalar_type());
   const bool mixed = v->scalar_type() == at::kFloat && (x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf);
   TORCH_CHECK(v->scalar_type() == x.scalar_type() || mixed, op, ": expected ", name,
               " in the input's dtype (", x.scalar_type(), ")", x.scalar_type() == at::kDouble ? "" : " or float32",
@@ -51,16 +53,16 @@ inline void check_parameter_type(const char* op, const char* name, const Optiona
 }
 
 // A per-channel vector: C elements, on the input's device, in the input's dtype or float32.
-inline void check_channel_vector(const char* op, const char* name, const OptionalTensor& v, const Tensor& x) {
+inline void check_channel_vector(const char* op, const char* name, const OptionalTensor& v, const Tensor& x, bool wide = false) {
   if (!v.has_value() || !v->defined()) return;
   TORCH_CHECK(v->dim() == 1 && v->size(0) == x.size(1), op, ": ", name, " should contain ", x.size(1),
               " elements (one a channel), not ", v->numel(), "; got shape ", v->sizes());
-  check_parameter_type(op, name, v, x);
+  check_parameter_type(op, name, v, x, wide);
 }
 
-inline void check_same_shape(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+inline void check_same_shape(const char* op, const char* name, const Tensor& t, const Tensor& x, bool wide = false) {
   TORCH_CHECK(t.sizes() == x.sizes(), op, ": ", name, " must have the input's shape ", x.sizes(), "; got ", t.sizes());
-  TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " must have the input's dtype ", x.scalar_type(),
+  TORCH_CHECK(t.scalar_type() == (wide ? wide_type(x) : x.scalar_type()), op, ": ", name, " must have the input's dtype ", x.scalar_type(),
               "; got ", t.scalar_type());
   TORCH_CHECK(t.device() == x.device(), op, ": ", name, " must be on ", x.device(), "; got ", t.device());
 }
@@ -105,7 +107,7 @@ inline void check_batch_norm_backward(const char* op, const Tensor& dy, const Te
 
 // What layer norm asks of its inputs: parameters have the shape of the last dimensions of x.
 inline void check_layer_norm(const char* op, const Tensor& x, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
-                             const OptionalTensor& bias) {
+                             const OptionalTensor& bias, bool wide) {
   check_floating(op, x);
   const auto n = static_cast<int64_t>(normalized_shape.size());
   TORCH_CHECK(n >= 1, op, ": expected normalized_shape to be at least 1-dimensional; got normalized_shape = ", normalized_shape);
@@ -115,25 +117,29 @@ inline void check_layer_norm(const char* op, const Tensor& x, at::IntArrayRef no
     if (!v.has_value() || !v->defined()) return;
     TORCH_CHECK(v->sizes() == normalized_shape, op, ": expected ", name, " to be of the same shape as normalized_shape = ",
                 normalized_shape, "; got ", name, " of shape ", v->sizes());
-    check_parameter_type(op, name, v, x);
+    check_parameter_type(op, name, v, x, wide);
   };
   check("weight", weight);
   check("bias", bias);
 }
 
-inline void check_layer_norm2d(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias) {
+inline void check_layer_norm2d(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                               bool wide) {
   check_floating(op, x);
   TORCH_CHECK(x.dim() == 4, op, ": expected an input of 4 dimensions (N, C, H, W); got ", x.sizes());
-  check_channel_vector(op, "weight", weight, x);
-  check_channel_vector(op, "bias", bias, x);
+  check_channel_vector(op, "weight", weight, x, wide);
+  check_channel_vector(op, "bias", bias, x, wide);
 }
+
+// Whether the result of a layer norm was wide where x is not.
+inline bool is_wide(const Tensor& dy, const Tensor& x) { return dy.scalar_type() != x.scalar_type() && dy.scalar_type() == wide_type(x); }
 
 // What the gradient of a layer norm needs besides: statistics of the shape `shape`, as the forward operator returned them.
 inline void check_layer_norm_saved(const char* op, const Tensor& dy, const Tensor& x, at::IntArrayRef shape,
                                    const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
                                    const Tensor& rstd, const std::array<bool, 3>& output_mask) {
-  check_same_shape(op, "dy", dy, x);
-  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  check_same_shape(op, "dy", dy, x, is_wide(dy, x));
+  const auto type = wide_type(x);
   for (const Tensor* t : {&mean, &rstd})
     TORCH_CHECK(t->sizes() == shape && t->scalar_type() == type && t->is_contiguous() && t->device() == x.device(), op,
                 ": mean and rstd must be those that the forward operator returned: ", type, ", of shape ", shape, ", on ",

@@ -61,11 +61,11 @@ using grouped_conv2d = One(const Tensor& x, const Tensor& weight, Optional bias,
 using grouped_conv2d_backward = Three(const Tensor& dy, const Tensor& x, const Tensor& weight, Sizes stride, Sizes padding,
                                       Sizes dilation, int64_t groups, std::array<bool, 3> output_mask);
 
-using layer_norm = Three(const Tensor& x, Sizes normalized_shape, Optional weight, Optional bias, double eps);
+using layer_norm = Three(const Tensor& x, Sizes normalized_shape, Optional weight, Optional bias, double eps, bool wide);
 using layer_norm_backward = Three(const Tensor& dy, const Tensor& x, Sizes normalized_shape, Optional weight, Optional bias,
                                   const Tensor& mean, const Tensor& rstd, std::array<bool, 3> output_mask);
 
-using layer_norm2d = Three(const Tensor& x, Optional weight, Optional bias, double eps);
+using layer_norm2d = Three(const Tensor& x, Optional weight, Optional bias, double eps, bool wide);
 using layer_norm2d_backward = Three(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
                                     const Tensor& rstd, std::array<bool, 3> output_mask);
 

@@ -25,6 +25,11 @@ inline std::array<Tensor, 2> empty_statistics(const Tensor& x, int64_t first, in
   return {aten::empty(shape, options), aten::empty(shape, options)};
 }
 
+// Like x, but in the dtype that y has.
+inline Tensor empty_result(const Tensor& x, bool wide) {
+  return aten::empty_strided(x.sizes(), x.strides(), x.options().dtype(wide ? wide_type(x) : x.scalar_type()));
+}
+
 // The gradients of a layer norm: those that are wanted defined, the others empty when they are handed out. dbias is in the
 // dtype of sums where the bias, which no gradient reads, is not given.
 struct LayerNormGradients {

@@ -37,12 +37,13 @@ TORCH_LIBRARY(cnnkern, m) {
   m.def("grouped_conv2d_backward(Tensor dy, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   // y = layer norm of x over its last dimensions. mean and rstd have x's shape with one element there; their dtype is
-  // float32, or float64 beside float64.
-  m.def("layer_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
+  // float32, or float64 beside float64. A wide y has that dtype too, as under autocast on a GPU, beside parameters of it;
+  // else y has x's. dy has the dtype that y had.
+  m.def("layer_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, bool wide=False) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def("layer_norm_backward(Tensor dy, Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   // y = layer norm of x, (N, C, H, W), over C. mean and rstd: (N, 1, H, W), as above.
-  m.def("layer_norm2d(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def("layer_norm2d(Tensor x, Tensor? weight, Tensor? bias, float eps, bool wide=False) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def("layer_norm2d_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   // y = max_pool2d(x), with -inf around x. positions are those of the maxima in their windows, counted row by row: a byte for

@@ -16,6 +16,7 @@ from gpu_gate import gate, machine_code
 
 from cnnkern import testing
 from cnnkern.testing import CASES
+from tests import wide_layer_norms
 from tests.child import run_child
 from tests.slow import proved
 
@@ -184,6 +185,9 @@ def test_every_kernel(case, dtype, generator, device, pytestconfig):
     for shape, layout, variant in EVERY_KERNEL[case.name]:
         inputs, dy = drawn(case, shape, layout, variant, dtype, generator)
         testing.check(case, inputs, dy)
+        if case.name in wide_layer_norms.NAMES and dtype in wide_layer_norms.DTYPES:
+            given = wide_layer_norms.drawn(case.name, shape, dtype, generator, layout)
+            wide_layer_norms.check(case.name, *given)
 
 
 # ---- thread orders ----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cnnkern import backends, testing
 from cnnkern.testing import Case
+from tests import wide_layer_norms
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 import guarded_triton
@@ -159,6 +160,19 @@ def test_lines_longer_than_a_tile(kernels, name, layout):
     assert not planes.whole
     for dtypes in ("float32", "bfloat16, float32"):
         testing.check(CASES[name], *draw(CASES[name], shape, dtypes, layout))
+
+
+@pytest.mark.parametrize("tiles", [None, "small_tiles"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["layer_norm", "layer_norm2d"])
+def test_wide_layer_norms_are_those_of_the_input_in_float32(request, kernels, name, dtype, tiles):
+    if tiles is not None:
+        request.getfixturevalue(tiles)
+    shape = (3, 2, 4, 150) if name == "layer_norm" else (2, 150, 3, 4)
+    for layout in LAYOUTS if name == "layer_norm2d" else LAYOUTS[:1]:
+        generator = torch.Generator().manual_seed(0)
+        inputs, dy = wide_layer_norms.drawn(name, shape, dtype, generator, layout)
+        wide_layer_norms.check(name, inputs, dy, getattr(kernels, name))
 
 
 HARD = {

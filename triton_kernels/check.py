@@ -31,8 +31,13 @@ def image(op: str, x: Tensor) -> None:
         raise RuntimeError(f"{op}: expected an input of 2 to 5 dimensions (N, C, ...); got {list(x.shape)}")
 
 
-def channel_vector(op: str, name: str, v: Tensor | None, x: Tensor) -> None:
-    """A vector of C elements on the input's device, in the input's dtype or, beside 16-bit input, float32."""
+def wide_type(x: Tensor) -> torch.dtype:
+    """That of sums over x, and of a layer norm's wide result."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def channel_vector(op: str, name: str, v: Tensor | None, x: Tensor, wide: bool = False) -> None:
+    """A vector of C elements on the input's device, in the dtypes of `parameter_type`."""
     if v is None:
         return
     if v.dim() != 1 or v.shape[0] != x.shape[1]:
@@ -40,13 +45,16 @@ def channel_vector(op: str, name: str, v: Tensor | None, x: Tensor) -> None:
             f"{op}: {name} should contain {x.shape[1]} elements (one a channel), not {v.numel()}; "
             f"got shape {list(v.shape)}"
         )
-    parameter_type(op, name, v, x)
+    parameter_type(op, name, v, x, wide)
 
 
-def parameter_type(op: str, name: str, v: Tensor, x: Tensor) -> None:
-    """On the input's device, in the input's dtype or, beside 16-bit input, float32."""
+def parameter_type(op: str, name: str, v: Tensor, x: Tensor, wide: bool = False) -> None:
+    """On the input's device, in its dtype or, beside 16 bits, float32; beside a wide result in the result's dtype."""
     if v.device != x.device:
         raise RuntimeError(f"{op}: expected {name} on {x.device} like the input; got {v.device}")
+    if wide and v.dtype != wide_type(x):
+        wanted = "Double" if wide_type(x) == torch.float64 else "Float"
+        raise RuntimeError(f"{op}: expected {name} in {wanted} beside a result in that dtype; got {_type_name(v)}")
     if v.dtype != x.dtype and not (v.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
         alternative = "" if x.dtype == torch.float64 else " or float32"
         raise RuntimeError(
@@ -54,10 +62,10 @@ def parameter_type(op: str, name: str, v: Tensor, x: Tensor) -> None:
         )
 
 
-def same_shape(op: str, name: str, t: Tensor, x: Tensor) -> None:
+def same_shape(op: str, name: str, t: Tensor, x: Tensor, wide: bool = False) -> None:
     if t.shape != x.shape:
         raise RuntimeError(f"{op}: {name} must have the input's shape {list(x.shape)}; got {list(t.shape)}")
-    if t.dtype != x.dtype:
+    if t.dtype != (wide_type(x) if wide else x.dtype):
         raise RuntimeError(f"{op}: {name} must have the input's dtype {_type_name(x)}; got {_type_name(t)}")
     if t.device != x.device:
         raise RuntimeError(f"{op}: {name} must be on {x.device}; got {t.device}")
@@ -255,7 +263,14 @@ def sync_bn_backward(
     fp64(op, "count", count, (1,), x)
 
 
-def layer_norm(op: str, x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> None:
+def layer_norm(
+    op: str,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    wide: bool,
+) -> None:
     floating(op, x)
     shape = list(normalized_shape)
     if not shape:
@@ -275,15 +290,20 @@ def layer_norm(op: str, x: Tensor, normalized_shape: Sequence[int], weight: Tens
                 f"{op}: expected {name} to be of the same shape as normalized_shape = {shape}; "
                 f"got {name} of shape {list(v.shape)}"
             )
-        parameter_type(op, name, v, x)
+        parameter_type(op, name, v, x, wide)
 
 
-def layer_norm2d(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+def layer_norm2d(op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, wide: bool) -> None:
     floating(op, x)
     if x.dim() != 4:
         raise RuntimeError(f"{op}: expected an input of 4 dimensions (N, C, H, W); got {list(x.shape)}")
-    channel_vector(op, "weight", weight, x)
-    channel_vector(op, "bias", bias, x)
+    channel_vector(op, "weight", weight, x, wide)
+    channel_vector(op, "bias", bias, x, wide)
+
+
+def is_wide(dy: Tensor, x: Tensor) -> bool:
+    """Whether the result of a layer norm was wide where x is not."""
+    return dy.dtype != x.dtype and dy.dtype == wide_type(x)
 
 
 def layer_norm_saved(
@@ -298,8 +318,8 @@ def layer_norm_saved(
     output_mask: Sequence[bool],
 ) -> None:
     """What the gradient of a layer norm needs besides: statistics of the shape `shape`."""
-    same_shape(op, "dy", dy, x)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    same_shape(op, "dy", dy, x, is_wide(dy, x))
+    dtype = wide_type(x)
     for t in (mean, rstd):
         fits = list(t.shape) == list(shape) and t.dtype == dtype and t.is_contiguous() and t.device == x.device
         if not fits:

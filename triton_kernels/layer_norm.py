@@ -16,12 +16,17 @@ def _rows(x: Tensor, normalized_shape: Sequence[int]) -> tuple[lines.Lines, list
 
 
 def layer_norm(
-    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean and rstd, as the schema in csrc/ops.cpp has it."""
-    check.layer_norm("cnnkern::layer_norm", x, normalized_shape, weight, bias)
+    check.layer_norm("cnnkern::layer_norm", x, normalized_shape, weight, bias, wide)
     cut, shape = _rows(x, normalized_shape)
-    return lines.forward(with_plain_strides(x.contiguous()), cut, dense(weight), dense(bias), eps, shape)
+    return lines.forward(with_plain_strides(x.contiguous()), cut, dense(weight), dense(bias), eps, shape, wide)
 
 
 def layer_norm_backward(
@@ -36,7 +41,7 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias as the schema in csrc/ops.cpp has it; of no elements where `output_mask` is False."""
     op = "cnnkern::layer_norm_backward"
-    check.layer_norm(op, x, normalized_shape, weight, bias)
+    check.layer_norm(op, x, normalized_shape, weight, bias, check.is_wide(dy, x))
     cut, shape = _rows(x, normalized_shape)
     check.layer_norm_saved(op, dy, x, shape, weight, bias, mean, rstd, output_mask)
     x = with_plain_strides(x.contiguous())

@@ -14,12 +14,14 @@ def _lines(x: Tensor) -> lines.Lines:  # x from in_layout
     return lines.Lines.of(N, max(C, 1), H * W, False)
 
 
-def layer_norm2d(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm2d(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, wide: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, mean and rstd, as the schema in csrc/ops.cpp has it."""
-    check.layer_norm2d("cnnkern::layer_norm2d", x, weight, bias)
+    check.layer_norm2d("cnnkern::layer_norm2d", x, weight, bias, wide)
     x = in_layout(x)
     N, _, H, W = x.shape
-    return lines.forward(x, _lines(x), dense(weight), dense(bias), eps, (N, 1, H, W))
+    return lines.forward(x, _lines(x), dense(weight), dense(bias), eps, (N, 1, H, W), wide)
 
 
 def layer_norm2d_backward(
@@ -33,7 +35,7 @@ def layer_norm2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias as the schema in csrc/ops.cpp has it; of no elements where `output_mask` is False."""
     op = "cnnkern::layer_norm2d_backward"
-    check.layer_norm2d(op, x, weight, bias)
+    check.layer_norm2d(op, x, weight, bias, check.is_wide(dy, x))
     N, _, H, W = x.shape
     check.layer_norm_saved(op, dy, x, (N, 1, H, W), weight, bias, mean, rstd, output_mask)
     x = in_layout(x)

@@ -277,11 +277,17 @@ class Lines(NamedTuple):
 
 
 def forward(
-    x: Tensor, lines: Lines, weight: Tensor | None, bias: Tensor | None, eps: float, shape: Sequence[int]
+    x: Tensor,
+    lines: Lines,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    shape: Sequence[int],
+    wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and rstd of the given shape."""
-    y = torch.empty_like(x)
-    mean = x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    y = torch.empty_like(x, dtype=check.wide_type(x) if wide else x.dtype)
+    mean = x.new_empty(shape, dtype=check.wide_type(x))
     rstd = torch.empty_like(mean)
     if x.numel() == 0:
         return y, mean.zero_(), rstd.fill_(1)

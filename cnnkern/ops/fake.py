@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from cnnkern.triton_kernels.check import wide_type
 from cnnkern.triton_kernels.layout import batch_norm_result, empty_strided_like, strides_of_sum
 
 
@@ -59,10 +60,6 @@ def parameter_gradient(wanted: bool, t: Tensor | None, shape: Sequence[int], x: 
     if not wanted:
         return x.new_empty(0)
     return x.new_empty(shape, dtype=wide_type(x) if t is None else t.dtype)
-
-
-def wide_type(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_channel_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:

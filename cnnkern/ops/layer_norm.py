@@ -26,7 +26,9 @@ def layer_norm(
     Shapes: ``input`` and the result (\\*, \\*normalized_shape), any number of rows; ``weight`` and ``bias``
     ``normalized_shape`` or None, each on its own.
     Dtypes: float32, float64, bfloat16 or float16; parameters in the input's dtype, or float32 beside the 16-bit ones.
-    The result is contiguous. The gradient saves the input and two numbers a row: float32, or float64 beside float64.
+    The result is contiguous, in the input's dtype, or under autocast on a GPU in float32, as PyTorch's, without a
+    kernel that casts. The gradient saves the input as it came, and two numbers a row: float32, or float64 beside
+    float64.
 
     Raises RuntimeError for shapes, dtypes or devices that do not fit.
 
@@ -40,10 +42,10 @@ def layer_norm(
 
 
 @torch.library.register_fake("cnnkern::layer_norm")
-def _(x, normalized_shape, weight, bias, eps):
+def _(x, normalized_shape, weight, bias, eps, wide=False):
     op, n = "cnnkern::layer_norm", len(normalized_shape)
     if fake.is_meta(x):
-        check.layer_norm(op, x, normalized_shape, weight, bias)
+        check.layer_norm(op, x, normalized_shape, weight, bias, wide)
     torch._check(n >= 1, lambda: f"{op}: expected normalized_shape to be at least 1-dimensional")
     torch._check(
         x.dim() >= n and all(a == b for a, b in zip(x.shape[x.dim() - n :], normalized_shape, strict=True)),
@@ -54,7 +56,8 @@ def _(x, normalized_shape, weight, bias, eps):
             vector is None or (vector.device == x.device and tuple(vector.shape) == tuple(normalized_shape)),
             lambda name=name: f"{op}: expected {name} to be of the same shape as normalized_shape, beside the input",
         )
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dtype = fake.wide_type(x) if wide else x.dtype
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     return y, *fake.layer_norm_statistics(x, range(x.dim() - n, x.dim()))
 
 

@@ -17,7 +17,8 @@ def layer_norm2d(input: Tensor, weight: Tensor | None = None, bias: Tensor | Non
 
     Shapes: ``input`` and the result (N, C, H, W); ``weight`` and ``bias`` (C,) or None, each on its own.
     Dtypes: float32, float64, bfloat16 or float16; parameters in the input's dtype, or float32 beside the 16-bit ones.
-    The gradient saves the input and two numbers a pixel: float32, or float64 beside float64.
+    The result has the input's dtype, or under autocast on a GPU float32, as PyTorch's, without a kernel that casts.
+    The gradient saves the input as it came and two numbers a pixel: float32, or float64 beside float64.
 
     Raises RuntimeError for shapes, dtypes or devices that do not fit.
 
@@ -31,12 +32,13 @@ def layer_norm2d(input: Tensor, weight: Tensor | None = None, bias: Tensor | Non
 
 
 @torch.library.register_fake("cnnkern::layer_norm2d")
-def _(x, weight, bias, eps):
+def _(x, weight, bias, eps, wide=False):
     if fake.is_meta(x):
-        check.layer_norm2d("cnnkern::layer_norm2d", x, weight, bias)
+        check.layer_norm2d("cnnkern::layer_norm2d", x, weight, bias, wide)
     torch._check(x.dim() == 4, lambda: "cnnkern::layer_norm2d: expected an input of 4 dimensions (N, C, H, W)")
     fake.check_channel_vectors("cnnkern::layer_norm2d", x, weight=weight, bias=bias)
-    return fake.empty_like_layout(x), *fake.layer_norm_statistics(x, (1,))
+    y = fake.empty_like_layout(x)
+    return y.to(fake.wide_type(x)) if wide else y, *fake.layer_norm_statistics(x, (1,))
 
 
 @torch.library.register_fake("cnnkern::layer_norm2d_backward")

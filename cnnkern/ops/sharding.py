@@ -51,7 +51,7 @@ _PIXELS = (0, 2, 3)  # the dimensions of (N, C, H, W) that a layer norm over cha
 
 @register_single_dim_strategy(_ops.layer_norm.default, RuntimeSchemaInfo(1), allow_uneven_sharding=True)
 def _(op, args, kwargs):
-    x, normalized_shape, weight, bias, _ = args
+    x, normalized_shape, weight, bias = args[:4]
     return _layer_norm(_rows(x, normalized_shape), weight, bias)
 
 
@@ -63,7 +63,7 @@ def _(op, args, kwargs):
 
 @register_single_dim_strategy(_ops.layer_norm2d.default, RuntimeSchemaInfo(1), allow_uneven_sharding=True)
 def _(op, args, kwargs):
-    _, weight, bias, _ = args
+    _, weight, bias = args[:3]
     return _layer_norm(_PIXELS, weight, bias)
 
 

@@ -17,7 +17,7 @@ const auto& forward_op() {
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("cnnkern::layer_norm", "")
           .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, c10::SymIntArrayRef, const OptionalTensor&,
-                                                    const OptionalTensor&, double)>();
+                                                    const OptionalTensor&, double, bool)>();
   return op;
 }
 
@@ -53,7 +53,7 @@ struct LayerNormBackward : torch::autograd::Function<LayerNormBackward> {
     const auto shape = saved[1].sym_sizes().slice(saved[1].dim() - dims.size());
     inputs[3] = bias_or_zeros(saved[3], ctx->saved_data["dbias"].toBool(), saved[4], shape);
     const variable_list found = second_order(inputs, needs, grads, [&](const variable_list& v) {
-      return layer_norm_composite(v[1], v[2], v[3], saved[4], saved[5], dims);
+      return layer_norm_composite(v[0], v[1], v[2], v[3], saved[4], saved[5], dims);
     });
     variable_list out(8);
     out[0] = found[0], out[1] = found[1], out[3] = found[2], out[4] = found[3];
@@ -66,11 +66,13 @@ struct LayerNorm {
   static constexpr size_t kInputs = 3;  // x, weight, bias
   int64_t dims;
   double eps;
+  bool wide;
 
   RecipePointer recipe(const variable_list& inputs, const variable_list&) const {
-    return recipe_of_layer_norm(inputs[0], inputs[1], inputs[2], [dims = dims, eps = eps](const Tensor& x, const auto& w, const auto& b) {
-      return std::get<0>(forward_op().call(x, x.sym_sizes().slice(x.dim() - dims), w, b, eps));
-    });
+    const auto forward = [op = *this](const Tensor& x, const auto& w, const auto& b) {
+      return std::get<0>(forward_op().call(x, x.sym_sizes().slice(x.dim() - op.dims), w, b, op.eps, op.wide));
+    };
+    return recipe_of_layer_norm(inputs[0], inputs[1], inputs[2], forward);
   }
 
   variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 3>& needs) const {
@@ -83,20 +85,21 @@ struct LayerNorm {
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_by_pytorch(const Tensor& x, c10::SymIntArrayRef normalized_shape,
                                                          const OptionalTensor& weight, const OptionalTensor& bias,
-                                                         double eps) {
-  return without_statistics(at::layer_norm_symint(x, normalized_shape, weight, bias, eps), x);
+                                                         double eps, bool wide) {
+  const Tensor in = wide ? x.to(wide_type(x)) : x;
+  return without_statistics(at::layer_norm_symint(in, normalized_shape, weight, bias, eps), x);
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_autograd(const Tensor& x, c10::SymIntArrayRef normalized_shape,
                                                        const OptionalTensor& weight, const OptionalTensor& bias,
-                                                       double eps) {
+                                                       double eps, bool wide) {
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
   if (has_tangent(x) || has_tangent(w) || has_tangent(b))
-    return layer_norm_by_pytorch(x, normalized_shape, weight, bias, eps);
-  const auto forward = [&] { return forward_op().call(x, normalized_shape, weight, bias, eps); };
+    return layer_norm_by_pytorch(x, normalized_shape, weight, bias, eps, wide);
+  const auto forward = [&] { return forward_op().call(x, normalized_shape, weight, bias, eps, wide); };
   if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b)))
     return recorded<LayerNorm>({x, w, b}, {x, w}, forward, [&](const auto& results) {
-      return std::pair(LayerNorm{static_cast<int64_t>(normalized_shape.size()), eps},
+      return std::pair(LayerNorm{static_cast<int64_t>(normalized_shape.size()), eps, wide},
                        variable_list{std::get<1>(results), std::get<2>(results)});
     });
   at::AutoDispatchBelowADInplaceOrView below;
@@ -117,12 +120,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(const Tensor& dy
   return backward_op().call(dy, x, normalized_shape, weight, bias, mean, rstd, output_mask);
 }
 
-// On a GPU autocast runs layer norms in float32, as PyTorch's own.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_autocast(const Tensor& x, c10::SymIntArrayRef normalized_shape,
                                                        const OptionalTensor& weight, const OptionalTensor& bias,
-                                                       double eps) {
-  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCUDA);
-  return forward_op().call(in_float32(x), normalized_shape, in_float32(weight), in_float32(bias), eps);
+                                                       double eps, bool wide) {
+  return under_autocast(x, weight, bias, wide, [&](const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, bool wide) {
+    return forward_op().call(x, normalized_shape, weight, bias, eps, wide);
+  });
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ const auto& forward_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("cnnkern::layer_norm2d", "")
                              .typed<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&,
-                                                                       const OptionalTensor&, double)>();
+                                                                       const OptionalTensor&, double, bool)>();
   return op;
 }
 
@@ -50,7 +50,7 @@ struct LayerNorm2dBackward : torch::autograd::Function<LayerNorm2dBackward> {
     const auto needs = needs_grad(ctx, inputs);
     inputs[3] = bias_or_zeros(saved[3], ctx->saved_data["dbias"].toBool(), saved[4], saved[1].sym_sizes().slice(1, 1));
     variable_list out = second_order(inputs, needs, grads, [&](const variable_list& v) {
-      return layer_norm_composite(v[1], over_channels(v[2]), over_channels(v[3]), saved[4], saved[5], {1});
+      return layer_norm_composite(v[0], v[1], over_channels(v[2]), over_channels(v[3]), saved[4], saved[5], {1});
     });
     out.resize(7);
     return out;
@@ -61,11 +61,13 @@ struct LayerNorm2d {
   static constexpr const char* kName = "LayerNorm2d";
   static constexpr size_t kInputs = 3;  // x, weight, bias
   double eps;
+  bool wide;
 
   RecipePointer recipe(const variable_list& inputs, const variable_list&) const {
-    return recipe_of_layer_norm(inputs[0], inputs[1], inputs[2], [eps = eps](const Tensor& x, const auto& w, const auto& b) {
-      return std::get<0>(forward_op().call(x, w, b, eps));
-    });
+    const auto forward = [op = *this](const Tensor& x, const auto& w, const auto& b) {
+      return std::get<0>(forward_op().call(x, w, b, op.eps, op.wide));
+    };
+    return recipe_of_layer_norm(inputs[0], inputs[1], inputs[2], forward);
   }
 
   variable_list backward(const Tensor& dy, const variable_list& saved, const std::array<bool, 3>& needs) const {
@@ -76,20 +78,21 @@ struct LayerNorm2d {
 };
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm2d_by_pytorch(const Tensor& x, const OptionalTensor& weight,
-                                                           const OptionalTensor& bias, double eps) {
-  const Tensor y = at::layer_norm_symint(x.permute({0, 2, 3, 1}), {x.sym_size(1)}, weight, bias, eps);
+                                                           const OptionalTensor& bias, double eps, bool wide) {
+  const Tensor in = wide ? x.to(wide_type(x)) : x;
+  const Tensor y = at::layer_norm_symint(in.permute({0, 2, 3, 1}), {x.sym_size(1)}, weight, bias, eps);
   return without_statistics(y.permute({0, 3, 1, 2}), x);
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm2d_autograd(const Tensor& x, const OptionalTensor& weight,
-                                                         const OptionalTensor& bias, double eps) {
+                                                         const OptionalTensor& bias, double eps, bool wide) {
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
   if (has_tangent(x) || has_tangent(w) || has_tangent(b))
-    return layer_norm2d_by_pytorch(x, weight, bias, eps);
-  const auto forward = [&] { return forward_op().call(x, weight, bias, eps); };
+    return layer_norm2d_by_pytorch(x, weight, bias, eps, wide);
+  const auto forward = [&] { return forward_op().call(x, weight, bias, eps, wide); };
   if (at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b)))
     return recorded<LayerNorm2d>({x, w, b}, {x, w}, forward, [&](const auto& results) {
-      return std::pair(LayerNorm2d{eps}, variable_list{std::get<1>(results), std::get<2>(results)});
+      return std::pair(LayerNorm2d{eps, wide}, variable_list{std::get<1>(results), std::get<2>(results)});
     });
   at::AutoDispatchBelowADInplaceOrView below;
   return forward();
@@ -108,11 +111,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_backward_autograd(const Tensor& 
   return backward_op().call(dy, x, weight, bias, mean, rstd, output_mask);
 }
 
-// On a GPU autocast runs layer norms in float32, as PyTorch's own.
 std::tuple<Tensor, Tensor, Tensor> layer_norm2d_autocast(const Tensor& x, const OptionalTensor& weight,
-                                                         const OptionalTensor& bias, double eps) {
-  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCUDA);
-  return forward_op().call(in_float32(x), in_float32(weight), in_float32(bias), eps);
+                                                         const OptionalTensor& bias, double eps, bool wide) {
+  return under_autocast(x, weight, bias, wide, [&](const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, bool wide) {
+    return forward_op().call(x, weight, bias, eps, wide);
+  });
 }
 
 }  // namespace

@@ -364,9 +364,10 @@ void layer_norm_rows_backward(const Tensor& dy, const Tensor& x, int64_t cols, c
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(const Tensor& x, at::IntArrayRef normalized_shape,
-                                                  const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
-  check_layer_norm("cnnkern::layer_norm", x, normalized_shape, weight, bias);
-  const Tensor x_ = with_plain_strides(x.contiguous());
+                                                  const OptionalTensor& weight, const OptionalTensor& bias, double eps,
+                                                  bool wide) {
+  check_layer_norm("cnnkern::layer_norm", x, normalized_shape, weight, bias, wide);
+  const Tensor x_ = with_plain_strides(widened(x, wide).contiguous());
   Tensor y = aten::empty_like(x_);
   auto [mean, rstd] = empty_statistics(x_, x.dim() - static_cast<int64_t>(normalized_shape.size()), x.dim());
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
@@ -380,9 +381,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(const Tensor& dy, con
                                                            const OptionalTensor& bias, const Tensor& mean,
                                                            const Tensor& rstd, std::array<bool, 3> output_mask) {
   const char* op = "cnnkern::layer_norm_backward";
-  check_layer_norm(op, x, normalized_shape, weight, bias);
+  check_layer_norm(op, x, normalized_shape, weight, bias, is_wide(dy, x));
   const int64_t first = x.dim() - static_cast<int64_t>(normalized_shape.size());
   check_layer_norm_saved(op, dy, x, statistics_shape(x, first, x.dim()), weight, bias, mean, rstd, output_mask);
+  if (is_wide(dy, x))
+    return narrowed(layer_norm_backward_cpu(dy, widened(x, true), normalized_shape, weight, bias, mean, rstd, output_mask), x);
   const Tensor x_ = with_plain_strides(x.contiguous()), dy_ = dy.contiguous();
   LayerNormGradients grads(x_, normalized_shape, weight, bias, output_mask);
   if (x.numel() == 0) return grads.zeros(x);

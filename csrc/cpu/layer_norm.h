@@ -26,6 +26,14 @@ void layer_norm_rows(const Tensor& x, int64_t cols, const Tensor& weight, const 
 void layer_norm_rows_backward(const Tensor& dy, const Tensor& x, int64_t cols, const Tensor& weight, const Tensor& mean,
                               const Tensor& rstd, const Tensor& dx, const Tensor& dweight, const Tensor& dbias);
 
+// A wide result beside 16 bits, and its gradient: those of x in float32. A GPU's kernels read 16 bits there. On a CPU autocast
+// leaves layer norms alone, so that only a direct call comes here.
+inline Tensor widened(const Tensor& x, bool wide) { return wide ? x.to(wide_type(x)) : x; }
+inline std::tuple<Tensor, Tensor, Tensor> narrowed(std::tuple<Tensor, Tensor, Tensor> gradients, const Tensor& x) {
+  auto& [dx, dweight, dbias] = gradients;
+  return {dx.to(x.scalar_type()), dweight, dbias};
+}
+
 // A parameter's n values in the arithmetic type: its own memory where that will do, else a copy; `otherwise` where
 // there is none.
 template <typename T>

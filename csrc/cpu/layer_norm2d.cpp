@@ -243,9 +243,9 @@ struct Backward {
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm2d_cpu(const Tensor& x, const OptionalTensor& weight,
-                                                    const OptionalTensor& bias, double eps) {
-  check_layer_norm2d("cnnkern::layer_norm2d", x, weight, bias);
-  const Tensor x_ = in_layout(x), &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
+                                                    const OptionalTensor& bias, double eps, bool wide) {
+  check_layer_norm2d("cnnkern::layer_norm2d", x, weight, bias, wide);
+  const Tensor x_ = in_layout(widened(x, wide)), &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
   Tensor y = aten::empty_like(x_);
   auto [mean, rstd] = empty_statistics(x_, 1, 2);
   if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1)};
@@ -254,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_cpu(const Tensor& x, const Optio
     layer_norm_rows(x_, layout.C, w, b, eps, y, mean, rstd);
     return {y, mean, rstd};
   }
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "layer_norm2d", [&] {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x_.scalar_type(), "layer_norm2d", [&] {
     using S = compute_t<scalar_t>;
     const ParameterValues<scalar_t> scales(w, layout.C, 1), offsets(b, layout.C, 0);
     scalar_t* const out = y.mutable_data_ptr<scalar_t>();
@@ -276,8 +276,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_backward_cpu(const Tensor& dy, c
                                                              const OptionalTensor& bias, const Tensor& mean,
                                                              const Tensor& rstd, std::array<bool, 3> output_mask) {
   const char* op = "cnnkern::layer_norm2d_backward";
-  check_layer_norm2d(op, x, weight, bias);
+  check_layer_norm2d(op, x, weight, bias, is_wide(dy, x));
   check_layer_norm_saved(op, dy, x, statistics_shape(x, 1, 2), weight, bias, mean, rstd, output_mask);
+  if (is_wide(dy, x)) return narrowed(layer_norm2d_backward_cpu(dy, widened(x, true), weight, bias, mean, rstd, output_mask), x);
   const Tensor x_ = in_layout(x), dy_ = in_layout_of(dy, x_), &w = tensor_or_undefined(weight);
   LayerNormGradients grads(x_, x.sizes().slice(1, 1), weight, bias, output_mask);
   if (x.numel() == 0) return grads.zeros(x);

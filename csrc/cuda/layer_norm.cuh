@@ -10,13 +10,13 @@
 namespace cnnkern::gpu {
 
 // How rows are cut, and the scratch memory that it takes. What is held is not sliced.
-template <typename T>
+template <typename X, typename T>
 struct LayerNormForwardCut {
   static constexpr int kVectors = kForwardVectors<T, kVector<T>>, kElements = kForwardVectors<T, 1>;
   RowGroups held;
   RowSlices sliced;
 
-  LayerNormForwardCut(const LayerNormForward<T>& p, int64_t rows, int64_t cols)
+  LayerNormForwardCut(const LayerNormForward<X, T>& p, int64_t rows, int64_t cols)
       : held(RowGroups::cut<T>(rows, cols, kVectors, kElements, p.x, p.y, p.weight.data, p.bias.data)),
         sliced(RowSlices::cut<T>(rows, cols, kVectors, kElements, p.x, p.y, p.weight.data, p.bias.data)) {}
 
@@ -24,22 +24,22 @@ struct LayerNormForwardCut {
 };
 
 // workspace: as many doubles as the cut says.
-template <typename T>
-void layer_norm_forward(const LayerNormForward<T>& p, const LayerNormForwardCut<T>& cut, double* workspace, Stream stream) {
+template <typename X, typename T>
+void layer_norm_forward(const LayerNormForward<X, T>& p, const LayerNormForwardCut<X, T>& cut, double* workspace, Stream stream) {
   constexpr int V = kVector<T>;
   if (const RowGroups& held = cut.held; held.held())
-    return launch(held.vector ? ln_rows_fwd_kernel<T, V> : ln_rows_fwd_kernel<T, 1>,
+    return launch(held.vector ? ln_rows_fwd_kernel<X, T, V> : ln_rows_fwd_kernel<X, T, 1>,
                   dim3(static_cast<unsigned>(divup(held.rows, held.groups()))), dim3(held.block), 0, stream, p, held);
   const RowSlices& sliced = cut.sliced;
   Moments* const partial = reinterpret_cast<Moments*>(workspace);
-  launch(sliced.vector ? ln_slices_fwd_kernel<T, V> : ln_slices_fwd_kernel<T, 1>, sliced.grid(), dim3(kSliceThreads), 0, stream, p,
+  launch(sliced.vector ? ln_slices_fwd_kernel<X, T, V> : ln_slices_fwd_kernel<X, T, 1>, sliced.grid(), dim3(kSliceThreads), 0, stream, p,
          sliced, partial);
   if (sliced.slices > 1)
-    launch(sliced.vector ? ln_slices_join_kernel<T, V> : ln_slices_join_kernel<T, 1>, sliced.grid(), dim3(kSliceThreads), 0, stream,
+    launch(sliced.vector ? ln_slices_join_kernel<X, T, V> : ln_slices_join_kernel<X, T, 1>, sliced.grid(), dim3(kSliceThreads), 0, stream,
            p, sliced, partial);
 }
 
-template <typename T>
+template <typename X, typename T>
 struct LayerNormBackwardCut {
   using S = compute_t<T>;
   static constexpr int V = kVector<T>, kSliceVectors = kForwardVectors<T, V> / 2, kSliceElements = kForwardVectors<T, 1> / 2;
@@ -48,7 +48,7 @@ struct LayerNormBackwardCut {
   RowSlices sliced;
   RowTiles tiled;
 
-  LayerNormBackwardCut(const LayerNormBackward<T>& p, bool parameters, int64_t rows, int64_t cols)
+  LayerNormBackwardCut(const LayerNormBackward<X, T>& p, bool parameters, int64_t rows, int64_t cols)
       : dx(p.dx != nullptr),
         parameters(parameters),
         held(RowGroups::cut<T>(rows, cols, kBackwardVectors<T, V>, kBackwardVectors<T, 1>, p.dy, p.x, p.dx, p.weight.data)),
@@ -62,26 +62,26 @@ struct LayerNormBackwardCut {
   int64_t doubles() const { return slice_sums() + means() + 2 * parts() * sliced.cols; }
 };
 
-template <typename T>
-void layer_norm_backward(const LayerNormBackward<T>& p, const LayerNormParameterGradients<T>& gradients,
-                         const LayerNormBackwardCut<T>& cut, double* workspace, Stream stream) {
+template <typename X, typename T>
+void layer_norm_backward(const LayerNormBackward<X, T>& p, const LayerNormParameterGradients<T>& gradients,
+                         const LayerNormBackwardCut<X, T>& cut, double* workspace, Stream stream) {
   using S = compute_t<T>;
   constexpr int V = kVector<T>;
   S* const partial = cut.parameters ? reinterpret_cast<S*>(workspace + cut.slice_sums() + cut.means()) : nullptr;
   if (const RowGroups& held = cut.held; held.held()) {
-    launch(held.vector ? ln_rows_bwd_kernel<T, V> : ln_rows_bwd_kernel<T, 1>, dim3(static_cast<unsigned>(held.strips)),
+    launch(held.vector ? ln_rows_bwd_kernel<X, T, V> : ln_rows_bwd_kernel<X, T, 1>, dim3(static_cast<unsigned>(held.strips)),
            dim3(held.block), held.scratch_bytes(held.vector ? V : 1), stream, p, gradients, held, partial);
     if (held.strips == 1) return;
   } else {
     const RowSlices& sliced = cut.sliced;
     Means<S>* const means = reinterpret_cast<Means<S>*>(workspace + cut.slice_sums());
     if (cut.dx) {
-      launch(sliced.vector ? ln_slices_bwd_kernel<T, V> : ln_slices_bwd_kernel<T, 1>, sliced.grid(), dim3(kSliceThreads), 0, stream,
+      launch(sliced.vector ? ln_slices_bwd_kernel<X, T, V> : ln_slices_bwd_kernel<X, T, 1>, sliced.grid(), dim3(kSliceThreads), 0, stream,
              p, sliced, workspace);
       launch(ln_slices_means_kernel<S>, dim3(static_cast<unsigned>(divup(sliced.rows, kSliceThreads / kWarp))), dim3(kSliceThreads),
              0, stream, p.rstd, workspace, means, sliced);
     }
-    launch(sliced.vector ? ln_tiles_bwd_kernel<T, V> : ln_tiles_bwd_kernel<T, 1>, cut.tiled.grid(), dim3(kTileVectors * kTileRows), 0,
+    launch(sliced.vector ? ln_tiles_bwd_kernel<X, T, V> : ln_tiles_bwd_kernel<X, T, 1>, cut.tiled.grid(), dim3(kTileVectors * kTileRows), 0,
            stream, p, cut.tiled, means, partial);
   }
   if (cut.parameters) layer_norm_finish(gradients, partial, cut.parts(), cut.sliced.cols, stream);

@@ -24,17 +24,34 @@ inline Tensor dense(const OptionalTensor& t) {
   return tensor_or_undefined(t).defined() ? t->contiguous() : Tensor();
 }
 
+// The type of x, and that of the result: the same, or float beside 16 bits.
+template <typename X, typename T>
+struct LayerNormTypes {
+  using Input = X;
+  using Result = T;
+};
+
+// Calls f with them.
+template <typename F>
+void with_layer_norm_types(const Tensor& x, const Tensor& result, const F& f) {
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "layer_norm", [&] {
+    if constexpr (sizeof(scalar_t) == 2)
+      if (result.scalar_type() == at::kFloat) return f(LayerNormTypes<scalar_t, float>{});
+    f(LayerNormTypes<scalar_t, scalar_t>{});
+  });
+}
+
 template <typename T>
 gpu::ParameterVector<T> parameter_vector(const Tensor& t) {
   if (!t.defined()) return {nullptr, false};
   return {t.const_data_ptr(), t.scalar_type() == at::kFloat};
 }
 
-template <typename T>
-gpu::LayerNormForward<T> layer_norm_forward(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
-                                            const Tensor& y, const Tensor& mean, const Tensor& rstd) {
+template <typename X, typename T>
+gpu::LayerNormForward<X, T> layer_norm_forward(LayerNormTypes<X, T>, const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                               double eps, const Tensor& y, const Tensor& mean, const Tensor& rstd) {
   using S = gpu::compute_t<T>;
-  return {.x = x.const_data_ptr<T>(),
+  return {.x = x.const_data_ptr<X>(),
           .y = y.mutable_data_ptr<T>(),
           .mean = mean.mutable_data_ptr<S>(),
           .rstd = rstd.mutable_data_ptr<S>(),
@@ -43,20 +60,20 @@ gpu::LayerNormForward<T> layer_norm_forward(const Tensor& x, const Tensor& weigh
           .eps = eps};
 }
 
-template <typename T>
-gpu::LayerNormBackward<T> layer_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& mean,
-                                              const Tensor& rstd, const Tensor& dx) {
+template <typename X, typename T>
+gpu::LayerNormBackward<X, T> layer_norm_backward(LayerNormTypes<X, T>, const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                 const Tensor& mean, const Tensor& rstd, const Tensor& dx) {
   using S = gpu::compute_t<T>;
   return {.dy = dy.const_data_ptr<T>(),
-          .x = x.const_data_ptr<T>(),
-          .dx = dx.defined() ? dx.mutable_data_ptr<T>() : nullptr,
+          .x = x.const_data_ptr<X>(),
+          .dx = dx.defined() ? dx.mutable_data_ptr<X>() : nullptr,
           .mean = mean.const_data_ptr<S>(),
           .rstd = rstd.const_data_ptr<S>(),
           .weight = parameter_vector<T>(weight)};
 }
 
-template <typename T>
-gpu::LayerNormParameterGradients<T> parameter_gradients(const LayerNormGradients& gradients) {
+template <typename X, typename T>
+gpu::LayerNormParameterGradients<T> parameter_gradients(LayerNormTypes<X, T>, const LayerNormGradients& gradients) {
   const auto flat = [](const Tensor& t) { return t.defined() ? t.view({-1}) : t; };
   return {channel_vector<T>(flat(gradients.dweight)), channel_vector<T>(flat(gradients.dbias))};
 }

@@ -151,9 +151,9 @@ __device__ __forceinline__ Moments exact_moments(const T* x, int64_t n, int64_t 
 }
 
 // Of four lanes a thread gets by with the registers that leave a multiprocessor three blocks of 256.
-template <typename T, int V>
+template <typename X, typename T, int V>
 __global__ void __launch_bounds__(V == 4 ? 3 * kPixelThreads : kMostPixelThreads)
-    ln_planes_fwd_kernel(LayerNormForward<T> p, PixelCut cut) {
+    ln_planes_fwd_kernel(LayerNormForward<X, T> p, PixelCut cut) {
   using S = compute_t<T>;
   constexpr int U = kPixelVectors<T, V, 1>;
   GPU_DYN_SHARED(double, scratch);
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(V == 4 ? 3 * kPixelThreads : kMostPixelThreads
   const PixelPlace<V> place(cut, blockIdx.x, threadIdx.x);
   const bool active = place.vector < cut.vectors;
   const int64_t offset = active ? place.offset(cut) : 0;
-  HeldPixels<T, V, U> x;
+  HeldPixels<X, V, U> x;
   if (blockIdx.x == 0)
     for (int64_t c = threadIdx.x * 8; c < cut.C; c += blockDim.x * 8) p.weight.prefetch(c), p.bias.prefetch(c);
 
@@ -235,16 +235,17 @@ __global__ void __launch_bounds__(V == 4 ? 3 * kPixelThreads : kMostPixelThreads
 }
 
 // partial: (strips, 2, C), null where no gradient of a parameter is wanted.
-template <typename T, int V>
+template <typename X, typename T, int V>
 __global__ void __launch_bounds__(kMostPixelThreads)
-    ln_planes_bwd_kernel(LayerNormBackward<T> p, PixelCut cut, compute_t<T>* partial) {
+    ln_planes_bwd_kernel(LayerNormBackward<X, T> p, PixelCut cut, compute_t<T>* partial) {
   using S = compute_t<T>;
   constexpr int U = kPixelVectors<T, V, 2>;
   GPU_DYN_SHARED(double, scratch);
   GPU_SHARED(Means<S>, shared, kMostColumns * V);
   const int64_t begin = blockIdx.x * cut.strip, end = smaller(cut.tiles, begin + cut.strip);
   PixelPlace<V> place(cut, begin, threadIdx.x);
-  HeldPixels<T, V, U> dy, x;
+  HeldPixels<T, V, U> dy;
+  HeldPixels<X, V, U> x;
   S sum_dy[U] = {}, sum_dy_xhat[U] = {};
 
   // Adds the columns' sums of a chunk's channels, and hands them out.
@@ -323,29 +324,29 @@ __global__ void __launch_bounds__(kMostPixelThreads)
 
 // ---- launches ---------------------------------------------------------------------------------------------------
 
-template <typename T>
-void layer_norm2d_forward(const LayerNormForward<T>& p, const Layout& s, Stream stream) {
+template <typename X, typename T>
+void layer_norm2d_forward(const LayerNormForward<X, T>& p, const Layout& s, Stream stream) {
   constexpr int V = kVector<T>;
   const auto cut = PixelCut::cut<T, 1>(s, p.x, p.y);
-  const auto kernel = cut.lanes == V  ? ln_planes_fwd_kernel<T, V>
-                      : cut.lanes > 1 ? ln_planes_fwd_kernel<T, kHalfVector<T>>
-                                      : ln_planes_fwd_kernel<T, 1>;
+  const auto kernel = cut.lanes == V  ? ln_planes_fwd_kernel<X, T, V>
+                      : cut.lanes > 1 ? ln_planes_fwd_kernel<X, T, kHalfVector<T>>
+                                      : ln_planes_fwd_kernel<X, T, 1>;
   launch(kernel, dim3(static_cast<unsigned>(cut.tiles)), dim3(cut.block), cut.scratch_bytes(2 * cut.lanes), stream, p, cut);
 }
 
-template <typename T>
-PixelCut layer_norm2d_backward_cut(const LayerNormBackward<T>& p, const Layout& s) {
+template <typename X, typename T>
+PixelCut layer_norm2d_backward_cut(const LayerNormBackward<X, T>& p, const Layout& s) {
   return PixelCut::cut<T, 2>(s, p.dy, p.x, p.dx, p.mean, p.rstd);
 }
 
 // partial: 2 * C * cut.strips elements, null where no gradient of a parameter is wanted.
-template <typename T>
-void layer_norm2d_backward(const LayerNormBackward<T>& p, const LayerNormParameterGradients<T>& gradients, const PixelCut& cut,
+template <typename X, typename T>
+void layer_norm2d_backward(const LayerNormBackward<X, T>& p, const LayerNormParameterGradients<T>& gradients, const PixelCut& cut,
                            compute_t<T>* partial, Stream stream) {
   constexpr int V = kVector<T>;
-  const auto kernel = cut.lanes == V  ? ln_planes_bwd_kernel<T, V>
-                      : cut.lanes > 1 ? ln_planes_bwd_kernel<T, kHalfVector<T>>
-                                      : ln_planes_bwd_kernel<T, 1>;
+  const auto kernel = cut.lanes == V  ? ln_planes_bwd_kernel<X, T, V>
+                      : cut.lanes > 1 ? ln_planes_bwd_kernel<X, T, kHalfVector<T>>
+                                      : ln_planes_bwd_kernel<X, T, 1>;
   launch(kernel, dim3(static_cast<unsigned>(cut.strips)), dim3(cut.block), cut.scratch_bytes(2 * cut.lanes), stream, p, cut, partial);
   if (partial != nullptr) layer_norm_finish(gradients, partial, cut.strips, cut.C, stream);
 }

@@ -126,13 +126,13 @@ struct HeldRow {
   }
 };
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kMostGroup) ln_rows_fwd_kernel(LayerNormForward<T> p, RowGroups cut) {
+template <typename X, typename T, int V>
+__global__ void __launch_bounds__(kMostGroup) ln_rows_fwd_kernel(LayerNormForward<X, T> p, RowGroups cut) {
   using S = compute_t<T>;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (cut.block / cut.threads) + threadIdx.x / cut.threads;
   const int lane = threadIdx.x % cut.threads, first = lane * V, step = cut.threads * V;
   const int cols = row < cut.rows ? cut.cols : 0;
-  HeldRow<T, V, kForwardVectors<T, V>> x;
+  HeldRow<X, V, kForwardVectors<T, V>> x;
   x.read(p.x + row * cut.cols, first, step, cols);
   if (blockIdx.x == 0)
     for (int at = first; at < cols; at += step) p.weight.prefetch(at), p.bias.prefetch(at);
@@ -150,9 +150,9 @@ __global__ void __launch_bounds__(kMostGroup) ln_rows_fwd_kernel(LayerNormForwar
 }
 
 // partial: (strips, 2, cols), null where no gradient of a parameter is wanted.
-template <typename T, int V>
+template <typename X, typename T, int V>
 __global__ void __launch_bounds__(kMostGroup)
-    ln_rows_bwd_kernel(LayerNormBackward<T> p, LayerNormParameterGradients<T> gradients, RowGroups cut, compute_t<T>* partial) {
+    ln_rows_bwd_kernel(LayerNormBackward<X, T> p, LayerNormParameterGradients<T> gradients, RowGroups cut, compute_t<T>* partial) {
   using S = compute_t<T>;
   constexpr int U = kBackwardVectors<T, V>;
   GPU_DYN_SHARED(double, scratch);
@@ -166,7 +166,8 @@ __global__ void __launch_bounds__(kMostGroup)
     if (first + u * step < cut.cols) p.weight.load(first + u * step, S(1), weight[u]);
 
   struct Row {
-    HeldRow<T, V, U> dy, x;
+    HeldRow<T, V, U> dy;
+    HeldRow<X, V, U> x;
     S mean, rstd;
   } next{};
   const auto read = [&](int64_t row) {

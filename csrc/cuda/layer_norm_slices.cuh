@@ -55,13 +55,13 @@ __device__ __forceinline__ Moments joined(const Moments& a, double na, const Mom
   return {fma(d, share, a.mean), a.squares + b.squares + d * d * na * share};
 }
 
-template <typename T, int V>
-__device__ __forceinline__ void write_slice(const LayerNormForward<T>& p, const RowSlices& cut, const SlicePlace& place,
+template <typename X, typename T, int V>
+__device__ __forceinline__ void write_slice(const LayerNormForward<X, T>& p, const RowSlices& cut, const SlicePlace& place,
                                             const Moments& m) {
   using S = compute_t<T>;
   const Normalizer<S> normalize = normalizer<S>(m, cut.per_column, p.eps);
   if (place.slice == 0 && threadIdx.x == 0) p.mean[place.row] = static_cast<S>(m.mean), p.rstd[place.row] = normalize.rstd;
-  HeldRow<T, V, kForwardVectors<T, V>> x;
+  HeldRow<X, V, kForwardVectors<T, V>> x;
 #pragma unroll 1
   for (int64_t at = place.begin; at < place.end; at += place.stretch) {
     const int64_t offset = place.row * cut.cols + at;
@@ -77,27 +77,29 @@ __device__ __forceinline__ void write_slice(const LayerNormForward<T>& p, const 
 }
 
 // partial: (rows, slices).
-template <typename T, int V>
-__global__ void __launch_bounds__(kSliceThreads, 2) ln_slices_fwd_kernel(LayerNormForward<T> p, RowSlices cut, Moments* partial) {
+template <typename X, typename T, int V>
+__global__ void __launch_bounds__(kSliceThreads, 2)
+    ln_slices_fwd_kernel(LayerNormForward<X, T> p, RowSlices cut, Moments* partial) {
   constexpr int U = kForwardVectors<T, V>;
   const SlicePlace place(cut, V, U);
   Moments m{0, 0};
 #pragma unroll 1
   for (int64_t at = place.begin; at < place.end; at += place.stretch) {
-    HeldRow<T, V, U> x;
+    HeldRow<X, V, U> x;
     const int columns = place.columns(at);
     x.read(p.x + place.row * cut.cols + at, place.first, place.step, columns);
     const Moments of_stretch = x.row_moments(place.first, place.step, columns, 1.0 / columns, kSliceThreads);
     m = at == place.begin ? of_stretch : joined(m, static_cast<double>(at - place.begin), of_stretch, columns);
   }
   if (cut.slices == 1)
-    write_slice<T, V>(p, cut, place, m);
+    write_slice<X, T, V>(p, cut, place, m);
   else if (threadIdx.x == 0)
     partial[blockIdx.x] = m;
 }
 
-template <typename T, int V>
-__global__ void __launch_bounds__(kSliceThreads, 2) ln_slices_join_kernel(LayerNormForward<T> p, RowSlices cut, const Moments* partial) {
+template <typename X, typename T, int V>
+__global__ void __launch_bounds__(kSliceThreads, 2)
+    ln_slices_join_kernel(LayerNormForward<X, T> p, RowSlices cut, const Moments* partial) {
   const SlicePlace place(cut, V, kForwardVectors<T, V>);
   const bool exists = threadIdx.x < cut.slices;
   const Moments mine = exists ? partial[place.row * cut.slices + threadIdx.x] : Moments{0, 0};
@@ -109,14 +111,14 @@ __global__ void __launch_bounds__(kSliceThreads, 2) ln_slices_join_kernel(LayerN
   double squares[1] = {fma(n * d, d, mine.squares)};
   block_sum(squares);
   m.squares = squares[0];
-  write_slice<T, V>(p, cut, place, m);
+  write_slice<X, T, V>(p, cut, place, m);
 }
 
 // ---- backward ---------------------------------------------------------------------------------------------------
 
 // partial: (rows, slices, 2).
-template <typename T, int V>
-__global__ void __launch_bounds__(kSliceThreads) ln_slices_bwd_kernel(LayerNormBackward<T> p, RowSlices cut, double* partial) {
+template <typename X, typename T, int V>
+__global__ void __launch_bounds__(kSliceThreads) ln_slices_bwd_kernel(LayerNormBackward<X, T> p, RowSlices cut, double* partial) {
   using S = compute_t<T>;
   constexpr int U = kForwardVectors<T, V> / 2;
   const SlicePlace place(cut, V, U);
@@ -124,7 +126,8 @@ __global__ void __launch_bounds__(kSliceThreads) ln_slices_bwd_kernel(LayerNormB
   double sums[2] = {0, 0};
 #pragma unroll 1
   for (int64_t at = place.begin; at < place.end; at += place.stretch) {
-    HeldRow<T, V, U> dy, x;
+    HeldRow<T, V, U> dy;
+    HeldRow<X, V, U> x;
     const int64_t offset = place.row * cut.cols + at;
     const int columns = place.columns(at);
     dy.read(p.dy + offset, place.first, place.step, columns), x.read(p.x + offset, place.first, place.step, columns);
@@ -181,9 +184,9 @@ struct RowTiles {
 };
 
 // partial: (strips, 2, cols), null where no gradient of a parameter is wanted.
-template <typename T, int V>
+template <typename X, typename T, int V>
 __global__ void __launch_bounds__(kTileVectors* kTileRows)
-    ln_tiles_bwd_kernel(LayerNormBackward<T> p, RowTiles cut, const Means<compute_t<T>>* means, compute_t<T>* partial) {
+    ln_tiles_bwd_kernel(LayerNormBackward<X, T> p, RowTiles cut, const Means<compute_t<T>>* means, compute_t<T>* partial) {
   using S = compute_t<T>;
   constexpr int U = kTileUnroll;
   GPU_SHARED(double, scratch, 2 * V * (kTileRows / 2) * kTileVectors);
@@ -194,7 +197,8 @@ __global__ void __launch_bounds__(kTileVectors* kTileRows)
   S weight[V], sum_dy[V] = {}, sum_dy_xhat[V] = {};
   if (active) p.weight.load(c, S(1), weight);
   for (int64_t row = begin + thread_row; active && row < end; row += U * kTileRows) {
-    Packed<T, V> dy[U], x[U];
+    Packed<T, V> dy[U];
+    Packed<X, V> x[U];
     S mean[U], rstd[U];
     Means<S> mine[U];
 #pragma unroll

@@ -42,21 +42,24 @@ struct ParameterVector {
   }
 };
 
-template <typename T>
+// X, here and below: the type of x and dx, which has 16 bits where y and dy are float32, and is T else. Then x is cut as if it
+// were float32 and widened as it is read, so that the arithmetic is that of float32, bit for bit.
+template <typename X, typename T>
 struct LayerNormForward {
   using S = compute_t<T>;
-  const T* x;
+  const X* x;
   T* y;
   S *mean, *rstd;
   ParameterVector<T> weight, bias;
   double eps;
 };
 
-template <typename T>
+template <typename X, typename T>
 struct LayerNormBackward {
   using S = compute_t<T>;
-  const T *dy, *x;
-  T* dx;  // null where not wanted
+  const T* dy;
+  const X* x;
+  X* dx;  // null where not wanted
   const S *mean, *rstd;
   ParameterVector<T> weight;
 };

@@ -158,20 +158,36 @@ RULES = (
     cuda("^add_relu_bwd_kernel<.*, [248]>", "four vectors of dy and dx, whole and at the end", whole=(8, 8)),
     # ---- layer norms: 16-byte accesses of all code, and what it may hold beside them ----
     cuda(
-        r"^ln_rows_fwd_kernel<(?:float|double), [24]>", "four vectors of x, of two parameters and of y", whole=(12, 4)
+        r"^ln_rows_fwd_kernel<(?:float|double), \w+, [24]>",
+        "four vectors of x, of two parameters and of y",
+        whole=(12, 4),
     ),
-    cuda(r"^ln_rows_fwd_kernel<c10::\w+, 8>", "the same; parameters in either type that they may have", whole=(28, 4)),
-    cuda(r"^ln_rows_bwd_kernel<(?:float|double), [24]>", "x, dy, weight; dx and partial sums", whole=(10, 6)),
-    cuda(r"^ln_rows_bwd_kernel<c10::\w+, 8>", "the same with half as many vectors", whole=(7, 5)),
+    cuda(r"^ln_rows_fwd_kernel<c10::.*, 8>", "the same; parameters in either type that they may have", whole=(28, 4)),
+    cuda(r"^ln_rows_bwd_kernel<(?:float|double), \w+, [24]>", "x, dy, weight; dx and partial sums", whole=(10, 6)),
+    cuda(r"^ln_rows_bwd_kernel<c10::.*, 8>", "the same with half as many vectors", whole=(7, 5)),
     cuda("^ln_rows_", "no loop: the statistics of a row, once a row, in float64", divisions=20, fp64=300),
-    cuda(r"^ln_slices_fwd_kernel<(?:float|double), [24]>", "four vectors of x in a round", round=(4, 0), whole=(16, 4)),
-    cuda(r"^ln_slices_fwd_kernel<c10::\w+, 8>", "the same; parameters in either type", round=(4, 0), whole=(32, 4)),
+    cuda(
+        r"^ln_slices_fwd_kernel<(?:float|double), \w+, [24]>",
+        "four vectors of x in a round",
+        round=(4, 0),
+        whole=(16, 4),
+    ),
+    cuda(r"^ln_slices_fwd_kernel<c10::.*, 8>", "the same; parameters in either type", round=(4, 0), whole=(32, 4)),
     cuda("^ln_slices_fwd", "a round's moments join the slice's in float64, with its division", divisions=4, fp64=256),
-    cuda(r"^ln_slices_join_kernel<(?:float|double), [24]>", "four vectors of x and of y", round=(4, 4), whole=(12, 4)),
-    cuda(r"^ln_slices_join_kernel<c10::\w+, 8>", "the same; parameters in either type", round=(4, 4), whole=(28, 4)),
+    cuda(
+        r"^ln_slices_join_kernel<(?:float|double), \w+, [24]>",
+        "four vectors of x and of y",
+        round=(4, 4),
+        whole=(12, 4),
+    ),
+    cuda(r"^ln_slices_join_kernel<c10::.*, 8>", "the same; parameters in either type", round=(4, 4), whole=(28, 4)),
     cuda(r"^ln_slices_bwd_kernel<.*, [248]>", "vectors of x, dy and weight", round=(6, 0)),
     cuda("^ln_slices_bwd", "a round's two sums are added up in float64", fp64=4),
-    cuda(r"^ln_slices_\w+_kernel<double, 2>", "parameters in float32 too, whose vectors have eight bytes", narrow=8),
+    cuda(
+        r"^ln_slices_\w+_kernel<double, double, 2>",
+        "parameters in float32 too, whose vectors have eight bytes",
+        narrow=8,
+    ),
     cuda("^ln_slices_means", "sums of a row's slices, in float64", narrow=32, fp64=32),
     cuda(r"^ln_tiles_bwd_kernel<.*, [248]>", "two rows of x, dy and dx", round=(8, 2), whole=(9, 4), narrow=12),
     cuda(
@@ -180,8 +196,10 @@ RULES = (
         narrow=8,
         fp64=16,
     ),
-    cuda(r"^ln_planes_fwd_kernel<(?:float|double), [24]>", "six vectors of x and of y", round=(6, 6), whole=(18, 6)),
-    cuda(r"^ln_planes_fwd_kernel<c10::\w+, 8>", "six vectors of x and of y", round=(6, 6), whole=(18, 6)),
+    cuda(
+        r"^ln_planes_fwd_kernel<(?:float|double), \w+, [24]>", "six vectors of x and of y", round=(6, 6), whole=(18, 6)
+    ),
+    cuda(r"^ln_planes_fwd_kernel<c10::.*, 8>", "six vectors of x and of y", round=(6, 6), whole=(18, 6)),
     cuda(r"^ln_planes_bwd_kernel<.*, [248]>", "vectors of x, dy and dx", whole=(18, 4)),
     cuda(
         "^ln_planes_fwd",
@@ -198,19 +216,28 @@ RULES = (
         fp64=200,
     ),
     cuda(
-        r"^ln_planes_\w+_kernel<c10::\w+, 4>",
+        r"^ln_planes_\w+_kernel<(c10::\w+), \1, 4>",
         "vectors of 8 bytes, where planes do not end with whole ones of 16",
         narrow=ANY,
         round=(0, 0),
         whole=(0, 0),
     ),
     cuda(
-        r"^ln_planes_fwd_kernel<c10::\w+, 1>",
+        r"^ln_planes_fwd_kernel<(c10::\w+), \1, 1>",
         "tensors that are not aligned: two values on the stack",
         "sm_100",
         spills=7,
         stack=8,
     ),
+    # ---- layer norms of 16 bits with a result of float32, which autocast asks for ----
+    cuda(r"^ln_\w+<c10::\w+, float, 4>", "x and dx in vectors of 8 bytes beside 16 of float32", narrow=24),
+    cuda(r"^ln_rows_fwd_kernel<c10::\w+, float, 4>", "four vectors of two parameters and of y", whole=(8, 4)),
+    cuda(r"^ln_rows_bwd_kernel<c10::\w+, float, 4>", "dy, weight; partial sums", whole=(6, 4)),
+    cuda(r"^ln_slices_(?:fwd|join)_kernel<c10::\w+, float, 4>", "parameters and y", round=(8, 4), whole=(8, 4)),
+    cuda(r"^ln_slices_bwd_kernel<c10::\w+, float, 4>", "dy and weight", round=(4, 0)),
+    cuda(r"^ln_tiles_bwd_kernel<c10::\w+, float, 4>", "two rows of dy; partial sums", round=(4, 0), whole=(5, 2)),
+    cuda(r"^ln_planes_fwd_kernel<c10::\w+, float, 4>", "six vectors of y", round=(0, 6), whole=(0, 6)),
+    cuda(r"^ln_planes_bwd_kernel<c10::\w+, float, 4>", "vectors of dy, mean and rstd", whole=(10, 0)),
     cuda("^ln_.*, 1>$", "for tensors that are not aligned: elements one by one", narrow=ANY),
     # ---- grouped convolution ----
     cuda(
