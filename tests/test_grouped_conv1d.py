@@ -179,9 +179,9 @@ ERRORS = [
     (ROWS, DEPTHWISE, {"groups": 6, "padding": "some"}),
     (ROWS, DEPTHWISE, {"groups": 0}),
     (ROWS, DEPTHWISE, {"groups": -1}),
-    (ROWS, DEPTHWISE, {"groups": 6, "bias": torch.randn(5)}),
-    (ROWS, DEPTHWISE, {"groups": 6, "bias": torch.randn(6, 1)}),
-    (ROWS, DEPTHWISE, {"groups": 6, "bias": torch.randn(6).double()}),
+    (ROWS, DEPTHWISE, {"groups": 6, "bias": torch.ones(5)}),
+    (ROWS, DEPTHWISE, {"groups": 6, "bias": torch.ones(6, 1)}),
+    (ROWS, DEPTHWISE, {"groups": 6, "bias": torch.ones(6).double()}),
 ]
 
 
