@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cnnkern
 from cnnkern import functional, testing
+from cnnkern.ops import max_pool2d
 from tests.slow import proved
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -177,6 +179,14 @@ def test_inference_in_channels_last_on_a_cpu_is_left_to_pytorch(generator):
         assert ("cnnkern::max_pool2d" in found) == ours
     with torch.no_grad():
         assert "cnnkern::max_pool2d" not in operators_of(lambda: functional.max_pool2d(x, 3, 2, 1))
+
+
+def test_windows_without_a_kernel_of_their_own_are_left_to_pytorch_on_a_gpu():
+    with FakeTensorMode():
+        x = torch.empty(2, 16, 18, 19, device="cuda")
+    of = {(3, 2): False, (2, 2): False, (3, 1): True, (2, 1): True, (3, 3): True, (5, 2): True}
+    assert {(k, s): max_pool2d._is_left(x, (k, k), (s, s), (1, 1)) for k, s in of} == of
+    assert not max_pool2d._is_left(torch.empty(2, 16, 18, 19), (3, 3), (1, 1), (1, 1))
 
 
 def test_modules_are_torch_s(generator):

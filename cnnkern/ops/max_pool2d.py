@@ -11,6 +11,7 @@ from cnnkern.triton_kernels import check
 
 _max_pool2d = torch.ops.cnnkern.max_pool2d.default
 _NAME = "cnnkern::max_pool2d"
+_FAST_ON_A_GPU = frozenset({((3, 3), (2, 2)), ((2, 2), (2, 2))})  # kernel and stride (csrc/cuda/max_pool2d.cuh)
 _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 
 
@@ -38,26 +39,30 @@ def max_pool2d(
     inputs of other ranks; NotImplementedError for other dtypes.
     """
     kernel = pair(_NAME, "kernel_size", kernel_size)
+    strides = kernel if stride is None or stride == [] else pair(_NAME, "stride", stride)
     if (
         return_indices
         or route.is_pytorchs((input,), (), fuses=True, shards=True)
-        or _is_left(input, kernel, pair(_NAME, "dilation", dilation))
+        or _is_left(input, kernel, strides, pair(_NAME, "dilation", dilation))
     ):
         arguments = (input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return route.by_pytorch(max_pool2d, *arguments)  # type: ignore[arg-type]
-    strides = kernel if stride is None or stride == [] else pair(_NAME, "stride", stride)
     return _max_pool2d(input, kernel, strides, pair(_NAME, "padding", padding), ceil_mode)[0]
 
 
-def _is_left(input: Tensor, kernel: tuple[int, int], dilation: tuple[int, int]) -> bool:
+def _is_left(input: Tensor, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> bool:
     """Whether our kernels leave a call to PyTorch's, for what it is.
 
-    On a CPU in channels_last it does so where no gradient is wanted: PyTorch's kernel was the faster one for some
-    shapes and no more than a quarter slower for others, and the bytes that ours writes are for the gradient.
+    On a CPU in channels_last they do so where no gradient is wanted: PyTorch's kernel was the faster one for some
+    shapes and no more than a quarter slower for others, and the bytes that ours writes are for the gradient. On a GPU
+    they leave windows that no kernel is made for: the one for all of them moved a tenth of what memory can
+    (`benchmarks/studies/max_pool2d.cu`), and has not been timed beside PyTorch's.
     """
     if input.dim() == 3 or input.dtype in _INTEGERS or dilation != (1, 1):
         return True
     if input.is_cpu and input.dim() == 4 and not input.is_contiguous() and not _wants_gradient(input):
+        return True
+    if input.is_cuda and (kernel, stride) not in _FAST_ON_A_GPU:
         return True
     return kernel[0] * kernel[1] > check.WINDOW
 
