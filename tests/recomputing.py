@@ -24,7 +24,7 @@ class Net(nn.Module):
         self.act = act or nn.ReLU()
         self.conv2, self.bn2 = nn.Conv2d(C, C, 3, groups=C), nn.BatchNorm2d(C)
         self.conv3, self.bn3 = nn.Conv2d(C // 2, C, 1, bias=False), nn.BatchNorm2d(C)
-        self.pool, self.fc = nn.MaxPool2d(2), nn.Linear(C * 9, 5)
+        self.pool, self.fc = nn.AvgPool2d(2), nn.Linear(C * 9, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.bn1(self.conv1(x)))

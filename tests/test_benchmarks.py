@@ -100,7 +100,9 @@ def test_in_place_is_the_reference_bit_for_bit(generator):
             dy = testing.randn((3, 8, 5, 5), generator, torch.float32)
             plain = testing.run(case.reference, case, inputs, dy)
             for name, value in testing.run(case.bench_forms["in place"], case, inputs, dy).items():
-                assert torch.equal(value, plain[name]), f"{case.name} {variant} {name}"
+                # In place PyTorch computes ELU's gradient from its result.
+                near = {"rtol": 1e-5, "atol": 1e-6} if inputs.get("act") == "elu" else {"rtol": 0, "atol": 0}
+                torch.testing.assert_close(value, plain[name], msg=f"{case.name} {variant} {name}", **near)
 
 
 def test_all_modes_time_the_halves_of_a_training_step(tiny_case):

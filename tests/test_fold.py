@@ -16,6 +16,7 @@ import cnnkern
 from cnnkern import testing
 from cnnkern.conversion.fold import _FoldingConv
 from cnnkern.nn.folded_conv import prefers_own
+from tests.poolings import with_poolings
 from tests.zoo import small_vgg
 
 CONV, RELU, ADD = "Conv + BatchNorm", "Conv + BatchNorm + ReLU", "Conv + BatchNorm + add + ReLU"
@@ -39,7 +40,7 @@ FAMILIES = {
         RELU: 5,
         CONV: 5,
         "Conv + ReLU": 9,
-        "Conv": 9,
+        "Conv + Hardsigmoid": 9,
     },
     "efficientnet_b0": {
         "Conv + BatchNorm + SiLU": 33,
@@ -106,7 +107,7 @@ def test_every_family_is_as_good_as_eager_in_both_layouts(name):
     folded = cnnkern.fold(model)
     x = torch.randn(2, 3, *[SIZES.get(name, 64)] * 2)
     judged(folded, model, x, layouts=LAYOUTS)
-    assert counts(folded) == FAMILIES[name]
+    assert counts(folded) == with_poolings(FAMILIES[name], model)
     assert list(folded.state_dict()) == list(model.state_dict())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(isinstance(m, _FoldingConv) for m in model.modules())
@@ -257,7 +258,7 @@ WRITTEN = {
     "one relu, two calls": (lambda self, x: self.act(self.bn2(self.conv2(self.act(self.bn(self.conv(x)))))), {RELU: 2}),
     "sigmoid": (lambda self, x: torch.sigmoid(self.bn(self.conv(x))), {"Conv + BatchNorm + Sigmoid": 1}),
     "leaky_relu": (lambda self, x: F.leaky_relu(self.bn(self.conv(x))), {"Conv + BatchNorm + LeakyReLU": 1}),
-    "gelu": (lambda self, x: F.gelu(self.bn(self.conv(x))), {CONV: 1}),
+    "gelu": (lambda self, x: F.gelu(self.bn(self.conv(x))), {"Conv + BatchNorm + GELU": 1}),
     "no norm": (lambda self, x: F.relu(self.conv(x)), {"Conv + ReLU": 1}),
     "no norm, residual": (lambda self, x: F.relu(self.conv(x) + x), {"Conv + add + ReLU": 1}),
     "residual": (lambda self, x: F.relu(x + self.bn(self.conv(x))), {ADD: 1}),
@@ -356,7 +357,9 @@ def test_our_layers_and_converted_models_fold_as_their_originals():
     ):
         folded, x = cnnkern.fold(model), torch.randn(2, 3, 64, 64)
         judged(folded, model, x)
-        assert counts(folded) == FAMILIES["resnet18"]
+        found = counts(folded)
+        found.pop("MaxPool2d", None)  # converted, or of the zoo itself
+        assert found == FAMILIES["resnet18"]
     again = cnnkern.fold(folded)
     judged(again, model, x)
     assert counts(again) == counts(folded)

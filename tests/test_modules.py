@@ -68,7 +68,9 @@ def _twin(name: str) -> Twin:
         y = y + residual[0] if adds else y
         return F.relu(y) if relu else y
 
-    return Twin(twin, () if lazy else (5,), SHAPES[dimensions], after, 1 + adds, ("act",) if "Act" in name else ())
+    return Twin(
+        twin, () if lazy else (5,), SHAPES[dimensions], after, 1 + adds, ("act", "act_param") if "Act" in name else ()
+    )
 
 
 TWINS = {name: _twin(name) for name in cnnkern.nn.__all__ if name[0].isupper()}

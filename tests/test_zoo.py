@@ -30,7 +30,7 @@ def test_zoo_lists_models_with_parameters_operations_and_fused_layers(monkeypatc
     assert ["lenet", "1x28x28", "61,706", "0.001", "none"] in lines
     resnet = next(line for line in lines if line[0] == "resnet18")
     assert resnet[1:4] == ["3x224x224", "11,689,512", "3.628"]
-    assert " ".join(resnet[4:]) == "9 BatchNormReLU2d, 8 BatchNormAddReLU2d, 3 BatchNorm2d"
+    assert " ".join(resnet[4:]) == "9 BatchNormReLU2d, 8 BatchNormAddReLU2d, 3 BatchNorm2d, 1 MaxPool2d"
 
 
 def test_zoo_show_prints_the_layers(capsys):

@@ -14,10 +14,10 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 DENSE, GROUPED, NORM = "dense convolution", "grouped and depthwise convolution", "norm, activation, addition"
-LAYER_NORM, LINEAR, OPTIMIZER = "layer norm", "matrix product", "optimiser"
+LAYER_NORM, POOLING, LINEAR, OPTIMIZER = "layer norm", "max pooling", "matrix product", "optimiser"
 COPIES, REST, IDLE = "copies and casts", "rest", "host idle"
-KINDS = (DENSE, GROUPED, NORM, LAYER_NORM, LINEAR, OPTIMIZER, COPIES, REST, IDLE)
-OURS = (GROUPED, NORM, LAYER_NORM)  # what cnnkern has kernels for
+KINDS = (DENSE, GROUPED, NORM, LAYER_NORM, POOLING, LINEAR, OPTIMIZER, COPIES, REST, IDLE)
+OURS = (GROUPED, NORM, LAYER_NORM, POOLING)  # what cnnkern has kernels for
 ROUNDS = 20  # that are profiled at most
 # Where the number of groups stands among a convolution's arguments.
 GROUPS = {
@@ -48,6 +48,8 @@ KIND_OF = {
     **{f"cnnkern::{name}{half}": NORM for name in _FUSED for half in ("", "_backward")},
     **{f"aten::{name}": LAYER_NORM for name in ("layer_norm", "native_layer_norm_backward")},
     **{f"cnnkern::{name}{half}": LAYER_NORM for name in ("layer_norm", "layer_norm2d") for half in ("", "_backward")},
+    **{f"aten::max_pool2d{name}": POOLING for name in ("", "_with_indices", "_with_indices_backward")},
+    **{f"cnnkern::max_pool2d{half}": POOLING for half in ("", "_backward")},
     **{f"aten::{name}": LINEAR for name in ("linear", "matmul", "mm", "addmm", "bmm", "baddbmm")},
     "aten::scaled_dot_product_attention": LINEAR,
 }
