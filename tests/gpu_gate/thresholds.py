@@ -96,7 +96,45 @@ RULES = (
         round=(2, 1),
     ),
     # ---- batch norms: what their loops may hold ----
-    cuda("OtherActivation", "activations with an exponential and a division", divisions=ANY, functions=ANY),
+    cuda("OtherActivation|Silu", "activations with an exponential and a division", divisions=ANY, functions=ANY),
+    cuda("OtherActivation", "a slope, or alpha, is a float64 that the switch narrows where it is used", fp64=ANY),
+    cuda(
+        "^map_rows_kernel<.*ThroughActivationOfSum<.*, 8>$",
+        "four vectors of three tensors and of two results, of eight lanes each: one block a multiprocessor",
+        registers=168,
+        occupancy=0.12,
+    ),
+    cuda("^reduce_planes_kernel<(?:BatchNormBackward|SyncSums)", "two values on the stack", spills=8, stack=8),
+    cuda(
+        "^reduce_planes_kernel<BatchNormBackward<.*ThroughActivationOfSum<.*, false>, false>$",
+        "three tensors read and two written in one sweep, in eval: one block a multiprocessor",
+        registers=178,
+        occupancy=0.12,
+    ),
+    cuda(
+        "^reduce_rows_kernel<BatchNormBackward<.*ThroughActivationOfSum<.*, true>, [24]>$",
+        "two vectors of three tensors",
+        round=(6, 0),
+    ),
+    cuda(
+        "^reduce_rows_kernel<BatchNormBackward<.*ThroughActivationOfSum<.*, false>, [24]>$",
+        "the same, and results",
+        round=(6, 4),
+    ),
+    cuda(
+        r"^reduce_rows_kernel<BatchNormBackward<(?:c10::\w+), .*Silu>, true>, 8>$",
+        "three blocks a multiprocessor, for two values on the stack: 2.1x of eager on an H200",
+        spills=4,
+        stack=8,
+    ),
+    cuda(
+        "^reduce_(?:planes|rows)_kernel<BatchNormBackward<double, .*Silu>, false>",
+        "float64 in eval, with an exponential and a division",
+        registers=148,
+        occupancy=0.12,
+        spills=14,
+        stack=16,
+    ),
     cuda(f"{SWEEPS}.*ThroughMask", "a byte of the mask for each vector", narrow=4),
     cuda(
         "^(?:map|own)_.*<(?:BnAddActForward<.*Relu|SyncForward<.*Relu, true>)",
