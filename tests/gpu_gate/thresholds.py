@@ -56,6 +56,10 @@ SECTORS_OF_ALL = {
         1.85,
         "a tap beside a pixel begins beside a sector; both are in the first-level cache",
     ),
+    "^max_pool_columns_": (
+        1.35,
+        "in planes windows begin beside a sector; what neighbours share is in the first-level cache",
+    ),
 }
 
 SWEEPS = "^(?:(?:reduce|map|own)_(?:planes|rows)|own_sums)_kernel<"
