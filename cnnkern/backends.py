@@ -11,7 +11,6 @@ torch.ops.cnnkern_launchers where it is set, behind which there is the same func
 
 import importlib
 import importlib.util
-import sys
 import threading
 from collections.abc import Callable
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cnnkern import eager
+from cnnkern.extension import extension
 
 BACKENDS = ("cuda", "triton", "eager")
 _LABELS = {"triton": "Triton", "eager": "eager PyTorch"}
@@ -34,8 +34,6 @@ _WITHOUT_CUDA = (
 _NOT_BUILT = "the extension was not built; `make`, or `pip install --no-build-isolation .`, builds it"
 
 Launcher = Callable[..., Tensor | tuple[Tensor, ...]]
-
-_extension = sys.modules.get("cnnkern._C")  # None where the package works without
 
 
 def _has_triton() -> bool:
@@ -72,7 +70,7 @@ def _has_kernel(operator: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{operator}", key)
 
 
-_BUILT_WITH_CUDA = _extension is not None and bool(_extension.build_info()["cuda"])
+_BUILT_WITH_CUDA = extension is not None and bool(extension.build_info()["cuda"])
 
 
 def _default_launchers() -> tuple[str, dict[str, Launcher]]:
@@ -122,7 +120,7 @@ def _switch(name: str | None) -> None:
             return
         if launchers is not None:  # else they stay, for a call that has already asked the flag
             _answering = launchers
-        _extension.let_launchers_answer(launchers is not None)
+        extension.let_launchers_answer(launchers is not None)
 
 
 class backend:
@@ -164,14 +162,14 @@ def _cuda_kernel() -> str:
         return _LABELS[_active]
     if _BUILT_WITH_CUDA:
         return "CUDA C++"
-    return f"{_LABELS[_default_name]}: {_NOT_BUILT if _extension is None else _WITHOUT_CUDA}"
+    return f"{_LABELS[_default_name]}: {_NOT_BUILT if extension is None else _WITHOUT_CUDA}"
 
 
 def _cpu_kernel(operator: str) -> str:
-    if _extension is None:
+    if extension is None:
         return f"eager PyTorch: {_NOT_BUILT}"
     if _has_kernel(operator, "CPU"):
-        return f"C++ {_extension.cpu_capability()}"
+        return f"C++ {extension.cpu_capability()}"
     return "none: the extension has no CPU kernel for this operator"
 
 

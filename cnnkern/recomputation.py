@@ -13,10 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-try:
-    from cnnkern._C import may_recompute, pack, unpack
-except ImportError:  # the recipes are the extension's
-    may_recompute = None
+from cnnkern.extension import extension
 
 
 @contextlib.contextmanager
@@ -37,15 +34,15 @@ def recompute() -> Iterator[None]:
     changes nothing. Raises RuntimeError where cnnkern was installed without its extension.
     """
     check_extension("recompute")
-    if torch.compiler.is_compiling() or not may_recompute():
+    if torch.compiler.is_compiling() or not extension.may_recompute():
         yield
         return
-    with saved_tensors_hooks(pack, unpack):
+    with saved_tensors_hooks(extension.pack, extension.unpack):
         yield
 
 
 def check_extension(name: str) -> None:
-    if may_recompute is None:
+    if extension is None:
         raise RuntimeError(
             f"cnnkern.{name}: results are computed again by the compiled extension, which was not built; `make` in the "
             "repository, or `pip install --no-build-isolation .`, builds it"

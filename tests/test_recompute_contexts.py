@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cnnkern
 from cnnkern import recomputation
+from cnnkern.extension import extension
 from tests.recomputing import LAYOUTS, C, Net, Users, assert_same, gradients, held, image, pair, seeded
 
 
@@ -89,20 +90,20 @@ def test_exceptions_leave_no_state(error):
     _, again = pair(lambda: Raises(error))
     with pytest.raises(error, match="of the model"):
         again(image())
-    assert recomputation.may_recompute()
+    assert extension.may_recompute()
     with pytest.raises(error, match="of the model"), cnnkern.recompute():
         again.forward(image())
-    assert recomputation.may_recompute()
+    assert extension.may_recompute()
 
 
 def test_nested():
     plain, again = pair(Net)
     with cnnkern.recompute():
-        assert not recomputation.may_recompute()
+        assert not extension.may_recompute()
         with cnnkern.recompute():
             grads = gradients(again, image())
-        assert not recomputation.may_recompute(), "the outer block goes on"
-    assert recomputation.may_recompute()
+        assert not extension.may_recompute(), "the outer block goes on"
+    assert extension.may_recompute()
     assert_same(gradients(plain, image()), grads)
 
 
@@ -125,7 +126,7 @@ def test_threads_are_apart_and_agree():
 
     def work(i: int) -> None:
         torch.set_num_threads(1)
-        states.append(recomputation.may_recompute())
+        states.append(extension.may_recompute())
         for _ in range(5):
             found[i] = gradients(copies[i], image())
 
@@ -268,7 +269,7 @@ def test_another_argument_is_one_error(value):
 
 
 def test_without_the_extension_it_says_so(monkeypatch):
-    monkeypatch.setattr(recomputation, "may_recompute", None)
+    monkeypatch.setattr(recomputation, "extension", None)
     with pytest.raises(RuntimeError, match="compiled extension, which was not built"):
         cnnkern.convert(seeded(Net), recompute=True)
     with pytest.raises(RuntimeError, match="compiled extension, which was not built"), cnnkern.recompute():

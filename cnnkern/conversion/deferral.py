@@ -1,17 +1,16 @@
 """Batch norms whose results wait for what uses them, and what became of those results."""
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cnnkern.extension import extension
 from cnnkern.nn.batchnorm import _FusedBatchNorm
 from cnnkern.ops import route, tuned
 from cnnkern.ops.bn_act import batch_norm_act
 
-_extension: Any = sys.modules.get("cnnkern._C")  # None where the package works without: nothing waits there
-Site = _extension and _extension.Site
+Site = extension and extension.Site  # without the extension nothing waits
 
 SITE = "_cnnkern_site"  # in a converted layer: what became of its results
 FOLDED_SITE = "_cnnkern_folded_site"  # in a batch norm behind a folded convolution: the same of those of both
@@ -56,7 +55,7 @@ def _usual(site: Any) -> tuple[str, str]:
 def _is_captured_unseen(input: Tensor) -> bool:
     """Whether a CUDA graph is being captured, which may end before somebody asks for a result, and the extension, built
     without CUDA, cannot tell."""
-    return input.is_cuda and not _extension.sees_captures() and torch.cuda.is_current_stream_capturing()
+    return input.is_cuda and not extension.sees_captures() and torch.cuda.is_current_stream_capturing()
 
 
 def became(layer: str, site: Any) -> tuple[str, str]:

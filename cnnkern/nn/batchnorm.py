@@ -1,22 +1,20 @@
 """Batch norm with an activation in one operator; each class is a `torch.nn` batch norm and takes its checkpoints."""
 
-import sys
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnkern import reference
+from cnnkern.extension import extension
 from cnnkern.nn.traced import leaf
 from cnnkern.ops.bn_act import batch_norm_act
 from cnnkern.ops.bn_add_act import batch_norm_add_act
 from cnnkern.ops.route import alike
 from cnnkern.triton_kernels import check
 
-_extension: Any = sys.modules.get("cnnkern._C")  # None where the package works without: no convolution is folded
-convolution_of = _extension and _extension.convolution_of
+convolution_of = extension and extension.convolution_of  # without the extension no convolution is folded
 
 
 class _FusedBatchNorm(_BatchNorm):

@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-try:
-    from cnnkern import _C
-except ImportError:  # without the extension nothing is folded
-    _C = None
+from cnnkern.extension import extension
 
 _mkldnn = torch.ops.mkldnn
 
@@ -53,7 +50,7 @@ def folded_conv(
         pad = around
     least = _own_from_pixels(weight, conv.groups) if own is None else 0 if own else -1
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    settings = _C.ConvSettings(conv.stride, padding, conv.dilation, conv.groups, pad, mode, least, _dtypes())
+    settings = extension.ConvSettings(conv.stride, padding, conv.dilation, conv.groups, pad, mode, least, _dtypes())
     known: dict[torch.dtype, list[Tensor]] = {}
 
     def pack(shape: list[int], dtype: torch.dtype) -> Tensor:
@@ -68,7 +65,7 @@ def folded_conv(
         others.append(packed)
         return packed
 
-    return _C.FoldedConv(weight, bias, settings, pack, list(sources))
+    return extension.FoldedConv(weight, bias, settings, pack, list(sources))
 
 
 @functools.cache

@@ -50,10 +50,6 @@ bool is_held(const Tensor& t, size_t own) {
   return node && (has_hooks(*node) || node.use_count() > own + 1);  // `node` here is one
 }
 
-}  // namespace
-
-namespace {
-
 // A profiler that records shapes asks each tensor that an operator gets for its memory, before the operator has it.
 bool are_inputs_observed() {
   const auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
