@@ -8,7 +8,7 @@ import pytest
 from benchmarks import __main__ as driver
 from benchmarks.show import breakdown, page, published, report, tables
 from benchmarks.suite import files, machine, rows
-from benchmarks.suite.groups import CONVERTED_AND_COMPILED
+from benchmarks.suite.groups import AGAIN, CONVERTED_AND_COMPILED
 from tests.results import BANDWIDTHS, WHERE, assert_one_line, row
 
 SETTING = {
@@ -51,6 +51,18 @@ def test_what_tuned_malloc_is_worth_to_eager_and_to_ours():
         "eager, inference": "-",
         "ours, inference": "-",
     }
+
+
+def test_ways_to_run_inference_are_milliseconds_of_the_faster_layout():
+    model = {"suite": "models", "operator": "net", "shape": "16x3x8x8", "mode": "inference"}
+    found = timed({"eager": 2.0, AGAIN: 2.0, "cnnkern.fold": 1.0}, **model)
+    found += timed({"eager": 1.5, AGAIN: 1.5, "cnnkern.fold": 1.25}, layout="channels_last", **model)
+    found += timed({"eager": 0.25, "OpenVINO": 0.125}, **model | {"shape": "1x3x8x8"})
+    found += timed({"eager": 9.0}, **model | {"mode": "training"})
+    found = [replace(r, iqr_ms=r.median_ms / 2) if r.contender == "OpenVINO" else r for r in found]
+    header, lines = breakdown.ways(found)
+    assert header == ["model", "batch", "eager, ms", "cnnkern.fold, ms", "OpenVINO, ms"]
+    assert lines == [["net", "16", "1500", "**1000**", "-"], ["net", "1", "250", "-", "**125**~"]]
 
 
 def of_compile(found):

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as driver
-from benchmarks.show import chart, comparison, page, published, report, tables, terminal
+from benchmarks.show import chart, comparison, gains, page, published, report, tables, terminal
 from benchmarks.suite import files, rows
 from tests.results import assert_one_line, row, some_rows
 
@@ -331,7 +331,11 @@ def test_results_are_a_page_that_is_read():
 
 def test_the_front_page_shows_published_results():
     text = (ROOT / "README.md").read_text()
-    assert [m[3].split() for m in published.BLOCK.finditer(text)] == [["operators"], ["models"], ["slower"]]
+    assert [(m[2], m[3].split()) for m in published.BLOCK.finditer(text)] == [(gains.NAME, ["models"])]
+    assert text.count("\n") <= 150
+    _, lines = gains.table()
+    assert len(lines) <= 10
+    assert all(any(cell.endswith("x") for cell in line[2:4]) for line in lines), "a row that nobody published"
 
 
 @pytest.mark.parametrize(

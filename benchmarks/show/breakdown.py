@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
+from ..suite.groups import AGAIN
 from ..suite.rows import Row, is_spoilt
 from ..suite.timing import geometric_mean
 from .tables import NO_NETWORKS, NOISY, percent, times
@@ -115,6 +116,34 @@ def malloc(rows: Iterable[Row]) -> Table:
 
 def _gain(ratios: list[float]) -> str:
     return times(geometric_mean(ratios)) if ratios else "-"
+
+
+def ways(rows: Iterable[Row]) -> Table:
+    """(header, lines): inference of a model by each way that was timed, in milliseconds of its faster layout. The
+    fastest is bold; ~ marks a time whose spread over the rounds is more than a tenth."""
+    timed = [
+        r for r in rows if r.suite == "models" and r.mode == "inference" and r.status == "ok" and r.contender != AGAIN
+    ]
+    names = list(dict.fromkeys(r.contender for r in timed))
+    best: dict[tuple[str, str], dict[str, Row]] = {}
+    for r in sorted(timed, key=lambda r: -(r.median_ms or 0)):  # the faster layout last
+        best.setdefault((r.operator, r.shape), {})[r.contender] = r
+    order = list(dict.fromkeys((r.operator, r.shape) for r in timed))
+    lines = []
+    for model, shape in order:
+        found = best[model, shape]
+        fastest = min(r.median_ms or math.inf for r in found.values())
+        cells = [_milliseconds(found.get(name), fastest) for name in names]
+        lines.append([model, shape.split("x")[0], *cells])
+    return ["model", "batch", *(f"{name}, ms" for name in names)], lines
+
+
+def _milliseconds(row: Row | None, fastest: float) -> str:
+    if row is None or row.median_ms is None:
+        return "-"
+    said = f"{row.median_ms:.3g}" if row.median_ms < 1000 else f"{row.median_ms:.0f}"
+    loose = "~" if (row.iqr_ms or 0.0) > 0.1 * row.median_ms else ""
+    return f"**{said}**{loose}" if row.median_ms == fastest else f"{said}{loose}"
 
 
 WAYS = [(mode, layout) for mode in ("training", "inference") for layout in ("contiguous", "channels_last")]

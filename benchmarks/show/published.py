@@ -6,9 +6,9 @@ A document asks for tables between two comments:
     ... what stands here is replaced ...
     <!-- end of results -->
 
-`cpu-resnet50` is a file of benchmarks/results/published; the words behind it name PARTS. Of each file a page of its own
-is made as well, docs/runs/NAME.md, with every part. The command rewrites README.md and docs/, --check says which
-documents differ and fails.
+`cpu-resnet50` is a file of benchmarks/results/published; the words behind it name PARTS. `gains` is no file but the
+front page's table, made of several. Each file also gets a page of its own, docs/runs/NAME.md, with every part. The
+command rewrites README.md and docs/; --check says which documents differ, and fails.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from ..suite import files
 from ..suite.files import Run
 from ..suite.place import ROOT
 from ..suite.rows import Row
-from . import breakdown, tables
+from . import breakdown, gains, tables
 
 BLOCK = re.compile(r"(<!-- results: (\S+)((?: [a-z-]+)+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 OPENINGS = re.compile(r"<!-- results:")
@@ -85,6 +85,7 @@ def _of(make: Callable[[list[Row]], breakdown.Table]) -> Callable[[Run], str]:
 PARTS: dict[str, Callable[[Run], str]] = {
     "operators": lambda run: _table(*breakdown.operators(run.rows, run.out_of_place)),
     "models": _of(breakdown.models),
+    "ways": _of(breakdown.ways),
     "slower": lambda run: _table(*breakdown.slower(run.rows)),
     "means": _means,
     "every-model": _every_model,
@@ -124,6 +125,8 @@ def block(name: str, parts: tuple[str, ...]) -> str:
     """The Markdown of these parts of a published result. Raises ValueError where one of them is not there."""
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"no part {unknown[0]!r} of a result; there are {', '.join(PARTS)}")
+    if name == gains.NAME:
+        return _table(*gains.table())
     run = files.load(files.RESULTS / "published" / f"{name}{files.ENDING}")
     return "\n\n".join(PARTS[part](run) for part in parts)
 
