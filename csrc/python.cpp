@@ -14,6 +14,7 @@
 #include "deferred/capture.h"
 #include "deferred/folded_conv.h"
 #include "kernels.h"
+#include "own_convolutions.h"
 
 namespace {
 
@@ -65,6 +66,8 @@ PYBIND11_MODULE(_C, m) {
            pybind11::call_guard<pybind11::gil_scoped_release>(), "The convolution and an activation at once.")
       .def("take_over", &cnnkern::FoldedConv::take_over, pybind11::call_guard<pybind11::gil_scoped_release>(),
            "The same in place of another one, whose result waits.");
+  m.def("set_own_convolutions", &cnnkern::set_own_convolutions,
+        "Lets our kernels compute these convolutions, whatever the built-in rule says; replaces those that were set before.");
   m.def("sees_captures", &cnnkern::sees_captures, "Whether batch norms can wait while a CUDA graph is captured.");
   m.def("convolution_of", &cnnkern::convolution_of, "The FoldedConv whose result a tensor is, where it waits; else None.");
   pybind11::class_<cnnkern::Packed, std::shared_ptr<cnnkern::Packed>>(m, "Packed", "What the graph keeps of a saved tensor.");

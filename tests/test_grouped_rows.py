@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from test_grouped_conv2d import LIBRARY, OURS, answers_of_all_passes
 
 from cnnkern import testing
+from cnnkern.ops import tuned
 
 pytestmark = pytest.mark.slow  # they need all kernels compiled
 CASE = testing.CASES["grouped_conv2d"]
@@ -136,3 +137,20 @@ def test_what_cudnn_does_faster_is_left_to_it_pass_by_pass(width, stride, layout
     inputs["input"] = testing.with_layout(inputs["input"], layout)
     with emulator.Emulator():
         assert answers_of_all_passes(inputs) == answers
+
+
+@pytest.mark.parametrize(
+    ("width", "stride", "layout"), [(16, 2, "channels_last"), (32, 1, "channels_last"), (8, 1, "contiguous")]
+)
+def test_a_table_gives_our_kernels_what_the_rule_leaves_to_cudnn(width, stride, layout, generator):
+    """What `cnnkern tune` found on a machine; on the emulator the tensors are a CPU's."""
+    inputs = CASE.inputs(
+        (2, 2 * width, 9, 8), torch.bfloat16, generator=generator, width=width, stride=stride, padding=1
+    )
+    inputs["input"] = testing.with_layout(inputs["input"], layout)
+    x, weight = inputs["input"], inputs["weight"]
+    settings = (*weight.shape, stride, stride, 1, 1, 1, 1, inputs["groups"], True)
+    call = tuned.describe("conv2d", x, weight, None, settings)
+    with emulator.Emulator() as kernels:
+        kernels.gives_to_our_kernels([call._replace(training=training) for training in (True, False)])
+        assert answers_of_all_passes(inputs) == (OURS,) * 4

@@ -201,8 +201,8 @@ def test_every_call_of_a_model_can_be_made_again(training, amp, channels_last):
         for name, step in tune.contenders(call, "cpu").items():
             with tuned.using(lambda call: again.append(call)):  # noqa: B023
                 step()
-            assert again[:1] == [call][: len(again)], name
-        assert len(again) == 1  # ours asks, PyTorch's does not
+            assert set(again) <= {call}, name
+        assert len(again) == 1 + (call.operator == "conv2d")  # ours asks, PyTorch's does not
 
 
 def test_a_converted_batch_norm_goes_where_its_fused_call_is_faster():
@@ -306,7 +306,7 @@ def test_a_planted_wrong_rule_is_put_right(monkeypatch, tmp_path, capsys):
     functional.layer_norm(x.detach(), (32,), torch.ones(32), torch.zeros(32))  # inference was not tuned
     assert len(made) == 1
     assert cli.main(["doctor"]) == 0
-    assert "calls: 1, of which PyTorch's operators compute 1: " in capsys.readouterr().out
+    assert "calls: 1, of which PyTorch's operators compute 1 and our kernels 0 that" in capsys.readouterr().out
 
 
 def test_a_second_run_adds_to_the_table_and_forget_does_not(monkeypatch, tmp_path):

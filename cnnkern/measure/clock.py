@@ -112,6 +112,10 @@ class Ratio:
     value: float
     chance: float
 
+    def is_beyond(self, value: float) -> bool:
+        """Whether it is larger than this, and larger than 1 by more than chance."""
+        return self.value > value and self.value * (1 - self.chance) > 1
+
 
 def ratio(baseline: Sequence[float], samples: Sequence[float]) -> Ratio:
     """The median of baseline over sample, round by round; its chance is 1.57 quartile ranges over the root of the

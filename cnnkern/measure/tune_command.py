@@ -96,8 +96,8 @@ def _tune(calls: list[Call], options: argparse.Namespace, seconds: float) -> lis
     print(watch.activity())
     print(f"{here['name']} ({here['kernels']}): {_summary(found)}")
     for m in sorted(found, key=lambda m: m.ratio):
-        if m.lost:
-            print(f"  {m.ratio:.2f}x +-{m.chance:.0%}  {m.call}")
+        if m.lost or m.own:
+            print(f"  {m.ratio:.2f}x +-{m.chance:.0%}  {m.call}" + (", on our kernels" if m.own else ""))
     if left := len(calls) - len(found):
         print(f"calls not timed: {left}, as {seconds:.0f} seconds were over: run it again, or give it more --seconds")
     print(f"Written to {tuned.save(here, tune.merged(before, found))}")
@@ -124,7 +124,9 @@ def _compared(found: dict[str, list[Measured]]) -> str:
 
 
 def _summary(found: list[Measured]) -> str:
-    lost = sum(m.lost for m in found)
-    if not lost:
-        return f"calls timed: {len(found)}, none of which PyTorch's operators compute faster"
-    return f"calls timed: {len(found)}, of which PyTorch's operators compute {lost} faster, and will from now on:"
+    lost, own = sum(m.lost for m in found), sum(m.own and not m.lost for m in found)
+    said = f"calls timed: {len(found)}"
+    if not lost and not own:
+        return f"{said}, none of which PyTorch's operators compute faster"
+    said += f", of which PyTorch's operators compute {lost} faster, and will from now on"
+    return said + (f"; our kernels compute {own} that the built-in rule left to PyTorch:" if own else ":")

@@ -1,9 +1,13 @@
-"""What `cnnkern tune` has measured on this machine: the calls that PyTorch's operators compute faster than ours.
+"""What `cnnkern tune` has measured on this machine: the calls that PyTorch's operators compute faster than ours, and
+the convolutions that the built-in rule leaves to PyTorch although our kernels are faster.
 
 Every function of :mod:`cnnkern.functional` asks :func:`loses` where :data:`table` is not None, before it calls our
 operator; it then calls PyTorch's operators, in the forward pass, and autograd calls theirs in the backward pass. The
 decision is hence one, taken before autograd records anything. It is not asked under torch.compile, in exported and
 traced programs, and for tensors that are not plain data, where :mod:`cnnkern.ops.route` alone decides.
+
+Convolutions that are to be ours are handed to the extension, whose rules of dispatch ask for them, pass by pass
+(csrc/own_convolutions.h).
 
 A table is a file for one device under the user's cache folder, read when cnnkern is imported. It counts for the device,
 the instruction set and the versions that it was measured with; another one is ignored, with a warning.
@@ -25,6 +29,7 @@ import torch
 from torch import Tensor
 
 from cnnkern import backends, reference
+from cnnkern.extension import extension
 
 _is_compiling = torch.compiler.is_compiling  # looked up once, as every call asks
 # Asked through loses() by every call of a function: whether PyTorch's operators are faster. None costs next to nothing.
@@ -32,6 +37,9 @@ table: Callable[[Call], bool] | None = None
 
 
 LAYOUTS = {torch.contiguous_format: "contiguous", torch.channels_last: "channels_last"}
+
+
+OwnConvolution = tuple[bool, torch.dtype, tuple[int, ...]]
 
 
 class Call(NamedTuple):
@@ -50,6 +58,11 @@ class Call(NamedTuple):
     def key(self) -> Call:
         """The call with its class of shapes: batches of one power of two are one class."""
         return self._replace(shape=(self.shape[0].bit_length(), *self.shape[1:]))
+
+    def own_convolution(self) -> OwnConvolution:
+        """A convolution as csrc/own_convolutions.h knows it: of a call that is trained, the backward pass."""
+        numbers = (self.layout == "channels_last", self.training, self.threads, *self.key().shape, *self.settings[:10])
+        return self.device == "cuda", getattr(torch, self.dtype), tuple(map(int, numbers))
 
     def __str__(self) -> str:
         way, shape = "training" if self.training else "inference", "x".join(map(str, self.shape))
@@ -124,6 +137,27 @@ def using(other: Callable[[Call], bool] | None) -> Iterator[None]:
         table = before
 
 
+_own: dict[str, frozenset[OwnConvolution]] = {}  # what the extension was told, by device
+
+
+@contextmanager
+def own_convolutions(calls: Iterable[Call]) -> Iterator[None]:
+    """In this block our kernels compute these convolutions, and no others that the built-in rule leaves to PyTorch."""
+    before = dict(_own)
+    _tell({"these": frozenset(call.own_convolution() for call in calls)})
+    try:
+        yield
+    finally:
+        _tell(before)
+
+
+def _tell(own: dict[str, frozenset[OwnConvolution]]) -> None:
+    global _own
+    if extension is not None and own != _own:
+        extension.set_own_convolutions(list(frozenset().union(*own.values())))
+    _own = own
+
+
 # ---- the file ----
 
 
@@ -153,11 +187,15 @@ def this_machine(device: str) -> dict[str, str]:
 
 
 class Measured(NamedTuple):
-    """A call that was timed: how many times as fast as PyTorch's operators ours were, and by what share by chance."""
+    """A call that was timed: how many times as fast as PyTorch's operators ours were, and by what share by chance.
+
+    `own`: a convolution was faster on our kernels than where the built-in rule leaves it, and is timed on them.
+    """
 
     call: Call
     ratio: float
     chance: float
+    own: bool = False
 
     @property
     def lost(self) -> bool:
@@ -169,7 +207,9 @@ def save(machine: dict[str, str], measured: Iterable[Measured]) -> Path:
     """Writes a table, over one that is there, and returns its path."""
     path = file_of(machine)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{**m.call._asdict(), "ratio": round(m.ratio, 4), "chance": round(m.chance, 4)} for m in measured]
+    rows = [
+        {**m.call._asdict(), "ratio": round(m.ratio, 4), "chance": round(m.chance, 4), "own": m.own} for m in measured
+    ]
     unfinished = path.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps({"machine": machine, "measured": rows}, indent=0) + "\n")
     unfinished.replace(path)
@@ -186,7 +226,12 @@ def read(path: Path, machine: dict[str, str]) -> list[Measured]:
         found = json.loads(path.read_text())
         other = found["machine"]
         rows = [
-            Measured(Call(*(_tuples(row[field]) for field in Call._fields)), row["ratio"], row["chance"])
+            Measured(
+                Call(*(_tuples(row[field]) for field in Call._fields)),
+                row["ratio"],
+                row["chance"],
+                row.get("own", False),
+            )
             for row in found["measured"]
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -229,24 +274,26 @@ class Table:
 
     def _take_up(self, who: str, device: str) -> None:
         if who not in self.lost:
-            self.lost[who] = lost(device)
+            self.lost[who] = take_up(device)
         tails: dict[str, set[tuple[int, ...]]] = {}
         for call in self.lost[who]:
             tails.setdefault(call.operator, set()).add(call.shape[1:])
         self.tails[who] = tails
 
 
-def lost(device: str) -> frozenset[Call]:
-    """The keys of the calls that the device's table says are lost: of those of a class, all that were measured."""
+def take_up(device: str) -> frozenset[Call]:
+    """The keys of the calls that the device's table says are lost; the extension hears which convolutions are ours."""
     path = file_of(machine := this_machine(device))
-    if not os.path.exists(path):
-        return frozenset()
-    try:
-        measured = read(path, machine)
-    except StaleTable as error:
-        warnings.warn(f"cnnkern: ignored: {error}; `cnnkern tune` makes a new one", stacklevel=2)
-        return frozenset()
-    won = {m.call.key() for m in measured if not m.lost}
+    measured: list[Measured] = []
+    if os.path.exists(path):
+        try:
+            measured = read(path, machine)
+        except StaleTable as error:
+            warnings.warn(f"cnnkern: ignored: {error}; `cnnkern tune` makes a new one", stacklevel=2)
+    convolutions = [(m.call.own_convolution(), m.own and not m.lost) for m in measured if m.call.operator == "conv2d"]
+    ours = frozenset(key for key, own in convolutions if own) - {key for key, own in convolutions if not own}
+    _tell({**_own, device: ours})
+    won = {m.call.key() for m in measured if not m.lost}  # of those of a class, all that were measured have to be lost
     return frozenset(m.call.key() for m in measured) - won
 
 
@@ -261,7 +308,8 @@ def summary(device: str) -> str:
         measured = read(path, machine)
     except StaleTable as error:
         return f"ignored: {error}: `cnnkern tune` makes a new one"
-    said = f"calls: {len(measured)}, of which PyTorch's operators compute {sum(m.lost for m in measured)}: {path}"
+    said = f"calls: {len(measured)}, of which PyTorch's operators compute {sum(m.lost for m in measured)}"
+    said += f" and our kernels {sum(m.own for m in measured)} that the built-in rule leaves to PyTorch: {path}"
     return f"ignored, as CNNKERN_TUNE=0 says: {said}" if ignored() else said
 
 
@@ -269,11 +317,12 @@ def load() -> None:
     """Takes up this machine's tables, where there are any that count."""
     global table
     table = None
+    _tell({})
     if ignored():
         return
     found = files()
     if not found:
         return
-    known = {"cpu": lost("cpu")}
+    known = {"cpu": take_up("cpu")}
     if known["cpu"] or any(os.path.basename(name).startswith("tuned-cuda") for name in found):
         table = Table(known)

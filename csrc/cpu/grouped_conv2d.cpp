@@ -18,6 +18,7 @@
 #include "cpu/conv_in_place.h"
 #include "cpu/conv_rule.h"
 #include "memory_layout.h"
+#include "own_convolutions.h"
 
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
@@ -412,7 +413,9 @@ Tensor grouped_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalT
   if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
   const Geometry g = geometry(x, weight, stride, padding);
   const auto format = result_format(x, weight);
-  if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, Pass::forward)) return by_library();
+  if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, Pass::forward) &&
+      !is_own_convolution(x, weight, stride, padding, dilation, false))
+    return by_library();
   const bool reads_in_place = forward_is_in_place(g, format == at::MemoryFormat::ChannelsLast);
   const Tensor x_ = reads_in_place ? x.contiguous(format) : in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
   const Tensor y = aten::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(format));
@@ -446,7 +449,9 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
               " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
   const auto format = result_format(x, weight);
   const Pass pass = !output_mask[0] ? Pass::weight_gradient : output_mask[1] ? Pass::both_gradients : Pass::input_gradient;
-  if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, pass)) return by_library(output_mask);
+  if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, pass) &&
+      !is_own_convolution(x, weight, stride, padding, dilation, true))
+    return by_library(output_mask);
   const bool reads_in_place = backward_is_in_place(g, format == at::MemoryFormat::ChannelsLast);
   const auto placed = [&](const Tensor& t) { return reads_in_place ? t.contiguous(format) : in_layout(t); };
   const Tensor x_ = placed(x), dy_ = placed(dy), weight_ = weight.contiguous();

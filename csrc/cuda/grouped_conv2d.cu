@@ -13,6 +13,7 @@
 #include "check.h"
 #include "cuda/grouped_conv2d.cuh"
 #include "memory_layout.h"
+#include "own_convolutions.h"
 
 namespace cnnkern {
 namespace {
@@ -52,15 +53,17 @@ enum class Pass { forward, input_gradient, weight_gradient };
 // begins as their vectors do, and ahead up to 24 channels, but for the forward pass of 16 at stride 2; of 32 channels cuDNN
 // has the forward pass at stride 2, and the gradients at stride 1. In planes of 16 bits ours are ahead up to 4 channels, but for
 // the weight's gradient. Guessed: fp32 in planes, that ours do half of the 67 TFLOP/s of its fp32 units, and are ahead.
-bool left_to_library(const ConvGeometry& g, Pass pass, std::initializer_list<Tensor> read) {
+// `own`: what a table of `cnnkern tune` has put in the place of what was measured here.
+bool left_to_library(const ConvGeometry& g, Pass pass, std::initializer_list<Tensor> read, bool own) {
   const auto type = read.begin()->scalar_type();
   if (type == at::kDouble || (g.inputs() == 1 && g.outputs() == 1)) return false;
   if (type != at::kFloat && gpu::grouped_rows_take(g)) {
     const bool apart = !std::all_of(read.begin(), read.end(), [](const Tensor& t) { return gpu::aligned_to_vectors(t.const_data_ptr()); });
     const bool forward = pass == Pass::forward, behind = g.sh == 2 ? forward && g.inputs() >= 16 && g.inputs() != 24
                                                                    : !forward && g.inputs() == 32;
-    return apart || behind;
+    return apart || (behind && !own);
   }
+  if (own) return false;
   if (!gpu::grouped_planes_take(g)) return true;
   return type != at::kFloat && (g.inputs() > 4 || pass == Pass::weight_gradient);
 }
@@ -106,7 +109,7 @@ Tensor grouped_conv2d_cuda(const Tensor& x, const Tensor& weight, const Optional
   if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
   const auto format = result_format(x, weight);
   const ConvGeometry g = geometry(x, weight, stride, padding, dilation, groups, format == at::MemoryFormat::ChannelsLast);
-  if (left_to_library(g, Pass::forward, {x})) return by_library();
+  if (left_to_library(g, Pass::forward, {x}, is_own_convolution(x, weight, stride, padding, dilation, false))) return by_library();
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor x_ = x.contiguous(format), weight_ = in_layout(weight), bias_ = b.defined() ? b.contiguous() : b;
   const Tensor y = aten::empty({g.N, g.O, g.OH, g.OW}, x.options().memory_format(format));
@@ -138,8 +141,9 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cuda(const Tensor& dy
   TORCH_CHECK(dy.sizes() == at::IntArrayRef({g.N, g.O, g.OH, g.OW}) && dy.scalar_type() == x.scalar_type() && dy.device() == x.device(),
               "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.O, g.OH, g.OW}), " on ",
               x.device(), " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
-  const bool left_weight = left_to_library(g, Pass::weight_gradient, {x, dy});
-  const std::array<bool, 3> left = {output_mask[0] && left_to_library(g, Pass::input_gradient, {x, dy}), output_mask[1] && left_weight,
+  const bool own = is_own_convolution(x, weight, stride, padding, dilation, true);
+  const bool left_weight = left_to_library(g, Pass::weight_gradient, {x, dy}, own);
+  const std::array<bool, 3> left = {output_mask[0] && left_to_library(g, Pass::input_gradient, {x, dy}, own), output_mask[1] && left_weight,
                                     output_mask[2] && left_weight};
   if (left == output_mask) return by_library(output_mask);
   Tensor dx = none, dweight = none, dbias = none;

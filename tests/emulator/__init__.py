@@ -13,6 +13,8 @@ from typing import NamedTuple
 import native
 import torch
 
+from cnnkern.ops import tuned
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "emulator"
@@ -133,6 +135,15 @@ class Emulator:
     def __exit__(self, *exception: object) -> None:
         self.library.emulator_uninstall()
         torch.backends.mkldnn.set_flags(*self.onednn)
+
+    def gives_to_our_kernels(self, calls: list[tuned.Call]) -> None:
+        """Until the end of the context these kernels see a table of `cnnkern tune` that says so, of bfloat16."""
+        for call in calls:
+            _, dtype, numbers = call.own_convolution()
+            assert dtype == torch.bfloat16
+            self.library.emulator_own_convolution(
+                (ctypes.c_int64 * len(numbers))(*numbers), ctypes.c_size_t(len(numbers))
+            )
 
     def _rows(self, function: str) -> list[tuple[str, list[str]]]:
         """The lines that a function of the library returns, each of which begins with a kernel's address."""

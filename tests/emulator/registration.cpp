@@ -3,6 +3,7 @@
 
 #include "aten.cpp"
 #include "kernels.h"
+#include "own_convolutions.h"
 #ifdef OPERATORS_BUILT  // native.py: not all of them
 #undef CNNKERN_OPERATORS
 #define CNNKERN_OPERATORS(f) OPERATORS_BUILT(f)
@@ -21,6 +22,7 @@ std::vector<void (*)(torch::Library&)>& registrations() {
 }
 
 std::unique_ptr<torch::Library> library;
+std::vector<cnnkern::OwnConvolution> own;
 
 }  // namespace
 
@@ -31,4 +33,14 @@ extern "C" __attribute__((visibility("default"))) void emulator_install() {
   for (const auto registers : registrations()) registers(*library);
 }
 
-extern "C" __attribute__((visibility("default"))) void emulator_uninstall() { library.reset(); }
+// The table of `cnnkern tune` that these kernels see has one convolution more: the numbers of a pass of a call in bfloat16.
+extern "C" __attribute__((visibility("default"))) void emulator_own_convolution(const int64_t* numbers, size_t count) {
+  own.emplace_back(false, at::kBFloat16, std::vector<int64_t>(numbers, numbers + count));
+  cnnkern::set_own_convolutions(own);
+}
+
+extern "C" __attribute__((visibility("default"))) void emulator_uninstall() {
+  library.reset();
+  own.clear();
+  cnnkern::set_own_convolutions(own);
+}
