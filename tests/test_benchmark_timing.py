@@ -86,6 +86,19 @@ def test_short_steps_are_called_several_times_a_sample(clock):
     assert len(calls) == 2 + 4 * 10
 
 
+def test_a_pause_and_a_call_that_is_not_timed_come_before_each_sample(clock, monkeypatch):
+    slept, calls = [], []
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: slept.append((seconds, len(calls))), raising=False)
+
+    def step():
+        calls.append(None)
+        clock.now += 1.0 if slept and slept[-1][1] == len(calls) - 1 else 0.25  # slow just after a pause
+
+    samples = timing.interleave({"a": step}, deadline=0.0, min_rounds=3, max_rounds=3, pause=0.5)
+    assert samples == {"a": [0.25] * 3}
+    assert [seconds for seconds, _ in slept] == [0.5] * 3
+
+
 @pytest.mark.benchmark(timer=CLOCK)
 def test_replay_hands_the_samples_to_pytest_benchmark(benchmark):
     if benchmark.disabled:

@@ -79,6 +79,7 @@ class Group:
     bytes_written: int = 0
     min_rounds: int = 5
     max_rounds: int = 50
+    pause: float = 0.0  # seconds before each sample on the CPU, for other libraries' threads to fall asleep
     peaks: bool = False  # whether the most memory that a call holds is measured
     last: bool = False  # timed after all others, which leave it the time
     on_host: bool = False  # timed is what the host does, also where it does so for a GPU
@@ -181,6 +182,7 @@ class Session:
                 max_rounds=group.max_rounds,
                 stop=max(until, self.deadline - (0.0 if group.last else self._kept_back())),
                 device="cpu" if group.on_host else self.options.device,
+                pause=group.pause,
             )
             others, ended = watch.others(), time.perf_counter()
             if ended > until:

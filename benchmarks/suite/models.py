@@ -128,6 +128,7 @@ def peer_groups(options: Options) -> list[Group]:
             last=True,
             min_rounds=5,
             max_rounds=25,
+            pause=peers.PAUSE,
         )
         for name in peers.MODELS
         for batch in peers.BATCHES

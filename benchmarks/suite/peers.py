@@ -14,6 +14,7 @@ from .groups import Unavailable
 Call = Callable[[Tensor], Tensor]
 MODELS = ("resnet50", "mobilenet_v2", "convnext_tiny")
 BATCHES = (1, 16)
+PAUSE = 0.2  # seconds before each sample: threads of OpenMP, TBB and onnxruntime's pool wait by spinning
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -50,6 +50,7 @@ def interleave(
     max_rounds: int,
     stop: float = math.inf,
     device: str = "cpu",
+    pause: float = 0.0,
     seed: int = 0,
 ) -> dict[Key, list[float]]:
     """Seconds a call of each step, one sample a round; all lists have one length, and index i is one round.
@@ -57,13 +58,15 @@ def interleave(
     Every round times each step once, in an order drawn anew: what else the machine does, or has left in its caches,
     falls on all of them alike. On the CPU a step much shorter than SAMPLE_SECONDS is called several times a sample. On
     a GPU a sample is one call between two events, on a cold L2, and the host, which does not wait within a round, is
-    ahead of it: what is timed is the GPU's work. Stops after `max_rounds`, after `min_rounds` once
-    `time.perf_counter()` has passed `deadline`, or after FEWEST once it has passed `stop`.
+    ahead of it: what is timed is the GPU's work. `pause` is how many seconds pass before each sample on the CPU, and
+    before a call that wakes its own threads and is not timed: the waiting threads of another library spin for a while,
+    and would slow down the next step. Stops after `max_rounds`, after `min_rounds` once `time.perf_counter()` has
+    passed `deadline`, or after FEWEST once it has passed `stop`.
     """
     order, draw = list(steps), random.Random(seed)
     samples: dict[Key, list[float]] = {key: [] for key in steps}
     loops = {key: _loops(step, device) for key, step in steps.items()}
-    sample_round = _on_gpu if device == "cuda" else _on_cpu
+    sample_round = _on_gpu if device == "cuda" else partial(_on_cpu, pause=pause)
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -83,8 +86,11 @@ def interleave(
 Round = list[tuple[Key, Callable[[], object], int]]  # with the calls a sample
 
 
-def _on_cpu(steps: Round) -> Iterator[tuple[Key, float]]:
+def _on_cpu(steps: Round, pause: float) -> Iterator[tuple[Key, float]]:
     for key, step, loops in steps:
+        if pause:
+            time.sleep(pause)
+            step()
         start = time.perf_counter()
         for _ in range(loops):
             step()
