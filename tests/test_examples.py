@@ -41,7 +41,7 @@ def has_cnnkern_fused(printed: str, what: str) -> bool:
 def test_an_example_is_short_and_says_what_it_does(path):
     assert path.read_text().count("\n") < 80
     said = ast.get_docstring(ast.parse(path.read_text()))
-    assert re.search(rf"^ +(python|torchrun --nproc-per-node 2) examples/{path.name}", said, re.M)
+    assert re.search(rf"^ *(python|torchrun --nproc-per-node 2) examples/{path.name}", said, re.M)
     assert path.stem in Path(__file__).read_text(), "no test runs it"
 
 
