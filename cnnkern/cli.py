@@ -57,13 +57,28 @@ def run(arguments: Sequence[str] | None) -> int:
     )
     commands.add_parser("train", add_help=False, help="train a model of the zoo (see cnnkern train --help)")
     zoo_parser = commands.add_parser("zoo", help="list the models: parameters, operations, fused layers")
-    show_parser = zoo_parser.add_subparsers(dest="action").add_parser("show", help="show the layers of one model")
+    actions = zoo_parser.add_subparsers(dest="action")
+    show_parser = actions.add_parser("show", help="show the layers of one model")
     show_parser.add_argument("name", metavar="NAME", help="the model; `cnnkern zoo` lists them")
     show_parser.add_argument(
         "--input", type=image_size, metavar="C,H,W", help="the shape of its input (default: the model's usual input)"
     )
     show_parser.add_argument(
         "--eager", action="store_true", help="show the model in PyTorch's own operators, without fused layers"
+    )
+    compare_parser = actions.add_parser("compare", help="train models on handwritten digits and draw them side by side")
+    compare_parser.add_argument("names", metavar="NAME", nargs="+", help="the models; `cnnkern zoo` lists them")
+    compare_parser.add_argument(
+        "--epochs", type=positive, default=5, help="times through the training images (default: %(default)s)"
+    )
+    compare_parser.add_argument(
+        "--side",
+        type=positive,
+        default=48,
+        help="the most pixels of an image's height and width (default: %(default)s)",
+    )
+    compare_parser.add_argument(
+        "--output", type=Path, default=Path("runs/compare"), metavar="DIR", help="the folder (default: %(default)s)"
     )
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in handed_on:
@@ -149,25 +164,38 @@ def train(arguments: list[str]) -> int:
 
 
 def zoo(options: argparse.Namespace) -> int:
-    """Prints the table of all models, or the layers of one."""
-    packages = ("torchinfo",) if options.action == "show" else ()
-    if problem := extension_problem() or missing_packages("zoo show", *packages):
+    """Prints the table of all models, or the layers of one; or trains several and compares them."""
+    packages = {"show": ("torchinfo",), "compare": ("torchvision", "matplotlib", "sklearn")}.get(options.action, ())
+    if problem := extension_problem() or missing_packages(f"zoo {options.action}", *packages):
         return fail(problem)
     from rich.console import Console
 
     from cnnkern import zoo
     from cnnkern.models.registry import list_models, unknown_model
 
-    if options.action != "show":
+    if options.action is None:
         zoo.table(Console(highlight=False, width=None if sys.stdout.isatty() else 240))
         return 0
-    if options.name not in list_models():
-        return fail(unknown_model(options.name, "`cnnkern zoo` lists the models"))
+    for name in [options.name] if options.action == "show" else options.names:
+        if name not in list_models():
+            return fail(unknown_model(name, "`cnnkern zoo` lists the models"))
+    if options.action == "compare":
+        from cnnkern.zoo_compare import compare
+
+        names = list(dict.fromkeys(options.names))
+        return compare(names, epochs=options.epochs, side=options.side, output=options.output)
     try:
         print(zoo.show(options.name, options.input, fused=not options.eager))
     except ValueError as error:
         return fail(str(error))
     return 0
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0; got {text!r}")
+    return int(text)
 
 
 def image_size(text: str) -> tuple[int, ...]:

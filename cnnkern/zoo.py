@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 
 import torch
@@ -14,24 +15,31 @@ from cnnkern.models import create_model, get_builder, list_models
 
 
 def table(console: Console) -> None:
-    """Prints for every model its usual input, its parameters, the operations of one image and its fused layers."""
+    """Prints of every model its usual input, parameters, operations per image, fused layers, and what it is."""
     columns = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("model", "input", "parameters", "GFLOP", "fused layers"):
+    for title in ("model", "input", "parameters", "GFLOP", "fused layers", "what it is"):
         columns.add_column(title, justify="right" if title in ("parameters", "GFLOP") else "left", overflow="fold")
     for name in list_models():
         size = get_builder(name).input_size
         model = on_meta(name)
         parameters = sum(p.numel() for p in model.parameters())
         layers = ", ".join(f"{n} {kind}" for kind, n in fused_layers(model).most_common()) or "none"
-        columns.add_row(name, "x".join(map(str, size)), f"{parameters:,}", f"{flops(name, size) / 1e9:.3f}", layers)
+        columns.add_row(
+            name, "x".join(map(str, size)), f"{parameters:,}", f"{flops(name, size) / 1e9:.3f}", layers, about(name)
+        )
     console.print(columns)
     console.print("GFLOP: of one image in the forward pass, a multiplication and an addition counted as two.")
 
 
-def on_meta(name: str, fused: bool = True) -> nn.Module:
-    """The model without memory for its parameters."""
+def about(name: str) -> str:
+    """What a model is, in a line: the first sentence of its builder's docstring."""
+    return (inspect.getdoc(get_builder(name)) or name).partition(". ")[0].removesuffix(".")
+
+
+def on_meta(name: str, fused: bool = True, **kwargs: int) -> nn.Module:
+    """The model without memory for its parameters. `kwargs` go to its builder."""
     with torch.device("meta"):
-        return create_model(name, fused=fused).eval()
+        return create_model(name, fused=fused, **kwargs).eval()
 
 
 def fused_layers(model: nn.Module) -> Counter[str]:

@@ -89,7 +89,7 @@ class ConvNeXt(nn.Module):
 
 @register(3, 224, 224)
 def convnext_tiny(**kwargs) -> ConvNeXt:
-    """ConvNeXt-T. Input 3x224x224, 28,589,128 parameters.
+    """ConvNeXt-T: depthwise 7x7 convolutions and layer norm. Input 3x224x224, 28,589,128 parameters.
 
     Liu et al., A ConvNet for the 2020s, 2022 (arXiv:2201.03545). Shapes: stem 96x56x56; stages 96x56x56, 192x28x28,
     384x14x14, 768x7x7; the strides between them are layers of their own.

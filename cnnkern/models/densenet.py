@@ -92,7 +92,7 @@ class DenseNet(nn.Module):
 
 @register(3, 224, 224)
 def densenet121(**kwargs) -> DenseNet:
-    """DenseNet-121. Input 3x224x224, 7,978,856 parameters.
+    """DenseNet-121: each layer reads the outputs of all layers before it. Input 3x224x224, 7,978,856 parameters.
 
     Huang et al., Densely Connected Convolutional Networks, 2016 (arXiv:1608.06993). Shapes: stem 64x56x56; dense blocks
     and, between them, transitions 256x56x56, 128x28x28, 512x28x28, 256x14x14, 1024x14x14, 512x7x7, 1024x7x7.
@@ -102,7 +102,7 @@ def densenet121(**kwargs) -> DenseNet:
 
 @register(3, 224, 224)
 def densenet169(**kwargs) -> DenseNet:
-    """DenseNet-169. Input 3x224x224, 14,149,480 parameters.
+    """DenseNet-169: each layer reads the outputs of all layers before it. Input 3x224x224, 14,149,480 parameters.
 
     Huang et al., Densely Connected Convolutional Networks, 2016 (arXiv:1608.06993). Shapes: stem 64x56x56; dense blocks
     and, between them, transitions 256x56x56, 128x28x28, 512x28x28, 256x14x14, 1280x14x14, 640x7x7, 1664x7x7.
@@ -112,7 +112,7 @@ def densenet169(**kwargs) -> DenseNet:
 
 @register(3, 224, 224)
 def densenet201(**kwargs) -> DenseNet:
-    """DenseNet-201. Input 3x224x224, 20,013,928 parameters.
+    """DenseNet-201: each layer reads the outputs of all layers before it. Input 3x224x224, 20,013,928 parameters.
 
     Huang et al., Densely Connected Convolutional Networks, 2016 (arXiv:1608.06993). Shapes: stem 64x56x56; dense blocks
     and, between them, transitions 256x56x56, 128x28x28, 512x28x28, 256x14x14, 1792x14x14, 896x7x7, 1920x7x7.

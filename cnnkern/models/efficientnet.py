@@ -102,7 +102,7 @@ class EfficientNet(nn.Module):
 
 @register(3, 224, 224)
 def efficientnet_b0(**kwargs) -> EfficientNet:
-    """EfficientNet-B0. Input 3x224x224, 5,288,548 parameters.
+    """EfficientNet-B0: inverted residuals with squeeze-excitation and SiLU. Input 3x224x224, 5,288,548 parameters.
 
     Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, 2019 (arXiv:1905.11946).
     Shapes: stem 32x112x112; stages 16x112x112, 24x56x56, 40x28x28, 80x14x14, 112x14x14, 192x7x7, 320x7x7; head

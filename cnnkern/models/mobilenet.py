@@ -76,7 +76,7 @@ class MobileNetV2(nn.Module):
 
 @register(3, 224, 224)
 def mobilenet_v2(**kwargs) -> MobileNetV2:
-    """MobileNetV2. Input 3x224x224, 3,504,872 parameters.
+    """MobileNetV2: inverted residuals with depthwise 3x3 convolutions. Input 3x224x224, 3,504,872 parameters.
 
     Sandler et al., MobileNetV2: Inverted Residuals and Linear Bottlenecks, 2018 (arXiv:1801.04381). Shapes: stem
     32x112x112; stages 16x112x112, 24x56x56, 32x28x28, 64x14x14, 96x14x14, 160x7x7, 320x7x7; head 1280x7x7.

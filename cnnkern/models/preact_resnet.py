@@ -98,7 +98,7 @@ class PreActResNet(nn.Module):
 
 @register(3, 224, 224)
 def preact_resnet18(**kwargs) -> PreActResNet:
-    """Pre-activation ResNet-18. Input 3x224x224, 11,687,720 parameters.
+    """Pre-activation ResNet-18: batch norm and ReLU before each convolution. Input 3x224x224, 11,687,720 parameters.
 
     He et al., Identity Mappings in Deep Residual Networks, 2016 (arXiv:1603.05027). Shapes: stem 64x56x56; stages
     64x56x56, 128x28x28, 256x14x14, 512x7x7.
@@ -108,7 +108,7 @@ def preact_resnet18(**kwargs) -> PreActResNet:
 
 @register(3, 224, 224)
 def preact_resnet34(**kwargs) -> PreActResNet:
-    """Pre-activation ResNet-34. Input 3x224x224, 21,795,880 parameters.
+    """Pre-activation ResNet-34: batch norm and ReLU before each convolution. Input 3x224x224, 21,795,880 parameters.
 
     He et al., Identity Mappings in Deep Residual Networks, 2016 (arXiv:1603.05027). Shapes: stem 64x56x56; stages
     64x56x56, 128x28x28, 256x14x14, 512x7x7.
@@ -118,7 +118,7 @@ def preact_resnet34(**kwargs) -> PreActResNet:
 
 @register(3, 224, 224)
 def preact_resnet50(**kwargs) -> PreActResNet:
-    """Pre-activation ResNet-50. Input 3x224x224, 25,549,352 parameters.
+    """Pre-activation ResNet-50: batch norm and ReLU before each convolution. Input 3x224x224, 25,549,352 parameters.
 
     He et al., Identity Mappings in Deep Residual Networks, 2016 (arXiv:1603.05027). Shapes: stem 64x56x56; stages
     256x56x56, 512x28x28, 1024x14x14, 2048x7x7.

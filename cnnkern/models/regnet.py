@@ -202,7 +202,7 @@ def regnet_x_tiny(num_classes: int = 10, in_channels: int = 1, fused: bool = Tru
 
 @register(3, 224, 224)
 def regnet_x_400mf(**kwargs) -> RegNet:
-    """RegNetX-400MF. Input 3x224x224, 5,495,976 parameters.
+    """RegNetX-400MF: residual bottlenecks of grouped convolutions. Input 3x224x224, 5,495,976 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     32x56x56, 64x28x28, 160x14x14, 400x7x7.
@@ -212,7 +212,7 @@ def regnet_x_400mf(**kwargs) -> RegNet:
 
 @register(3, 224, 224)
 def regnet_x_800mf(**kwargs) -> RegNet:
-    """RegNetX-800MF. Input 3x224x224, 7,259,656 parameters.
+    """RegNetX-800MF: residual bottlenecks of grouped convolutions. Input 3x224x224, 7,259,656 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     64x56x56, 128x28x28, 288x14x14, 672x7x7.
@@ -222,7 +222,7 @@ def regnet_x_800mf(**kwargs) -> RegNet:
 
 @register(3, 224, 224)
 def regnet_x_1_6gf(**kwargs) -> RegNet:
-    """RegNetX-1.6GF. Input 3x224x224, 9,190,136 parameters.
+    """RegNetX-1.6GF: residual bottlenecks of grouped convolutions. Input 3x224x224, 9,190,136 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     72x56x56, 168x28x28, 408x14x14, 912x7x7.
@@ -232,7 +232,7 @@ def regnet_x_1_6gf(**kwargs) -> RegNet:
 
 @register(3, 224, 224)
 def regnet_x_3_2gf(**kwargs) -> RegNet:
-    """RegNetX-3.2GF. Input 3x224x224, 15,296,552 parameters.
+    """RegNetX-3.2GF: residual bottlenecks of grouped convolutions. Input 3x224x224, 15,296,552 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     96x56x56, 192x28x28, 432x14x14, 1008x7x7.
@@ -242,7 +242,7 @@ def regnet_x_3_2gf(**kwargs) -> RegNet:
 
 @register(3, 224, 224)
 def regnet_x_8gf(**kwargs) -> RegNet:
-    """RegNetX-8GF. Input 3x224x224, 39,572,648 parameters.
+    """RegNetX-8GF: residual bottlenecks of grouped convolutions. Input 3x224x224, 39,572,648 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     80x56x56, 240x28x28, 720x14x14, 1920x7x7.
@@ -252,7 +252,7 @@ def regnet_x_8gf(**kwargs) -> RegNet:
 
 @register(3, 224, 224)
 def regnet_x_16gf(**kwargs) -> RegNet:
-    """RegNetX-16GF. Input 3x224x224, 54,278,536 parameters.
+    """RegNetX-16GF: residual bottlenecks of grouped convolutions. Input 3x224x224, 54,278,536 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     256x56x56, 512x28x28, 896x14x14, 2048x7x7.
@@ -262,7 +262,7 @@ def regnet_x_16gf(**kwargs) -> RegNet:
 
 @register(3, 224, 224)
 def regnet_x_32gf(**kwargs) -> RegNet:
-    """RegNetX-32GF. Input 3x224x224, 107,811,560 parameters.
+    """RegNetX-32GF: residual bottlenecks of grouped convolutions. Input 3x224x224, 107,811,560 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     336x56x56, 672x28x28, 1344x14x14, 2520x7x7.
@@ -272,7 +272,7 @@ def regnet_x_32gf(**kwargs) -> RegNet:
 
 @register(3, 224, 224)
 def regnet_y_400mf(**kwargs) -> RegNet:
-    """RegNetY-400MF. Input 3x224x224, 4,344,144 parameters.
+    """RegNetY-400MF: grouped bottlenecks with squeeze-excitation. Input 3x224x224, 4,344,144 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     48x56x56, 104x28x28, 208x14x14, 440x7x7.
@@ -282,7 +282,7 @@ def regnet_y_400mf(**kwargs) -> RegNet:
 
 @register(3, 224, 224)
 def regnet_y_800mf(**kwargs) -> RegNet:
-    """RegNetY-800MF. Input 3x224x224, 6,432,512 parameters.
+    """RegNetY-800MF: grouped bottlenecks with squeeze-excitation. Input 3x224x224, 6,432,512 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     64x56x56, 144x28x28, 320x14x14, 784x7x7.
@@ -292,7 +292,7 @@ def regnet_y_800mf(**kwargs) -> RegNet:
 
 @register(3, 224, 224)
 def regnet_y_1_6gf(**kwargs) -> RegNet:
-    """RegNetY-1.6GF. Input 3x224x224, 11,202,430 parameters.
+    """RegNetY-1.6GF: grouped bottlenecks with squeeze-excitation. Input 3x224x224, 11,202,430 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     48x56x56, 120x28x28, 336x14x14, 888x7x7.
@@ -302,7 +302,7 @@ def regnet_y_1_6gf(**kwargs) -> RegNet:
 
 @register(3, 224, 224)
 def regnet_y_3_2gf(**kwargs) -> RegNet:
-    """RegNetY-3.2GF. Input 3x224x224, 19,436,338 parameters.
+    """RegNetY-3.2GF: grouped bottlenecks with squeeze-excitation. Input 3x224x224, 19,436,338 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     72x56x56, 216x28x28, 576x14x14, 1512x7x7.
@@ -312,7 +312,7 @@ def regnet_y_3_2gf(**kwargs) -> RegNet:
 
 @register(3, 224, 224)
 def regnet_y_8gf(**kwargs) -> RegNet:
-    """RegNetY-8GF. Input 3x224x224, 39,381,472 parameters.
+    """RegNetY-8GF: grouped bottlenecks with squeeze-excitation. Input 3x224x224, 39,381,472 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     224x56x56, 448x28x28, 896x14x14, 2016x7x7.
@@ -322,7 +322,7 @@ def regnet_y_8gf(**kwargs) -> RegNet:
 
 @register(3, 224, 224)
 def regnet_y_16gf(**kwargs) -> RegNet:
-    """RegNetY-16GF. Input 3x224x224, 83,590,140 parameters.
+    """RegNetY-16GF: grouped bottlenecks with squeeze-excitation. Input 3x224x224, 83,590,140 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     224x56x56, 448x28x28, 1232x14x14, 3024x7x7.
@@ -332,7 +332,7 @@ def regnet_y_16gf(**kwargs) -> RegNet:
 
 @register(3, 224, 224)
 def regnet_y_32gf(**kwargs) -> RegNet:
-    """RegNetY-32GF. Input 3x224x224, 145,046,770 parameters.
+    """RegNetY-32GF: grouped bottlenecks with squeeze-excitation. Input 3x224x224, 145,046,770 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     232x56x56, 696x28x28, 1392x14x14, 3712x7x7.
@@ -342,7 +342,7 @@ def regnet_y_32gf(**kwargs) -> RegNet:
 
 @register(3, 224, 224)
 def regnet_y_128gf(**kwargs) -> RegNet:
-    """RegNetY-128GF. Input 3x224x224, 644,812,894 parameters.
+    """RegNetY-128GF: grouped bottlenecks with squeeze-excitation. Input 3x224x224, 644,812,894 parameters.
 
     Radosavovic et al., Designing Network Design Spaces, 2020 (arXiv:2003.13678). Shapes: stem 32x112x112; stages
     528x56x56, 1056x28x28, 2904x14x14, 7392x7x7.

@@ -129,7 +129,7 @@ class ResNet(nn.Module):
 
 @register(3, 224, 224)
 def resnet18(**kwargs) -> ResNet:
-    """ResNet-18. Input 3x224x224, 11,689,512 parameters.
+    """ResNet-18: residual blocks of two 3x3 convolutions. Input 3x224x224, 11,689,512 parameters.
 
     He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes: stem 64x56x56; stages
     64x56x56, 128x28x28, 256x14x14, 512x7x7.
@@ -139,7 +139,7 @@ def resnet18(**kwargs) -> ResNet:
 
 @register(3, 224, 224)
 def resnet34(**kwargs) -> ResNet:
-    """ResNet-34. Input 3x224x224, 21,797,672 parameters.
+    """ResNet-34: residual blocks of two 3x3 convolutions. Input 3x224x224, 21,797,672 parameters.
 
     He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes: stem 64x56x56; stages
     64x56x56, 128x28x28, 256x14x14, 512x7x7.
@@ -149,7 +149,7 @@ def resnet34(**kwargs) -> ResNet:
 
 @register(3, 224, 224)
 def resnet50(**kwargs) -> ResNet:
-    """ResNet-50. Input 3x224x224, 25,557,032 parameters.
+    """ResNet-50: residual bottlenecks of 1x1, 3x3 and 1x1 convolutions. Input 3x224x224, 25,557,032 parameters.
 
     He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes: stem 64x56x56; stages
     256x56x56, 512x28x28, 1024x14x14, 2048x7x7.
@@ -159,7 +159,7 @@ def resnet50(**kwargs) -> ResNet:
 
 @register(3, 224, 224)
 def resnet101(**kwargs) -> ResNet:
-    """ResNet-101. Input 3x224x224, 44,549,160 parameters.
+    """ResNet-101: residual bottlenecks of 1x1, 3x3 and 1x1 convolutions. Input 3x224x224, 44,549,160 parameters.
 
     He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes: stem 64x56x56; stages
     256x56x56, 512x28x28, 1024x14x14, 2048x7x7.
@@ -169,7 +169,7 @@ def resnet101(**kwargs) -> ResNet:
 
 @register(3, 224, 224)
 def resnet152(**kwargs) -> ResNet:
-    """ResNet-152. Input 3x224x224, 60,192,808 parameters.
+    """ResNet-152: residual bottlenecks of 1x1, 3x3 and 1x1 convolutions. Input 3x224x224, 60,192,808 parameters.
 
     He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes: stem 64x56x56; stages
     256x56x56, 512x28x28, 1024x14x14, 2048x7x7.

@@ -62,7 +62,9 @@ class VGG(nn.Module):
 
 @register(3, 224, 224)
 def vgg11(**kwargs) -> VGG:
-    """VGG-A. Input 3x224x224, 132,863,336 parameters; at 1x224x224 and 10 classes 128,806,154. No layer to fuse.
+    """VGG-A: eight 3x3 convolutions. Input 3x224x224, 132,863,336 parameters.
+
+    At 1x224x224 and 10 classes 128,806,154 parameters. No layer to fuse but max pooling.
 
     Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, 2014 (arXiv:1409.1556).
     Shapes: blocks 64x112x112, 128x56x56, 256x28x28, 512x14x14, 512x7x7; classifier 4096, 4096.
@@ -72,7 +74,9 @@ def vgg11(**kwargs) -> VGG:
 
 @register(3, 224, 224)
 def vgg13(**kwargs) -> VGG:
-    """VGG-B. Input 3x224x224, 133,047,848 parameters; at 1x224x224 and 10 classes 128,990,666. No layer to fuse.
+    """VGG-B: ten 3x3 convolutions. Input 3x224x224, 133,047,848 parameters.
+
+    At 1x224x224 and 10 classes 128,990,666 parameters. No layer to fuse but max pooling.
 
     Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, 2014 (arXiv:1409.1556).
     Shapes: blocks 64x112x112, 128x56x56, 256x28x28, 512x14x14, 512x7x7; classifier 4096, 4096.
@@ -82,7 +86,9 @@ def vgg13(**kwargs) -> VGG:
 
 @register(3, 224, 224)
 def vgg16(**kwargs) -> VGG:
-    """VGG-D. Input 3x224x224, 138,357,544 parameters; at 1x224x224 and 10 classes 134,300,362. No layer to fuse.
+    """VGG-D: thirteen 3x3 convolutions. Input 3x224x224, 138,357,544 parameters.
+
+    At 1x224x224 and 10 classes 134,300,362 parameters. No layer to fuse but max pooling.
 
     Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, 2014 (arXiv:1409.1556).
     Shapes: blocks 64x112x112, 128x56x56, 256x28x28, 512x14x14, 512x7x7; classifier 4096, 4096.
@@ -92,7 +98,9 @@ def vgg16(**kwargs) -> VGG:
 
 @register(3, 224, 224)
 def vgg19(**kwargs) -> VGG:
-    """VGG-E. Input 3x224x224, 143,667,240 parameters; at 1x224x224 and 10 classes 139,610,058. No layer to fuse.
+    """VGG-E: sixteen 3x3 convolutions. Input 3x224x224, 143,667,240 parameters.
+
+    At 1x224x224 and 10 classes 139,610,058 parameters. No layer to fuse but max pooling.
 
     Simonyan and Zisserman, Very Deep Convolutional Networks for Large-Scale Image Recognition, 2014 (arXiv:1409.1556).
     Shapes: blocks 64x112x112, 128x56x56, 256x28x28, 512x14x14, 512x7x7; classifier 4096, 4096.
