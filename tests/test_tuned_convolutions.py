@@ -10,21 +10,12 @@ import cnnkern
 from cnnkern import backends, cli, functional
 from cnnkern.measure import clock, tune
 from cnnkern.ops import tuned
+from tests.tuning import own_tables  # noqa: F401
 
 GENERATOR = torch.Generator().manual_seed(0)
 FORWARD, BACKWARD = "aten::convolution", "aten::convolution_backward"
 
 pytestmark = pytest.mark.skipif(backends.extension is None, reason="the rule is the extension's")
-
-
-@pytest.fixture(autouse=True)
-def own_tables(tmp_path, monkeypatch):
-    """An empty cache folder that counts, and no table behind the test."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("CNNKERN_TUNE", raising=False)
-    yield
-    monkeypatch.undo()
-    tuned.load()
 
 
 def arguments(batch: int = 2, training: bool = False) -> tuple:
