@@ -288,7 +288,7 @@ FAULTS = [
     fault(
         "grouped_conv2d",
         "the first block's bias for every block",
-        "grouped_conv2d.cpp",
+        "conv_tiled.h",
         "static_cast<float>(bias[b * blocks.channels + c]) : 0.0f;",
         "static_cast<float>(bias[c]) : 0.0f;",
         battery("grouped_conv2d", "as_good_as and float32"),
@@ -296,7 +296,7 @@ FAULTS = [
     fault(
         "grouped_conv2d",
         "a row of dy left out of the bias's gradient",
-        "grouped_conv2d.cpp",
+        "conv_tiled.h",
         "for (int64_t row = 0; row < dy_end - dy_begin; ++row)",
         "for (int64_t row = 1; row < dy_end - dy_begin; ++row)",
         battery("grouped_conv2d", "as_good_as and float32"),
@@ -304,7 +304,7 @@ FAULTS = [
     fault(
         "grouped_conv2d",
         "one chunk's sums for those of all",
-        "grouped_conv2d.cpp",
+        "conv_tiled.h",
         "for (int64_t chunk = 0; chunk < chunks; ++chunk) sum +=",
         "for (int64_t chunk = 0; chunk < 1; ++chunk) sum +=",
         battery("grouped_conv2d", "as_good_as and float32"),
@@ -312,7 +312,7 @@ FAULTS = [
     fault(
         "grouped_conv2d",
         "a row of dy that two tiles need and one has",
-        "grouped_conv2d.cpp",
+        "conv_tiled.h",
         "lo = std::min(lo, (begin + g.ph) / s - divup(g.kh, s) + 1);",
         "lo = std::min(lo, (begin + g.ph) / s - divup(g.kh, s) + 2);",
         battery("grouped_conv2d", "as_good_as and float32"),
