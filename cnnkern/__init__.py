@@ -15,6 +15,7 @@ __all__ = [
     "benchmark",
     "conversion_report",
     "convert",
+    "empty_cache",
     "fold",
     "functional",
     "keep_operators",
@@ -57,7 +58,7 @@ else:
     from cnnkern.flops import count_flops
     from cnnkern.measure.result import BenchmarkResult
     from cnnkern.measure.run import benchmark
-    from cnnkern.memory import tune_malloc
+    from cnnkern.memory import empty_cache, tune_malloc
     from cnnkern.ops import tuned
     from cnnkern.ops.route import keep_operators
     from cnnkern.recomputation import recompute

@@ -1,18 +1,66 @@
-"""How much memory there is, and settings of the C library's allocator that decide what a large tensor costs."""
+"""What a large tensor's memory costs on a CPU: the pool of our results' blocks, the C library's allocator; how much
+memory there is."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+from cnnkern.extension import extension
 
 # glibc's malloc.h: mallopt's parameters ...
 _PARAMETERS = {"TRIM_THRESHOLD": -1, "TOP_PAD": -2, "MMAP_THRESHOLD": -3}
 _LARGEST = 2**31 - 1  # mallopt takes an int
 # ... and the values that keep freed memory for the next tensor. The benchmarks start processes with the same ones.
 TUNED = {"MMAP_THRESHOLD": _LARGEST, "TRIM_THRESHOLD": _LARGEST, "TOP_PAD": 2**26}
+
+
+class PoolSizes(NamedTuple):
+    """Bytes of the pool: of results in use, of blocks kept for the next ones, and the most that were in use at once."""
+
+    used: int
+    kept: int
+    most: int
+
+
+def pool_sizes() -> PoolSizes:
+    """What the pool of CPU results holds. All zeros without the compiled extension."""
+    return PoolSizes(*(extension.pool_sizes() if extension is not None else (0, 0, 0)))
+
+
+def empty_cache() -> None:
+    """Gives memory back to the system that cnnkern keeps for its next results on a CPU.
+
+    CPU results of cnnkern's operators of 256 KiB or more lie in blocks that are used again, as torch.cuda's caching
+    allocator does it on a GPU: new memory has to be cleared by the system page by page, which often takes longer than
+    the kernel that writes it. Used and kept together, the pool never holds more than was in use at once. A block that
+    nothing has used for ten seconds goes back at the next call, and all do when the system has no memory left.
+    ``CNNKERN_POOL=0`` in the environment, or :func:`use_pool`, switches it off.
+    """
+    if extension is not None:
+        extension.empty_pool()
+
+
+def use_pool(on: bool) -> None:
+    """Whether CPU results of cnnkern's operators lie in blocks that are used again (see :func:`empty_cache`)."""
+    if extension is not None:
+        extension.set_pool(bool(on))
+
+
+def _follow_environment() -> None:
+    asked = os.environ.get("CNNKERN_POOL", "")
+    if asked not in ("", "0", "1"):
+        raise ValueError(f"cnnkern: CNNKERN_POOL must be 0, 1 or unset; got {asked!r}")
+    if asked == "0":
+        use_pool(False)
+
+
+_follow_environment()
 
 
 def tune_malloc() -> str:

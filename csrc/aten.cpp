@@ -1,5 +1,8 @@
 #include "aten.h"
 
+#include <ATen/Context.h>
+#include <ATen/EmptyTensor.h>
+#include <ATen/native/TensorFactories.h>
 #include <ATen/ops/convolution.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
@@ -8,13 +11,45 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
-namespace cnnkern::aten {
+#include "block_pool.h"
 
-at::Tensor empty(at::IntArrayRef size, const at::TensorOptions& options) { return at::empty(size, options); }
-at::Tensor empty_like(const at::Tensor& t) { return at::empty_like(t); }
-at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef strides, const at::TensorOptions& options) {
-  return at::empty_strided(size, strides, options);
+namespace cnnkern::aten {
+namespace {
+
+bool is_plain_cpu(const at::TensorOptions& options) {
+  return options.device().is_cpu() && options.layout() == at::kStrided && !options.pinned_memory();
 }
+
+// A new tensor, whose memory block_pool.h has chosen; filled where PyTorch is asked to fill memory that nobody has written.
+at::Tensor filled(at::TensorBase made) {
+  at::Tensor t(std::move(made));
+  const at::Context& context = at::globalContext();
+  if (context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) at::native::fill_empty_deterministic_(t);
+  return t;
+}
+
+}  // namespace
+
+at::Tensor empty(at::IntArrayRef size, const at::TensorOptions& options) {
+  if (!is_plain_cpu(options)) return at::empty(size, options);
+  const auto type = options.dtype().toScalarType();
+  const size_t bytes = at::detail::computeStorageNbytesContiguous(size, c10::elementSize(type));
+  return filled(at::detail::empty_generic(size, block_pool::allocator(bytes), c10::DispatchKeySet(c10::DispatchKey::CPU), type,
+                                          options.memory_format_opt()));
+}
+
+at::Tensor empty_like(const at::Tensor& t) {
+  return t.is_non_overlapping_and_dense() ? empty_strided(t.sizes(), t.strides(), t.options()) : at::empty_like(t);
+}
+
+at::Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef strides, const at::TensorOptions& options) {
+  if (!is_plain_cpu(options)) return at::empty_strided(size, strides, options);
+  const auto type = options.dtype().toScalarType();
+  const size_t bytes = at::detail::computeStorageNbytes(size, strides, c10::elementSize(type));
+  return filled(at::detail::empty_strided_generic(size, strides, block_pool::allocator(bytes),
+                                                  c10::DispatchKeySet(c10::DispatchKey::CPU), type));
+}
+
 at::Tensor zeros(at::IntArrayRef size, const at::TensorOptions& options) { return at::zeros(size, options); }
 at::Tensor sum(const at::Tensor& t, at::IntArrayRef dims) { return at::sum(t, dims); }
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "autograd/activation.h"
+#include "block_pool.h"
 #include "check.h"
 #include "deferred/deferred.h"
 
@@ -81,7 +82,9 @@ const Convolved* waiting_convolution(const Tensor& t) {
 }  // namespace
 
 FoldedConv::FoldedConv(const Tensor& weight, const OptionalTensor& bias, Settings settings, Pack pack, const std::vector<Tensor>& sources)
-    : weight_(weight), bias_(tensor_or_undefined(bias)), settings_(std::move(settings)), pack_(std::move(pack)), seal_(sources) {}
+    : weight_(weight), bias_(tensor_or_undefined(bias)), settings_(std::move(settings)), pack_(std::move(pack)), seal_(sources) {
+  block_pool::use_for_pytorch();
+}
 
 at::ScalarType FoldedConv::computed_in(const Tensor& t) const {
   const auto device = t.device().type();
@@ -167,6 +170,7 @@ Tensor FoldedConv::by_library(const Tensor& x, const Tensor& residual, const Act
   const auto& [stride, padding, dilation, groups, pad, pad_mode, own_from_pixels, dtypes] = settings_;
   const OptionalTensor bias = bias_.defined() ? OptionalTensor(bias_.to(x.scalar_type())) : std::nullopt;
   const Tensor weight = packed(x);
+  const block_pool::Scope pooled;
   if (residual.defined()) {
     const Name relu = act.name == "relu" ? Name("relu") : std::nullopt;
     const Tensor y = binary.call(x, residual, weight, bias, padding, stride, dilation, groups, "add", std::nullopt, relu, Scalars(), "");

@@ -1,0 +1,41 @@
+// Where the CPU results of our operators get their memory: blocks that earlier results have left.
+//
+// malloc gives a large block back to the system when it is freed. The next one is new memory, which the system clears page by
+// page as it is first written: often more time than the kernel that writes it. The pool keeps blocks instead. Together, blocks
+// in use and blocks that are kept, it never holds more than was in use at once, and a block that nothing has used for ten
+// seconds is given back at the next call. A block serves sizes of one class, so that at most an eighth of it is unused.
+#pragma once
+
+#include <c10/core/Allocator.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace cnnkern::block_pool {
+
+// For results of this many bytes; malloc's for small ones, which it serves from memory that it keeps, and where the pool is off.
+c10::Allocator* allocator(size_t bytes);
+
+// While it lives, what this thread takes from PyTorch's CPU allocator is the pool's too: results of PyTorch's operators that we
+// call. use_for_pytorch has to have been called before; a thread that allocates meanwhile takes from either.
+class Scope {
+ public:
+  Scope();
+  ~Scope();
+  Scope(const Scope&) = delete;
+  Scope& operator=(const Scope&) = delete;
+};
+void use_for_pytorch();
+
+struct Sizes {
+  int64_t used, kept, most;  // bytes in use now, bytes that wait for the next result, the most that were in use at once
+};
+Sizes sizes();
+
+// Gives back what is kept.
+void give_back();
+
+// Off: results have malloc's memory. What is kept is given back.
+void set_on(bool on);
+
+}  // namespace cnnkern::block_pool
