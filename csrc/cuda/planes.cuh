@@ -50,12 +50,17 @@ __device__ __forceinline__ void for_planes(const PlaneCut& cut, int64_t c, int64
   while (j < end) batch(std::integral_constant<int, 1>{});
 }
 
-// Returns what the sums were centred on.
-template <bool kRagged, typename P>
-__device__ __forceinline__ double reduce_planes(const P& p, const PlaneCut& cut, int64_t c, int64_t slice, double (&sums)[2]) {
+// keep(center) is called by one thread before the sweep, so that no register holds it through that.
+template <bool kRagged, typename P, typename Keep>
+__device__ __forceinline__ void reduce_planes(const P& p, const PlaneCut& cut, int64_t c, int64_t slice, double (&sums)[2],
+                                              const Keep& keep) {
   constexpr int V = kVector<typename P::Scalar>;
   GPU_SHARED(typename P::Before, shared, 1);
-  share(shared, 1, [&](int) { return p.before(c); });
+  share(shared, 1, [&](int) {
+    const typename P::Before before = p.before(c);
+    keep(before.center);
+    return before;
+  });
   const typename P::Before constants[1] = {shared[0]};
   ThreadSums<P, V> mine;
   for_planes<kRagged, V>(cut, c, slice,
@@ -63,7 +68,6 @@ __device__ __forceinline__ double reduce_planes(const P& p, const PlaneCut& cut,
   mine.flush();
   sums[0] = mine.wide[0], sums[1] = mine.wide[1];
   block_sum(sums);
-  return shared[0].center;  // from there again: a register less through the sweep
 }
 
 template <bool kRagged, typename P>
@@ -75,14 +79,16 @@ __device__ __forceinline__ void map_planes(const P& p, const PlaneCut& cut, int6
   for_planes<kRagged, V>(cut, c, slice, [&](const auto& at, Lanes lanes) { map_batch<kRagged, V>(p, at, lanes, constants); });
 }
 
+// What writes results in this sweep may have as many registers as it takes; of the others nvcc chooses the number.
 template <typename P, bool kRagged>
-__global__ void __launch_bounds__(kThreads) reduce_planes_kernel(P p, PlaneCut cut, Partial partial) {
+__global__ void __launch_bounds__(kThreads, P::kWritesWhileReducing ? 1 : 0) reduce_planes_kernel(P p, PlaneCut cut, Partial partial) {
   let_next_start();
   const int64_t c = blockIdx.x / cut.slices, slice = blockIdx.x % cut.slices;
   double sums[2];
-  const double center = reduce_planes<kRagged>(p, cut, c, slice, sums);
-  if (threadIdx.x < 2) partial.keep(c, slice, threadIdx.x, threadIdx.x == 0 ? sums[0] : sums[1]);
-  if (threadIdx.x == 2 && slice == 0) partial.keep_center(c, center);
+  reduce_planes<kRagged>(p, cut, c, slice, sums, [&](double center) {
+    if (blockIdx.x == c * cut.slices) partial.keep_center(c, center);
+  });
+  if (threadIdx.x == 0) partial.keep_of_block(blockIdx.x, sums[0], sums[1]);
 }
 
 // Blocks go backwards through memory: what the first sweep read last is still in L2.
@@ -97,8 +103,11 @@ __global__ void __launch_bounds__(kThreads) map_planes_kernel(P p, PlaneCut cut)
 template <typename P, bool kRagged>
 __global__ void __launch_bounds__(kOwnerThreads, 1) own_sums_kernel(P p, PlaneCut cut) {
   double sums[2];
-  const double center = reduce_planes<kRagged>(p, cut, blockIdx.x, 0, sums);
-  p.finish(blockIdx.x, sums[0], sums[1], center);
+  GPU_SHARED(double, center, 1);
+  reduce_planes<kRagged>(p, cut, blockIdx.x, 0, sums, [&](double of_channel) {
+    center[0] = of_channel;
+  });
+  p.finish(blockIdx.x, sums[0], sums[1], center[0]);
 }
 
 // Both sweeps of a channel.
@@ -106,8 +115,11 @@ template <typename P, bool kRagged>
 __global__ void __launch_bounds__(kOwnerThreads, 1) own_planes_kernel(P p, PlaneCut cut, bool maps) {
   const typename P::Reduction& reduction = p;
   double sums[2];
-  const double center = reduce_planes<kRagged>(reduction, cut, blockIdx.x, 0, sums);
-  p.finish(blockIdx.x, sums[0], sums[1], center);
+  GPU_SHARED(double, center, 1);
+  reduce_planes<kRagged>(reduction, cut, blockIdx.x, 0, sums, [&](double of_channel) {
+    center[0] = of_channel;
+  });
+  p.finish(blockIdx.x, sums[0], sums[1], center[0]);
   if (maps) map_planes<kRagged>(p, cut, blockIdx.x, 0);
 }
 

@@ -87,6 +87,8 @@ struct Partial {
   int64_t C, slices;
   static constexpr int64_t doubles(int64_t C, int64_t slices) { return C * (2 * slices + 1); }
   __device__ void keep(int64_t c, int64_t slice, int which, double sum) const { memory[2 * (c * slices + slice) + which] = sum; }
+  // The same of a block, of which each has a slice, in their order.
+  __device__ void keep_of_block(int64_t block, double s1, double s2) const { memory[2 * block] = s1, memory[2 * block + 1] = s2; }
   __device__ double sum(int64_t c, int64_t slice, int which) const { return memory[2 * (c * slices + slice) + which]; }
   __device__ void keep_center(int64_t c, double center) const { memory[2 * C * slices + c] = center; }
   __device__ double center(int64_t c) const { return memory[2 * C * slices + c]; }
