@@ -21,10 +21,10 @@ def lively(make: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(1)
     model = make().double()
     for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            nn.init.normal_(m.weight)
-            nn.init.normal_(m.bias)
-            nn.init.normal_(m.running_mean)
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            for value in (m.weight, m.bias, m.running_mean):
+                if value is not None:
+                    nn.init.normal_(value)
     return model
 
 

@@ -1,79 +1,42 @@
-"""What `cnnkern.convert` fuses in the models of other packages, after one training step.
+"""What `cnnkern.convert` fuses in the models of other packages, after one call in training.
 
-`python -m benchmarks.studies.fusions [PACKAGE ...] [--size N] [--list]` converts models of torchvision, timm,
-pytorchcv, segmentation_models_pytorch and torchreid, those that are installed or named, without weights, and runs one
-training step of two small images. For each package it prints how many batch norms were fused with the activation or the
-addition behind them, of those that have one that our kernels compute. `--list` names the models that failed, and says
-for each reason how many batch norms were computed alone.
+`python -m benchmarks.studies.fusions [PACKAGE ...] [--size N] [--most N] [--check] [--list]` gives two small images to
+models of the packages that `packages.py` lists, those that are installed or named, without weights. First each model is
+run unconverted, and every operator is watched to tell which batch norms have an activation or an addition behind them
+that our kernels compute (`census.py`). Then it is converted and runs again. For each package it prints:
+
+- `norms`: calls of batch norms;
+- `act`: those whose output goes to a supported activation alone, and the share of them that was fused with it;
+- `add`: additions to a batch norm's output that goes to nothing else, and the share that was fused, with the activation
+  behind the sum where there is one;
+- `several`: outputs that go to one of these and to something else too, of which none is fused;
+- `differ`: with `--check`, models whose outputs or gradients are not those of the unconverted model in float64.
+
+`--list` says why the others were not fused, what the outputs of batch norms go to that our kernels do not compute, and
+which models failed.
 """
 
 import argparse
 import contextlib
+import copy
 import importlib
 import io
+import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import cnnkern
 
-# Operators behind a batch norm that our kernels compute with it, as reports name them.
-COMPUTED = ("relu", "relu_", "relu6", "silu", "sigmoid", "hardswish", "hardtanh")
-COMPUTED += ("leaky_relu", "elu", "gelu", "mish", "hardsigmoid")
-Build = Callable[[], nn.Module]
+from .census import ACTIVATIONS, SEVERAL, Census, is_fusible
+from .packages import PACKAGES, Model
 
-
-def torchvision_models() -> Iterator[tuple[str, Build]]:
-    models = importlib.import_module("torchvision.models")
-    for name in models.list_models(module=models):
-        extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        yield name, lambda name=name, extra=extra: models.get_model(name, weights=None, **extra)
-
-
-def timm_models() -> Iterator[tuple[str, Build]]:
-    timm = importlib.import_module("timm")
-    seen = set()
-    for name in timm.list_models():  # one of each module: its others differ in depth and width
-        module = timm.models._registry._model_to_module[name]
-        family = (module, name.split("_")[0].rstrip("0123456789"))
-        if family not in seen:
-            seen.add(family)
-            yield name, lambda name=name: timm.create_model(name)
-
-
-def pytorchcv_models() -> Iterator[tuple[str, Build]]:
-    provider = importlib.import_module("pytorchcv.model_provider")
-    seen = set()
-    for name, build in provider._models.items():
-        if build.__module__ not in seen:
-            seen.add(build.__module__)
-            yield name, build
-
-
-def smp_models() -> Iterator[tuple[str, Build]]:
-    smp = importlib.import_module("segmentation_models_pytorch")
-    for name in ("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "DeepLabV3", "DeepLabV3Plus", "PAN"):
-        yield name, lambda name=name: getattr(smp, name)("resnet18", encoder_weights=None)
-
-
-def torchreid_models() -> Iterator[tuple[str, Build]]:
-    models = importlib.import_module("torchreid.models")
-    for name in ("resnet50", "osnet_x1_0", "mlfn", "hacnn", "mobilenetv2_x1_0", "densenet121"):
-        yield name, lambda name=name: models.build_model(name, 10, pretrained=False)
-
-
-PACKAGES: dict[str, Callable[[], Iterator[tuple[str, Build]]]] = {
-    "torchvision": torchvision_models,
-    "timm": timm_models,
-    "pytorchcv": pytorchcv_models,
-    "segmentation_models_pytorch": smp_models,
-    "torchreid": torchreid_models,
-}
+CLOSE = 1e-6  # relative to the norm: float64 through a hundred layers, on which two images leave two values a channel
 
 
 @dataclass
@@ -82,73 +45,173 @@ class Found:
 
     models: int = 0
     norms: int = 0
-    fused: Counter = field(default_factory=Counter)  # by what they were fused with
-    alone: Counter = field(default_factory=Counter)  # by the reason
+    expected: Counter = field(default_factory=Counter)  # "act" and "add": those with one behind
+    fused: Counter = field(default_factory=Counter)
+    missed: Counter = field(default_factory=Counter)  # by the reason
+    others: Counter = field(default_factory=Counter)  # by what their outputs go to
+    differing: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def missed(self) -> int:
-        """Those whose output goes to an activation that our kernels compute, and which were not computed with it."""
-        return sum(n for reason, n in self.alone.items() if reason.split(" ")[0] in COMPUTED)
+    leaving: dict[str, int] = field(default_factory=dict)  # models in which something was missed
 
 
-def step(model: nn.Module, size: int) -> None:
-    outputs = model(torch.randn(2, 3, *getattr(model, "in_size", (size, size))))  # pytorchcv's say what they take
-    loss = sum(
-        t.float().square().mean() for t in tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.requires_grad
+def step(model: nn.Module, x: Tensor, backward: bool, census: Census | None = None) -> list[Tensor]:
+    """Outputs of one call in training, and gradients."""
+    torch.manual_seed(0)
+    random.seed(0)
+    with census or contextlib.nullcontext():
+        outputs = [t for t in leaves(model(x)) if t.is_floating_point()]
+    if census:
+        census.returned(outputs)
+    wanted = [t for t in outputs if t.requires_grad]
+    if wanted and backward:
+        torch.stack([t.square().mean() for t in wanted]).sum().backward()
+    return [t.detach() for t in outputs] + [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def leaves(value: object) -> list[Tensor]:
+    return [
+        t for t in tree_leaves(value if not hasattr(value, "to_tuple") else value.to_tuple()) if isinstance(t, Tensor)
+    ]
+
+
+def difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest, relative to what is expected, or to the largest of that where it is 0 but for rounding."""
+    if len(found) != len(expected):
+        return float("inf")
+    scale = max((float(t.norm()) for t in expected), default=1.0)
+    return max(
+        (
+            float((a - b).norm()) / max(float(b.norm()), 1e-3 * scale, 1e-30)
+            for a, b in zip(found, expected, strict=True)
+        ),
+        default=0.0,
     )
-    if isinstance(loss, torch.Tensor):
-        loss.backward()
 
 
-def survey(models: Iterator[tuple[str, Build]], size: int) -> Found:
-    found = Found()
-    for name, build in models:
+def count(found: Found, name: str, census: Census, converted: nn.Module) -> None:
+    modules = dict(converted.named_modules())
+    sites = {path: modules[path].__dict__.get("_cnnkern_site") for path, _ in census.kinds()}
+    left = {path: Counter(site.fusions() if site else {}) for path, site in sites.items()}
+
+    def why(path: str) -> str:
+        if sites[path] is None:
+            return f"{type(modules[path]).__module__}.{type(modules[path]).__name__} is not converted"
+        reasons = sites[path].alone() or {"it was fused with something else": 1}
+        return max(reasons, key=lambda reason: reasons[reason])
+
+    def note(sort: str, kind: str, paths: list[str]) -> None:
+        found.expected[sort] += 1
+        path = next((path for path in paths if left[path][kind] > 0), None)
+        if path is not None:
+            left[path][kind] -= 1
+            found.fused[sort] += 1
+        else:
+            found.missed[f"{kind}: {' / '.join(sorted({why(path) for path in paths}))}"] += 1
+            found.leaving[name] = found.leaving.get(name, 0) + 1
+
+    for total in census.additions:
+        if total.is_alone:
+            note("add", total.kind, [term.norm for term in total.terms if term.norm])
+    for (path, kind), calls in census.kinds().items():
+        found.norms += calls
+        for _ in range(calls):
+            if kind in ACTIVATIONS:
+                note("act", kind, [path])
+            elif not is_fusible(kind):
+                found.others[kind] += 1
+
+
+def is_larger(model: Model, most: float) -> bool:
+    """Whether it has more parameters than so many millions, where that can be told without making them."""
+    try:
+        with torch.device("meta"):
+            return sum(p.numel() for p in model.build().parameters()) > most * 1e6
+    except Exception:  # it looks at values when it is made
+        return sum(p.numel() for p in model.build().parameters()) > most * 1e6
+
+
+def examine(found: Found, model: Model, size: int, most: float, check: bool) -> None:
+    if is_larger(model, most):
+        found.failed[model.name] = "left out for its size"
+        return
+    torch.manual_seed(0)
+    plain = model.build()
+    plain.train()  # mmengine's returns nothing
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in plain.modules()):
+        return
+    converted = cnnkern.convert(copy.deepcopy(plain), inplace=True)
+    shape = model.shape or (2, 3, *getattr(plain, "in_size", (size, size)))  # pytorchcv's say what they take
+    x = torch.randn(shape)
+    for dtype in (torch.float64, torch.float32) if check else (torch.float32,):
         try:
-            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = cnnkern.convert(build(), inplace=True)
-                norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-                if not norms:
-                    continue
-                step(model, size)
-        except Exception as error:  # of the model's own: another size, a download
-            found.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            continue
-        found.models += 1
-        found.norms += norms
-        for entry in cnnkern.conversion_report(model).entries:
-            if entry.kind.startswith("BatchNorm"):
-                what = entry.kind.partition(" + ")[2]
-                (found.fused if what else found.alone)[what or entry.reason] += 1
+            census = Census(plain)
+            expected = step(plain.to(dtype), x.to(dtype), check, census)
+            break
+        except Exception:
+            if dtype == torch.float32:
+                raise
+    off = difference(step(converted.to(dtype), x.to(dtype), check), expected)
+    if dtype == torch.float64 and not off <= CLOSE:
+        found.differing[model.name] = off
+    found.models += 1
+    count(found, model.name, census, converted)
+
+
+def survey(models: Iterator[Model], size: int, most: float, check: bool) -> Found:
+    found = Found()
+    for model in models:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                examine(found, model, size, most, check)
+            except Exception as error:  # of the model's own: another size, a download
+                found.failed[model.name] = f"{type(error).__name__}: {error}".splitlines()[0]
     return found
 
 
+def share(part: int, whole: int) -> str:
+    return f"{whole:6} {part / whole:7.1%}" if whole else f"{whole:6} {'':7}"
+
+
+def show(package: str, found: Found, everything: bool) -> None:
+    shares = " ".join(share(found.fused[sort], found.expected[sort]) for sort in ("act", "add"))
+    print(
+        f"{package:28} {found.models:6} {found.norms:6} {shares} {found.others[SEVERAL]:7} {len(found.differing):6}",
+        flush=True,
+    )
+    for name, off in found.differing.items():
+        print(f"    {name} differs by {off:.1e}")
+    if not everything:
+        return
+    for reason, n in found.missed.most_common():
+        print(f"    {n:6} missed: {reason}")
+    for kind, n in found.others.most_common(12):
+        print(f"    {n:6} go to {kind}")
+    for name, n in found.leaving.items():
+        print(f"    {name}: {n} missed")
+    for name, error in found.failed.items():
+        print(f"    {name} failed: {error[:110]}")
+
+
 def main(arguments: argparse.Namespace) -> None:
-    heads = ("models", "norms", "+ act", "+ add", "missed")
-    print(f"{'package':28} {' '.join(f'{h:>6}' for h in heads)}  fused, of those with one behind")
+    print(f"{'package':28} models  norms {'act':>6} {'fused':>7} {'add':>6} {'fused':>7} several differ")
     for package in arguments.packages or PACKAGES:
         try:
             importlib.import_module(package)
         except ImportError:
             print(f"{package:28} is not installed")
             continue
-        found = survey(PACKAGES[package](), arguments.size)
-        adds = sum(n for what, n in found.fused.items() if what.startswith("add"))
-        fused = sum(found.fused.values())
-        share = f"{fused / max(fused + found.missed, 1):.1%}"
-        numbers = (found.models, found.norms, fused - adds, adds, found.missed)
-        print(f"{package:28} {' '.join(f'{n:6}' for n in numbers)}  {share}", flush=True)
-        if arguments.list:
-            for reason, n in found.alone.most_common():
-                print(f"    {n:6} alone: {reason}")
-            for name, error in found.failed.items():
-                print(f"    {name} failed: {error[:100]}")
+        found = survey(PACKAGES[package](), arguments.size, arguments.most, arguments.check)
+        show(package, found, arguments.list)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.fusions", description=__doc__)
     parser.add_argument("packages", nargs="*", choices=[*PACKAGES, []], metavar="PACKAGE", help="of those named above")
     parser.add_argument("--size", type=int, default=96, metavar="N", help="pixels of an image's side (default: 96)")
+    parser.add_argument(
+        "--most", type=float, default=12, metavar="N", help="millions of parameters of a model (default: 12)"
+    )
+    parser.add_argument("--check", action="store_true", help="compare results and gradients in float64 too")
     parser.add_argument("--list", action="store_true", help="list reasons and failures too")
     main(parser.parse_args())

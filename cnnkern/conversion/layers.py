@@ -30,6 +30,7 @@ class _ConvertedBatchNorm(batchnorm._FusedBatchNorm):
     """
 
     act = "none"
+    _counts_refused_calls = True
 
     def forward(self, input: Tensor) -> Tensor:
         return deferred(self, input)

@@ -19,6 +19,8 @@ from cnnkern.ops.bn_act import batch_norm_act
 class _BatchNormAct(batchnorm._FusedBatchNorm):
     """Its activation, a module, asks for the batch norm's result, which is computed with it then."""
 
+    _counts_refused_calls = True
+
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
             return leaf(self, input)

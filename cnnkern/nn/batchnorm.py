@@ -22,6 +22,7 @@ class _FusedBatchNorm(_BatchNorm):
 
     act: str
     act_param: float | None = None
+    _counts_refused_calls = False  # PyTorch's layers do; ours are as they were after an error
 
     def forward(self, input: Tensor) -> Tensor:
         return self._normalize(input, batch_norm_act)
@@ -52,7 +53,7 @@ class _FusedBatchNorm(_BatchNorm):
         if counter is None:
             return operator(*arguments)
         counter.add_(1)  # before the operator: a checkpointed segment's recomputation may end within it
-        if torch.compiler.is_compiling():  # a graph that fails leaves all as it was
+        if self._counts_refused_calls or torch.compiler.is_compiling():  # a graph that fails leaves all as it was
             return operator(*arguments)
         try:
             return operator(*arguments)
