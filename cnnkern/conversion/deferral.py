@@ -47,7 +47,7 @@ def _compiled(input: Tensor, *arguments: Any) -> Tensor:
     """The batch norm under torch.compile and in exported programs. In a graph of torch.compile it is ours where the
     pass of :mod:`cnnkern.conversion.joining` joins it with what follows, else PyTorch's, for Inductor to do so."""
     if not torch.compiler.is_exporting():
-        if not route.joins(input, arguments[4]):
+        if Site is None or not route.joins(input, arguments[4]):
             return route.by_pytorch(batch_norm_act, input, *arguments, "none")
         _install_pass()
     return batch_norm_act(input, *arguments, "none")
