@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._inductor import config
+from torch._inductor import codecache, config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import cnnkern
@@ -340,7 +340,14 @@ class Noting(CustomGraphPass):
         self.graphs.append(batch_norms(graph))
 
     def uuid(self):
-        return "noting"
+        return None  # what Inductor compiles with it is not kept
+
+
+def test_what_is_compiled_with_it_can_be_kept():
+    assert joining.PASS.uuid() == joining.JoinBatchNorms().uuid() is not None
+    assert codecache.resolve_pre_grad_pass_timing() == "late"
+    joining.install()
+    assert codecache.resolve_pre_grad_pass_timing() == "late"  # behind the look into the cache
 
 
 def traced(model: nn.Module) -> None:
@@ -382,7 +389,7 @@ def test_inductor_trains_with_joined_operators_and_a_users_pass():
     for seed in range(2):
         x = torch.randn(4, 8, 6, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         x = x.to(memory_format=torch.channels_last)
-        with torch._dynamo.config.patch(error_on_recompile=seed > 0), torch._inductor.utils.fresh_cache():
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
             results = step(compiled, x), step(model, x)
         for mine, theirs in zip(*results, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
