@@ -99,9 +99,10 @@ VARIANTS = [(name, variant) for name, case in CASES.items() for variant in case.
 TESTED = [(name, next(iter(case.variants))) for name, case in CASES.items()]
 
 
-@pytest.mark.parametrize(("name", "variant"), proved(VARIANTS, TESTED))
-def test_fakes_have_the_strides_of_the_kernels(name, variant, generator):
+@pytest.mark.parametrize("row", proved(VARIANTS, TESTED), ids=" ".join)
+def test_fakes_have_the_strides_of_the_kernels(row, generator):
     """Of forward and backward operators, whatever layouts the image, the residual and the gradient have."""
+    name, variant = row
     case, seen = CASES[name], set()
     for i, shape in enumerate(case.shapes[::3]):
         inputs = case.inputs(shape, torch.float32, generator=generator, **case.variants[variant])
