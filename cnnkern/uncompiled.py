@@ -24,12 +24,13 @@ WARNING = (
 _warned = False
 
 
-def _schemas() -> list[str]:
-    """Those of csrc/ops.cpp, which a wheel has beside this file and a checkout beside the package."""
+def _schemas() -> list[tuple[str, str]]:
+    """Those of csrc/ops.cpp, which a wheel has beside this file and a checkout beside the package. Each has a text that
+    is not empty where Inductor may choose the strides of the operator's tensors."""
     here = Path(__file__).parent
     for folder in (here, here.parent):
         if (folder / "csrc" / "ops.cpp").exists():
-            return re.findall(r'm\.def\("(.*?)"\);', (folder / "csrc" / "ops.cpp").read_text())
+            return re.findall(r'm\.def\("(.*?)"(, kAnyLayout)?\);', (folder / "csrc" / "ops.cpp").read_text())
     raise ImportError(f"cnnkern: csrc/ops.cpp, with the operators' schemas, is neither in {here} nor in {here.parent}")
 
 
@@ -132,8 +133,8 @@ def _layer_norm_autocast(name: str) -> Callable:
 
 
 _library = torch.library.Library("cnnkern", "DEF")  # for as long as it lives the operators are there
-for _schema in _schemas():
-    _library.define(_schema)
+for _schema, _any_layout in _schemas():
+    _library.define(_schema, tags=(torch.Tag.flexible_layout,) if _any_layout else ())
 for _name, _launcher in eager.LAUNCHERS.items():
     _library.impl(_name, _with_warning(_launcher), "CPU")
 for _function in eager.FORWARD:

@@ -3,10 +3,14 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(cnnkern, m) {
+  // Inductor may give these tensors in other strides than it traced: their fakes follow strides, as their kernels do. The others
+  // have a mask whose order is fixed when they are traced.
+  const std::vector<at::Tag> kAnyLayout{at::Tag::flexible_layout};
+
   // y = act(batch_norm(x)); act_param is the number of an activation that takes one, its default where None. mean and rstd are the fp64 vectors of C that the gradient needs. A gradient operator reads the
   // bias only for an activation (but none), here and below; without one dbias is float32, or float64 beside float64.
-  m.def("bn_act(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, str act, float? act_param=None) -> (Tensor y, Tensor mean, Tensor rstd)");
-  m.def("bn_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool training, str act, bool[3] output_mask, float? act_param=None) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("bn_act(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, str act, float? act_param=None) -> (Tensor y, Tensor mean, Tensor rstd)", kAnyLayout);
+  m.def("bn_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool training, str act, bool[3] output_mask, float? act_param=None) -> (Tensor dx, Tensor dweight, Tensor dbias)", kAnyLayout);
 
   // y = act(batch_norm(x) + residual). mask is [y > 0] for relu, one bit an element; else empty. channels_last says whether its
   // order is that of channels_last, or that of a contiguous tensor: of x as the forward pass saw it. For an activation that is
@@ -16,7 +20,7 @@ TORCH_LIBRARY(cnnkern, m) {
 
   // Batch norm over processes, in parts, between which statistics and sums travel. moments are 2 C + 1 fp64 numbers of x:
   // every channel's mean and biased variance, then the elements a channel.
-  m.def("sync_bn_stats(Tensor x) -> Tensor moments");
+  m.def("sync_bn_stats(Tensor x) -> Tensor moments", kAnyLayout);
   // y = act(batch_norm(x) + residual) from given statistics, fp64 vectors of C. mask is [y > 0] where there are a residual
   // and a relu, one bit an element in the order of y's memory; else empty.
   m.def("sync_bn(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, str act, float? act_param=None) -> (Tensor y, Tensor mask)");
@@ -33,21 +37,21 @@ TORCH_LIBRARY(cnnkern, m) {
   m.def("add_relu_backward(Tensor dy, Tensor mask, int[] order) -> Tensor dx");
 
   // y = conv2d(x, weight, bias) of any number of groups, depthwise included; dx, dweight and dbias as asked for.
-  m.def("grouped_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor y");
-  m.def("grouped_conv2d_backward(Tensor dy, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("grouped_conv2d(Tensor x, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, int groups) -> Tensor y", kAnyLayout);
+  m.def("grouped_conv2d_backward(Tensor dy, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)", kAnyLayout);
 
   // y = layer norm of x over its last dimensions. mean and rstd have x's shape with one element there; their dtype is
   // float32, or float64 beside float64. A wide y has that dtype too, as under autocast on a GPU, beside parameters of it;
   // else y has x's. dy has the dtype that y had.
-  m.def("layer_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, bool wide=False) -> (Tensor y, Tensor mean, Tensor rstd)");
-  m.def("layer_norm_backward(Tensor dy, Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("layer_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, bool wide=False) -> (Tensor y, Tensor mean, Tensor rstd)", kAnyLayout);
+  m.def("layer_norm_backward(Tensor dy, Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)", kAnyLayout);
 
   // y = layer norm of x, (N, C, H, W), over C. mean and rstd: (N, 1, H, W), as above.
-  m.def("layer_norm2d(Tensor x, Tensor? weight, Tensor? bias, float eps, bool wide=False) -> (Tensor y, Tensor mean, Tensor rstd)");
-  m.def("layer_norm2d_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("layer_norm2d(Tensor x, Tensor? weight, Tensor? bias, float eps, bool wide=False) -> (Tensor y, Tensor mean, Tensor rstd)", kAnyLayout);
+  m.def("layer_norm2d_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)", kAnyLayout);
 
   // y = max_pool2d(x), with -inf around x. positions are those of the maxima in their windows, counted row by row: a byte for
   // each of y, in y's shape. size is the height and width of x, channels_last the memory format of dx.
-  m.def("max_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode) -> (Tensor y, Tensor positions)");
-  m.def("max_pool2d_backward(Tensor dy, Tensor positions, SymInt[] size, int[2] kernel_size, int[2] stride, int[2] padding, bool channels_last) -> Tensor dx");
+  m.def("max_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode) -> (Tensor y, Tensor positions)", kAnyLayout);
+  m.def("max_pool2d_backward(Tensor dy, Tensor positions, SymInt[] size, int[2] kernel_size, int[2] stride, int[2] padding, bool channels_last) -> Tensor dx", kAnyLayout);
 }

@@ -25,9 +25,9 @@ def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
 
     def waiting(input: Tensor, *arguments: Any) -> Tensor:
         *arguments, _, _ = arguments
-        if torch.compiler.is_compiling() and not route.keeps_operators():  # Inductor fuses it with what follows
-            return route.by_pytorch(batch_norm_act, input, *arguments, "none")
-        if Site is None or route.is_pytorchs((input,), arguments[:4]) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return _compiled(input, *arguments)
+        if Site is None or route.is_pytorchs((input,), arguments[:4]):
             return batch_norm_act(input, *arguments, "none")
         if type(input) is not Tensor or _is_captured_unseen(input):
             return batch_norm_act(input, *arguments, "none")
@@ -41,6 +41,25 @@ def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
         return site.batch_norm(input, *arguments)
 
     return norm._normalize(input, waiting)
+
+
+def _compiled(input: Tensor, *arguments: Any) -> Tensor:
+    """The batch norm under torch.compile and in exported programs. In a graph of torch.compile it is ours where the
+    pass of :mod:`cnnkern.conversion.joining` joins it with what follows, else PyTorch's, for Inductor to do so."""
+    if not torch.compiler.is_exporting():
+        if Site is None or not route.joins(input, arguments[4]):
+            return route.by_pytorch(batch_norm_act, input, *arguments, "none")
+        _install_pass()
+    return batch_norm_act(input, *arguments, "none")
+
+
+def _install_pass() -> None:
+    from cnnkern.conversion import joining  # imports Inductor
+
+    joining.install()
+
+
+_install_pass._dynamo_marked_constant = True  # type: ignore[attr-defined]  # runs while a graph is traced
 
 
 def _usual(site: Any) -> tuple[str, str]:

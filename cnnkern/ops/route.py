@@ -26,6 +26,9 @@ _DEFAULT_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_f
 # Looked up once: every call of a layer asks.
 _strided, _is_compiling, _tracing_state = torch.strided, torch.compiler.is_compiling, torch._C._get_tracing_state
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_JOINED_TYPES = (torch.float32, torch.float64)
+
 _kept: ContextVar[bool] = ContextVar("cnnkern.keep_operators", default=False)
 
 
@@ -166,3 +169,16 @@ def _left_to_inductor(input: Tensor, training: bool) -> bool:
     if not torch.is_grad_enabled():
         return not training
     return input.dim() >= 4 and input.is_contiguous()
+
+
+def joins(input: Tensor, training: bool) -> bool:
+    """Whether a converted batch norm under torch.compile is ours, which a pass over the graph joins with the addition
+    and the activation that follow (cnnkern/conversion/joining.py). Else it is PyTorch's, for Inductor to fuse.
+
+    It is where whole models were faster with our operators than with Inductor's batch norms (docs/results.md): in
+    training, with gradients, on a CPU, of images in channels_last.
+    """
+    if not (training and torch.is_grad_enabled() and input.device.type == "cpu" and input.dtype in _JOINED_TYPES):
+        return False
+    layout = _CHANNELS_LAST.get(input.dim())
+    return layout is not None and input.is_contiguous(memory_format=layout) and not input.is_contiguous()
