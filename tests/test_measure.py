@@ -246,7 +246,7 @@ def scripted():
     ("spec", "message"),
     [
         ("torchvision:resnet19", "torchvision has no model 'resnet19': did you mean resnet18"),
-        ("zoo:lenet_rely", "the zoo has no model 'lenet_rely': did you mean lenet_relu"),
+        ("zoo:lenet_rely", "no model is called 'lenet_rely': did you mean lenet_relu"),
         ("resnet18", "expected MODEL to be torchvision:NAME, timm:NAME, zoo:NAME or path/file.py:FUNCTION"),
         ("nowhere.py:make", "there is no file nowhere.py"),
         ("{}:absent", "has no function 'absent'"),
@@ -333,7 +333,7 @@ def test_the_command_runs_from_anywhere(tmp_path):
         (["mine.py:make", "--input", "2,x"], 2, "expected numbers such as 64,3,224,224; got '2,x'"),
         (["mine.py:make", "--device", "tpu"], 2, "must be cpu, cuda or cuda:N, got 'tpu'"),
         (["mine.py:make", "--seconds", "0"], 2, "must be a number above zero"),
-        (["mine.py:make", "--infer", "--recompute"], 2, "--recompute is of training: leave --infer out"),
+        (["mine.py:make", "--infer", "--recompute"], 2, "--recompute is for training: leave --infer out"),
         (["resnet18"], 1, "expected MODEL to be"),
     ],
 )

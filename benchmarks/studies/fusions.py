@@ -148,7 +148,15 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.fusions", description=__doc__)
-    parser.add_argument("packages", nargs="*", choices=[*PACKAGES, []], metavar="PACKAGE", help="of those named above")
-    parser.add_argument("--size", type=int, default=96, metavar="N", help="pixels of an image's side (default: 96)")
-    parser.add_argument("--list", action="store_true", help="list reasons and failures too")
+    parser.add_argument(
+        "packages",
+        nargs="*",
+        choices=[*PACKAGES, []],
+        metavar="PACKAGE",
+        help="one of the packages named above (default: all)",
+    )
+    parser.add_argument(
+        "--size", type=int, default=96, metavar="N", help="the height and width of an image (default: 96)"
+    )
+    parser.add_argument("--list", action="store_true", help="also list reasons and failures")
     main(parser.parse_args())

@@ -135,12 +135,14 @@ def listed(values: list[float], form: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.passes", description=__doc__)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default="", metavar="TEXT", help="layers with TEXT in their row")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
-    parser.add_argument("--default-malloc", action="store_true", help="without cnnkern.tune_malloc()")
-    parser.add_argument("--widths", action="store_true", help="groups as wide as none of the networks has them")
+    parser.add_argument("--batch", type=int, default=16, help="the batch size (default: 16)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: PyTorch's choice)"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="time only layers with TEXT in their row")
+    parser.add_argument("--seconds", type=float, default=1.0, help="the time per row (default: 1)")
+    parser.add_argument("--default-malloc", action="store_true", help="do not call cnnkern.tune_malloc()")
+    parser.add_argument("--widths", action="store_true", help="time widths that none of the networks has")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     malloc = "malloc's defaults" if arguments.default_malloc else cnnkern.tune_malloc()

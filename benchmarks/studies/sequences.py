@@ -158,12 +158,14 @@ def volumes(timer: clock.Timer, seconds: float, only: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.sequences", description=__doc__)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: PyTorch's choice)"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each row")
-    parser.add_argument("--only", default="", metavar="TEXT", help="layers with TEXT in their row")
-    parser.add_argument("--volumes", action="store_true", help="depthwise convolutions of videos")
-    parser.add_argument("--cpu-time", action="store_true", help="what one thread computes, not what it waits")
+    parser.add_argument("--seconds", type=float, default=2.0, help="the time per row (default: 2)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="time only layers with TEXT in their row")
+    parser.add_argument("--volumes", action="store_true", help="compare with depthwise convolutions of volumes instead")
+    parser.add_argument("--cpu-time", action="store_true", help="report CPU time of one thread instead of wall time")
     arguments = parser.parse_args(argv)
     if arguments.cpu_time and arguments.threads != 1:
         parser.error("--cpu-time is of --threads 1: several threads compute while they wait for one another")

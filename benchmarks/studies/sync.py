@@ -146,9 +146,11 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=2.0, help="for every row of the table, about")
-    parser.add_argument("--cpu-time", action="store_true", help="what the first process computes, not what it waits")
+    parser.add_argument("--processes", type=int, default=2, help="the number of processes (default: 2)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="the time per row of the table (default: 2)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="report CPU time of the first process instead of wall time"
+    )
     arguments = parser.parse_args(argv)
     if "RANK" in os.environ:
         work(arguments.seconds, time.process_time if arguments.cpu_time else time.perf_counter)
