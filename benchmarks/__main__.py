@@ -135,7 +135,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         nargs=2,
         metavar=("A.csv", "B.csv"),
-        help="measure nothing; print how much two runs of the same code differ",
+        help="measure nothing; print the run-to-run variation of two runs of the same code",
     )
     arguments = parser.parse_args(argv)
     arguments.before = []

@@ -97,7 +97,7 @@ def _tune(calls: list[Call], options: argparse.Namespace, seconds: float) -> lis
     print(f"{here['name']} ({here['kernels']}): {_summary(found)}")
     for m in sorted(found, key=lambda m: m.ratio):
         if m.lost or m.own:
-            print(f"  {m.ratio:.2f}x +-{m.chance:.0%}  {m.call}" + (", on cnnkern's kernels" if m.own else ""))
+            print(f"  {m.ratio:.2f}x +-{m.chance:.0%}  {m.call}" + (", on our kernels" if m.own else ""))
     if left := len(calls) - len(found):
         print(f"calls not timed: {left}, because {seconds:.0f} seconds were over: run it again or raise --seconds")
     print(f"Written to {tuned.save(here, tune.merged(before, found))}")
