@@ -1,4 +1,4 @@
-"""What a training step of an operator takes of a GPU, kernel by kernel: ours beside eager's.
+"""GPU time of an operator's training step, kernel by kernel: cnnkern's beside eager's.
 
 `python -m benchmarks.studies.gpu_kernels [--dtype bfloat16] [--kernels]` prints the sums of the kernels' own times as
 PyTorch's profiler has them, means of ten steps on a cold L2; with --kernels also the five longest. The host's time, and

@@ -1,4 +1,4 @@
-"""What training holds in memory: eager, converted, and converted with results computed again (docs/memory.md).
+"""What training holds in memory: eager, converted, and converted with recomputation (docs/memory.md).
 
 `python -m benchmarks.studies.memory [MODEL ...] [--side N] [--batch N] [--channels-last] [--time] [--seconds S]` prints
 for models of torchvision what the graph of an image keeps for the gradient, in millions of float32 elements, and the

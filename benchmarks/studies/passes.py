@@ -1,11 +1,11 @@
 """Each pass of the grouped convolutions of six networks by itself: forward, dx, dweight, and dx with dweight.
 
 `python -m benchmarks.studies.passes [--batch N] [--threads N] [--only TEXT] [--seconds S] [--default-malloc]
-[--widths]` prints a table of eager's and our milliseconds, the ratios, and our GFLOP/s in forward, dx and dweight; for
-depthwise 3x3, which waits for memory, the GB/s as well, and their share of what a plain copy of about as many bytes
-reached in the same run. Geometric means follow, of the ratios and of our share of the peak: what the fastest of a
+[--widths]` prints a table of eager's and cnnkern's milliseconds, the speedup, and GFLOP/s in forward, dx and dweight;
+for depthwise 3x3, which is memory-bound, the GB/s as well, and their share of what a plain copy of about as many bytes
+reached in the same run. Geometric means follow, of the speedup and of the share of the peak: what the faster of a
 matrix product and a dense convolution reached before and after all of it. `--widths` has groups of 2, 12, 20, 24, 40
-and 48 channels instead, as none of the networks has them.
+and 48 channels instead, which none of the networks has.
 """
 
 import argparse

@@ -1,13 +1,13 @@
 """Grouped convolutions of sequences, which run on the kernels for images, beside PyTorch's.
 
 `python -m benchmarks.studies.sequences [--threads N] [--dtype float32|bfloat16|float16] [--seconds S] [--only TEXT]
-[--cpu-time] [--volumes]` prints for each layer PyTorch's milliseconds, and how many times as fast our operator is: in
-the forward pass, also of a transposed input, which either copies first, and in the forward pass with both gradients.
-Ratios are medians over interleaved rounds, with their chance (:mod:`cnnkern.measure.clock`). The operator is called
-whoever answers: the last column says which one `cnnkern.functional.conv1d` leaves to PyTorch. `--cpu-time`, of one
-thread alone, has the time that this process computes, without what it waits for a core: on a machine that others use.
-`--volumes` times depthwise 3x3x3 convolutions of videos instead, which are PyTorch's, beside 3x3 convolutions of their
-frames by ours: how many times as long PyTorch takes for a multiplication.
+[--cpu-time] [--volumes]` prints for each layer PyTorch's milliseconds, and the speedup of our operator: in the forward
+pass, also of a transposed input, which either copies first, and in the forward pass with both gradients. Ratios are
+medians over interleaved rounds, with their uncertainty (:mod:`cnnkern.measure.clock`). The operator is called directly;
+the last column says which ones `cnnkern.functional.conv1d` dispatches to PyTorch. `--cpu-time`, with one thread,
+reports CPU time, for a machine that others use. `--volumes` times depthwise 3x3x3 convolutions of videos instead, which
+are PyTorch's, beside 3x3 convolutions of their frames by ours: how many times as long PyTorch takes for a
+multiplication.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""What each sweep of batch norm + ReLU costs by itself, in time and bytes: where a training step's time goes.
+"""What each pass of batch norm + ReLU costs by itself, in time and bytes: where a training step's time goes.
 
 `python -m benchmarks.studies.sweeps [--threads N] [--dtype TYPE] [--cached]` prints a table. Inputs change from call to
 call, so that none is in cache; malloc keeps large blocks (`cnnkern.tune_malloc`). With `--cached` one image, always the
-same, stays in the caches: what arithmetic costs without waiting for memory.
+same, stays in the caches: the cost of arithmetic without memory.
 """
 
 import argparse
