@@ -247,7 +247,8 @@ def scripted():
     [
         ("torchvision:resnet19", "torchvision has no model 'resnet19': did you mean resnet18"),
         ("zoo:lenet_rely", "no model is called 'lenet_rely': did you mean lenet_relu"),
-        ("resnet18", "expected MODEL to be torchvision:NAME, timm:NAME, zoo:NAME or path/file.py:FUNCTION"),
+        ("resnet", "expected MODEL to be torchvision:NAME, timm:NAME, zoo:NAME or path/file.py:FUNCTION; got 'resnet'"),
+        ("resnet18", "got 'resnet18': did you mean zoo:resnet18?"),
         ("nowhere.py:make", "there is no file nowhere.py"),
         ("{}:absent", "has no function 'absent'"),
         ("{}:fails", "file.py:6: fails() raised ZeroDivisionError: division by zero"),

@@ -44,7 +44,8 @@ def load(spec: str) -> Loaded:
     path, colon, function = spec.rpartition(":")
     if colon and path.endswith(".py"):
         return _of_file(spec, Path(path), function)
-    raise ModelError(f"expected MODEL to be {FORMS}; got {spec!r}")
+    hint = f": did you mean zoo:{spec}?" if spec in list_models() else ""
+    raise ModelError(f"expected MODEL to be {FORMS}; got {spec!r}{hint}")
 
 
 def _package(name: str) -> ModuleType:
