@@ -329,7 +329,7 @@ def test_the_command_runs_from_anywhere(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["mine.py:make"], 1, "mine.py:make does not say what it is called with: --input N,C,H,W does"),
+        (["mine.py:make"], 1, "mine.py:make does not say what its input is: give it with --input N,C,H,W"),
         (["mine.py:make", "--input", "2,1,8,8"], 1, "does not take an input of 2x1x8x8"),
         (["mine.py:make", "--input", "2,x"], 2, "expected numbers such as 64,3,224,224; got '2,x'"),
         (["mine.py:make", "--device", "tpu"], 2, "must be cpu, cuda or cuda:N, got 'tpu'"),
