@@ -2,8 +2,8 @@
 # only what has changed.
 #   make test ARGS="-k bn_act"     ARGS go to pytest (which runs in two processes), or to the benchmarks
 #   make prove                     the tests that are marked slow, which `make test` leaves out (CONTRIBUTING.md)
-#   make faults ARGS="cpu add_relu"  plants faults in a copy of the tree; each has to turn its tests red
-#   make sanitize                  all of the battery on the emulated CUDA kernels, with each sanitizer too (docs/emulator.md)
+#   make faults ARGS="cpu add_relu"  mutation tests: inserts bugs into a copy of the tree; tests have to fail
+#   make sanitize                  the whole conformance suite on emulated CUDA kernels, with each sanitizer (docs/emulator.md)
 #   make gpu-report                compiles the GPU kernels for every architecture and writes docs/gpu-report.md
 #   PYTHON=python3.12 make         chooses the interpreter (3.10 to 3.13) of .venv
 #   CNNKERN_CUDA=0 make            leaves the CUDA kernels out; 1 insists on them (see setup.py)

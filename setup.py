@@ -3,7 +3,7 @@
 CNNKERN_CUDA=0|1 leaves the CUDA kernels out or insists on them; by default they are built whenever a
 toolkit and a CUDA build of torch are there, GPU or not. CNNKERN_EXTENSION=0 builds no extension at all, where there is
 no compiler: Triton's kernels are then used on a GPU, and PyTorch's own operators on the CPU. An extension is only built
-against a torch that pyproject.toml allows: pip would exchange any other behind it, and it would not load.
+against a torch that pyproject.toml allows: pip would replace any other afterwards, and the extension would not load.
 """
 
 import itertools

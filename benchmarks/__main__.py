@@ -1,6 +1,7 @@
-"""`cnnkern bench`, also `python -m benchmarks`: runs the suites in worker processes, one a malloc setting.
+"""`cnnkern bench` without a model, also `python -m benchmarks`: runs the suites in worker processes, one per setting
+of malloc.
 
-Prints tables and writes a file of rows and report.html. With --compare, fails where a row of ours has become slower
+Prints tables, and writes a file of rows and report.html. With --compare it fails if a row of cnnkern has become slower
 than in an earlier run by more than the noise of both.
 """
 
@@ -66,11 +67,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=Path,
         default=files.RESULTS,
         metavar="FOLDER",
-        help="where results go (default: benchmarks/results of a checkout, else cnnkern-bench in this folder)",
+        help="the folder to write results to (default: benchmarks/results of a checkout, else ./cnnkern-bench)",
     )
-    parser.add_argument("--save", type=file_name, metavar="NAME", help="write to published/NAME.csv there")
+    parser.add_argument(
+        "--save", type=file_name, metavar="NAME", help="write the rows to published/NAME.csv in that folder"
+    )
     threads = torch.get_num_threads()
-    parser.add_argument("--threads", type=count, default=threads, metavar="N", help=f"CPU threads (default: {threads})")
+    parser.add_argument(
+        "--threads", type=count, default=threads, metavar="N", help=f"the number of CPU threads (default: {threads})"
+    )
     parser.add_argument(
         "--dtype",
         default="float32",
@@ -89,47 +94,48 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--seconds",
         type=seconds,
         metavar="N",
-        help=f"stop after this time; rows that are left then are reported as not timed (default: {usual})",
+        help=f"stop after this time and report the remaining rows as not timed (default: {usual})",
     )
     parser.add_argument(
         "--compile-seconds",
         type=seconds,
         default=60.0,
         metavar="N",
-        help="how much of that time torch.compile may take (default: 60)",
+        help="the part of that time that torch.compile may take (default: 60)",
     )
     parser.add_argument(
         "--compile-shapes",
         default="one",
         choices=("one", "all"),
-        help="the shapes of a network that operators are compiled for by torch.compile (default: one)",
+        help="the shapes per network that torch.compile is timed on (default: one)",
     )
     parser.add_argument(
         "--max-autotune",
         action="store_true",
-        help="time torch.compile in its mode max-autotune as well, which may take minutes for each shape: see "
-        "--compile-seconds",
+        help="also time torch.compile in mode max-autotune, which may take minutes per shape (see --compile-seconds)",
     )
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="time inference of three models beside onnxruntime, OpenVINO and zentorch, where they are installed, and "
-        "torch.compile in its mode max-autotune; nothing else",
+        help="time only inference of three models, beside onnxruntime, OpenVINO and zentorch, where they are "
+        "installed, and torch.compile in mode max-autotune",
     )
     parser.add_argument(
         "--modes",
         default="usual",
         choices=("usual", "all"),
         help="usual: training and inference of operators; all: also the forward and the backward pass of a training "
-        "step by themselves (default: usual)",
+        "step alone (default: usual)",
     )
-    parser.add_argument("--compare", type=Path, metavar="OLD.csv", help="say what is faster or slower than in that run")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.csv", help="print what is faster or slower than in that run"
+    )
     parser.add_argument(
         "--agree",
         type=Path,
         nargs=2,
         metavar=("A.csv", "B.csv"),
-        help="measure nothing; say how much two runs of the same code differ",
+        help="measure nothing; print the run-to-run variation of two runs of the same code",
     )
     arguments = parser.parse_args(argv)
     arguments.before = []
@@ -166,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
         seconds = QUICK_SECONDS if options.quick else FULL_SECONDS
     settings = [setting for setting in machine.malloc_settings(options.device) if make_plan(options, setting)]
     if not settings:
-        print(f"benchmarks: nothing has {options.filter!r} in its name", file=sys.stderr)
+        print(f"benchmarks: no row has {options.filter!r} in its name", file=sys.stderr)
         return 2
     folder = arguments.out / "published" if arguments.save else arguments.out
     try:

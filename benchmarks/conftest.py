@@ -52,7 +52,7 @@ def pytest_configure(config):
     config.bench_options = Options.load(path) if path else Options(**chosen)
     config.bench_plan = make_plan(config.bench_options, machine.malloc_setting())
     if not config.bench_plan:
-        raise pytest.UsageError(f"--bench-filter: nothing has {config.bench_options.filter!r} in its name")
+        raise pytest.UsageError(f"--bench-filter: no row has {config.bench_options.filter!r} in its name")
     torch.set_num_threads(config.bench_options.threads)
     if config.bench_options.device == "cuda":
         cnnkern.backend(config.bench_options.backend)

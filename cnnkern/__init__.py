@@ -1,4 +1,4 @@
-"""Fused kernels for the layers that every convolutional network repeats, as drop-in `torch.nn` modules."""
+"""Fused kernels for the layers that convolutional networks spend their time in, as drop-in `torch.nn` modules."""
 
 import importlib
 import itertools

@@ -1,11 +1,11 @@
-"""Which kernels answer for CUDA tensors: the extension's, Triton's or PyTorch's own.
+"""Which kernels compute CUDA tensors: the extension's, Triton's or PyTorch's own operators.
 
-Every operator has one name in PyTorch's dispatcher, and a backend is whoever answers under that name on the CUDA
-dispatch key. Nothing else in the package asks which one it is, and a GPU is not needed to switch.
+Every operator has one name in PyTorch's dispatcher. A backend is the implementation under that name on the CUDA
+dispatch key. Nothing else in the package asks which one it is, and switching needs no GPU.
 
-What stands on that key is put there once and stays: the dispatcher does not allow that a kernel is taken away while a
-thread is inside. Without the extension's kernels it is a function that looks the launcher up in a table when it is
-called. With them it is theirs (csrc/register_cuda.cpp), which ask a flag, and call the operator of the same name in
+The kernel on that key is registered once and stays, because the dispatcher must not free a kernel while a thread is
+inside it. Without the extension's kernels it is a function that looks the launcher up in a table when it is called.
+With them it is theirs (csrc/register_cuda.cpp), which ask a flag, and call the operator of the same name in
 torch.ops.cnnkern_launchers where it is set, behind which there is the same function.
 """
 
@@ -124,17 +124,16 @@ def _switch(name: str | None) -> None:
 
 
 class backend:
-    """Lets `name` answer for CUDA tensors, in the whole process: ``"cuda"``, ``"triton"`` or ``"eager"``.
+    """Selects the kernels for CUDA tensors, in the whole process: ``"cuda"``, ``"triton"`` or ``"eager"``.
 
-    ``backend("triton")`` switches; ``with backend("triton"):`` switches back at the end of the block, to what answered
-    before. ``"cuda"`` are the extension's kernels; ``"eager"`` is PyTorch's own operators behind ours, which is what
-    kernels are compared with (its gradient computes the output again, for the mask of the ReLU).
+    ``backend("triton")`` switches; ``with backend("triton"):`` switches back at the end of the block. ``"cuda"`` are
+    the extension's CUDA C++ kernels. ``"eager"`` are PyTorch's operators behind cnnkern's schemas, as a baseline (its
+    gradient recomputes the output for the mask of the ReLU).
 
-    By default the extension's kernels answer; Triton where it was built without any; and, where Triton is not installed
-    either, eager PyTorch: :func:`status` says who answers. All threads see a switch, and a call during one is computed
-    by either backend.
+    The default is the extension's kernels; Triton's if the extension was built without CUDA; eager PyTorch if Triton is
+    not installed either. :func:`status` tells. All threads see a switch; a call during one is computed by either.
 
-    Raises ValueError for an unknown name, RuntimeError for a backend that is not there; nothing has changed then.
+    Raises ValueError for an unknown name and RuntimeError for a backend that is not available; nothing changes then.
     """
 
     def __init__(self, name: str) -> None:
@@ -174,15 +173,16 @@ def _cpu_kernel(operator: str) -> str:
 
 
 def kernels_on(device: str) -> str:
-    """Whose kernels answer on "cpu" or "cuda", by name alone: those of batch norm, as of any operator."""
+    """The name of the kernels used on "cpu" or "cuda"; asked for batch norm, the same for any operator."""
     kernel = _cpu_kernel("bn_act") if device == "cpu" else _cuda_kernel("bn_act")
     return kernel.partition(":")[0].removeprefix("C++ ")
 
 
 def status() -> dict[str, dict[str, str]]:
-    """Which kernel answers for which device, as ``{operator: {"cpu": kernel, "cuda": kernel}}``.
+    """The kernel of each operator and device: ``{operator: {"cpu": kernel, "cuda": kernel}}``.
 
-    A kernel is ``"C++ AVX512"`` (or AVX2, DEFAULT), ``"CUDA C++"``, ``"Triton"``, ``"eager PyTorch"``, the latter two
-    with ``": "`` and the reason where they answer because nothing else does, or ``"none: "`` with the reason.
+    A kernel is ``"C++ AVX512"`` (or AVX2, DEFAULT), ``"CUDA C++"``, ``"Triton"`` or ``"eager PyTorch"``. The latter two
+    are followed by ``": "`` and a reason if they are used for lack of another; ``"none: "`` and a reason if there is
+    none.
     """
     return {operator: {"cpu": _cpu_kernel(operator), "cuda": _cuda_kernel()} for operator in _operators()}

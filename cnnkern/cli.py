@@ -46,17 +46,24 @@ def run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="cnnkern", description="Fused kernels for convolutional networks.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
-        "doctor", help="show versions, instruction set, the kernels of each operator and device, and what is missing"
+        "doctor",
+        help="show versions, the kernel of each operator and whether it gives correct results, and what is missing",
     )
     handed_on = {"bench": bench, "train": train, "tune": tune}
     commands.add_parser(
-        "bench", add_help=False, help="time a model with and without our layers, or without a model run the benchmarks"
+        "bench",
+        add_help=False,
+        help="time a model with and without cnnkern's layers; without a model, run the benchmark suite",
     )
     commands.add_parser(
-        "tune", add_help=False, help="find the calls that PyTorch computes faster on this machine, and leave them to it"
+        "tune",
+        add_help=False,
+        help="find the calls that another implementation computes faster on this machine, and use it for them",
     )
     commands.add_parser("train", add_help=False, help="train a model of the zoo (see cnnkern train --help)")
-    zoo_parser = commands.add_parser("zoo", help="list the models: parameters, operations, fused layers")
+    zoo_parser = commands.add_parser(
+        "zoo", help="list the models of the zoo with parameters, operations and fused layers"
+    )
     actions = zoo_parser.add_subparsers(dest="action")
     show_parser = actions.add_parser("show", help="show the layers of one model")
     show_parser.add_argument("name", metavar="NAME", help="the model; `cnnkern zoo` lists them")
@@ -69,16 +76,23 @@ def run(arguments: Sequence[str] | None) -> int:
     compare_parser = actions.add_parser("compare", help="train models on handwritten digits and draw them side by side")
     compare_parser.add_argument("names", metavar="NAME", nargs="+", help="the models; `cnnkern zoo` lists them")
     compare_parser.add_argument(
-        "--epochs", type=positive, default=5, help="times through the training images (default: %(default)s)"
+        "--epochs",
+        type=positive,
+        default=5,
+        help="how many times to go through the training images (default: %(default)s)",
     )
     compare_parser.add_argument(
         "--side",
         type=positive,
         default=48,
-        help="the most pixels of an image's height and width (default: %(default)s)",
+        help="the largest height and width of an image, in pixels (default: %(default)s)",
     )
     compare_parser.add_argument(
-        "--output", type=Path, default=Path("runs/compare"), metavar="DIR", help="the folder (default: %(default)s)"
+        "--output",
+        type=Path,
+        default=Path("runs/compare"),
+        metavar="DIR",
+        help="the folder to write to (default: %(default)s)",
     )
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in handed_on:

@@ -64,7 +64,7 @@ _follow_environment()
 
 
 def tune_malloc() -> str:
-    """Lets large CPU tensors be reused instead of being mapped and faulted anew; returns what it did, in a sentence.
+    """Raises malloc's thresholds, so that large CPU tensors reuse memory; returns a sentence that says what it did.
 
     glibc gives every block above 32 MiB (sooner, at first) to the kernel and back on each call, which costs a page
     fault for 4 KiB of fresh output: often more than the kernel that fills it. This call raises the thresholds of

@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self) -> None:
         super().__init__(
             prog="cnnkern train",
-            description="Trains a model of the zoo. With --resume, options that are left out are those of the "
+            description="Trains a model of the zoo. With --resume, options that are not given come from the "
             "checkpoint.",
             argument_default=argparse.SUPPRESS,
         )
@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments"):
-            message += " (a checkpoint is given by --resume-from FILE, the folder of a dataset by --data-dir DIR)"
+            message += " (use --resume-from FILE for a checkpoint, --data-dir DIR for the folder of a dataset)"
         super().error(message)
 
     def add(self, name: str, default: Any = None, said: str = "", help: str = "", **arguments: Any) -> None:
@@ -114,12 +114,12 @@ def make_parser() -> Parser:
     parser = Parser()
     parser.add_argument("model", metavar="MODEL", help="the model to train; `cnnkern zoo` lists them")
     add, switch, whole = parser.add, parser.switch, number(int)
-    add("--dataset", "digits", choices=data.DATASETS, help="what to train on; digits are part of scikit-learn")
+    add("--dataset", "digits", choices=data.DATASETS, help="the dataset to train on; digits comes with scikit-learn")
     add("--data-dir", metavar="DIR", help="the folder with the files of the dataset; digits needs none")
     usual = "the model's usual input"
     add("--resize", type=whole, metavar="SIDE", said=usual, help="the height and width that images are resized to")
     add("--epochs", 5, type=whole, help="how many times to go through the training images")
-    add("--batch-size", 64, type=whole, help="images in a training step, in all processes together")
+    add("--batch-size", 64, type=whole, help="images per training step, of all processes together")
     rates = ", ".join(f"{rate} for {name}" for name, rate in LEARNING_RATES.items())
     add("--lr", type=number(float), said=rates, help="the learning rate")
     add("--optimizer", "adam", choices=sorted(LEARNING_RATES), help="the optimiser")
@@ -127,25 +127,31 @@ def make_parser() -> Parser:
     add("--weight-decay", 0.0, type=number(float, zero=True), said="0", help="the weight decay of the optimiser")
     add("--schedule", "constant", choices=sorted(SCHEDULES), help="how the learning rate falls over all --epochs")
     add("--amp", choices=["bf16"], said="off", help="mixed precision: run the model under autocast in this dtype")
-    switch("--float64", help="compute in double precision, to compare runs")
+    switch("--float64", help="compute in float64, to compare runs")
     switch("--channels-last", help="keep images and weights in the channels_last memory format")
     switch("--compile", help="compile the model with torch.compile")
-    switch("--recompute", help="compute results of norms again for the gradient, to save memory")
-    switch("--eager", help="use PyTorch's own operators in place of the fused layers")
-    switch("--sync-bn", help="take batch statistics over the images of all processes")
+    switch("--recompute", help="recompute the results of norms in the backward pass, to save memory")
+    switch("--eager", help="use PyTorch's operators instead of the fused layers")
+    switch("--sync-bn", help="take batch statistics over all processes")
     add("--seed", 0, type=number(int, zero=True), help="the seed of weights, order, augmentation and dropout")
     switch("--augment", help="rotate, shift and scale each training image a little, at random")
     threads = number(int, most=1024)
-    add("--threads", type=threads, said="PyTorch's choice", help="threads that the CPU computes with")
+    add("--threads", type=threads, said="PyTorch's choice", help="the number of CPU threads")
     workers = number(int, zero=True, most=1024)
-    add("--workers", 0, type=workers, help="processes that read image files ahead of training")
+    add("--workers", 0, type=workers, help="the number of processes that read image files ahead")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", best, type=device, help="the device to train on, such as cpu, cuda or cuda:1")
-    add("--output", type=Path, metavar="DIR", said="runs/MODEL", help="the folder of checkpoint.pt and the curves")
-    add("--overwrite", False, action="store_true", help="replace the run that the output folder has")
-    add("--resume", False, action="store_true", help="go on from the checkpoint in the output folder")
-    add("--resume-from", type=Path, metavar="FILE", help="go on from this checkpoint, or the one in this folder")
-    add("--compare", False, action="store_true", help="measure training steps with fused and eager layers, and stop")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        said="runs/MODEL",
+        help="the folder to write checkpoint.pt and the curves to",
+    )
+    add("--overwrite", False, action="store_true", help="replace the run in the output folder")
+    add("--resume", False, action="store_true", help="continue from the checkpoint in the output folder")
+    add("--resume-from", type=Path, metavar="FILE", help="continue from this checkpoint, or the one in this folder")
+    add("--compare", False, action="store_true", help="time training steps with fused and eager layers, and stop")
     return parser
 
 
@@ -162,9 +168,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         given["data_dir"] = str(Path(given["data_dir"]).absolute())  # of whoever resumes it from elsewhere
     given.setdefault("output", Path("runs") / given["model"])
     if given.get("resume") and "resume_from" in given:
-        parser.error("--resume and --resume-from exclude each other")
+        parser.error("--resume and --resume-from cannot be combined")
     if given.get("resume") and given.get("overwrite"):
-        parser.error("--resume goes on with the run that --overwrite would replace: leave one of them out")
+        parser.error("--resume continues the run that --overwrite would replace: leave one of them out")
     path = given["output"] / CHECKPOINT if given.get("resume") else given.get("resume_from")
     path = path / CHECKPOINT if path and path.is_dir() else path
     stamp = file_stamp(path)
@@ -174,12 +180,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.stamp, options.notes = stamp, notes
     options.lr = LEARNING_RATES[options.optimizer] if options.lr is None else options.lr
     if options.dataset == "digits" and options.data_dir:
-        parser.error("--data-dir: digits needs none")
+        parser.error("--data-dir: the dataset digits needs none")
     if options.float64 and options.amp:
-        parser.error("--float64 and --amp exclude each other")
+        parser.error("--float64 and --amp cannot be combined")
     if options.recompute and (options.eager or options.compile):
         other = "--eager" if options.eager else "--compile"
-        parser.error(f"--recompute is of the fused layers outside of torch.compile: leave {other} out")
+        parser.error(f"--recompute needs the fused layers without torch.compile: leave {other} out")
     if options.sync_bn and options.eager:
         parser.error("--sync-bn needs the fused layers: leave --eager out")
     return options

@@ -1,4 +1,4 @@
-"""Training with less memory: what norms and their activations give is not kept for the gradient but computed again.
+"""Training with less memory: results of norms and their activations are not kept for the gradient but recomputed.
 
 The recipes are the nodes' own, in csrc/autograd/recompute.h; here is what switches them on.
 """
@@ -21,8 +21,8 @@ def recompute() -> Iterator[None]:
     """In this block batch norms (with their activation) and layer norms of cnnkern keep no result for the gradient.
 
     A convolution, or whatever else uses such a result, saves it to compute its own gradient later. Within this block
-    the graph holds in its place how to compute it again, by one sweep over what the norm saves anyway. Gradients are
-    the same, bit by bit. Only the forward pass has to run within the block:
+    the graph holds a recipe instead: one pass over what the norm saves anyway recomputes the result. Gradients are the
+    same, bit by bit. Only the forward pass has to run within the block:
 
     >>> with cnnkern.recompute():
     ...     loss = model(images).square().mean()
@@ -44,7 +44,7 @@ def recompute() -> Iterator[None]:
 def check_extension(name: str) -> None:
     if extension is None:
         raise RuntimeError(
-            f"cnnkern.{name}: results are computed again by the compiled extension, which was not built; `make` in the "
+            f"cnnkern.{name}: recomputation needs the compiled extension, which was not built; `make` in the "
             "repository, or `pip install --no-build-isolation .`, builds it"
         )
 

@@ -1,7 +1,7 @@
 """Every operator in a few lines of eager PyTorch: its specification, the tests' oracle, the benchmarks' baseline.
 
 Each function has the signature of its namesake in :mod:`cnnkern.functional`. Those with a suffix are the same layers as
-others write them: contenders of the benchmarks, called by keyword.
+others write them: baselines of the benchmarks, called by keyword.
 """
 
 import functools

@@ -48,7 +48,7 @@ def fused_layers(model: nn.Module) -> Counter[str]:
 
 
 def flops(name: str, size: tuple[int, ...]) -> int:
-    """Of one image of ``size``; counted on the unfused twin, whose operators PyTorch's counter knows."""
+    """Of one image of ``size``; counted on the unfused reference, whose operators PyTorch's counter knows."""
     model = on_meta(name, fused=False)
     with FlopCounterMode(display=False) as counter:
         model(torch.empty((1, *size), device="meta"))

@@ -26,7 +26,7 @@ import torch
 
 
 class Device(NamedTuple):
-    """Whose kernels the battery holds to account, as in Case.devices, where its tensors are, and how large at most."""
+    """The kernels under test, as in Case.devices, where their tensors are, and how large at most."""
 
     kernels: str
     tensors: str
@@ -38,13 +38,13 @@ def pytest_addoption(parser):
         "--device",
         default="cpu",
         choices=("cpu", "cuda", "triton", "emulator"),
-        help="whose kernels the battery judges: the CPU's, a GPU's in CUDA C++ or Triton, or those in CUDA C++ on the "
-        "emulator (docs/emulator.md)",
+        help="the kernels that the conformance suite tests: the CPU's, a GPU's in CUDA C++ or Triton, or CUDA C++ on "
+        "the emulator (docs/emulator.md)",
     )
     parser.addoption(
         "--cpu-tool",
-        help="judge CPU kernels that the tests build with this (tests/cpu_kernels), not the extension's: plain, or a "
-        "sanitizer that Python was started under",
+        help="test CPU kernels built with this (tests/cpu_kernels) instead of the extension's: plain, or a sanitizer "
+        "that Python was started under",
     )
     parser.addoption(
         "--emulator-tool",
@@ -54,7 +54,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--emulator-launches",
         type=Path,
-        help="a file that will list the kernels that the emulator has run (Emulator.launches), in JSON",
+        help="write a JSON list of the kernels that the emulator ran (Emulator.launches) to this file",
     )
 
 

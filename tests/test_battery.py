@@ -1,4 +1,4 @@
-"""The battery: what every operator of `cnnkern.testing.CASES` is held to, on the kernel that answers on --device."""
+"""The conformance suite: what every operator of `cnnkern.testing.CASES` has to pass, on the kernels of --device."""
 
 import dataclasses
 import itertools

@@ -270,7 +270,7 @@ def test_pytest_saves_and_compares_as_pytest_benchmark_does(tmp_path):
 def test_pytest_refuses_a_filter_that_finds_nothing(tmp_path):
     done = run_pytest("--bench-filter=no such operator", folder=tmp_path)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "nothing has 'no such operator' in its name" in done.stderr
+    assert "no row has 'no such operator' in its name" in done.stderr
 
 
 # ---- studies ----------------------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def test_unknown_arguments_are_refused(capsys):
         ("--seconds -5", "not below zero"),
         ("--seconds nan", "not below zero"),
         ("--compile-seconds inf", "not below zero"),
-        ("--filter ,", "nothing has ',' in its name"),
+        ("--filter ,", "no row has ',' in its name"),
     ],
 )
 def test_impossible_arguments_of_bench(options, message):

@@ -246,8 +246,9 @@ def scripted():
     ("spec", "message"),
     [
         ("torchvision:resnet19", "torchvision has no model 'resnet19': did you mean resnet18"),
-        ("zoo:lenet_rely", "the zoo has no model 'lenet_rely': did you mean lenet_relu"),
-        ("resnet18", "expected MODEL to be torchvision:NAME, timm:NAME, zoo:NAME or path/file.py:FUNCTION"),
+        ("zoo:lenet_rely", "no model is called 'lenet_rely': did you mean lenet_relu"),
+        ("resnet", "expected MODEL to be torchvision:NAME, timm:NAME, zoo:NAME or path/file.py:FUNCTION; got 'resnet'"),
+        ("resnet18", "got 'resnet18': did you mean zoo:resnet18?"),
         ("nowhere.py:make", "there is no file nowhere.py"),
         ("{}:absent", "has no function 'absent'"),
         ("{}:fails", "file.py:6: fails() raised ZeroDivisionError: division by zero"),
@@ -328,12 +329,12 @@ def test_the_command_runs_from_anywhere(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["mine.py:make"], 1, "mine.py:make does not say what it is called with: --input N,C,H,W does"),
+        (["mine.py:make"], 1, "mine.py:make does not say what its input is: give it with --input N,C,H,W"),
         (["mine.py:make", "--input", "2,1,8,8"], 1, "does not take an input of 2x1x8x8"),
         (["mine.py:make", "--input", "2,x"], 2, "expected numbers such as 64,3,224,224; got '2,x'"),
         (["mine.py:make", "--device", "tpu"], 2, "must be cpu, cuda or cuda:N, got 'tpu'"),
         (["mine.py:make", "--seconds", "0"], 2, "must be a number above zero"),
-        (["mine.py:make", "--infer", "--recompute"], 2, "--recompute is of training: leave --infer out"),
+        (["mine.py:make", "--infer", "--recompute"], 2, "--recompute is for training: leave --infer out"),
         (["resnet18"], 1, "expected MODEL to be"),
     ],
 )

@@ -106,7 +106,7 @@ def test_compare_prints_both_rates(tiny, capsys):
         (["lenet", "--lr", "1e39"], "argument --lr: must be at most 1e+30; got 1e39"),
         (["lenet", "--weight-decay", "1e40"], "argument --weight-decay: must be at most 1e+30"),
         (["lenet", "--device", "meta"], "argument --device: 'meta' cannot be used"),
-        (["lenet", "--data-dir", "x"], "--data-dir: digits needs none"),
+        (["lenet", "--data-dir", "x"], "--data-dir: the dataset digits needs none"),
         (["--dataset", "folder", "a", "lenet", "--data-dir", "b"], "the folder of a dataset by --data-dir DIR"),
         (["lenet", "--resume", "run/checkpoint.pt"], "a checkpoint is given by --resume-from FILE"),
         (["lenet", "--resume", "--resume-from", "a.pt"], "--resume and --resume-from exclude each other"),
@@ -123,7 +123,7 @@ def test_compare_prints_both_rates(tiny, capsys):
         (["lenet", "--sync-bn", "--eager"], "--sync-bn needs the fused layers"),
         (
             ["lenet", "--recompute", "--eager"],
-            "--recompute is of the fused layers outside of torch.compile: leave --eager",
+            "--recompute needs the fused layers without torch.compile: leave --eager",
         ),
         (["lenet", "--recompute", "--compile"], "leave --compile out"),
         ([], "the following arguments are required: MODEL"),

@@ -36,16 +36,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = [section.name for section in SECTIONS]
-    parser.add_argument("--minutes", type=float, default=12.0, help="for all sections (default: 12)")
-    parser.add_argument("--out", type=Path, default=files.RESULTS / "gpu_minutes", metavar="DIR")
-    parser.add_argument("--sections", nargs="+", choices=names, default=names, help="only these (default: all)")
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU; no figure means anything")
-    parser.add_argument("--merge", type=Path, metavar="DIR", help="publish what DIR holds, and measure nothing")
-    parser.add_argument("--name", default="cuda-minutes", help="what published results begin with")
+    parser.add_argument("--minutes", type=float, default=12.0, help="the time for all sections (default: 12)")
+    parser.add_argument(
+        "--out", type=Path, default=files.RESULTS / "gpu_minutes", metavar="DIR", help="the folder to write to"
+    )
+    parser.add_argument(
+        "--sections", nargs="+", choices=names, default=names, help="run only these sections (default: all)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="run tiny shapes on the CPU; the figures mean nothing")
+    parser.add_argument("--merge", type=Path, metavar="DIR", help="publish the results in DIR, and measure nothing")
+    parser.add_argument(
+        "--name", default="cuda-minutes", help="the beginning of the published results' names (default: cuda-minutes)"
+    )
     parser.add_argument("--prepare", type=Path, metavar="DIR", help="build for the GPU machine, and measure nothing")
-    parser.add_argument("--torch", default=prepare.TORCH, help=f"the GPU machine's (default: {prepare.TORCH})")
-    parser.add_argument("--python", default=prepare.PYTHON, help=f"the GPU machine's (default: {prepare.PYTHON})")
-    parser.add_argument("--arch", default=prepare.ARCHITECTURE, help="the GPU's (default: 9.0, Hopper)")
+    parser.add_argument("--torch", default=prepare.TORCH, help=f"torch of the GPU machine (default: {prepare.TORCH})")
+    parser.add_argument(
+        "--python", default=prepare.PYTHON, help=f"Python of the GPU machine (default: {prepare.PYTHON})"
+    )
+    parser.add_argument("--arch", default=prepare.ARCHITECTURE, help="architecture of the GPU (default: 9.0, Hopper)")
     arguments = parser.parse_args(argv)
     if not arguments.minutes > 0:
         parser.error(f"--minutes must be above zero, got {arguments.minutes}")

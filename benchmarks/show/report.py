@@ -26,8 +26,8 @@ def agree(first: Path, second: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.show.report", description=__doc__)
     parser.add_argument("file", type=Path, help="the file of a run")
-    parser.add_argument("--all", action="store_true", help="every measurement as well, in wide lines")
-    parser.add_argument("--markdown", action="store_true", help="tables for a document, without single measurements")
+    parser.add_argument("--all", action="store_true", help="also print every measurement, in wide lines")
+    parser.add_argument("--markdown", action="store_true", help="print tables in Markdown, without single measurements")
     parser.add_argument("--html", type=Path, metavar="OUT", help="write the page to OUT")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="the file of the run to compare with")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""The worst errors of ours, eager PyTorch and torch.compile against float64, on numbers that are hard.
+"""The worst errors of cnnkern, eager PyTorch and torch.compile against float64, on difficult numbers.
 
 `python -m benchmarks.studies.accuracy` prints them as the table of docs/kernels.md. An error is the largest difference
 over the tensor, divided by the largest value of the truth.

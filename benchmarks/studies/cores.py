@@ -60,8 +60,10 @@ def milliseconds(call: Callable[[], object], threads: int, seconds: float) -> tu
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.cores", description=__doc__)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: PyTorch's choice)"
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="the time per row (default: 1)")
     arguments = parser.parse_args(argv)
     if arguments.threads < 2:
         parser.error(f"--threads needs at least 2, got {arguments.threads}")

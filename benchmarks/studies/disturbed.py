@@ -88,11 +88,15 @@ def compare(quiet: Means, disturbed: Means) -> Iterator[tuple[list[str], bool]]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.disturbed", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each of both (default: 60)")
-    parser.add_argument("--busy", type=int, default=1, help="processes that keep a core busy (default: 1)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--filter", default=FILTER)
-    parser.add_argument("--record", type=Path, metavar="FILE")
+    parser.add_argument("--seconds", type=float, default=60.0, help="the time of each of the two runs (default: 60)")
+    parser.add_argument(
+        "--busy", type=int, default=1, help="the number of processes that keep a core busy (default: 1)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: PyTorch's choice)"
+    )
+    parser.add_argument("--filter", default=FILTER, help=f"the rows to time (default: {FILTER})")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="write the figures to FILE")
     arguments = parser.parse_args(argv)
     cnnkern.tune_malloc()
     torch.set_num_threads(arguments.threads)

@@ -117,11 +117,15 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME[,NAME]",
         help=f"what is timed (default: {','.join(CONTENDERS)})",
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=None, help="for each model and batch (30), or layer (1)")
-    parser.add_argument("--bfloat16", action="store_true")
-    parser.add_argument("--grouped", action="store_true", help="the layers by themselves")
-    parser.add_argument("--default-malloc", action="store_true", help="without cnnkern.tune_malloc()")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: PyTorch's choice)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=None, help="the time per model and batch (default: 30) or layer (default: 1)"
+    )
+    parser.add_argument("--bfloat16", action="store_true", help="run the models in bfloat16")
+    parser.add_argument("--grouped", action="store_true", help="time grouped convolutions by themselves")
+    parser.add_argument("--default-malloc", action="store_true", help="do not call cnnkern.tune_malloc()")
     arguments = parser.parse_args(argv)
     if "eager" not in arguments.contenders:
         arguments.contenders = ["eager", *arguments.contenders]

@@ -207,11 +207,19 @@ def main(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.fusions", description=__doc__)
-    parser.add_argument("packages", nargs="*", choices=[*PACKAGES, []], metavar="PACKAGE", help="of those named above")
-    parser.add_argument("--size", type=int, default=96, metavar="N", help="pixels of an image's side (default: 96)")
     parser.add_argument(
-        "--most", type=float, default=12, metavar="N", help="millions of parameters of a model (default: 12)"
+        "packages",
+        nargs="*",
+        choices=[*PACKAGES, []],
+        metavar="PACKAGE",
+        help="one of the packages named above (default: all)",
     )
-    parser.add_argument("--check", action="store_true", help="compare results and gradients in float64 too")
-    parser.add_argument("--list", action="store_true", help="list reasons and failures too")
+    parser.add_argument(
+        "--size", type=int, default=96, metavar="N", help="the height and width of an image (default: 96)"
+    )
+    parser.add_argument(
+        "--most", type=float, default=12, metavar="N", help="the most parameters of a model, in millions (default: 12)"
+    )
+    parser.add_argument("--check", action="store_true", help="also compare results and gradients in float64")
+    parser.add_argument("--list", action="store_true", help="also list reasons and failures")
     main(parser.parse_args())

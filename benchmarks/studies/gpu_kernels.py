@@ -1,4 +1,4 @@
-"""What a training step of an operator takes of a GPU, kernel by kernel: ours beside eager's.
+"""GPU time of an operator's training step, kernel by kernel: cnnkern's beside eager's.
 
 `python -m benchmarks.studies.gpu_kernels [--dtype bfloat16] [--kernels]` prints the sums of the kernels' own times as
 PyTorch's profiler has them, means of ten steps on a cold L2; with --kernels also the five longest. The host's time, and
@@ -42,8 +42,10 @@ def microseconds(step: Callable[[], object]) -> dict[str, float]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.gpu_kernels", description=__doc__)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--kernels", action="store_true", help="also each step's five longest kernels")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="the dtype (default: float32)"
+    )
+    parser.add_argument("--kernels", action="store_true", help="also print the five longest kernels of each step")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("torch finds no CUDA device on this machine")

@@ -1,4 +1,4 @@
-"""What training holds in memory: eager, converted, and converted with results computed again (docs/memory.md).
+"""What training holds in memory: eager, converted, and converted with recomputation (docs/memory.md).
 
 `python -m benchmarks.studies.memory [MODEL ...] [--side N] [--batch N] [--channels-last] [--time] [--seconds S]` prints
 for models of torchvision what the graph of an image keeps for the gradient, in millions of float32 elements, and the
@@ -100,10 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.memory", description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", default=list(MODELS), help="models of torchvision")
     parser.add_argument("--side", type=int, default=224, help="the height and width of an image (default: 224)")
-    parser.add_argument("--batch", type=int, default=2, help="images in a step (default: 2)")
-    parser.add_argument("--channels-last", action="store_true", help="in channels_last")
-    parser.add_argument("--time", action="store_true", help="time a training step of each as well")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of timing, for each model (default: 60)")
+    parser.add_argument("--batch", type=int, default=2, help="images per step (default: 2)")
+    parser.add_argument("--channels-last", action="store_true", help="use channels_last")
+    parser.add_argument("--time", action="store_true", help="also time a training step of each")
+    parser.add_argument("--seconds", type=float, default=60.0, help="the time per model (default: 60)")
     options = parser.parse_args(arguments)
     setting = Setting(training=True, device="cpu", channels_last=options.channels_last)
     x = image(options.side, options.batch, options.channels_last)

@@ -65,9 +65,11 @@ def said_by_onednn(call: Callable[[], object]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.onednn", description=__doc__)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default="", metavar="TEXT", help="layers with TEXT in their row")
+    parser.add_argument("--batch", type=int, default=16, help="the batch size (default: 16)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: PyTorch's choice)"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="time only layers with TEXT in their row")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     cnnkern.tune_malloc()

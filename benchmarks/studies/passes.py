@@ -1,11 +1,11 @@
 """Each pass of the grouped convolutions of six networks by itself: forward, dx, dweight, and dx with dweight.
 
 `python -m benchmarks.studies.passes [--batch N] [--threads N] [--only TEXT] [--seconds S] [--default-malloc]
-[--widths]` prints a table of eager's and our milliseconds, the ratios, and our GFLOP/s in forward, dx and dweight; for
-depthwise 3x3, which waits for memory, the GB/s as well, and their share of what a plain copy of about as many bytes
-reached in the same run. Geometric means follow, of the ratios and of our share of the peak: what the fastest of a
+[--widths]` prints a table of eager's and cnnkern's milliseconds, the speedup, and GFLOP/s in forward, dx and dweight;
+for depthwise 3x3, which is memory-bound, the GB/s as well, and their share of what a plain copy of about as many bytes
+reached in the same run. Geometric means follow, of the speedup and of the share of the peak: what the faster of a
 matrix product and a dense convolution reached before and after all of it. `--widths` has groups of 2, 12, 20, 24, 40
-and 48 channels instead, as none of the networks has them.
+and 48 channels instead, which none of the networks has.
 """
 
 import argparse
@@ -135,12 +135,14 @@ def listed(values: list[float], form: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.passes", description=__doc__)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", default="", metavar="TEXT", help="layers with TEXT in their row")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each row")
-    parser.add_argument("--default-malloc", action="store_true", help="without cnnkern.tune_malloc()")
-    parser.add_argument("--widths", action="store_true", help="groups as wide as none of the networks has them")
+    parser.add_argument("--batch", type=int, default=16, help="the batch size (default: 16)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: PyTorch's choice)"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="time only layers with TEXT in their row")
+    parser.add_argument("--seconds", type=float, default=1.0, help="the time per row (default: 1)")
+    parser.add_argument("--default-malloc", action="store_true", help="do not call cnnkern.tune_malloc()")
+    parser.add_argument("--widths", action="store_true", help="time widths that none of the networks has")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     malloc = "malloc's defaults" if arguments.default_malloc else cnnkern.tune_malloc()

@@ -1,13 +1,13 @@
 """Grouped convolutions of sequences, which run on the kernels for images, beside PyTorch's.
 
 `python -m benchmarks.studies.sequences [--threads N] [--dtype float32|bfloat16|float16] [--seconds S] [--only TEXT]
-[--cpu-time] [--volumes]` prints for each layer PyTorch's milliseconds, and how many times as fast our operator is: in
-the forward pass, also of a transposed input, which either copies first, and in the forward pass with both gradients.
-Ratios are medians over interleaved rounds, with their chance (:mod:`cnnkern.measure.clock`). The operator is called
-whoever answers: the last column says which one `cnnkern.functional.conv1d` leaves to PyTorch. `--cpu-time`, of one
-thread alone, has the time that this process computes, without what it waits for a core: on a machine that others use.
-`--volumes` times depthwise 3x3x3 convolutions of videos instead, which are PyTorch's, beside 3x3 convolutions of their
-frames by ours: how many times as long PyTorch takes for a multiplication.
+[--cpu-time] [--volumes]` prints for each layer PyTorch's milliseconds, and the speedup of our operator: in the forward
+pass, also of a transposed input, which either copies first, and in the forward pass with both gradients. Ratios are
+medians over interleaved rounds, with their uncertainty (:mod:`cnnkern.measure.clock`). The operator is called directly;
+the last column says which ones `cnnkern.functional.conv1d` dispatches to PyTorch. `--cpu-time`, with one thread,
+reports CPU time, for a machine that others use. `--volumes` times depthwise 3x3x3 convolutions of videos instead, which
+are PyTorch's, beside 3x3 convolutions of their frames by ours: how many times as long PyTorch takes for a
+multiplication.
 """
 
 import argparse
@@ -158,12 +158,14 @@ def volumes(timer: clock.Timer, seconds: float, only: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.sequences", description=__doc__)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: PyTorch's choice)"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each row")
-    parser.add_argument("--only", default="", metavar="TEXT", help="layers with TEXT in their row")
-    parser.add_argument("--volumes", action="store_true", help="depthwise convolutions of videos")
-    parser.add_argument("--cpu-time", action="store_true", help="what one thread computes, not what it waits")
+    parser.add_argument("--seconds", type=float, default=2.0, help="the time per row (default: 2)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="time only layers with TEXT in their row")
+    parser.add_argument("--volumes", action="store_true", help="compare with depthwise convolutions of volumes instead")
+    parser.add_argument("--cpu-time", action="store_true", help="report CPU time of one thread instead of wall time")
     arguments = parser.parse_args(argv)
     if arguments.cpu_time and arguments.threads != 1:
         parser.error("--cpu-time is of --threads 1: several threads compute while they wait for one another")

@@ -40,10 +40,14 @@ def milliseconds(bench: ModelBench, contender: Contender, steps: int) -> dict[st
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.steps", description=__doc__)
     parser.add_argument("models", nargs="*", default=list(LARGE), metavar="MODEL")
-    parser.add_argument("--batch", type=int, default=LARGE_BATCH_SIZE)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--default-malloc", action="store_true", help="without cnnkern.tune_malloc()")
+    parser.add_argument(
+        "--batch", type=int, default=LARGE_BATCH_SIZE, help=f"the batch size (default: {LARGE_BATCH_SIZE})"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: PyTorch's choice)"
+    )
+    parser.add_argument("--steps", type=int, default=3, help="the number of steps (default: 3)")
+    parser.add_argument("--default-malloc", action="store_true", help="do not call cnnkern.tune_malloc()")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     if not arguments.default_malloc:

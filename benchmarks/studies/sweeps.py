@@ -1,8 +1,8 @@
-"""What each sweep of batch norm + ReLU costs by itself, in time and bytes: where a training step's time goes.
+"""What each pass of batch norm + ReLU costs by itself, in time and bytes: where a training step's time goes.
 
 `python -m benchmarks.studies.sweeps [--threads N] [--dtype TYPE] [--cached]` prints a table. Inputs change from call to
 call, so that none is in cache; malloc keeps large blocks (`cnnkern.tune_malloc`). With `--cached` one image, always the
-same, stays in the caches: what arithmetic costs without waiting for memory.
+same, stays in the caches: the cost of arithmetic without memory.
 """
 
 import argparse
@@ -53,9 +53,11 @@ def steps(shape: tuple[int, ...], layout: str, dtype: torch.dtype, cached: bool)
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.sweeps", description=__doc__)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: PyTorch's choice)"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16", "float64"))
-    parser.add_argument("--cached", action="store_true", help="one image, always the same")
+    parser.add_argument("--cached", action="store_true", help="use one image, always the same, which stays in cache")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)

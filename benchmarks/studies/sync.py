@@ -1,10 +1,10 @@
-"""What batch norm over processes takes beside the formula written out, and beside batch norm of one process.
+"""What batch norm over processes costs, beside an unfused reference and beside batch norm of one process.
 
 `python -m benchmarks.studies.sync [--processes N] [--seconds S] [--cpu-time]` starts processes of one thread each,
 connected by gloo, and prints a table: milliseconds of a training step (forward and backward) of batch norm + ReLU on a
-process's own batch. The contenders take turns, in every process in the same order, and start together. With
-`--cpu-time` it is the time that the first process computes, without what it waits for the others or for a core: on a
-busy machine that is all to go by.
+process's own batch. The implementations take turns, in every process in the same order, and start together. With
+`--cpu-time` it is the CPU time of the first process, without waiting for the others or for a core: use it on a busy
+machine.
 
     ours        cnnkern.nn.SyncBatchNormReLU
     written out the formula of torch.nn.SyncBatchNorm, which does not run on a CPU, in PyTorch's operators
@@ -146,9 +146,11 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=2.0, help="for every row of the table, about")
-    parser.add_argument("--cpu-time", action="store_true", help="what the first process computes, not what it waits")
+    parser.add_argument("--processes", type=int, default=2, help="the number of processes (default: 2)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="the time per row of the table (default: 2)")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="report CPU time of the first process instead of wall time"
+    )
     arguments = parser.parse_args(argv)
     if "RANK" in os.environ:
         work(arguments.seconds, time.process_time if arguments.cpu_time else time.perf_counter)

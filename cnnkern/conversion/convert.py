@@ -3,7 +3,7 @@
 Only layers are replaced, by giving a module another class, so that it keeps its parameters, its place and its hooks.
 No forward pass but theirs changes: the model's own code runs every time. A converted batch norm returns a tensor whose
 values are computed when something asks for them, by one operator with the activation or the addition that does
-(csrc/deferred.cpp).
+(csrc/deferred).
 """
 
 import copy
@@ -69,8 +69,8 @@ class ConversionReport:
 
 
 def convert(model: nn.Module, inplace: bool = False, verify: Any = None, *, recompute: bool = False) -> nn.Module:
-    """The model with its norms, grouped convolutions and max poolings on our kernels, and the activation or the
-    residual addition behind a batch norm computed with it.
+    """The model with its norms, grouped convolutions and max poolings on cnnkern's kernels; each batch norm is fused
+    with the activation or the residual addition behind it.
 
     The result shares parameters and buffers with ``model`` and has the same state-dict keys, so an optimiser made
     before still works and checkpoints fit either. With ``inplace`` the model itself is changed and returned. Results
@@ -82,12 +82,12 @@ def convert(model: nn.Module, inplace: bool = False, verify: Any = None, *, reco
     mode, and :class:`ConversionError` is raised where they differ; ``model`` is as it was.
 
     With ``recompute`` every call of the model runs within :func:`cnnkern.recompute`: results of norms are not kept for
-    the gradient but computed again, which saves memory, takes a little time and changes no gradient. It holds for a
-    call of the whole model, on our layers of any kind, and not under :func:`torch.compile`.
+    the gradient but recomputed, which saves memory, takes a little time and changes no gradient. It holds for a call of
+    the whole model, on our layers of any kind, and not under :func:`torch.compile`.
 
-    :func:`conversion_report` tells what was replaced and, once the model has run, what was fused; :func:`revert`
-    undoes it. Converting twice changes nothing, but that ``recompute`` may be switched on later. Raises TypeError for
-    what is no ``nn.Module`` or is a ``torch.jit`` module and for a ``recompute`` that is no bool; RuntimeError for
+    :func:`conversion_report` tells what was replaced and, once the model has run, what was fused; :func:`revert` undoes
+    it. Converting twice changes nothing, except that ``recompute`` may be switched on later. Raises TypeError for what
+    is no ``nn.Module`` or is a ``torch.jit`` module and for a ``recompute`` that is no bool; RuntimeError for
     ``recompute`` without the compiled extension.
     """
     check_module("convert", model)

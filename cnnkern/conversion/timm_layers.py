@@ -1,4 +1,4 @@
-"""What timm's own norms are exchanged for: a batch norm that has its activation as a child, layer norms.
+"""What timm's own norms are replaced by: a batch norm that has its activation as a child, layer norms.
 
 timm is no requirement. Its classes are looked up where a model has imported them, and ours, which are subclasses of
 them, are made then: `BatchNormAct2d`, `LayerNorm` and `LayerNorm2d`, each named as timm's.
@@ -65,7 +65,7 @@ def __getattr__(name: str) -> type:  # where pickle looks for the classes, timm 
 
 
 def exchanges(norm: nn.Module) -> bool:
-    """Whether to exchange a norm of timm's: its fast_norm computes otherwise, in lower precision."""
+    """Whether to replace a norm of timm's: its fast_norm computes otherwise, in lower precision."""
     return not getattr(norm, "_fast_norm", False)
 
 
@@ -80,7 +80,7 @@ def known() -> dict[type, type]:
 
 
 def is_batch_norm_act(module: nn.Module) -> bool:
-    """Whether this is a `BatchNormAct2d`, timm's as it is or exchanged."""
+    """Whether this is a `BatchNormAct2d`, timm's as it is or replaced."""
     theirs = getattr(sys.modules.get("timm.layers.norm_act"), "BatchNormAct2d", None)
     return isinstance(module, _BatchNormAct) or (theirs is not None and type(module) is theirs)
 

@@ -36,7 +36,7 @@ class Check:
 def check(original: nn.Module, forms: dict[str, Make], arguments: tuple[Any, ...], setting: Setting) -> Check:
     """Compares every form, made from a copy of `original`, with it, on at most IMAGES images, without dropout.
 
-    In float64 all tensors have to agree to EXACT, which judges what was exchanged. In the timed type, errors against
+    In float64 all tensors have to agree to EXACT, which checks what was replaced. In the timed type, errors against
     float64 have to be as small as eager's, which judges the kernels that are timed: on one of a few inputs that differ
     by roundings, as an activation near a ReLU's kink is on either side of it by chance, and a fault is no chance.
     """

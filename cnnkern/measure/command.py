@@ -40,7 +40,7 @@ def count(text: str) -> int:
 
 
 def device(text: str) -> str:
-    """Of the devices that are here."""
+    """A device of this machine."""
     if text.partition(":")[0] not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}")
     if text.startswith("cuda") and not torch.cuda.is_available():
@@ -55,14 +55,18 @@ def add_model_options(parser: argparse.ArgumentParser, seconds: float) -> None:
         type=shape,
         action="append",
         metavar="N,C,H,W",
-        help="the shape of the input; once for each argument of the model (default: 8 images of the usual size)",
+        help="the shape of an input; once per argument of the model (default: 8 images of the model's usual size)",
     )
-    parser.add_argument("--amp", choices=tuple(AMP), help="run under autocast, in this type (default: float32)")
-    parser.add_argument("--channels-last", action="store_true", help="with the model and its input in channels_last")
-    parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    parser.add_argument("--threads", type=count, metavar="N", help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--amp", choices=tuple(AMP), help="run under autocast in this dtype (default: off)")
+    parser.add_argument("--channels-last", action="store_true", help="use channels_last for the model and its input")
     parser.add_argument(
-        "--seconds", type=positive, default=seconds, metavar="S", help=f"for the timing (default: {seconds:.0f})"
+        "--device", type=device, default="cpu", help="the device to run on: cpu, cuda or cuda:N (default: cpu)"
+    )
+    parser.add_argument(
+        "--threads", type=count, metavar="N", help="the number of CPU threads (default: PyTorch's choice)"
+    )
+    parser.add_argument(
+        "--seconds", type=positive, default=seconds, metavar="S", help=f"seconds to time for (default: {seconds:.0f})"
     )
 
 
@@ -75,7 +79,7 @@ def arguments_for(loaded: Loaded, given: list[tuple[int, ...]] | None) -> tuple[
     elif loaded.size is not None:
         shapes = [(BATCH, *loaded.size)]
     else:
-        raise ModelError(f"{loaded.name} does not say what it is called with: --input N,C,H,W does")
+        raise ModelError(f"{loaded.name} does not say what its input is: give it with --input N,C,H,W")
     generator = torch.Generator().manual_seed(0)
     return tuple(torch.randn(s, generator=generator) for s in shapes)
 
@@ -83,22 +87,23 @@ def arguments_for(loaded: Loaded, given: list[tuple[int, ...]] | None) -> tuple[
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cnnkern bench",
-        description="Checks, times and takes apart a model in eager PyTorch and on cnnkern's layers.",
-        epilog="Without MODEL, the suite over cnnkern's own shapes: `cnnkern bench --quick`, for one.",
+        description="Compares a model in eager PyTorch with the same model on cnnkern's layers: results, times, "
+        "memory, and where the time goes.",
+        epilog="Without MODEL it runs the benchmark suite; `cnnkern bench --quick --help` lists its options.",
     )
-    parser.add_argument("model", metavar="MODEL", help=FORMS)
+    parser.add_argument("model", metavar="MODEL", help=f"the model: {FORMS}")
     add_model_options(parser, seconds=30.0)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--train", action="store_true", help="time training steps (the default)")
-    mode.add_argument("--infer", action="store_true", help="time inference, folded too on a CPU")
-    parser.add_argument("--compile", action="store_true", help="time torch.compile of both as well")
-    parser.add_argument("--recompute", action="store_true", help="measure training with results computed again as well")
+    mode.add_argument("--infer", action="store_true", help="time inference; on a CPU, folded as well")
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile of both")
+    parser.add_argument("--recompute", action="store_true", help="also measure training with recomputation")
     parser.add_argument("--tune-malloc", action="store_true", help="call cnnkern.tune_malloc() first, for eager too")
-    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
-    parser.add_argument("--html", metavar="FILE", help="write the tables to FILE as a page")
+    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE as JSON")
+    parser.add_argument("--html", metavar="FILE", help="write the tables to FILE as an HTML page")
     options = parser.parse_args(arguments)
     if options.recompute and options.infer:
-        parser.error("--recompute is of training: leave --infer out")
+        parser.error("--recompute is for training: leave --infer out")
     return options
 
 

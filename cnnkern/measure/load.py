@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from cnnkern.measure.values import ModelError, one_line
-from cnnkern.models.registry import get_builder, list_models
+from cnnkern.models.registry import get_builder, list_models, unknown_model
 
 FORMS = "torchvision:NAME, timm:NAME, zoo:NAME or path/file.py:FUNCTION"
 
@@ -44,7 +44,8 @@ def load(spec: str) -> Loaded:
     path, colon, function = spec.rpartition(":")
     if colon and path.endswith(".py"):
         return _of_file(spec, Path(path), function)
-    raise ModelError(f"expected MODEL to be {FORMS}; got {spec!r}")
+    hint = f": did you mean zoo:{spec}?" if spec in list_models() else ""
+    raise ModelError(f"expected MODEL to be {FORMS}; got {spec!r}{hint}")
 
 
 def _package(name: str) -> ModuleType:
@@ -61,7 +62,7 @@ def _unknown(source: str, name: str, known: list[str]) -> ModelError:
 
 def _of_zoo(spec: str, name: str) -> Loaded:
     if name not in list_models():
-        raise _unknown("the zoo", name, list_models())
+        raise ModelError(unknown_model(name, "`cnnkern zoo` lists the models"))
     build = get_builder(name)
     plain, fused = build(fused=False), build(fused=True)
     fused.load_state_dict(plain.state_dict())

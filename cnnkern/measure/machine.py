@@ -14,7 +14,7 @@ import torch
 import cnnkern
 
 CPUINFO, STAT, PRESSURE = Path("/proc/cpuinfo"), Path("/proc/stat"), Path("/proc/pressure/cpu")
-# Above these a machine is called busy: waiting processes a processor, and shares of the time.
+# Above these a machine is called busy: waiting processes per processor, and shares of the time.
 LOAD, STOLEN, WAITING = 0.3, 0.02, 0.1
 
 
@@ -41,7 +41,7 @@ class Activity:
         """Why the machine is called busy; empty for a quiet one."""
         found = []
         if self.load > LOAD:
-            found.append(f"load {self.load:.1f} a processor before")
+            found.append(f"load {self.load:.1f} per processor before")
         if self.stolen is not None and self.stolen > STOLEN:
             found.append(f"{self.stolen:.0%} stolen by other machines")
         if self.waiting is not None and self.waiting > WAITING:
@@ -51,7 +51,7 @@ class Activity:
     def __str__(self) -> str:
         if self.reasons:
             return f"BUSY MACHINE ({', '.join(self.reasons)}): mind the noise"
-        return f"quiet machine (load {self.load:.1f} a processor before)"
+        return f"quiet machine (load {self.load:.1f} per processor before)"
 
 
 def device_name(device: str) -> str:

@@ -51,12 +51,12 @@ class BenchmarkResult:
     machine: Machine
     activity: Activity  # what else the machine did
     tuned: bool  # whether a table of `cnnkern tune` was in use, by which PyTorch computes some of the calls
-    fused: dict[str, int]  # layers that were exchanged, by kind
+    fused: dict[str, int]  # layers that were replaced, by kind
     check: Check
     rounds: int = 0  # 0 where results were wrong, and nothing was timed
     noise: float = 0.0  # eager's ratio to itself: its distance from 1 and its chance
     contenders: list[Contender] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)  # contenders that could not be run, and why
+    failed: dict[str, str] = field(default_factory=dict)  # implementations that could not be run, and why
     breakdown: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds of a step by kind: eager, converted
     bound: float = 1.0  # times as fast as eager, if norms, activations, additions and grouped convolutions took no time
 

@@ -42,8 +42,7 @@ def benchmark(
     converted: nn.Module | None = None,
     name: str | None = None,
 ) -> BenchmarkResult:
-    """What :func:`cnnkern.convert` does for a model on this machine: whether results agree, times, memory, and where
-    the time goes.
+    """Compares a model with its converted form on this machine: results, times, memory, and where the time goes.
 
     ``example`` is the model's input, or a tuple of its arguments; the first dimension of the first tensor counts as
     images. A training step is forward, backward and SGD with momentum, of ``loss`` of what the model returns, by
@@ -51,14 +50,13 @@ def benchmark(
     dataclasses. ``amp`` is ``"bf16"`` or ``"fp16"``, for autocast without a gradient scaler. With ``compile`` the model
     and the converted one are timed under :func:`torch.compile` too, in inference on a CPU always
     :func:`cnnkern.fold`'s. ``seconds`` is for the timing alone; the checks, compilation and five rounds at least come
-    on top. With ``recompute`` the converted model is measured with results of norms computed again too, as
-    :func:`cnnkern.recompute` does; in training alone. ``converted`` is a form of the model to be measured in the place
-    of what ``convert`` makes of it.
+    on top. With ``recompute`` the converted model is also measured with :func:`cnnkern.recompute`, in training only.
+    ``converted`` is a form of the model that is measured instead of ``convert``'s.
 
-    Nothing is timed where results differ: :attr:`BenchmarkResult.ok` is then False. ``model`` is left as it is.
+    If results differ nothing is timed, and :attr:`BenchmarkResult.ok` is False. ``model`` is not changed.
 
-    Raises ValueError for an ``amp`` that there is not, an example that the model does not take, and a model that
-    returns no floating-point tensor; TypeError for what is no ``nn.Module``.
+    Raises ValueError for an unknown ``amp``, an example that the model does not take, and a model that returns no
+    floating-point tensor; TypeError for what is no ``nn.Module``.
     """
     check_module("benchmark", model)
     if amp is not None and amp not in AMP:

@@ -69,7 +69,7 @@ def in_milliseconds(seconds: float, largest: float) -> str:
 def _times(result: BenchmarkResult) -> RenderableType:
     on_gpu = any(c.kernel_seconds is not None for c in result.contenders)
     more = ("events, ms", "kernels, ms") if on_gpu else ()
-    table = _table("", "step, ms", "spread", "to eager", "images/s", "peak, MiB", *more)
+    table = _table("", "step, ms", "spread", "speedup", "images/s", "peak, MiB", *more)
     largest = max(c.seconds for c in result.contenders)
     for c in result.contenders:
         cells = [c.name, in_milliseconds(c.seconds, largest), f"{c.spread:.0%}", _ratio(result, c)]
@@ -90,7 +90,7 @@ def _notes(result: BenchmarkResult) -> list[RenderableType]:
     lines = [
         f"{result.rounds} interleaved rounds; ratios are medians over rounds, times are eager's median over the ratio. "
         f"Eager timed against itself: off by {result.noise:.1%}; ~ marks ratios that are within this, or within their "
-        "own chance.",
+        "own uncertainty.",
         f"Peak: {profile.CPU_PEAK if result.device == 'cpu' else profile.GPU_PEAK}.",
     ]
     lines += [f"{name}: not timed: {why}" for name, why in result.failed.items()]

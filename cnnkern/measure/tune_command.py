@@ -29,16 +29,16 @@ DEFAULT = ("zoo:resnet18", "zoo:mobilenet_v2", "zoo:convnext_tiny", "zoo:regnet_
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cnnkern tune",
-        description="Times our operators against PyTorch's, call by call of a model, and writes down where PyTorch's "
-        "are faster. From then on these compute such calls on this machine.",
+        description="Times cnnkern's operators against PyTorch's, call by call of a model, and records which is "
+        "faster. From then on the faster one computes such calls on this machine.",
         epilog="CNNKERN_TUNE=0 ignores the table; cnnkern doctor shows it.",
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{FORMS} (default: {', '.join(DEFAULT)})")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=f"the model: {FORMS} (default: {', '.join(DEFAULT)})")
     add_model_options(parser, seconds=60.0)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--train", action="store_true", help="tune training alone (default: training and inference)")
     mode.add_argument("--infer", action="store_true", help="tune inference alone")
-    parser.add_argument("--forget", action="store_true", help="leave out what this machine's table has already")
+    parser.add_argument("--forget", action="store_true", help="start a new table instead of adding to this machine's")
     return parser.parse_args(arguments)
 
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     calls = list(dict.fromkeys(calls))
     if not calls:
-        print(f"cnnkern: {options.model} makes no call of an operator of ours: nothing to tune", file=sys.stderr)
+        print(f"cnnkern: {options.model} calls none of cnnkern's operators: nothing to tune", file=sys.stderr)
         return 1
     backends = tune.backends_of(options.device)
     found: dict[str, list[Measured]] = {}
@@ -99,7 +99,7 @@ def _tune(calls: list[Call], options: argparse.Namespace, seconds: float) -> lis
         if m.lost or m.own:
             print(f"  {m.ratio:.2f}x +-{m.chance:.0%}  {m.call}" + (", on our kernels" if m.own else ""))
     if left := len(calls) - len(found):
-        print(f"calls not timed: {left}, as {seconds:.0f} seconds were over: run it again, or give it more --seconds")
+        print(f"calls not timed: {left}, because {seconds:.0f} seconds were over: run it again or raise --seconds")
     print(f"Written to {tuned.save(here, tune.merged(before, found))}")
     return found
 
@@ -119,7 +119,7 @@ def _compared(found: dict[str, list[Measured]]) -> str:
     slower = other if faster == one else one
     return (
         f"{faster} is {by:.2f}x as fast as {slower} on these calls (geometric mean): "
-        f"cnnkern.backend({faster!r}) chooses it; cuda answers by default, where it is built"
+        f"cnnkern.backend({faster!r}) selects it; cuda is the default where it is built"
     )
 
 

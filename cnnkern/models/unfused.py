@@ -1,4 +1,4 @@
-"""The layers of :mod:`cnnkern.nn` in PyTorch's own operators, one after another: the models' baseline and oracle.
+"""The layers of :mod:`cnnkern.nn` in PyTorch's own operators, one after another: the models' baseline and reference.
 
 Each class has the constructor, the parameters and the state-dict keys of its namesake there.
 """

@@ -1,4 +1,4 @@
-"""Fused layers; each subclasses its torch.nn twin and shares its constructor, parameters, buffers and checkpoints."""
+"""Fused layers. Each subclasses its counterpart in torch.nn, with the same constructor, parameters and checkpoints."""
 
 from cnnkern.nn.add import AddReLU
 from cnnkern.nn.batchnorm import (

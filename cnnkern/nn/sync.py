@@ -89,9 +89,9 @@ class SyncBatchNormAddReLU(SyncBatchNorm):
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> nn.Module:
-    """The module with every batch norm, torch's or ours, synchronised over the processes of a group, in place.
+    """Synchronises every batch norm of the module, torch's or cnnkern's, over the processes of a group, in place.
 
-    Like :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`, and with the activations and additions of our own
+    Like :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`, with the activations and additions of cnnkern's layers
     kept. Parameters, buffers and state-dict keys stay. ``process_group`` is the default group where it is None.
     """
     for child in module.modules():

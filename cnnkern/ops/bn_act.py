@@ -22,7 +22,7 @@ def batch_norm_act(
     act: str = "relu",
     act_param: float | None = None,
 ) -> Tensor:
-    """Batch normalisation over (N, ...) of each channel, then an activation.
+    """Batch normalisation per channel, over (N, ...), then an activation.
 
     Equivalent to ``F.relu(F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps))``
     for ``act="relu"``, to the batch norm alone for ``act="none"``; other activations are ``"relu6"``, ``"leaky_relu"``,
@@ -33,9 +33,9 @@ def batch_norm_act(
     Shapes: ``input`` and the result (N, C, ...) of 2 to 5 dimensions; the others (C,) or None. ``running_mean`` and
     ``running_var`` are updated in place when training, and are needed when not.
     Dtypes: float32, float64, bfloat16 or float16; the vectors in the input's dtype, or float32 beside the 16-bit ones.
-    The result has the strides of PyTorch's. The gradient saves the input and two float64 vectors of C.
+    The result has the strides of PyTorch's. Saved for the gradient: the input and two float64 vectors of C.
 
-    Raises ValueError for one value a channel in training, an unknown ``act``, an ``act_param`` that is not finite or
+    Raises ValueError for one value per channel in training, an unknown ``act``, an ``act_param`` that is not finite or
     that ``act`` does not take, or an impossible ``eps``, RuntimeError for shapes, dtypes or devices that do not fit;
     running statistics are then left as they were.
 

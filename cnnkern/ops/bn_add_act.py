@@ -23,7 +23,7 @@ def batch_norm_add_act(
     act: str = "relu",
     act_param: float | None = None,
 ) -> Tensor:
-    """Batch normalisation over (N, ...) of each channel, plus a residual, then an activation.
+    """Batch normalisation per channel, over (N, ...), plus a residual, then an activation.
 
     Equivalent to ``F.relu(F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) +
     residual)`` for ``act="relu"``, without the ReLU for ``act="none"``; other activations, and ``act_param``, are
@@ -33,10 +33,10 @@ def batch_norm_add_act(
     None. ``running_mean`` and ``running_var`` are updated in place when training, and are needed when not.
     Dtypes: float32, float64, bfloat16 or float16, ``residual`` that of ``input``; the vectors in the input's dtype, or
     float32 beside the 16-bit ones. The result has the strides of PyTorch's. The gradient saves the input, two
-    float64 vectors of C and, for ``"relu"``, one bit an element. For activations other than ``"relu"`` and ``"none"``
+    float64 vectors of C and, for ``"relu"``, one bit per element. For activations other than ``"relu"`` and ``"none"``
     it saves the residual too.
 
-    Raises ValueError for one value a channel in training, an unknown ``act``, an ``act_param`` that is not finite or
+    Raises ValueError for one value per channel in training, an unknown ``act``, an ``act_param`` that is not finite or
     that ``act`` does not take, or an impossible ``eps``, RuntimeError for shapes, dtypes or devices that do not fit;
     running statistics are then left as they were.
 

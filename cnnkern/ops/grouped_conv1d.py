@@ -24,8 +24,8 @@ def conv1d(
 ) -> Tensor:
     """1-D convolution, fast where it has many groups: depthwise, and groups of a few channels.
 
-    Equivalent to ``F.conv1d(input, weight, bias, stride, padding, dilation, groups)``; whatever that accepts is
-    accepted, and where PyTorch's kernel is the faster one (``docs/grouped_conv.md`` has the rule), it answers.
+    Equivalent to ``F.conv1d(input, weight, bias, stride, padding, dilation, groups)``; all its arguments are accepted.
+    Where PyTorch's kernel is faster it is used (``docs/grouped_conv.md`` has the rule).
 
     Shapes: ``input`` (N, C, L) or (C, L); ``weight`` (out_channels, C / groups, K); ``bias`` (out_channels,) or None;
     the result (N, out_channels, L') or (out_channels, L'), contiguous. ``padding`` is a number of elements,

@@ -25,8 +25,8 @@ def conv2d(
 ) -> Tensor:
     """2-D convolution, fast where it has many groups: depthwise, and groups of a few channels.
 
-    Equivalent to ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``; whatever that accepts is
-    accepted, and where PyTorch's kernel is the faster one (``docs/grouped_conv.md`` has the rule), it answers.
+    Equivalent to ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``; all its arguments are accepted.
+    Where PyTorch's kernel is faster it is used (``docs/grouped_conv.md`` has the rule).
 
     Shapes: ``input`` (N, C, H, W) or (C, H, W); ``weight`` (out_channels, C / groups, kH, kW); ``bias``
     (out_channels,) or None; the result (N, out_channels, H', W'). ``padding`` is a number of pixels, one for each of

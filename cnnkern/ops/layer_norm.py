@@ -19,7 +19,7 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Layer normalisation over the last dimensions, as many as ``normalized_shape`` has.
+    """Layer normalisation over the last ``len(normalized_shape)`` dimensions.
 
     Equivalent to ``F.layer_norm(input, normalized_shape, weight, bias, eps)``.
 
@@ -27,7 +27,7 @@ def layer_norm(
     ``normalized_shape`` or None, each on its own.
     Dtypes: float32, float64, bfloat16 or float16; parameters in the input's dtype, or float32 beside the 16-bit ones.
     The result is contiguous, in the input's dtype, or under autocast on a GPU in float32, as PyTorch's, without a
-    kernel that casts. The gradient saves the input as it came, and two numbers a row: float32, or float64 beside
+    kernel that casts. The gradient saves the input as it came, and two numbers per row: float32, or float64 beside
     float64.
 
     Raises RuntimeError for shapes, dtypes or devices that do not fit.

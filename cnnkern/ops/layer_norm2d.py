@@ -18,7 +18,7 @@ def layer_norm2d(input: Tensor, weight: Tensor | None = None, bias: Tensor | Non
     Shapes: ``input`` and the result (N, C, H, W); ``weight`` and ``bias`` (C,) or None, each on its own.
     Dtypes: float32, float64, bfloat16 or float16; parameters in the input's dtype, or float32 beside the 16-bit ones.
     The result has the input's dtype, or under autocast on a GPU float32, as PyTorch's, without a kernel that casts.
-    The gradient saves the input as it came and two numbers a pixel: float32, or float64 beside float64.
+    The gradient saves the input as it came and two numbers per pixel: float32, or float64 beside float64.
 
     Raises RuntimeError for shapes, dtypes or devices that do not fit.
 

@@ -24,10 +24,10 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``F.max_pool2d(...)``, whose gradient saves one byte an output, and not the input.
+    """``F.max_pool2d(...)``, which saves one byte per output for the gradient instead of the input.
 
-    Whatever ``F.max_pool2d`` accepts is accepted, and PyTorch's kernel answers for what ours do not take: dilation
-    other than 1, windows of more than 256 elements, ``return_indices=True``, integers and images without a batch.
+    All arguments of ``F.max_pool2d`` are accepted. PyTorch's kernel computes a dilation other than 1, windows of more
+    than 256 elements, ``return_indices=True``, integers and images without a batch.
     Results are the same bit for bit: of equal values the first is the maximum, NaN is larger than any number, and
     padding is minus infinity.
 

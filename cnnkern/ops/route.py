@@ -34,11 +34,11 @@ _kept: ContextVar[bool] = ContextVar("cnnkern.keep_operators", default=False)
 
 @contextlib.contextmanager
 def keep_operators() -> Iterator[None]:
-    """In this block an exported or traced program calls the operators of cnnkern.
+    """Within this block an exported or traced program calls cnnkern's operators.
 
-    ``torch.export``, ``torch.onnx.export`` and ``torch.jit.trace`` otherwise record PyTorch's operators in the place of
-    each of our layers, so that whatever reads the program needs no cnnkern. One with our operators runs on our kernels,
-    after ``import cnnkern``: AOTInductor compiles it, and Python loads it again. ONNX has no such operators.
+    ``torch.export``, ``torch.onnx.export`` and ``torch.jit.trace`` otherwise record PyTorch's operators instead of
+    cnnkern's, so that the program runs without cnnkern. A program with cnnkern's operators runs on its kernels after
+    ``import cnnkern``: AOTInductor compiles it, and Python loads it again. ONNX has no such operators.
 
     >>> with cnnkern.keep_operators():
     ...     program = torch.export.export(model, (x,))

@@ -1,7 +1,6 @@
-"""One row an operator, `CASES`, from which the tests and the benchmarks follow, and the one judge of results.
+"""One row per operator, `CASES`, from which tests and benchmarks are generated, and the check of results.
 
-A result is held to what eager PyTorch achieves at the same dtype, both measured against the same mathematics in
-float64 (:func:`assert_as_good_as`).
+A result may be at most twice as far from float64 as eager PyTorch's in the same dtype (:func:`assert_as_good_as`).
 """
 
 from cnnkern.testing.add_relu import ADD_RELU

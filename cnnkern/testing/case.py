@@ -33,17 +33,17 @@ class Case:
     differentiable: tuple[str, ...]  # arguments that get gradients, where they are not None
     mutated: tuple[str, ...]  # arguments that the call changes in place
     variants: dict[str, dict[str, Any]]  # name -> keyword arguments of `inputs`
-    shapes: tuple[Shape, ...]  # the battery's: ragged sizes, one element, every rank
+    shapes: tuple[Shape, ...]  # the conformance suite's: ragged sizes, one element, every rank
     gradcheck_shapes: tuple[Shape, ...]
     bench_layers: dict[str, tuple[Layer, ...]]  # network -> its layers, each once
     bench_variant: str
     bench_others: tuple[str, ...] = field(default=(), kw_only=True)  # variants that a full run adds on two shapes
-    # Other forms of the reference in use, by name: contenders of the benchmarks.
+    # Other forms of the reference in use, by name: baselines of the benchmarks.
     bench_forms: dict[str, Callable[..., Tensor]] = field(default_factory=dict, kw_only=True)
     compiled_forms: tuple[str, ...] = field(default=(), kw_only=True)  # those that Inductor does not make the same of
     forward_call: Callable[[dict[str, Any]], tuple]  # arguments of `inputs` -> (operator, positional arguments)
     backward_call: Callable[[dict[str, Any], Tensor], tuple]  # ... and dy -> (gradient operator, arguments)
-    # Tensors that the least possible traffic (read, written) consists of; of x's size but for y and dy.
+    # Tensors that the least possible memory traffic (read, written) consists of; of x's size but for y and dy.
     forward_traffic: tuple[int, int]
     backward_traffic: tuple[int, int]
     devices: tuple[str, ...] = ("cpu", "cuda", "triton")  # whose kernels there are
