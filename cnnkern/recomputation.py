@@ -18,18 +18,19 @@ from cnnkern.extension import extension
 
 @contextlib.contextmanager
 def recompute() -> Iterator[None]:
-    """In this block batch norms (with their activation) and layer norms of cnnkern keep no result for the gradient.
+    """In this block no result is kept for the gradient of cnnkern's batch norms (with their activation) and layer
+    norms, and none of `torch.cat`.
 
     A convolution, or whatever else uses such a result, saves it to compute its own gradient later. Within this block
-    the graph holds in its place how to compute it again, by one sweep over what the norm saves anyway. Gradients are
-    the same, bit by bit. Only the forward pass has to run within the block:
+    the graph holds in its place how to compute it again: by one sweep over what the norm saves anyway, by a copy of
+    what was concatenated. Gradients are the same, bit by bit. Only the forward pass has to run within the block:
 
     >>> with cnnkern.recompute():
     ...     loss = model(images).square().mean()
     >>> loss.backward()
 
     Input and parameters of the norm may not change between the two passes; where the input did, the backward pass
-    raises the RuntimeError that autograd raises for a saved tensor. Within other hooks on saved tensors, which
+    raises the RuntimeError that autograd raises for a saved tensor. What was concatenated may change. Within other hooks on saved tensors, which
     `torch.utils.checkpoint` is made of, under :func:`torch.compile` and within transforms of `torch.func` the block
     changes nothing. Raises RuntimeError where cnnkern was installed without its extension.
     """
@@ -38,7 +39,11 @@ def recompute() -> Iterator[None]:
         yield
         return
     with saved_tensors_hooks(extension.pack, extension.unpack):
-        yield
+        extension.watch(True)
+        try:
+            yield
+        finally:
+            extension.watch(False)
 
 
 def check_extension(name: str) -> None:
