@@ -30,9 +30,9 @@ def recompute() -> Iterator[None]:
     >>> loss.backward()
 
     Input and parameters of the norm may not change between the two passes; where the input did, the backward pass
-    raises the RuntimeError that autograd raises for a saved tensor. What was concatenated may change. Within other hooks on saved tensors, which
-    `torch.utils.checkpoint` is made of, under :func:`torch.compile` and within transforms of `torch.func` the block
-    changes nothing. Raises RuntimeError where cnnkern was installed without its extension.
+    raises the RuntimeError that autograd raises for a saved tensor. What was concatenated may change. Within other
+    hooks on saved tensors, which `torch.utils.checkpoint` is made of, under :func:`torch.compile` and within transforms
+    of `torch.func` the block changes nothing. Raises RuntimeError where cnnkern was installed without its extension.
     """
     check_extension("recompute")
     if torch.compiler.is_compiling() or not extension.may_recompute():

@@ -80,7 +80,7 @@ def test_against_the_model_in_float64(order, grows):
 
     for _ in range(2):
         wanted, found = derivatives(model), derivatives(again)
-        largest = max(float(g.abs().max()) for g in wanted)  # some are sums that cancel, of terms as large as the others
+        largest = max(float(g.abs().max()) for g in wanted)  # some are sums whose terms cancel
         for a, b in zip(wanted, found, strict=True):
             # A sum of a few thousand products, each rounded in the last of 52 bits.
             torch.testing.assert_close(a, b, rtol=0, atol=1e4 * 2.0**-52 * largest)
@@ -252,7 +252,7 @@ def test_parts_may_be_computed_again_themselves(norm, layout):
     for _ in range(3):
         assert_same(gradients(plain, image(layout=layout)), gradients(again, image(layout=layout)))
     saved = held(lambda: plain(image(layout=layout))) - held(lambda: again(image(layout=layout)))
-    # The concatenation; or, where the last norm keeps it, because to compute again would be one layer deeper, that norm's result.
+    # The concatenation; or, where the last norm keeps that (it would be one layer deeper), this norm's result.
     assert round(saved / MAP, 1) == 3
 
 
@@ -286,7 +286,7 @@ class Whatever(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.cat(self.norm(self.a(x)), self.norm(self.b(x)))
         norm = F.batch_norm(y, None, None, training=True)
-            return y.exp() * F.conv2d(y, torch.ones(1, y.shape[1], 1, 1, requires_grad=True)) * norm
+        return y.exp() * F.conv2d(y, torch.ones(1, y.shape[1], 1, 1, requires_grad=True)) * norm
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["kept", "computed again"])
