@@ -26,7 +26,8 @@ struct Part {
 class Concatenation final : public Recipe {
  public:
   Concatenation(std::vector<Part> parts, int64_t dim)
-      : Recipe([parts, dim](const Tensor&) { return concatenated(parts, dim); }, std::all_of(parts.begin(), parts.end(), [](const Part& part) { return part.values != nullptr; })),
+      : Recipe([parts, dim](const Tensor&) { return concatenated(parts, dim); },
+               std::all_of(parts.begin(), parts.end(), [](const Part& part) { return part.values != nullptr; })),
         parts_(std::move(parts)), dim_(dim) {}
   const std::vector<Part>& parts() const { return parts_; }
   int64_t dim() const { return dim_; }
