@@ -18,27 +18,32 @@ from cnnkern.extension import extension
 
 @contextlib.contextmanager
 def recompute() -> Iterator[None]:
-    """In this block batch norms (with their activation) and layer norms of cnnkern keep no result for the gradient.
+    """In this block no result is kept for the gradient of cnnkern's batch norms (with their activation) and layer
+    norms, and none of `torch.cat`.
 
     A convolution, or whatever else uses such a result, saves it to compute its own gradient later. Within this block
-    the graph holds a recipe instead: one pass over what the norm saves anyway recomputes the result. Gradients are the
-    same, bit by bit. Only the forward pass has to run within the block:
+    the graph holds a recipe instead: one pass over what the norm saves anyway, or a copy of what was concatenated,
+    recomputes the result. Gradients are the same, bit by bit. Only the forward pass has to run within the block:
 
     >>> with cnnkern.recompute():
     ...     loss = model(images).square().mean()
     >>> loss.backward()
 
     Input and parameters of the norm may not change between the two passes; where the input did, the backward pass
-    raises the RuntimeError that autograd raises for a saved tensor. Within other hooks on saved tensors, which
-    `torch.utils.checkpoint` is made of, under :func:`torch.compile` and within transforms of `torch.func` the block
-    changes nothing. Raises RuntimeError where cnnkern was installed without its extension.
+    raises the RuntimeError that autograd raises for a saved tensor. What was concatenated may change. Within other
+    hooks on saved tensors, which `torch.utils.checkpoint` is made of, under :func:`torch.compile` and within transforms
+    of `torch.func` the block changes nothing. Raises RuntimeError where cnnkern was installed without its extension.
     """
     check_extension("recompute")
     if torch.compiler.is_compiling() or not extension.may_recompute():
         yield
         return
     with saved_tensors_hooks(extension.pack, extension.unpack):
-        yield
+        extension.watch(True)
+        try:
+            yield
+        finally:
+            extension.watch(False)
 
 
 def check_extension(name: str) -> None:

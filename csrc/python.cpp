@@ -13,6 +13,7 @@
 #include "block_pool.h"
 #include "deferred/batch_norm.h"
 #include "deferred/capture.h"
+#include "deferred/concatenation.h"
 #include "deferred/folded_conv.h"
 #include "kernels.h"
 #include "own_convolutions.h"
@@ -76,10 +77,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("sees_captures", &cnnkern::sees_captures, "Whether batch norms can wait while a CUDA graph is captured.");
   m.def("convolution_of", &cnnkern::convolution_of, "The FoldedConv whose result a tensor is, where it waits; else None.");
   pybind11::class_<cnnkern::Packed, std::shared_ptr<cnnkern::Packed>>(m, "Packed", "What the graph keeps of a saved tensor.");
-  m.def("pack", [](const at::Tensor& t) { return std::make_shared<cnnkern::Packed>(t); }, pybind11::arg("tensor"),
+  m.def("pack", [](const at::Tensor& t) { return std::make_shared<cnnkern::Packed>(t, cnnkern::Depth::kAny); }, pybind11::arg("tensor"),
         "The hook of cnnkern.recompute on what autograd saves.");
   m.def("unpack", &cnnkern::Packed::unpack, pybind11::call_guard<pybind11::gil_scoped_release>(), "The tensor that was packed.");
   cnnkern::hooks_are_ours_with(m.attr("pack").ptr());
+  m.def("watch", &cnnkern::watch_concatenations, pybind11::arg("on"),
+        "Whether concatenations of this thread are to be known by their parts; no longer, at the end of a block.");
   m.def("may_recompute", &cnnkern::may_recompute, "Whether nobody else packs what autograd saves in this thread.");
 #ifdef CNNKERN_CUDA
   m.def("let_launchers_answer", &cnnkern::let_launchers_answer,

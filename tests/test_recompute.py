@@ -353,9 +353,10 @@ SHARES = {
     "vgg16_bn": 0.42,
     "mobilenet_v2": 0.63,
     "efficientnet_b0": 0.56,
-    "densenet121": 0.47,
+    "densenet121": 0.75,
     "convnext_tiny": 0.10,
 }
+PEAKS = {"densenet121": 0.40}  # of what a step takes at most; of the others anything
 
 
 @pytest.mark.parametrize(
@@ -369,7 +370,7 @@ def test_models_keep_less(name):
     found = {form: memory.measure(model, x, setting) for form, model in forms.items()}
     eager, again = found[memory.EAGER], found[memory.RECOMPUTE]
     assert again.elements <= (1 - SHARES[name] + 0.005) * eager.elements
-    assert again.peak < eager.peak
+    assert again.peak < (1 - PEAKS.get(name, 0)) * eager.peak
     said = memory.line(name, found)
     assert said.startswith(name)
     assert f"{1 - again.elements / eager.elements:.0%}" in said

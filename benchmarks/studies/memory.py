@@ -4,11 +4,12 @@
 for models of torchvision what the graph of an image keeps for the gradient, in millions of float32 elements, and the
 most memory that tensors take in a training step beyond parameters and optimizer state. Both are counted by PyTorch's
 CPU allocator, not timed: they do not depend on the machine. `--time` times a training step of each beside them, in
-interleaved rounds, as `cnnkern bench` does.
+interleaved rounds, as `cnnkern bench` does, and in the memory layout in which the converted model is faster.
 """
 
 import argparse
 import copy
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,9 +78,24 @@ def line(model: str, memory: dict[str, Memory]) -> str:
     return f"{model:16} {'   '.join(cells)}   {shares}"
 
 
-def times(models: dict[str, nn.Module], x: Tensor, setting: Setting, seconds: float) -> str:
+def faster(model: nn.Module, side: int, batch: int, seconds: float) -> Setting:
+    """The memory layout in which a step of the converted model takes less time."""
+    settings = [Setting(training=True, device="cpu", channels_last=last) for last in (False, True)]
+    steps: dict[str, Any] = {
+        str(i): step(
+            setting.place(MAKE[CONVERTED](copy.deepcopy(model))), (image(side, batch, setting.channels_last),), setting
+        )
+        for i, setting in enumerate(settings)
+    }
+    samples = clock.interleave(steps, clock.timer_for("cpu"), seconds=seconds)
+    return settings[int(min(samples, key=lambda name: statistics.median(s.wall for s in samples[name])))]
+
+
+def times(model: nn.Module, side: int, batch: int, seconds: float) -> str:
     """Ratios to eager, medians over interleaved rounds; eager against itself is the noise."""
-    steps: dict[str, Any] = {form: step(model, (x,), setting) for form, model in models.items()}
+    setting = faster(model, side, batch, seconds / 5)
+    x = image(side, batch, setting.channels_last)
+    steps: dict[str, Any] = {form: step(made, (x,), setting) for form, made in forms(model, setting).items()}
     steps = {EAGER: steps[EAGER], "eager, again": steps[EAGER]} | steps
     for one in steps.values():
         one()
@@ -89,10 +105,11 @@ def times(models: dict[str, nn.Module], x: Tensor, setting: Setting, seconds: fl
     ratios = {name: clock.ratio(walls[EAGER], taken) for name, taken in walls.items()}
     again = clock.ratio(walls[CONVERTED], walls[RECOMPUTE])
     noise = clock.noise_floor(ratios["eager, again"])
+    layout = "channels_last" if setting.channels_last else "contiguous"
+    fast = ", ".join(f"{form} {ratios[form].value:.3f}" for form in (CONVERTED, RECOMPUTE))
     return (
-        f"times as fast as eager: converted {ratios[CONVERTED].value:.3f}, recompute {ratios[RECOMPUTE].value:.3f}; "
-        f"recompute takes {1 / again.value - 1:+.1%} of converted's time; noise {noise:.1%}, "
-        f"{len(walls[EAGER])} rounds\n{'':16} {watch.activity()}"
+        f"in {layout}, times as fast as eager: {fast}; recompute takes {1 / again.value - 1:+.1%} of converted's time; "
+        f"noise {noise:.1%}, {len(walls[EAGER])} rounds\n{'':16} {watch.activity()}"
     )
 
 
@@ -101,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", default=list(MODELS), help="models of torchvision")
     parser.add_argument("--side", type=int, default=224, help="the height and width of an image (default: 224)")
     parser.add_argument("--batch", type=int, default=2, help="images per step (default: 2)")
-    parser.add_argument("--channels-last", action="store_true", help="use channels_last")
+    parser.add_argument("--channels-last", action="store_true", help="count memory in channels_last")
     parser.add_argument("--time", action="store_true", help="also time a training step of each")
     parser.add_argument("--seconds", type=float, default=60.0, help="the time per model (default: 60)")
     options = parser.parse_args(arguments)
@@ -112,10 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(HEAD)
     for name in options.models:
-        models = forms(build(name), setting)
-        print(line(name, {form: measure(model, x, setting) for form, model in models.items()}), flush=True)
+        memory = {form: measure(model, x, setting) for form, model in forms(build(name), setting).items()}
+        print(line(name, memory), flush=True)
         if options.time:
-            print(f"{'':16} {times(models, x, setting, options.seconds)}", flush=True)
+            print(f"{'':16} {times(build(name), options.side, options.batch, options.seconds)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,9 @@ struct OperatorNode final : torch::autograd::Node, HasRecipe {
   std::string name() const override { return Operator::kName; }
 
   void save(const torch::autograd::variable_list& tensors) {
-    // A recipe holds these too, so that hooks of ours have nothing to gain.
-    const bool as_they_are = has_recipe && saved_tensor_hooks() == SavedTensorHooks::kOurs;
-    const auto no_hooks = as_they_are ? std::make_optional<NoHooks>() : std::nullopt;
-    for (const at::Tensor& t : tensors) saved_.emplace_back(t, /*is_output=*/false);
+    const bool with_recipe = has_recipe && saved_tensor_hooks() == SavedTensorHooks::kOurs;
+    for (const at::Tensor& t : tensors)
+      saved_.push_back(with_recipe ? saved_with_recipe(t) : torch::autograd::SavedVariable(t, /*is_output=*/false));
   }
 
   void release_variables() override {

@@ -16,21 +16,39 @@ namespace {
 
 const void* our_pack = nullptr;
 
-// The recipe of t, or of what t is a view of: nothing where that is no result of ours, or has changed.
-RecipePointer recipe_of(const Tensor& t) {
-  if (!is_plain(t)) return nullptr;
-  const Tensor base = t.is_view() ? Tensor(t._base()) : t;
-  // To ask for its memory computes what waits, whose node has its recipe then.
-  if (!is_plain(base) || base.scalar_type() != t.scalar_type() || !base.has_storage()) return nullptr;
-  const auto node = base.grad_fn();
-  auto* has = node ? dynamic_cast<HasRecipe*>(&*node) : nullptr;
-  RecipePointer recipe = has == nullptr ? nullptr : has->recipe();
-  return recipe && recipe->gives(base) ? recipe : nullptr;
+struct KnownResult {
+  c10::weak_intrusive_ptr<c10::TensorImpl> result;
+  RecipePointer recipe;
+};
+thread_local std::vector<KnownResult> known_results;
+
+void forget_those_that_nobody_has() {
+  std::erase_if(known_results, [](const KnownResult& known) { return known.result.expired(); });
+}
+
+// Of a tensor that is no view, unchanged or not.
+RecipePointer recipe_of_result(const Tensor& y) {
+  const auto node = y.grad_fn();
+  if (auto* has = node ? dynamic_cast<HasRecipe*>(&*node) : nullptr) return has->recipe();
+  forget_those_that_nobody_has();
+  for (const auto& [result, recipe] : known_results)
+    if (result._unsafe_get_target() == y.unsafeGetTensorImpl()) return recipe;
+  return nullptr;
 }
 
 OptionalTensor copied(const Tensor& t) { return t.defined() ? OptionalTensor(copy_of(t)) : std::nullopt; }
 
 }  // namespace
+
+RecipePointer recipe_of(const Tensor& t, Depth depth) {
+  if (!is_plain(t)) return nullptr;
+  const Tensor base = t.is_view() ? Tensor(t._base()) : t;
+  // To ask for its memory computes what waits, whose node has its recipe then.
+  if (!is_plain(base) || base.scalar_type() != t.scalar_type() || !base.has_storage()) return nullptr;
+  RecipePointer recipe = recipe_of_result(base);
+  if (!recipe || (depth == Depth::kWithinRecipe && !recipe->is_of_kept())) return nullptr;
+  return recipe->gives(base) ? recipe : nullptr;
+}
 
 void hooks_are_ours_with(const void* pack) { our_pack = pack; }
 
@@ -75,9 +93,8 @@ bool Borrowed::hold() {
   return true;
 }
 
-Recipe::Recipe(const std::vector<Tensor>& from, const Tensor& residual, Compute compute) : compute_(std::move(compute)) {
+Recipe::Recipe(Compute compute, bool of_kept, const Tensor& residual) : compute_(std::move(compute)), of_kept_(of_kept) {
   if (residual.defined()) residual_.emplace(residual);
-  for (const Tensor& t : from) from_.emplace_back(t.tensor_data(), Version(t));
 }
 
 void Recipe::is_for(const Tensor& y) {
@@ -86,6 +103,7 @@ void Recipe::is_for(const Tensor& y) {
   sizes_ = y.sizes().vec();
   strides_ = Strides(y.strides().begin(), y.strides().end());
   dtype_ = y.scalar_type();
+  device_ = y.device();
 }
 
 bool Recipe::gives(const Tensor& t) {
@@ -97,20 +115,15 @@ bool Recipe::gives(const Tensor& t) {
 
 Tensor Recipe::computed() const {
   const Below below(/*inference=*/false);
-  std::vector<Tensor> from;
-  for (const auto& [tensor, _] : from_) from.push_back(tensor);
-  if (residual_) from.push_back(residual_->tensor());
-  return restrided(compute_(from), strides_);
+  return restrided(compute_(residual_ ? residual_->tensor() : Tensor()), strides_);
 }
 
 Tensor Recipe::result() {
   // Others who want it wait until it is computed, but not those who save it: they hold Python's lock, which a kernel may need.
   std::lock_guard<std::mutex> computing(computing_);
-  version_->check(dtype_, sizes_);
-  for (const auto& [tensor, version] : from_) version.check(tensor.scalar_type(), tensor.sizes());
   if (residual_) residual_->version().check(dtype_, sizes_);
   const int task = torch::autograd::get_current_graph_task_id();
-  const c10::Stream present = stream_of(from_.front().first.device());
+  const c10::Stream present = stream_of(device_);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (shared_.defined() && task == task_ && present == *stream_) {
@@ -146,20 +159,46 @@ void Recipe::forget() {
 RecipePointer recipe_of_batch_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
                                    const Tensor& mean, const Tensor& rstd, const std::string& act, std::optional<double> act_param) {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::sync_bn", "").typed<signature::sync_bn>();
+  const auto from = std::make_shared<Packed>(x, Depth::kWithinRecipe);
+  const auto means = std::make_shared<Packed>(mean, Depth::kWithinRecipe), rstds = std::make_shared<Packed>(rstd, Depth::kWithinRecipe);
   // The forward pass of batch norms over processes: the same map, of given statistics.
-  const auto compute = [w = copied(weight), b = copied(bias), act, act_param](const std::vector<Tensor>& from) {
-    return std::get<0>(op.call(from[0], from.size() > 3 ? OptionalTensor(from[3]) : std::nullopt, w, b, from[1], from[2], act, act_param));
+  const auto compute = [from, means, rstds, w = copied(weight), b = copied(bias), act, act_param](const Tensor& added) {
+    return std::get<0>(op.call(from->unpack(), optional_of(added), w, b, means->unpack(), rstds->unpack(), act, act_param));
   };
-  return std::make_shared<Recipe>(std::vector<Tensor>{x, mean, rstd}, residual, compute);
+  return std::make_shared<Recipe>(compute, !from->is_recipe(), residual);
 }
 
 RecipePointer recipe_of_layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, LayerNormForward forward) {
-  return std::make_shared<Recipe>(std::vector<Tensor>{x}, Tensor(), [w = copied(weight), b = copied(bias), forward](const auto& from) {
-    return forward(from[0], w, b);
-  });
+  const auto from = std::make_shared<Packed>(x, Depth::kWithinRecipe);
+  const auto compute = [from, w = copied(weight), b = copied(bias), forward](const Tensor&) { return forward(from->unpack(), w, b); };
+  return std::make_shared<Recipe>(compute, !from->is_recipe());
 }
 
-Packed::Packed(const Tensor& t) : version_(t), recipe_(recipe_of(t)) {
+torch::autograd::SavedVariable saved_with_recipe(const Tensor& t) {
+  struct Hooks final : torch::autograd::SavedVariableHooks {
+    Packed packed;
+    explicit Hooks(const Tensor& t) : packed(t, Depth::kWithinRecipe) {}
+    void call_pack_hook(const Tensor&) override {}  // gets an alias, of which there is no recipe
+    Tensor call_unpack_hook() override { return packed.unpack(); }
+  };
+  const bool ours = saved_tensor_hooks() == SavedTensorHooks::kOurs;
+  const NoHooks no_hooks;
+  torch::autograd::SavedVariable saved(t, /*is_output=*/false);
+  if (!ours || !t.defined() || !recipe_of(t, Depth::kWithinRecipe)) return saved;
+  const c10::impl::ExcludeDispatchKeyGuard no_one_waits_for_it(kDeferredKey);  // the alias is nobody else's
+  saved.register_hooks(std::make_unique<Hooks>(t));
+  return saved;
+}
+
+void remember_recipe(const Tensor& y, RecipePointer recipe) {
+  forget_those_that_nobody_has();
+  recipe->is_for(y);
+  known_results.push_back({c10::weak_intrusive_ptr<c10::TensorImpl>(y.getIntrusivePtr()), std::move(recipe)});
+}
+
+void forget_recipes() { known_results.clear(); }
+
+Packed::Packed(const Tensor& t, Depth depth) : version_(t), recipe_(recipe_of(t, depth)) {
   if (recipe_) {
     sizes_ = t.sizes().vec(), strides_ = t.strides().vec(), offset_ = t.storage_offset();
     recipe_->saved_by(1);
@@ -178,6 +217,10 @@ Tensor Packed::unpack() const {
     return kept_;
   }
   version_.check(recipe_->dtype(), sizes_);
+  return computed();
+}
+
+Tensor Packed::computed() const {
   const Tensor y = recipe_->result();
   if (y.sizes() == at::IntArrayRef(sizes_) && y.strides() == at::IntArrayRef(strides_) && offset_ == 0) return y;
   const Below below(/*inference=*/false);

@@ -1,12 +1,17 @@
 // Results that are not kept for the gradient but computed again, from what their node saves anyway: cnnkern.recompute.
 //
 // While it is on, the saved-tensor hooks of this thread are `pack` and `unpack`. A node whose result can be computed again has a
-// recipe. Whatever saves that result, or a view of it, comes to `pack`, which keeps the recipe in its place. All else is kept as
-// autograd keeps it. Autograd does not look at versions behind hooks, so that both are looked at here.
+// recipe, and so have concatenations, which are PyTorch's (deferred/concatenation.h). Whatever saves such a result, or a view of
+// it, comes to `pack`, which keeps the recipe in its place. All else is kept as autograd keeps it. Autograd does not look at
+// versions behind hooks, so that both are looked at here.
+//
+// What a recipe computes from may have a recipe in its turn: the input of a batch norm that is a concatenation, a part of a
+// concatenation that is a batch norm's result. No deeper: else one layer's gradient could compute the whole network again.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/saved_variable.h>
 
 #include <functional>
 #include <memory>
@@ -60,15 +65,17 @@ class Borrowed {
   at::Tensor held_;
 };
 
-// What a result is computed again from.
+// How a result is computed again.
 class Recipe : public std::enable_shared_from_this<Recipe> {
  public:
-  using Compute = std::function<at::Tensor(const std::vector<at::Tensor>&)>;
-  // `compute` gets `from`, which must not have changed by then, and behind them `residual` where that is defined. It is worth
-  // its while where somebody else keeps the residual: a block's input for its first convolution, for one.
-  Recipe(const std::vector<at::Tensor>& from, const at::Tensor& residual, Compute compute);
+  // Below autograd. `residual` is undefined where there is none.
+  using Compute = std::function<at::Tensor(const at::Tensor& residual)>;
+  // Where there is a residual, the recipe is worth its while if somebody else keeps that: a block's input for its first
+  // convolution, for one. `of_kept`: what else it computes from has no recipe itself.
+  Recipe(Compute compute, bool of_kept, const at::Tensor& residual = {});
+  virtual ~Recipe() = default;
 
-  // `y` is the result, as its node left it.
+  // `y` is the result, as what computed it left it.
   void is_for(const at::Tensor& y);
   // Whether t is that result, unchanged, and can be computed without keeping what nobody else keeps.
   bool gives(const at::Tensor& t);
@@ -76,19 +83,21 @@ class Recipe : public std::enable_shared_from_this<Recipe> {
   at::Tensor result();
   void saved_by(int change);  // one more, or less
   at::ScalarType dtype() const { return dtype_; }
+  bool is_of_kept() const { return of_kept_; }
 
  private:
   at::Tensor computed() const;
   void forget();
 
-  std::vector<std::pair<at::Tensor, Version>> from_;
-  std::optional<Borrowed> residual_;
   Compute compute_;
+  bool of_kept_;
+  std::optional<Borrowed> residual_;
   std::optional<Version> version_;
   c10::weak_intrusive_ptr<c10::StorageImpl> memory_{c10::intrusive_ptr<c10::StorageImpl>()};
   std::vector<int64_t> sizes_;
   Strides strides_;
   at::ScalarType dtype_ = at::kFloat;
+  c10::Device device_ = at::kCPU;
 
   std::mutex computing_, mutex_;
   int savers_ = 0, given_ = 0, task_ = -1;
@@ -97,6 +106,39 @@ class Recipe : public std::enable_shared_from_this<Recipe> {
 };
 
 using RecipePointer = std::shared_ptr<Recipe>;
+
+// Which recipes may stand for a tensor: any, or in another recipe those that compute from what is kept.
+enum class Depth { kAny, kWithinRecipe };
+
+// The recipe of t, or of what t is a view of: nothing where that is no result with one, or has changed.
+RecipePointer recipe_of(const at::Tensor& t, Depth depth);
+
+// What stands in the graph for a saved tensor: the tensor, or a recipe and where in its result the tensor lies.
+class Packed {
+ public:
+  Packed(const at::Tensor& t, Depth depth);
+  ~Packed();
+  Packed(const Packed&) = delete;
+  Packed& operator=(const Packed&) = delete;
+  bool is_recipe() const { return recipe_ != nullptr; }
+  at::Tensor unpack() const;    // an error where it has changed
+  at::Tensor computed() const;  // by the recipe, as it was
+
+ private:
+  Version version_;
+  at::Tensor kept_;  // undefined where there is a recipe
+  RecipePointer recipe_;
+  std::vector<int64_t> sizes_, strides_;
+  int64_t offset_ = 0;
+};
+
+// For a node with a recipe, what that computes from: past the hooks, as the tensor or the recipe that stands for it there too.
+torch::autograd::SavedVariable saved_with_recipe(const at::Tensor& t);
+
+// Results of PyTorch's operators that can be computed again. This thread knows each for as long as somebody has the tensor;
+// then only what has saved it keeps its recipe.
+void remember_recipe(const at::Tensor& y, RecipePointer recipe);
+void forget_recipes();
 
 // The recipes of our operators. Vectors of parameters are copied: autograd allows a bias to change.
 RecipePointer recipe_of_batch_norm(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, const at::Tensor& bias,
@@ -133,23 +175,6 @@ class HasRecipe {
  private:
   std::mutex mutex_of_recipe_;
   RecipePointer recipe_;
-};
-
-// What stands in the graph for a saved tensor: the tensor, or a recipe and where in its result the tensor lies.
-class Packed {
- public:
-  explicit Packed(const at::Tensor& t);
-  ~Packed();
-  Packed(const Packed&) = delete;
-  Packed& operator=(const Packed&) = delete;
-  at::Tensor unpack() const;
-
- private:
-  Version version_;
-  at::Tensor kept_;  // undefined where there is a recipe
-  RecipePointer recipe_;
-  std::vector<int64_t> sizes_, strides_;
-  int64_t offset_ = 0;
 };
 
 // Whether the hooks may be set: not within others, nor where PyTorch refuses any.

@@ -26,7 +26,7 @@ class Arguments {
     if (!t.defined()) return;
     if (Deferred* deferred = Deferred::of(t))
       deferred->make_real_for(name_ + " follows");
-    if (writes && t.key_set().has(kDeferredKey)) Seal::break_those_of(memory_of(t)), Kept::copy_those_of(memory_of(t));
+    if (writes) Seal::break_those_of(memory_of(t)), Values::copy_those_of(memory_of(t));
     for (const auto& result : waiting_) {
       if (result.get() == t.unsafeGetTensorImpl()) continue;
       // What is no plain memory may have some inside.
@@ -49,14 +49,14 @@ class Arguments {
   void expose(const Tensor& t) {
     for (const auto& result : waiting_)
       if (result->conflicts_with(memory_of(t), /*writes=*/true)) result->make_real_for(name_ + " exposes what it is made of");
-    if (t.key_set().has(kDeferredKey)) Kept::copy_those_of(memory_of(t));
+    Values::copy_those_of(memory_of(t));
   }
 
   ~Arguments() {
     for (const auto& result : waiting_)
       if (result->passed() > kPatience) settle(*result);
     waiting_.clear();
-    if (Waiting::of_this_thread()->is_empty()) c10::impl::tls_set_dispatch_key_included(kDeferredKey, false);
+    if (Waiting::of_this_thread()->rests()) c10::impl::tls_set_dispatch_key_included(kDeferredKey, false);
   }
 
  private:

@@ -89,9 +89,14 @@ std::vector<c10::intrusive_ptr<Deferred>> Waiting::results() {
   return found;
 }
 
-bool Waiting::is_empty() {
+void Waiting::watch(bool on) {
+  watched_ = on;
+  c10::impl::tls_set_dispatch_key_included(kDeferredKey, on || !rests());
+}
+
+bool Waiting::rests() {
   std::lock_guard<std::mutex> lock(mutex_);
-  return results_.empty();
+  return results_.empty() && !watched_;
 }
 
 Tensor tensor_of(const c10::intrusive_ptr<Deferred>& impl) {
@@ -179,10 +184,7 @@ Result Deferred::compute(const Activation& act) {
     const Below below(inference_);
     return source_->compute(residual_, act, again);
   }();
-  if (norm_) {
-    const NoHooks no_hooks;
-    norm_->fill(*source_->norm(), result.mean, result.rstd, residual_.defined() ? recomputes_sum(act.name) : act.name != "none");
-  }
+  if (norm_) norm_->fill(*source_->norm(), result.mean, result.rstd, residual_.defined() ? recomputes_sum(act.name) : act.name != "none");
   return result;
 }
 

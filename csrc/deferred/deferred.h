@@ -126,9 +126,12 @@ class Waiting {
   void enter(const c10::intrusive_ptr<Deferred>& result);
   void leave(const Deferred* result);
   std::vector<c10::intrusive_ptr<Deferred>> results();
-  bool is_empty();
+  // Whether all operators come to dispatch.cpp even if nothing waits.
+  void watch(bool on);
+  bool rests();
 
  private:
+  bool watched_ = false;
   std::mutex mutex_;
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> results_;
 };

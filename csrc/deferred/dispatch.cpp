@@ -6,6 +6,7 @@
 #include <set>
 
 #include "deferred/arguments.h"
+#include "deferred/concatenation.h"
 
 namespace cnnkern {
 namespace {
@@ -86,6 +87,14 @@ void any_operator(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* s
     }
   }
   past([&] { op.redispatchBoxed(below(keys), stack); });
+}
+
+// As PyTorch computes it, in or out of a graph.
+void concatenate(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* stack) {
+  const std::vector<Tensor> parts = (*stack)[stack->size() - 2].toTensorVector();
+  const int64_t dim = stack->back().toInt();
+  any_operator(op, keys, stack);
+  remember_concatenation(stack->back().toTensor(), parts, dim);
 }
 
 // What an operator that no kernel of ours computes gives, in place and out of place.
@@ -222,6 +231,8 @@ bool has_compatible_shallow_copy_type(Keys keys, const Tensor& t, const Tensor& 
 TORCH_LIBRARY_IMPL(_, DeferredInit, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&cnnkern::any_operator>()); }
 
 TORCH_LIBRARY_IMPL(aten, DeferredInit, m) {
+  for (const char* name : {"cat", "concat", "concatenate"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&cnnkern::concatenate>());
   m.impl("relu", &cnnkern::relu);
   m.impl("relu_", &cnnkern::relu_);
   m.impl("relu6", &cnnkern::relu6);

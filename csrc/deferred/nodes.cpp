@@ -61,7 +61,7 @@ void NormNode::fill(const NormArguments& norm, const Tensor& mean, const Tensor&
   Lock lock(mutex);
   if (filled_) return;
   for (const Tensor& t : {norm.x, norm.weight, reads_bias ? norm.bias : Tensor(), mean, rstd})
-    saved_.emplace_back(t, /*is_output=*/false);
+    saved_.push_back(saved_with_recipe(t));
   if (reads_bias && norm.bias.defined()) bias_ = copy_of(norm.bias);
   training_ = norm.training;
   filled_ = true;

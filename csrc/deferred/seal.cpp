@@ -20,12 +20,17 @@ namespace {
 
 std::mutex mutex;
 std::vector<Sealed*> all;
-std::vector<Kept*> all_kept;
+std::vector<Values*> all_values;
 
 // The keys of any tensor, which its class keeps to its heirs.
 struct Keys : c10::TensorImpl {
   static c10::DispatchKeySet& of(const Tensor& t) { return t.unsafeGetTensorImpl()->*(&Keys::key_set_); }
 };
+
+// From now on operators that are given t, or a view of it, come to dispatch.cpp.
+void mark(const Tensor& t) {
+  if (!t.key_set().has(kDeferredKey)) Keys::of(t) = Keys::of(t).add(kDeferredKey);
+}
 
 // Whether a storage object of Python's is held by nobody but the storage. PyTorch counts that since 2.10 or so.
 template <typename Slot>
@@ -50,7 +55,7 @@ Seal::Seal(const std::vector<Tensor>& tensors) : sealed_(std::make_unique<Sealed
     sealed_->broken = sealed_->broken || !is_plain(t) || !has_no_alias(t);
     sealed_->tensors.push_back(t.unsafeGetTensorImpl());
     sealed_->memory.emplace_back(t.storage().getWeakStorageImpl());
-    if (!t.key_set().has(kDeferredKey)) Keys::of(t) = Keys::of(t).add(kDeferredKey);
+    mark(t);
   }
   all.push_back(sealed_.get());
 }
@@ -71,39 +76,63 @@ bool Seal::holds(const std::vector<Tensor>& tensors) const {
   return true;
 }
 
-void Kept::keep(const Tensor& t) {
-  std::lock_guard<std::mutex> lock(mutex);
-  tensor_ = t, version_ = t._version();
-  if (!t.key_set().has(kDeferredKey)) Keys::of(t) = Keys::of(t).add(kDeferredKey);
-  all_kept.push_back(this);
-}
-
-void Kept::reset() {
-  Tensor released, copy;  // destroyed without the lock: what they free may be kept tensors' nodes
-  std::lock_guard<std::mutex> lock(mutex);
-  std::erase(all_kept, this);
-  std::swap(released, tensor_), std::swap(copy, copy_);
-}
-
-Tensor Kept::unpack() const {
-  std::lock_guard<std::mutex> lock(mutex);
-  if (!tensor_.defined()) return Tensor();
-  if (copy_.defined()) {
-    TORCH_CHECK(!at::GradMode::is_enabled() || !tensor_.requires_grad(), "cnnkern: what was added to a batch norm's output was changed "
-                "in place since, and a second derivative needs it as it was");
-    return copy_;
+std::shared_ptr<Values> Values::of(const Tensor& t) {
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    for (Values* values : all_values)
+      if (values->are_those_of(t))
+        if (auto found = values->weak_from_this().lock()) return found;
   }
-  TORCH_CHECK(tensor_._version() == version_, "one of the variables needed for gradient computation has been modified by an inplace "
-              "operation: what was added to a batch norm's output, through a view that was made before. Use the view after the "
-              "gradient, or leave this batch norm unconverted.");
+  return std::make_shared<Values>(t);
+}
+
+Values::Values(const Tensor& t) : tensor_(t.tensor_data()), version_(t._version()) {
+  mark(t);
+  if (t.is_view()) mark(Tensor(t._base()));
+  std::lock_guard<std::mutex> lock(mutex);
+  all_values.push_back(this);
+}
+
+Values::~Values() {
+  std::lock_guard<std::mutex> lock(mutex);
+  std::erase(all_values, this);
+}
+
+bool Values::are_those_of(const Tensor& t) const {
+  return !copied_ && memory_of(t) == memory_of(tensor_) && t._version() == version_ && tensor_._version() == version_ &&
+         t.sizes() == tensor_.sizes() && t.strides() == tensor_.strides() && t.storage_offset() == tensor_.storage_offset() &&
+         t.scalar_type() == tensor_.scalar_type();
+}
+
+Tensor Values::tensor() const {
+  std::lock_guard<std::mutex> lock(mutex);
+  TORCH_CHECK(copied_ || tensor_._version() == version_, "one of the variables needed for gradient computation has been modified by an "
+              "inplace operation: what was added to a batch norm's output, or concatenated within cnnkern.recompute, through a view "
+              "that was made before. Use the view after the gradient, or leave this batch norm unconverted.");
   return tensor_;
 }
 
-void Kept::copy_those_of(const c10::StorageImpl* memory) {
+bool Values::are_copied() const {
   std::lock_guard<std::mutex> lock(mutex);
-  for (Kept* kept : all_kept)
-    if (memory_of(kept->tensor_) == memory && !kept->copy_.defined() && kept->tensor_._version() == kept->version_)
-      kept->copy_ = copy_of(kept->tensor_);
+  return copied_;
+}
+
+void Values::copy_those_of(const c10::StorageImpl* memory) {
+  std::lock_guard<std::mutex> lock(mutex);
+  for (Values* values : all_values) {
+    if (values->copied_ || memory_of(values->tensor_) != memory || values->tensor_._version() != values->version_) continue;
+    values->tensor_ = copy_of(values->tensor_);
+    values->copied_ = true;
+  }
+}
+
+Tensor Kept::unpack() const {
+  if (!values_) return Tensor();
+  const Tensor values = values_->tensor();
+  if (!values_->are_copied()) return tensor_;
+  TORCH_CHECK(!at::GradMode::is_enabled() || !tensor_.requires_grad(), "cnnkern: what was added to a batch norm's output was changed in "
+              "place since, and a second derivative needs it as it was");
+  return values;
 }
 
 void Seal::break_those_of(const c10::StorageImpl* memory) {

@@ -26,22 +26,39 @@ class Seal {
   std::unique_ptr<Sealed> sealed_;
 };
 
-// A tensor that a gradient reads, and that PyTorch's own layers would not have kept: the residual. Whoever changes it in place in the
-// meantime comes to dispatch.cpp first, in the same way, and a copy is made of what it was.
-class Kept {
+// The values that a tensor has now, for a gradient that reads them later: PyTorch's own layers would not have kept this tensor, so
+// that it may be changed in place. Whoever does that comes to dispatch.cpp first, in the same way, and a copy is made of them.
+class Values : public std::enable_shared_from_this<Values> {
  public:
-  Kept() = default;
-  Kept(const Kept&) = delete;
-  Kept& operator=(const Kept&) = delete;
-  ~Kept() { reset(); }
-  void keep(const at::Tensor& t);
-  void reset();
-  at::Tensor unpack() const;  // as it was; undefined where nothing is kept
+  // Several who keep one tensor share its values.
+  static std::shared_ptr<Values> of(const at::Tensor& t);
+  explicit Values(const at::Tensor& t);
+  Values(const Values&) = delete;
+  Values& operator=(const Values&) = delete;
+  ~Values();
+  // Without a place in the graph. An error where they were changed past dispatch.cpp.
+  at::Tensor tensor() const;
+  bool are_copied() const;
   static void copy_those_of(const c10::StorageImpl* memory);
 
  private:
-  at::Tensor tensor_, copy_;
-  int64_t version_ = 0;
+  bool are_those_of(const at::Tensor& t) const;
+
+  at::Tensor tensor_;  // the tensor's memory, or a copy
+  int64_t version_;
+  bool copied_ = false;
+};
+
+// The residual of a sum, by its values, or where they are still its own by itself.
+class Kept {
+ public:
+  void keep(const at::Tensor& t) { tensor_ = t, values_ = Values::of(t); }
+  void reset() { tensor_ = at::Tensor(), values_ = nullptr; }
+  at::Tensor unpack() const;  // as it was; undefined where nothing is kept
+
+ private:
+  at::Tensor tensor_;
+  std::shared_ptr<Values> values_;
 };
 
 }  // namespace cnnkern
