@@ -24,7 +24,7 @@ import cnnkern
 
 # Operators behind a batch norm that our kernels compute with it, as reports name them.
 COMPUTED = ("relu", "relu_", "relu6", "silu", "sigmoid", "hardswish", "hardtanh")
-COMPUTED += ("leaky_relu", "elu", "gelu", "mish", "hardsigmoid")
+COMPUTED += ("leaky_relu", "elu", "gelu", "mish", "hardsigmoid", "prelu")
 Build = Callable[[], nn.Module]
 
 

@@ -1,7 +1,8 @@
 """Models that convert and fold must not change: what test_convert_meaning.py converts and folds, by what they do."""
 
-from meanings import gradients, in_place, objects, state, statistics, unseen  # noqa: F401  (they add to CASES)
+from meanings import gradients, in_place, objects, prelu, state, statistics, unseen  # noqa: F401  (they add to CASES)
 from meanings.base import CASES, PATCHED, Layers, X
+from meanings.prelu import IResNetBlock, Sloped
 from meanings.state import TakesATensorOrAList
 
-__all__ = ["CASES", "PATCHED", "Layers", "TakesATensorOrAList", "X"]
+__all__ = ["CASES", "PATCHED", "IResNetBlock", "Layers", "Sloped", "TakesATensorOrAList", "X"]
