@@ -159,15 +159,17 @@ variable_list PReluNode::apply(variable_list&& grads) {
     auto found = torch::autograd::grad({prelu_by_pytorch(y, s)}, {y, s}, {dz}, /*retain_graph=*/create_graph, create_graph);
     return {found[0], wants_slope ? found[1] : Tensor()};
   }
-  const std::array<bool, 5> needs = {norm.next_edge(0).is_valid(), sum, norm.next_edge(1).is_valid(), norm.next_edge(2).is_valid(),
-                                     wants_slope};
+  const bool goes_on = task_should_compute_output(0);  // else the slope's gradient alone is asked for
+  const std::array<bool, 5> needs = {goes_on && norm.next_edge(0).is_valid(), goes_on && sum, goes_on && norm.next_edge(1).is_valid(),
+                                     goes_on && norm.next_edge(2).is_valid(), wants_slope};
   auto [dx, dresidual, dweight, dbias, dslope] =
       prelu_backward().call(dz, saved[0], optional_of(added), optional_of(saved[1]), optional_of(saved[2]), slopes,
                             saved[3].contiguous(), saved[4].contiguous(), channels_last, norm.training(), needs);
+  if (!goes_on) return {Tensor(), wants_slope ? dslope : Tensor()};
   if (needs[0]) dx = in_strides_of_batch_norm_gradient(dx, saved[0], dz, strides, "prelu");
-  // Without a residual what is handed on is but a sign of what is known, which nobody sees.
+  // Without a residual what is handed on is but a sign of what is known, which nobody sees: of no use by itself, as `act` says.
   const Tensor handed_on = sum ? restrided(dresidual, strides_of_gradient(dz, strides, "prelu")) : dz;
-  norm.known = {handed_on, {}, strides,
+  norm.known = {handed_on, sum ? Activation() : Activation{"prelu"}, strides,
                 variable_list{needs[0] ? dx : Tensor(), needs[2] ? dweight : Tensor(), needs[3] ? dbias : Tensor()}};
   return {handed_on, wants_slope ? dslope : Tensor()};
 }

@@ -139,6 +139,16 @@ def _(self, x, y):
     return z + g / 1000
 
 
+@sloped("AsksForTheSlopesGradientBeforeAnotherUse")
+def _(self, x, y):
+    z = self.slopes(y)
+    if not z.requires_grad:
+        return z + torch.sigmoid(y)
+    (g,) = torch.autograd.grad(z.square().sum(), self.slopes.weight, retain_graph=True)
+    torch.sigmoid(y).sum().backward(retain_graph=True)
+    return z + g.view(4, 1, 1) / 1000
+
+
 @sloped("UsesWhatSlopesWereGivenAgain")
 def _(self, x, y):
     return self.slopes(y) + torch.sigmoid(y)
