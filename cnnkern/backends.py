@@ -45,7 +45,7 @@ def _launchers(name: str) -> dict[str, Launcher]:
         return eager.LAUNCHERS
     if not _has_triton():
         raise RuntimeError("cnnkern: backend 'triton' needs the package triton, which is not installed")
-    launchers = {}
+    launchers = dict(eager.LAUNCHERS)  # of what there is no Triton kernel for
     for kernel, operators in _TRITON_KERNELS.items():
         module = importlib.import_module(f"cnnkern.triton_kernels.{kernel}")
         launchers |= {operator: getattr(module, operator) for operator in operators}
@@ -78,7 +78,7 @@ def _default_launchers() -> tuple[str, dict[str, Launcher]]:
     if not _has_triton():
         return "eager", eager.LAUNCHERS
     pairs = [(module, operator) for module, operators in _TRITON_KERNELS.items() for operator in operators]
-    return "triton", {operator: _imported_when_called(module, operator) for module, operator in pairs}
+    return "triton", eager.LAUNCHERS | {operator: _imported_when_called(module, operator) for module, operator in pairs}
 
 
 _default_name, _defaults = _default_launchers()
@@ -94,19 +94,21 @@ def _looked_up(operator: str) -> Launcher:
     return launch
 
 
-def _register() -> torch.library.Library:
-    if _BUILT_WITH_CUDA:
-        library = torch.library.Library("cnnkern_launchers", "DEF")
-        for operator in _operators():
-            library.define(str(getattr(torch.ops.cnnkern, operator).default._schema).removeprefix("cnnkern::"))
-    else:
-        library = torch.library.Library("cnnkern", "IMPL")
+def _register() -> tuple[torch.library.Library, ...]:
+    unanswered = torch.library.Library("cnnkern", "IMPL")
     for operator in _operators():
-        library.impl(operator, _looked_up(operator), "CUDA")
-    return library
+        if not _has_kernel(operator, "CUDA"):  # where the extension was built without CUDA, each of them
+            unanswered.impl(operator, _looked_up(operator), "CUDA")
+    if not _BUILT_WITH_CUDA:
+        return (unanswered,)
+    launchers = torch.library.Library("cnnkern_launchers", "DEF")
+    for operator in _operators():
+        launchers.define(str(getattr(torch.ops.cnnkern, operator).default._schema).removeprefix("cnnkern::"))
+        launchers.impl(operator, _looked_up(operator), "CUDA")
+    return unanswered, launchers
 
 
-_library = _register()  # for as long as it lives, it keeps what it registered
+_libraries = _register()  # for as long as they live, they keep what they registered
 
 
 def _switch(name: str | None) -> None:
@@ -156,7 +158,9 @@ class backend:
         return f"backend({self.name!r})"
 
 
-def _cuda_kernel() -> str:
+def _cuda_kernel(operator: str) -> str:
+    if not any(operator in operators for operators in _TRITON_KERNELS.values()):
+        return f"{_LABELS['eager']}: this operator has no kernel for a GPU yet"
     if _active is not None:
         return _LABELS[_active]
     if _BUILT_WITH_CUDA:
@@ -185,4 +189,4 @@ def status() -> dict[str, dict[str, str]]:
     are followed by ``": "`` and a reason if they are used for lack of another; ``"none: "`` and a reason if there is
     none.
     """
-    return {operator: {"cpu": _cpu_kernel(operator), "cuda": _cuda_kernel()} for operator in _operators()}
+    return {operator: {"cpu": _cpu_kernel(operator), "cuda": _cuda_kernel(operator)} for operator in _operators()}

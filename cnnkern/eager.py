@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cnnkern import reference
+from cnnkern.ops import prelu_check
 from cnnkern.triton_kernels import check
 from cnnkern.triton_kernels.layout import (
     Strides,
@@ -188,6 +189,41 @@ def bn_add_act_backward(
         g = in_layout_of(_through_activation(g, pre, act, act_param), x)
     dx, dweight, dbias = _batch_norm_backward(g, x, weight, bias, mean, rstd, training, [wants_dx, *wants])
     return dx, g.clone() if wants_dresidual else x.new_empty(0), dweight, dbias
+
+
+def bn_prelu(x, residual, weight, bias, slope, running_mean, running_var, training, momentum, eps):
+    op = "cnnkern::bn_prelu"
+    check.batch_norm(op, x, weight, bias, running_mean, running_var, training, eps)
+    prelu_check.slope(op, slope, x)
+    if residual is not None:
+        check.same_shape(op, "residual", residual, x)
+    pre, mean, rstd = _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
+    if residual is None:
+        return torch.prelu(pre, slope.to(x.dtype)), mean, rstd
+    strides = strides_of_sum(pre, residual, "none")  # those of PReLU too
+    return with_strides(torch.prelu(pre.add_(residual), slope.to(x.dtype)), strides), mean, rstd
+
+
+def bn_prelu_backward(
+    dy, x, residual, weight, bias, slope, mean, rstd, channels_last, training, output_mask: Sequence[bool]
+):
+    op = "cnnkern::bn_prelu_backward"
+    prelu_check.backward(op, dy, x, residual, weight, bias, slope, mean, rstd, channels_last, output_mask)
+    wants_dx, wants_dresidual, *wants, wants_dslope = output_mask
+    x = laid_out(x, channels_last)
+    g, dslope = in_layout_of(dy, x), slope.new_zeros(slope.shape) if wants_dslope else x.new_empty(0)
+    if x.numel() > 0:
+        wide = _wide(x)
+        z = in_layout_of(_pre(x.to(wide), weight, bias, mean, rstd), x)
+        z = z if residual is None else z + residual
+        g, negative = g.to(wide), ~(z > 0)
+        if wants_dslope:
+            products = torch.where(negative, g * z, 0)
+            dims = range(x.dim()) if slope.numel() == 1 else [d for d in range(x.dim()) if d != 1]
+            dslope = products.sum(list(dims), dtype=torch.float64).view(slope.shape).to(slope.dtype)
+        g = in_layout_of(torch.where(negative, g * _columns(x, slope.expand(x.shape[1])), g).to(x.dtype), x)
+    dx, dweight, dbias = _batch_norm_backward(g, x, weight, bias, mean, rstd, training, [wants_dx, *wants])
+    return dx, g.clone() if wants_dresidual else x.new_empty(0), dweight, dbias, dslope
 
 
 def sync_bn_stats(x):
@@ -379,9 +415,11 @@ def max_pool2d_backward(dy, positions, size, kernel_size, stride, padding, chann
     return dx.to(dy.dtype).contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-FORWARD: tuple[Callable, ...] = (bn_act, bn_add_act, add_relu, grouped_conv2d, layer_norm, layer_norm2d, max_pool2d)
+FORWARD: tuple[Callable, ...] = (
+    *(bn_act, bn_add_act, bn_prelu, add_relu, grouped_conv2d, layer_norm, layer_norm2d, max_pool2d),
+)
 BACKWARD: tuple[Callable, ...] = (
-    *(bn_act_backward, bn_add_act_backward, add_relu_backward),
+    *(bn_act_backward, bn_add_act_backward, bn_prelu_backward, add_relu_backward),
     *(grouped_conv2d_backward, layer_norm_backward, layer_norm2d_backward, max_pool2d_backward),
 )
 # Parts of a layer whose derivative is that of the whole: cnnkern/ops/sync_bn_autograd.py.

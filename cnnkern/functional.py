@@ -3,6 +3,7 @@
 from cnnkern.ops.add_relu import add_relu
 from cnnkern.ops.bn_act import batch_norm_act, batch_norm_relu
 from cnnkern.ops.bn_add_act import batch_norm_add_act, batch_norm_add_relu
+from cnnkern.ops.bn_prelu import batch_norm_prelu
 from cnnkern.ops.grouped_conv1d import conv1d
 from cnnkern.ops.grouped_conv2d import conv2d
 from cnnkern.ops.layer_norm import layer_norm
@@ -15,6 +16,7 @@ __all__ = [
     "batch_norm_act",
     "batch_norm_add_act",
     "batch_norm_add_relu",
+    "batch_norm_prelu",
     "batch_norm_relu",
     "conv1d",
     "conv2d",

@@ -72,6 +72,22 @@ def batch_norm_add_act(
     return activated(y + residual, act, act_param)
 
 
+def batch_norm_prelu(
+    input: Tensor,
+    running_mean,
+    running_var,
+    slope: Tensor,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    residual=None,
+) -> Tensor:
+    y = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return F.prelu(y if residual is None else y + residual, slope.to(y.dtype))
+
+
 def sync_batch_norm_act(
     input: Tensor,
     running_mean,

@@ -74,7 +74,8 @@ def _autograd(name: str) -> Callable:
             known |= {"channels_last": batch_norm_in_rows(arguments[0]), "order": memory_order(every[0])}
             known |= {"size": arguments[0].shape[2:]}
             act = known.get("act", "none")
-            if not ((name == "bn_act" and act != "none") or (name == "bn_add_act" and recomputes_sum(act))):
+            reads_bias = {"bn_act": act != "none", "bn_add_act": recomputes_sum(act), "bn_prelu": True}
+            if not reads_bias.get(name, False):
                 known |= {"bias": None, "residual": None}  # which that gradient does not read
             ctx.names = [n for n in needed if isinstance(known.get(n), Tensor)]
             ctx.save_for_backward(*(known[n] for n in ctx.names))

@@ -105,6 +105,13 @@ inline void check_batch_norm_backward(const char* op, const Tensor& dy, const Te
               ": output_mask asks for dbias behind an activation, which reads the bias, but bias is None");
 }
 
+// The slope of a PReLU.
+inline void check_slope(const char* op, const Tensor& slope, const Tensor& x) {
+  TORCH_CHECK(slope.dim() <= 1 && (slope.numel() == 1 || slope.numel() == x.size(1)), op, ": slope should contain 1 element or ",
+              x.size(1), " (one a channel); got shape ", slope.sizes());
+  check_parameter_type(op, "slope", slope, x);
+}
+
 // What layer norm asks of its inputs: parameters have the shape of the last dimensions of x.
 inline void check_layer_norm(const char* op, const Tensor& x, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
                              const OptionalTensor& bias, bool wide) {
@@ -223,6 +230,18 @@ inline void check_saved_residual(const char* op, std::string_view act, const Opt
   if (!recomputes_sum(act)) return;
   TORCH_CHECK(tensor_or_undefined(residual).defined(), op, ": the gradient of ", act, " reads the residual, but residual is None");
   check_same_shape(op, "residual", *residual, x);
+}
+
+inline void check_bn_prelu_backward(const char* op, const Tensor& dy, const Tensor& x, const OptionalTensor& residual,
+                                    const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& slope,
+                                    const Tensor& mean, const Tensor& rstd, bool channels_last,
+                                    const std::array<bool, 5>& output_mask) {
+  check_batch_norm_backward(op, dy, x, weight, bias, /*reads_bias=*/true, mean, rstd, {output_mask[0], output_mask[2], output_mask[3]});
+  check_slope(op, slope, x);
+  const bool adds = tensor_or_undefined(residual).defined();
+  if (adds) check_same_shape(op, "residual", *residual, x);
+  TORCH_CHECK(adds || !output_mask[1], op, ": output_mask asks for dresidual, but residual is None");
+  check_channels_last(op, x, channels_last);
 }
 
 }  // namespace cnnkern

@@ -10,7 +10,9 @@
 #include "check.h"
 
 // f(op) for every operator of ops.cpp.
-#define CNNKERN_OPERATORS(f)                        \
+#define CNNKERN_OPERATORS(f) CNNKERN_CUDA_OPERATORS(f) f(bn_prelu) f(bn_prelu_backward)
+// Those that csrc/cuda has kernels for.
+#define CNNKERN_CUDA_OPERATORS(f)                   \
   f(bn_act) f(bn_act_backward)                      \
   f(bn_add_act) f(bn_add_act_backward)              \
   f(sync_bn_stats) f(sync_bn)                       \
@@ -27,6 +29,7 @@ using One = Tensor;
 using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Optional = const OptionalTensor&;
 using Sizes = at::IntArrayRef;
 using Number = std::optional<double>;
@@ -42,6 +45,12 @@ using bn_add_act = Four(const Tensor& x, const Tensor& residual, Optional weight
 using bn_add_act_backward = Four(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
                                  const Tensor& rstd, const Tensor& mask, bool channels_last, bool training,
                                  c10::string_view act, std::array<bool, 4> output_mask, Optional residual, Number act_param);
+
+using bn_prelu = Three(const Tensor& x, Optional residual, Optional weight, Optional bias, const Tensor& slope, Optional running_mean,
+                       Optional running_var, bool training, double momentum, double eps);
+using bn_prelu_backward = Five(const Tensor& dy, const Tensor& x, Optional residual, Optional weight, Optional bias,
+                               const Tensor& slope, const Tensor& mean, const Tensor& rstd, bool channels_last, bool training,
+                               std::array<bool, 5> output_mask);
 
 using sync_bn_stats = One(const Tensor& x);
 using sync_bn = Two(const Tensor& x, Optional residual, Optional weight, Optional bias, const Tensor& mean, const Tensor& rstd,

@@ -134,7 +134,7 @@ inline at::Tensor laid_out(const at::Tensor& t, bool rows) {
 inline at::Tensor in_batch_norm_layout(const at::Tensor& x) { return laid_out(x, batch_norm_in_rows(x)); }
 
 // Whether PyTorch's activation has the strides of its input.
-inline bool keeps_strides(std::string_view act) { return act == "none" || act == "relu6"; }
+inline bool keeps_strides(std::string_view act) { return act == "none" || act == "relu6" || act == "prelu"; }
 
 // The result of a batch norm of x, from in_batch_norm_layout, with the strides of PyTorch's activation behind its batch norm.
 inline at::Tensor batch_norm_result(const at::Tensor& x, std::string_view act) {

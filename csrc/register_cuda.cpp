@@ -31,12 +31,12 @@ struct OnCudaKey<launcher_name, kernel> {
 };
 
 #define NAME(op) constexpr char op##_launcher[] = "cnnkern_launchers::" #op;
-CNNKERN_OPERATORS(NAME)
+CNNKERN_CUDA_OPERATORS(NAME)
 
 }  // namespace
 
 #define DECLARE(op) signature::op op##_cuda;
-CNNKERN_OPERATORS(DECLARE)
+CNNKERN_CUDA_OPERATORS(DECLARE)
 
 void let_launchers_answer(bool do_so) { launchers_answer = do_so; }
 
@@ -44,7 +44,7 @@ void let_launchers_answer(bool do_so) { launchers_answer = do_so; }
 
 TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) {
 #define REGISTER(op) m.impl(#op, &cnnkern::OnCudaKey<cnnkern::op##_launcher, &cnnkern::op##_cuda>::call);
-  CNNKERN_OPERATORS(REGISTER)
+  CNNKERN_CUDA_OPERATORS(REGISTER)
 }
 
 #endif

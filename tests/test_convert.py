@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from meanings import IResNetBlock
 from torch import nn
 
 import cnnkern
@@ -326,6 +327,17 @@ WRITTEN = {
         lambda: Residual(lambda self, y, x: F.elu(x + y, inplace=True)),
         {"BatchNorm + add + ELU": 1},
     ),
+    "prelu, a slope a channel": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.PReLU(4)), {"BatchNorm + PReLU": 1}),
+    "prelu, one slope": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.PReLU()), {"BatchNorm + PReLU": 1}),
+    "F.prelu": (
+        lambda: Functional(lambda x: F.prelu(x, torch.tensor(0.2, dtype=x.dtype))),
+        {"BatchNorm + PReLU": 1},
+    ),
+    "add, PReLU": (
+        lambda: Residual(lambda self, y, x: F.prelu(x + y, self.conv.bias)),
+        {"BatchNorm + add + PReLU": 1},
+    ),
+    "insightface's block": (IResNetBlock, {"BatchNorm": 2, "BatchNorm + PReLU": 1, "BatchNorm + add": 1}),
     "scaled add": (lambda: Residual(lambda self, y, x: torch.add(y, x, alpha=2)), {"BatchNorm": 1}),
     "add of a number": (lambda: Residual(lambda self, y, x: F.relu(y + 1)), {"BatchNorm": 1}),
     "added to itself": (lambda: Residual(lambda self, y, x: F.relu(y + y)), {"BatchNorm": 1}),

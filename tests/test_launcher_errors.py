@@ -33,6 +33,19 @@ MISUSE = {
         "running_mean alone": {"running_var": lambda _: None},
         "one value a channel": {"x": lambda t: t[:1, :, :1, :1], "residual": lambda t: t[:1, :, :1, :1]},
     },
+    "bn_prelu": {
+        "slopes of other channels": {"slope": lambda t: t[:-1]},
+        "slopes in a matrix": {"slope": lambda t: t[:, None]},
+        "slopes of another dtype": {"slope": lambda t: t.double()},
+        "residual of another shape": {"residual": lambda _: torch.ones(3, 5, 4, 3)},
+    },
+    "bn_prelu_backward": {
+        "dy of another shape": {"dy": lambda t: t[:, :, :-1]},
+        "slopes of other channels": {"slope": lambda t: t[:-1]},
+        "residual of another dtype": {"residual": lambda _: torch.ones(3, 5, 4, 4, dtype=torch.float64)},
+        "a gradient of no residual": {"output_mask": lambda _: [True] * 5},
+        "no bias": {"bias": lambda _: None},
+    },
     "bn_add_act_backward": {
         "dy of another shape": {"dy": lambda t: t[:, :, :-1]},
         "mask of another size": {"mask": lambda t: t[:-1]},

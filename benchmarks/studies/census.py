@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 NORMS = ("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 PLAIN = ("relu", "sigmoid", "silu", "hardswish", "mish", "hardsigmoid")
-ACTIVATIONS = (*PLAIN, "relu6", "leaky_relu", "elu", "gelu", "gelu_tanh")
+ACTIVATIONS = (*PLAIN, "relu6", "leaky_relu", "elu", "gelu", "gelu_tanh", "prelu")
 SEVERAL = "several"
 
 
@@ -32,6 +32,8 @@ def activation(name: str, args: tuple, kwargs: dict) -> str | None:
     numbers = [*args[1:], *kwargs.values()]
     if name in PLAIN:
         return name
+    if name in ("prelu", "_prelu_kernel"):
+        return "prelu"
     if name == "hardtanh":
         return "relu6" if numbers == [0, 6] else None
     if name == "leaky_relu":

@@ -16,7 +16,7 @@ SITE = "_cnnkern_site"  # in a converted layer: what became of its results
 FOLDED_SITE = "_cnnkern_folded_site"  # in a batch norm behind a folded convolution: the same of those of both
 NAMES = {"relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "sigmoid": "Sigmoid", "silu": "SiLU"}
 NAMES |= {"hardswish": "Hardswish", "elu": "ELU", "gelu": "GELU", "gelu_tanh": "GELU(tanh)", "mish": "Mish"}
-NAMES |= {"hardsigmoid": "Hardsigmoid"}
+NAMES |= {"hardsigmoid": "Hardsigmoid", "prelu": "PReLU"}
 NAMES |= {"add": "add", "BatchNorm": "BatchNorm"} | {f"add + {act}": f"add + {name}" for act, name in NAMES.items()}
 
 

@@ -27,7 +27,7 @@ GROUPS = {
     "cnnkern::grouped_conv2d_backward": 6,
 }
 _IN_PLACE_TOO = ("relu", "hardtanh", "silu", "sigmoid", "hardsigmoid", "hardswish", "leaky_relu", "elu", "mish", "add")
-_ACTIVATIONS = (*_IN_PLACE_TOO, *(f"{name}_" for name in _IN_PLACE_TOO), "relu6", "gelu")
+_ACTIVATIONS = (*_IN_PLACE_TOO, *(f"{name}_" for name in _IN_PLACE_TOO), "relu6", "gelu", "prelu", "_prelu_kernel")
 _DERIVATIVES = (
     "threshold",
     "hardtanh",
@@ -39,8 +39,9 @@ _DERIVATIVES = (
     "leaky_relu",
     "elu",
     "mish",
+    "_prelu_kernel",
 )
-_FUSED = ("bn_act", "bn_add_act", "add_relu", "sync_bn", "sync_bn_stats", "sync_bn_sums")
+_FUSED = ("bn_act", "bn_add_act", "bn_prelu", "add_relu", "sync_bn", "sync_bn_stats", "sync_bn_sums")
 KIND_OF = {
     **{f"aten::{name}": NORM for name in (*_ACTIVATIONS, "batch_norm", "native_batch_norm_backward")},
     **{f"aten::{name}_batch_norm_backward": NORM for name in ("cudnn", "miopen")},

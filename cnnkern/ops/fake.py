@@ -85,6 +85,16 @@ def check_residual(op: str, x: Tensor, residual: Tensor) -> None:
     )
 
 
+def check_slope(op: str, x: Tensor, slope: Tensor) -> None:
+    torch._check(
+        slope.device == x.device, lambda: f"{op}: expected slope on {x.device} like the input; got {slope.device}"
+    )
+    torch._check(
+        slope.dim() <= 1 and (slope.numel() == 1 or slope.numel() == x.shape[1]),
+        lambda: f"{op}: slope should contain 1 element or one a channel",
+    )
+
+
 def layer_norm_statistics(x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
     """mean and rstd of a layer norm over `dims`: those dimensions have one element."""
     shape = [1 if d in dims else n for d, n in enumerate(x.shape)]

@@ -21,7 +21,7 @@ def _near_kink(inputs: dict[str, Any], distance: float) -> Tensor:
     """Elements whose pre-activation is as good as at a kink, but not zero throughout as behind a weight of zero."""
     add = "residual" in inputs
     function = reference.batch_norm_add_act if add else reference.batch_norm_act
-    pre = function(**{**to_float64(_copied(inputs)), "act": "none", "act_param": None})
+    pre = function(**{**to_float64(copied(inputs)), "act": "none", "act_param": None})
     if add and inputs["input"].dtype in (torch.bfloat16, torch.float16):
         # Eager rounds the batch norm before it adds: by up to half a unit of a term of 8 or so.
         distance = max(distance, 4 * torch.finfo(inputs["input"].dtype).eps)
@@ -87,7 +87,7 @@ def batch_norm_inputs(
     return inputs
 
 
-def _copied(inputs: dict[str, Any]) -> dict[str, Any]:
+def copied(inputs: dict[str, Any]) -> dict[str, Any]:
     return {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in inputs.items()}
 
 
@@ -100,7 +100,7 @@ def bn_act_forward_call(inputs: dict[str, Any]) -> tuple:
 
 def bn_act_backward_call(inputs: dict[str, Any], dy: Tensor) -> tuple:
     a = inputs
-    operator, arguments = bn_act_forward_call(_copied(a))
+    operator, arguments = bn_act_forward_call(copied(a))
     _, mean, rstd = operator(*arguments)
     mask = [True, a["weight"] is not None, a["bias"] is not None]
     return torch.ops.cnnkern.bn_act_backward.default, (
@@ -119,7 +119,7 @@ def bn_add_act_forward_call(inputs: dict[str, Any]) -> tuple:
 
 def bn_add_act_backward_call(inputs: dict[str, Any], dy: Tensor) -> tuple:
     a = inputs
-    operator, arguments = bn_add_act_forward_call(_copied(a))
+    operator, arguments = bn_add_act_forward_call(copied(a))
     _, mean, rstd, mask = operator(*arguments)
     wanted = [True, True, a["weight"] is not None, a["bias"] is not None]
     return torch.ops.cnnkern.bn_add_act_backward.default, (

@@ -8,6 +8,7 @@
 #include <ATen/ops/hardtanh.h>
 #include <ATen/ops/leaky_relu.h>
 #include <ATen/ops/mish.h>
+#include <ATen/ops/prelu.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/silu.h>
@@ -36,5 +37,7 @@ Tensor activation_by_pytorch(const Tensor& pre, const ActivationName& act) {
     return pre;
   });
 }
+
+Tensor prelu_by_pytorch(const Tensor& pre, const Tensor& slope) { return at::prelu(pre, slope.to(pre.scalar_type())); }
 
 }  // namespace cnnkern

@@ -113,12 +113,6 @@ struct BnAddAct {
   }
 };
 
-// Those of PyTorch's batch_norm(x) + residual.
-Strides strides_of_plain_sum(const Tensor& x, const Tensor& residual) {
-  if (!has_numbers(x) || !has_numbers(residual)) return {};
-  return elementwise_strides(x.sizes(), plain_strides(x.sizes(), batch_norm_in_rows(x)), residual.strides());
-}
-
 Four bn_add_act_by_pytorch(const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
                            const OptionalTensor& bias, const OptionalTensor& running_mean,
                            const OptionalTensor& running_var, bool training, double momentum, double eps,

@@ -23,8 +23,14 @@ inline bool reads_result(c10::string_view act) { return act == "relu" || act == 
 inline Strides strides_of_gradient(const Tensor& dy, const Strides& strides, c10::string_view act) {
   if (act == "none") return strides_of(dy);
   const at::IntArrayRef saved = strides, arrived = dy.strides();
-  const bool saved_first = act == "relu" || act == "leaky_relu";  // in the operator's list of inputs
+  const bool saved_first = act == "relu" || act == "leaky_relu" || act == "prelu";  // in the operator's list of inputs
   return saved_first ? elementwise_strides(dy.sizes(), saved, arrived) : elementwise_strides(dy.sizes(), arrived, saved);
+}
+
+// The strides of PyTorch's batch_norm(x) + residual.
+inline Strides strides_of_plain_sum(const Tensor& x, const Tensor& residual) {
+  if (!has_numbers(x) || !has_numbers(residual)) return {};
+  return elementwise_strides(x.sizes(), plain_strides(x.sizes(), batch_norm_in_rows(x)), residual.strides());
 }
 
 // t with these strides, differentiably; as it is where there are none: tensors that are traced may have no numbers.

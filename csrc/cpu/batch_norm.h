@@ -72,7 +72,8 @@ struct BatchNormForward {
   using Reduction = BatchNormForward;
   using S = compute_t<T>;
   using V = Vec<T>;
-  enum Row { kShift, kCenter, kScale, kOffset, kRows };
+  enum Row { kShift, kCenter, kScale, kOffset, kOfAct, kRows };  // kOfAct: of an activation that has a number a channel
+  static constexpr int kSums = 2;
 
   const T* x;
   T* y;
@@ -107,16 +108,16 @@ struct BatchNormForward {
   }
 
   template <bool kPartial, typename At>
-  void term(const At& at, int64_t i, int64_t n, V& s1, V& s2) const {
+  void term(const At& at, int64_t i, int64_t n, VectorSums<V, kSums>& sums) const {
     const V shift = at(kShift);
     const V d = (kPartial ? vload(x + i, n, shift) : vload(x + i)) - shift;
-    s1 = s1 + d;
-    s2 = at::vec::fmadd(d, d, s2);
+    sums[0] = sums[0] + d;
+    sums[1] = at::vec::fmadd(d, d, sums[1]);
   }
 
-  void finish(int64_t c, int64_t n, const double* s1, const double* s2) {
+  void finish(int64_t c, int64_t n, const double* sums, int64_t step) {
     Lot m, var;
-    moments(c, n, s1, s2, m, var);
+    moments(c, n, sums, sums + step, m, var);
     set_affine(c, n, m, var);
     running.update(c, n, m, var, view.count());
   }
@@ -185,13 +186,14 @@ BatchNormForward<T> batch_norm_forward(const Tensor& x, const Layout& layout, co
           .eps = eps};
 }
 
-// Rows of a backward kernel's table that the gates below read.
-enum : int { kCenteredScale = 1, kCenteredOffset = 2 };
+// Rows of a backward kernel's table that the gates below read; the first of their own.
+enum : int { kCenteredScale = 1, kCenteredOffset = 2, kOfGate = 5 };
 
 // What reaches the batch norm of element i of dy, a vector, or its first n lanes if kPartial: through an activation that is
 // computed again from x, or from x and the residual; through a mask; all of it.
 template <typename T, typename Act>
 struct ThroughActivation {
+  static constexpr int kRows = 0, kSums = 0;  // of its own
   Act act;
   void prefetch(int64_t) const {}
   template <bool kPartial, typename At>
@@ -201,6 +203,7 @@ struct ThroughActivation {
 };
 template <typename T, typename Act>
 struct ThroughActivationOfSum {
+  static constexpr int kRows = 0, kSums = 0;
   Act act;
   const T* residual;
   void prefetch(int64_t i) const { __builtin_prefetch(residual + i, 0, 2); }
@@ -211,6 +214,7 @@ struct ThroughActivationOfSum {
   }
 };
 struct ThroughMask {
+  static constexpr int kRows = 0, kSums = 0;
   BitReader mask;
   void prefetch(int64_t) const {}
   template <bool kPartial, typename At, typename V>
@@ -219,6 +223,7 @@ struct ThroughMask {
   }
 };
 struct ThroughNothing {
+  static constexpr int kRows = 0, kSums = 0;
   void prefetch(int64_t) const {}
   template <bool kPartial, typename At, typename V>
   V through(const At&, V dy, V, int64_t, int64_t) const {
@@ -233,7 +238,8 @@ struct BatchNormBackward {
   using Reduction = BatchNormBackward;
   using S = compute_t<T>;
   using V = Vec<T>;
-  enum Row { kCenter, kScale = kCenteredScale, kOffset = kCenteredOffset, kMeanGradient, kSlope, kRows };
+  enum Row { kCenter, kScale = kCenteredScale, kOffset = kCenteredOffset, kMeanGradient, kSlope, kRows = kOfGate + Gate::kRows };
+  static constexpr int kSums = 2 + Gate::kSums;
 
   const T *dy, *x;
   T *dx, *dresidual;  // nullptr where not wanted
@@ -256,6 +262,7 @@ struct BatchNormBackward {
 
   void prepare(int64_t c, int64_t n) {
     parameters.affine(c, n, mean + c, rstd + c, table.row(kCenter) + c, table.row(kScale) + c, table.row(kOffset) + c);
+    if constexpr (Gate::kRows > 0) gate.prepare(c, n, table.row(kOfGate) + c);
   }
 
   template <bool kPartial, typename At>
@@ -266,18 +273,21 @@ struct BatchNormBackward {
   }
 
   template <bool kPartial, typename At>
-  void term(const At& at, int64_t i, int64_t n, V& s1, V& s2) const {
+  void term(const At& at, int64_t i, int64_t n, VectorSums<V, kSums>& sums) const {
     V centered;
     const V g = gradient<kPartial>(at, i, n, centered);
-    s1 = s1 + g;
-    s2 = at::vec::fmadd(g, centered, s2);
+    sums[0] = sums[0] + g;
+    sums[1] = at::vec::fmadd(g, centered, sums[1]);
+    if constexpr (Gate::kSums > 0)
+      sums[2] = gate.template add<kPartial>(at, kPartial ? vload(dy + i, n, V(0)) : vload(dy + i), centered, i, n, sums[2]);
     if (!training) {
       if (dx != nullptr) kPartial ? vstore(dx + i, g * at(kScale), n) : vstore(dx + i, g * at(kScale));
       if (dresidual != nullptr) kPartial ? vstore(dresidual + i, g, n) : vstore(dresidual + i, g);
     }
   }
 
-  void finish(int64_t c, int64_t n, const double* s1, const double* s2) {
+  void finish(int64_t c, int64_t n, const double* sums, int64_t step) {
+    const double *const s1 = sums, *const s2 = sums + step;
     const S* const center = table.row(kCenter) + c;
     Lot normalized_sum;  // of g * (x - mean) * rstd
     for (int64_t j = 0; j < n; ++j)
@@ -285,6 +295,7 @@ struct BatchNormBackward {
     if (dbias) dbias.write(c, n, s1);
     if (dweight) dweight.write(c, n, normalized_sum.data());
     set_slopes(c, n, s1, normalized_sum.data(), view.count());
+    if constexpr (Gate::kSums > 0) gate.finish(c, n, sums + 2 * step);
   }
 
   // What the statistics' share of dx needs, from the sums over all `count` elements a channel.

@@ -16,29 +16,28 @@ inline namespace CPU_CAPABILITY {
 // prefetching ends at every page and does not foresee the jump to the next image.
 template <typename Policy, typename At>
 inline void sum_run(const Policy& policy, const At& at, int64_t begin, int64_t n, int64_t ahead,
-                    Vec<typename Policy::Scalar>& s1, Vec<typename Policy::Scalar>& s2) {
+                    VectorSums<Vec<typename Policy::Scalar>, Policy::kSums>& sums) {
   using V = Vec<typename Policy::Scalar>;
   constexpr int64_t L = V::size();
   const int64_t end = begin + n;
   int64_t i = begin;
   if (n >= 4 * L) {
-    V a1(0), a2(0), b1(0), b2(0), c1(0), c2(0), d1(0), d2(0);
+    auto a = VectorSums<V, Policy::kSums>::zero(), b = a, c = a, d = a;
     for (; i + 4 * L <= end; i += 4 * L) {
       if (ahead != 0)
         for (int64_t j = 0; j < 4 * L; j += L) policy.prefetch(i + j + ahead);
-      policy.template term<false>(at, i, L, a1, a2);
-      policy.template term<false>(at, i + L, L, b1, b2);
-      policy.template term<false>(at, i + 2 * L, L, c1, c2);
-      policy.template term<false>(at, i + 3 * L, L, d1, d2);
+      policy.template term<false>(at, i, L, a);
+      policy.template term<false>(at, i + L, L, b);
+      policy.template term<false>(at, i + 2 * L, L, c);
+      policy.template term<false>(at, i + 3 * L, L, d);
     }
-    s1 = s1 + ((a1 + b1) + (c1 + d1));
-    s2 = s2 + ((a2 + b2) + (c2 + d2));
+    each<Policy::kSums>([&](auto k) { sums[k] = sums[k] + ((a[k] + b[k]) + (c[k] + d[k])); });
   }
   for (; i + L <= end; i += L) {
     if (ahead != 0) policy.prefetch(i + ahead);
-    policy.template term<false>(at, i, L, s1, s2);
+    policy.template term<false>(at, i, L, sums);
   }
-  if (i < end) policy.template term<true>(at, i, end - i, s1, s2);
+  if (i < end) policy.template term<true>(at, i, end - i, sums);
 }
 
 // Second sweep over elements [begin, end), which may cross planes and images. A vector that straddles two planes
@@ -121,7 +120,7 @@ struct PlaneCut {
 };
 
 // The sums of one piece, image by image. S: the arithmetic type.
-template <typename S>
+template <typename S, int kSums>
 class PieceSums {
   using V = at::vec::Vectorized<S>;
   static constexpr int64_t L = V::size();
@@ -134,8 +133,8 @@ class PieceSums {
     channels_ = std::min(cut_.block, s_.C - c0_);
     pending_ = 0;
     for (int64_t c = 0; c < channels_; ++c) {
-      s1_[c] = s2_[c] = V(0);
-      std::fill_n(wide1_[c], L, 0.0), std::fill_n(wide2_[c], L, 0.0);
+      sums_[c] = VectorSums<V, kSums>::zero();
+      std::fill_n(wide_[c][0], kSums * L, 0.0);
     }
   }
 
@@ -148,7 +147,7 @@ class PieceSums {
       // A long run is summed in stretches, so that no lane sees more than kFlush additions.
       for (int64_t j = 0; j < pn; j += kFlush * 4 * L) {
         if (j > 0) flush(c);
-        sum_run(policy, at, begin + j, std::min(kFlush * 4 * L, pn - j), ahead, s1_[c], s2_[c]);
+        sum_run(policy, at, begin + j, std::min(kFlush * 4 * L, pn - j), ahead, sums_[c]);
       }
     }
     if ((pending_ += pn / (4 * L) + 4) >= kFlush) {
@@ -157,30 +156,30 @@ class PieceSums {
     }
   }
 
-  void add_to(double* s1, double* s2) {  // of the block's channels
+  void add_to(double* sums) {  // (kSums, channels of a block)
     for (int64_t c = 0; c < channels_; ++c) {
       flush(c);
-      s1[c] += sum_pairwise<L>(wide1_[c]), s2[c] += sum_pairwise<L>(wide2_[c]);
+      for (int k = 0; k < kSums; ++k) sums[k * cut_.block + c] += sum_pairwise<L>(wide_[c][k]);
     }
   }
 
  private:
   C10_NOINLINE void flush(int64_t c) {
-    add_lanes(wide1_[c], s1_[c]), add_lanes(wide2_[c], s2_[c]);
-    s1_[c] = s2_[c] = V(0);
+    each<kSums>([&](auto k) { add_lanes(wide_[c][k], sums_[c][k]); });
+    sums_[c] = VectorSums<V, kSums>::zero();
   }
 
   const Planes& s_;
   const PlaneCut& cut_;
   int64_t c0_ = 0, channels_ = 0, pending_ = 0;
-  V s1_[kMaxBlock], s2_[kMaxBlock];
-  alignas(64) double wide1_[kMaxBlock][L], wide2_[kMaxBlock][L];
+  VectorSums<V, kSums> sums_[kMaxBlock];
+  alignas(64) double wide_[kMaxBlock][kSums][L];
 };
 
-template <typename S>
+template <typename S, int kSums>
 struct PlaneSweeps : Sweeps {
   Planes s;
-  virtual void add(PieceSums<S>& piece, int64_t n, int64_t part, int64_t ahead) const = 0;
+  virtual void add(PieceSums<S, kSums>& piece, int64_t n, int64_t part, int64_t ahead) const = 0;
   virtual void map(int64_t begin, int64_t end, int64_t ahead, bool stream) const = 0;
 
  protected:
@@ -188,10 +187,11 @@ struct PlaneSweeps : Sweeps {
 };
 
 template <typename Policy>
-struct PlaneSweepsOf final : SweepsOf<Policy, PlaneSweeps<compute_t<typename Policy::Scalar>>> {
-  using SweepsOf<Policy, PlaneSweeps<compute_t<typename Policy::Scalar>>>::SweepsOf;
-  void add(PieceSums<compute_t<typename Policy::Scalar>>& piece, int64_t n, int64_t part,
-           int64_t ahead) const override {
+struct PlaneSweepsOf final : SweepsOf<Policy, PlaneSweeps<compute_t<typename Policy::Scalar>, Policy::Reduction::kSums>> {
+  using S = compute_t<typename Policy::Scalar>;
+  static constexpr int kSums = Policy::Reduction::kSums;
+  using SweepsOf<Policy, PlaneSweeps<S, kSums>>::SweepsOf;
+  void add(PieceSums<S, kSums>& piece, int64_t n, int64_t part, int64_t ahead) const override {
     piece.template add<typename Policy::Reduction>(this->policy, n, part, ahead);
   }
   void map(int64_t begin, int64_t end, int64_t ahead, bool stream) const override {
@@ -200,8 +200,8 @@ struct PlaneSweepsOf final : SweepsOf<Policy, PlaneSweeps<compute_t<typename Pol
 };
 
 // Without sums there is one sweep, in the order of memory.
-template <typename S>
-void map_planes(PlaneSweeps<S>& sweeps, int64_t ahead, bool stream) {
+template <typename S, int kSums>
+void map_planes(PlaneSweeps<S, kSums>& sweeps, int64_t ahead, bool stream) {
   const Planes s = sweeps.s;
   if (s.N > 1) sweeps.prepare(0, s.C);
   const auto planes = [&](int64_t begin, int64_t end) {
@@ -215,8 +215,8 @@ void map_planes(PlaneSweeps<S>& sweeps, int64_t ahead, bool stream) {
     at::parallel_for(0, s.N * s.C, divup(kSerial / 2, s.HW), planes);
 }
 
-template <typename S>
-C10_NOINLINE void sweep_planes(PlaneSweeps<S>& sweeps) {
+template <typename S, int kSums>
+C10_NOINLINE void sweep_planes(PlaneSweeps<S, kSums>& sweeps) {
   const Planes s = sweeps.s;
   const int64_t threads = s.numel() < kSerial ? 1 : at::get_num_threads();
   const PlaneCut cut(s, sweeps.element_bytes, threads);
@@ -225,8 +225,8 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S>& sweeps) {
   if (!sweeps.reduces) return map_planes(sweeps, far, stream);
   const auto end_of = [&](int64_t block) { return std::min(s.C, (block + 1) * cut.block); };
   const auto prepare = [&](int64_t block) { sweeps.prepare(block * cut.block, end_of(block)); };
-  const auto finish = [&](int64_t block, const double* sums) {  // (2, channels of a block)
-    sweeps.finish(block * cut.block, end_of(block), sums, sums + cut.block);
+  const auto finish = [&](int64_t block, const double* sums) {  // (kSums, channels of a block)
+    sweeps.finish(block * cut.block, end_of(block), sums, cut.block);
   };
   // Second sweep over part of a block's planes in image n.
   const auto map = [&](int64_t block, int64_t n, int64_t part, int64_t ahead) {
@@ -238,24 +238,24 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S>& sweeps) {
   // A thread owns blocks of channels, and applies while its reads are in its cache, if that keeps threads busy.
   if (threads == 1 || 20 * cut.blocks >= 17 * threads * divup(cut.blocks, threads)) {
     const auto own_blocks = [&](int64_t begin, int64_t end) {
-      PieceSums<S> piece(s, cut);
-      double sums[2 * kMaxBlock], part[2 * kMaxBlock];
+      PieceSums<S, kSums> piece(s, cut);
+      double sums[kSums * kMaxBlock], part[kSums * kMaxBlock];
       const auto reduce = [&](int64_t block, int64_t n, int64_t ahead) {
         for (int64_t p = 0; p < cut.parts; ++p) {
           if (n % cut.group == 0) piece.start(block);
           sweeps.add(piece, n, p, ahead);
           if ((n + 1) % cut.group != 0 && n + 1 != s.N) continue;
-          std::fill_n(part, 2 * cut.block, 0.0);
-          piece.add_to(part, part + cut.block);
-          for (int64_t j = 0; j < 2 * cut.block; ++j) sums[j] += part[j];
+          std::fill_n(part, kSums * cut.block, 0.0);
+          piece.add_to(part);
+          for (int64_t j = 0; j < kSums * cut.block; ++j) sums[j] += part[j];
         }
       };
-      std::fill_n(sums, 2 * kMaxBlock, 0.0);
+      std::fill_n(sums, kSums * kMaxBlock, 0.0);
       prepare(begin);
       for (int64_t n = 0; n < s.N; ++n) reduce(begin, n, s.C * s.HW);
       for (int64_t block = begin; block < end; ++block) {
         finish(block, sums);
-        std::fill_n(sums, 2 * kMaxBlock, 0.0);
+        std::fill_n(sums, kSums * kMaxBlock, 0.0);
         if (block + 1 < end) prepare(block + 1);
         // One block is written while the next is read, image by image, so that memory does both all the time; in
         // reverse order, so that what the first sweep read last is found in cache.
@@ -278,20 +278,20 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S>& sweeps) {
   // Else threads share the pieces of every block, and meet between the two sweeps.
   const int64_t units = cut.blocks * cut.pieces();  // piece-major: a thread's units are near each other in memory
   for (int64_t block = 0; block < cut.blocks; ++block) prepare(block);
-  std::vector<double> partial(units * 2 * cut.block, 0.0);
+  std::vector<double> partial(units * kSums * cut.block, 0.0);
   at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
-    PieceSums<S> piece(s, cut);
+    PieceSums<S, kSums> piece(s, cut);
     for (int64_t u = begin; u < end; ++u) {
       piece.start(u % cut.blocks);
       cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) { sweeps.add(piece, n, p, far); });
-      piece.add_to(&partial[u * 2 * cut.block], &partial[(u * 2 + 1) * cut.block]);
+      piece.add_to(&partial[u * kSums * cut.block]);
     }
     stream_fence();
   });
   for (int64_t block = 0; block < cut.blocks; ++block) {
-    double sums[2 * kMaxBlock] = {};
+    double sums[kSums * kMaxBlock] = {};
     for (int64_t piece = 0; piece < cut.pieces(); ++piece)
-      for (int64_t j = 0; j < 2 * cut.block; ++j) sums[j] += partial[(piece * cut.blocks + block) * 2 * cut.block + j];
+      for (int64_t j = 0; j < kSums * cut.block; ++j) sums[j] += partial[(piece * cut.blocks + block) * kSums * cut.block + j];
     finish(block, sums);
   }
   if (sweeps.maps) {
@@ -308,7 +308,7 @@ void run_planes(Policy& policy, const Planes& s) {
   policy.table.resize(s.C, s.C);
   PlaneSweepsOf<Policy> sweeps(policy);
   sweeps.s = s;
-  sweep_planes<compute_t<typename Policy::Scalar>>(sweeps);
+  sweep_planes(sweeps);
 }
 
 }  // namespace CPU_CAPABILITY

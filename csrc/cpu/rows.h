@@ -16,8 +16,9 @@ inline namespace CPU_CAPABILITY {
 template <typename Policy>
 void reduce_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, bool fetch, double* sums,
                  compute_t<typename Policy::Scalar>* acc) {
-  // elements [begin, end) of the tensor, begin at a row's start; sums and acc: (2, width); fetch: as in map_rows
+  // elements [begin, end) of the tensor, begin at a row's start; sums and acc: (kSums, width); fetch: as in map_rows
   using T = typename Policy::Scalar;
+  constexpr int kSums = Policy::kSums;
   using S = compute_t<T>;
   using V = Vec<T>;
   constexpr int64_t L = V::size();
@@ -27,24 +28,26 @@ void reduce_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end
     int64_t v = 0;
     for (; v + L <= n; v += L) {
       const auto at = Constants<Policy>::columns(policy, v);
-      V s1(0), s2(0);
+      auto found = VectorSums<V, kSums>::zero();
       if (fetch)
         for (int r = 0; r < kRows; ++r) policy.prefetch(first + r * width + v + ahead);
-      for (int r = 0; r < kRows; ++r) policy.template term<false>(at, first + r * width + v, L, s1, s2);
-      (V::loadu(acc + v) + s1).store(acc + v), (V::loadu(acc + width + v) + s2).store(acc + width + v);
+      for (int r = 0; r < kRows; ++r) policy.template term<false>(at, first + r * width + v, L, found);
+      each<kSums>([&](auto k) { (V::loadu(acc + k * width + v) + found[k]).store(acc + k * width + v); });
     }
     if (const int64_t rest = n - v; rest > 0) {
       const auto at = Constants<Policy>::columns(policy, v, rest);
-      V s1(0), s2(0);
-      for (int r = 0; r < kRows; ++r) policy.template term<true>(at, first + r * width + v, rest, s1, s2);
-      vstore<S>(acc + v, vload<S>(acc + v, rest, V(0)) + s1, rest);
-      vstore<S>(acc + width + v, vload<S>(acc + width + v, rest, V(0)) + s2, rest);
+      auto found = VectorSums<V, kSums>::zero();
+      for (int r = 0; r < kRows; ++r) policy.template term<true>(at, first + r * width + v, rest, found);
+      each<kSums>([&](auto k) {
+        S* const to = acc + k * width + v;
+        vstore<S>(to, vload<S>(to, rest, V(0)) + found[k], rest);
+      });
     }
   };
-  std::fill_n(acc, 2 * width, S(0));
+  std::fill_n(acc, kSums * width, S(0));
   const auto flush = [&] {
-    for (int64_t j = 0; j < 2 * width; ++j) sums[j] += acc[j];
-    std::fill_n(acc, 2 * width, S(0));
+    for (int64_t j = 0; j < kSums * width; ++j) sums[j] += acc[j];
+    std::fill_n(acc, kSums * width, S(0));
   };
   int64_t i = begin, pending = 0;
   // Several rows are summed in registers before they are added to what is in cache: in a core's own cache eight at a time
@@ -81,7 +84,7 @@ void map_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, b
   }
 }
 
-template <typename S>
+template <typename S, int kSums>
 struct RowSweeps : Sweeps {
   Rows s;
   virtual void resize(int64_t width) = 0;
@@ -94,9 +97,9 @@ struct RowSweeps : Sweeps {
 };
 
 template <typename Policy>
-struct RowSweepsOf final : SweepsOf<Policy, RowSweeps<compute_t<typename Policy::Scalar>>> {
+struct RowSweepsOf final : SweepsOf<Policy, RowSweeps<compute_t<typename Policy::Scalar>, Policy::Reduction::kSums>> {
   using S = compute_t<typename Policy::Scalar>;
-  using SweepsOf<Policy, RowSweeps<S>>::SweepsOf;
+  using SweepsOf<Policy, RowSweeps<S, Policy::Reduction::kSums>>::SweepsOf;
   void resize(int64_t width) override { this->policy.table.resize(this->s.C, width); }
   void replicate() override { this->policy.table.replicate(); }
   void reduce(int64_t width, int64_t begin, int64_t end, bool fetch, double* sums, S* acc) const override {
@@ -107,8 +110,8 @@ struct RowSweepsOf final : SweepsOf<Policy, RowSweeps<compute_t<typename Policy:
   }
 };
 
-template <typename S>
-C10_NOINLINE void sweep_rows(RowSweeps<S>& sweeps) {
+template <typename S, int kSums>
+C10_NOINLINE void sweep_rows(RowSweeps<S, kSums>& sweeps) {
   constexpr int64_t L = at::vec::Vectorized<S>::size();
   const Rows s = sweeps.s;
   // Short or odd rows are read several at once, as one row of whole vectors.
@@ -135,21 +138,22 @@ C10_NOINLINE void sweep_rows(RowSweeps<S>& sweeps) {
   });
   sweeps.replicate();
   if (sweeps.reduces) {
-    c10::SmallVector<double, 512> sums(units * 2 * width, 0.0);
+    c10::SmallVector<double, 512> sums(units * kSums * width, 0.0);
     parallel(units, [&](int64_t begin, int64_t end) {
-      std::vector<S> acc(2 * width);
+      std::vector<S> acc(kSums * width);
       for (int64_t u = begin; u < end; ++u)
-        sweeps.reduce(width, u * piece, std::min(numel, (u + 1) * piece), fetch, &sums[u * 2 * width], acc.data());
+        sweeps.reduce(width, u * piece, std::min(numel, (u + 1) * piece), fetch, &sums[u * kSums * width], acc.data());
       stream_fence();
     });
     parallel(divup(s.C, kChannels), [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         const int64_t c0 = block * kChannels, channels = std::min(kChannels, s.C - c0);
-        double s1[kChannels] = {}, s2[kChannels] = {};
-        for (const double* row = sums.data() + c0; row < sums.data() + units * 2 * width; row += 2 * width)
+        double total[kSums][kChannels] = {};
+        for (const double* row = sums.data() + c0; row < sums.data() + units * kSums * width; row += kSums * width)
           for (int64_t j = 0; j < width; j += s.C)
-            for (int64_t c = 0; c < channels; ++c) s1[c] += row[j + c], s2[c] += row[width + j + c];
-        sweeps.finish(c0, c0 + channels, s1, s2);
+            for (int64_t c = 0; c < channels; ++c)
+              for (int k = 0; k < kSums; ++k) total[k][c] += row[k * width + j + c];
+        sweeps.finish(c0, c0 + channels, total[0], kChannels);
       }
     });
     sweeps.replicate();
@@ -168,7 +172,7 @@ template <typename Policy>
 void run_rows(Policy& policy, const Rows& s) {
   RowSweepsOf<Policy> sweeps(policy);
   sweeps.s = s;
-  sweep_rows<compute_t<typename Policy::Scalar>>(sweeps);
+  sweep_rows(sweeps);
 }
 
 }  // namespace CPU_CAPABILITY

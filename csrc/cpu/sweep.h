@@ -3,11 +3,12 @@
 //
 //   kRows                          per-channel constants it keeps (rows of a ChannelTable)
 //   Reduction                      the type whose sums the first sweep takes: the policy, or a base of it
+//   kSums                          of Reduction: how many sums a channel it takes
 //   reduces(), maps()              which of the two sweeps it makes
 //   prefetch(i)                    asks for the first sweep's inputs at element i
 //   prepare(c, n)                  before the first sweep, n channels from c, at most kLot
-//   term<kPartial>(at, i, n, s1, s2)  first sweep: adds element i (a vector; its first n lanes if kPartial) to two sums
-//   finish(c, n, s1, s2)           the channels' sums -> constants of the second sweep
+//   term<kPartial>(at, i, n, sums) first sweep: adds element i (a vector; its first n lanes if kPartial) to its VectorSums
+//   finish(c, n, sums, step)       the channels' sums -> constants of the second sweep; sum k of channel c is sums[k * step]
 //   map(at, i, stream)             second sweep: computes and stores element i (a vector), past the caches if `stream`
 //   map_part(at, i, n)             the same for its first n lanes
 //   output()                       where the second sweep stores
@@ -22,6 +23,7 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
@@ -91,6 +93,24 @@ constexpr int64_t kResultsInCache = 16, kResultsInCacheInference = 4;
 inline bool beyond_cache(const void* out, int64_t bytes, int64_t results_in_cache = kResultsInCache) {
   return results_in_cache * bytes > last_level_cache_bytes() && is_mapped(static_cast<const char*>(out) + bytes / 2);
 }
+
+// f(0), f(1), ..., f(n - 1), each a constant.
+template <int n, typename F>
+inline void each(const F& f) {
+  [&]<int... k>(std::integer_sequence<int, k...>) { (f(std::integral_constant<int, k>{}), ...); }(std::make_integer_sequence<int, n>{});
+}
+
+// A policy's sums, a register each: hence no loops here, whose variable index would need memory.
+template <typename V, int kSums>
+struct VectorSums {
+  V v[kSums];
+  static VectorSums zero() {
+    VectorSums sums;
+    each<kSums>([&](auto k) { sums.v[k] = V(0); });
+    return sums;
+  }
+  V& operator[](int k) { return v[k]; }
+};
 
 struct Planes {  // contiguous: (N, C, HW)
   int64_t N, C, HW;
@@ -186,7 +206,7 @@ struct Sweeps {
     return beyond_cache(output, numel * element_bytes, reduces ? kResultsInCache : kResultsInCacheInference);
   }
   virtual void prepare(int64_t begin, int64_t end) = 0;
-  virtual void finish(int64_t begin, int64_t end, const double* s1, const double* s2) = 0;  // sums from `begin` on
+  virtual void finish(int64_t begin, int64_t end, const double* sums, int64_t step) = 0;  // sums from `begin` on
 
  protected:
   ~Sweeps() = default;
@@ -203,9 +223,8 @@ struct SweepsOf : Interface {
   void prepare(int64_t begin, int64_t end) override {
     for (int64_t c = begin; c < end; c += kLot) policy.prepare(c, std::min(kLot, end - c));
   }
-  void finish(int64_t begin, int64_t end, const double* s1, const double* s2) override {
-    for (int64_t c = begin; c < end; c += kLot, s1 += kLot, s2 += kLot)
-      policy.finish(c, std::min(kLot, end - c), s1, s2);
+  void finish(int64_t begin, int64_t end, const double* sums, int64_t step) override {
+    for (int64_t c = begin; c < end; c += kLot, sums += kLot) policy.finish(c, std::min(kLot, end - c), sums, step);
   }
 
  protected:

@@ -22,9 +22,9 @@ struct Moments : BatchNormForward<T> {
 
   static constexpr bool reduces() { return true; }
   static constexpr bool maps() { return false; }
-  void finish(int64_t c, int64_t n, const double* s1, const double* s2) {
+  void finish(int64_t c, int64_t n, const double* sums, int64_t step) {
     Lot m, v;
-    this->moments(c, n, s1, s2, m, v);
+    this->moments(c, n, sums, sums + step, m, v);
     std::copy_n(m.data(), n, this->mean + c);
     std::copy_n(v.data(), n, var + c);
   }

@@ -35,7 +35,7 @@ class OnStream {
   c10::Stream stream_, present_;
 };
 
-// Of y, which was computed from these, where its node has recipes.
+// Of y, which was computed from these, where its node has recipes. That of a PReLU has none: its results are kept.
 void keep_recipe(const Tensor& y, const NormArguments& norm, const Tensor& residual, const Result& result, const Activation& act) {
   const auto node = torch::autograd::impl::gradient_edge(y).function;
   if (auto* has_recipe = dynamic_cast<HasRecipe*>(&*node))
@@ -305,6 +305,7 @@ bool Deferred::is_observed(const Tensor& self) const {
 std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& act, bool in_place) {
   const Lock lock(mutex_);
   if (!takes(self) || (in_place && is_observed(self))) return std::nullopt;
+  if (act.slope.defined() && !norm_ && grad_mode_ && act.slope.requires_grad()) return std::nullopt;
   const bool sum = residual_.defined();
   const Result result = compute(act);
   const bool of_result = !in_place && (!sum || reads_result(act.name));
@@ -316,7 +317,15 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& a
     keep_recipe(y, *source->norm(), residual, result, act);
     return y;
   };
-  if (norm_ && sum) {
+  if (norm_ && act.slope.defined()) {
+    auto made = make_node<PReluNode>();
+    made->slope = torch::autograd::SavedVariable(act.slope, /*is_output=*/false);
+    made->sum = sum;
+    if (sum) made->residual.keep(residual_);
+    made->channels_last = batch_norm_in_rows(source_->norm()->x);
+    made->strides = strides;
+    node = made;
+  } else if (norm_ && sum) {
     auto made = make_node<ActOfSumNode>();
     made->act = act;
     made->mask = torch::autograd::SavedVariable(result.mask, /*is_output=*/false);
@@ -330,6 +339,7 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& a
     node = made;
   }
   if (node) node->add_next_edge(torch::autograd::impl::gradient_edge(self));
+  if (node && act.slope.defined()) node->add_next_edge(torch::autograd::impl::gradient_edge(act.slope));
   fused_with_ = sum ? "add + " + act.name : act.name;
   where_.site->fused(where_.mode, fused_with_);
   const bool any_strides = source_->has_any_strides();

@@ -1,10 +1,12 @@
 // What operators do with deferred results, and while some wait: the kernels of their dispatch key.
 #include <ATen/RedispatchFunctions.h>
+#include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
 #include <cmath>
 #include <set>
 
+#include "autograd/composite.h"
 #include "deferred/arguments.h"
 #include "deferred/concatenation.h"
 
@@ -188,6 +190,28 @@ Tensor& gelu_(Keys keys, Tensor& t, c10::string_view approximate) {
   return activate_("gelu", t, gelu_of(approximate), [&] { at::redispatch::gelu_(below(keys), t, approximate); });
 }
 
+// PyTorch's PReLU with this slope as one that our kernels compute, on a CPU: not where it would refuse the slope, or autocast give
+// another dtype to its result.
+std::optional<Activation> prelu_of(const Tensor& t, const Tensor& slope) {
+  if (!t.is_cpu() || !is_plain(slope) || !slope.is_cpu() || has_tangent(slope)) return std::nullopt;
+  if (slope.is_inference() && !c10::InferenceMode::is_enabled()) return std::nullopt;
+  if (slope.dim() > 1 || (slope.numel() != 1 && slope.numel() != t.size(1))) return std::nullopt;
+  const auto device = t.device().type();
+  const bool casts = at::autocast::is_autocast_enabled(device) && t.scalar_type() != at::kDouble;
+  if (casts && t.scalar_type() != at::autocast::get_autocast_dtype(device)) return std::nullopt;
+  if (slope.scalar_type() != t.scalar_type() && !(casts && slope.scalar_type() == at::kFloat)) return std::nullopt;
+  // PyTorch's node saves a view of it as well, which an assignment to the slope's data does not reach.
+  return Activation{"prelu", std::nullopt, past([&] { return slope.view(slope.sizes()); })};
+}
+Tensor prelu(Keys keys, const Tensor& t, const Tensor& slope) {
+  const auto act = Deferred::of(t) == nullptr ? std::nullopt : prelu_of(t, slope);
+  if (act)
+    if (auto result = Deferred::of(t)->activate(t, *act, /*in_place=*/false)) return *result;
+  Arguments visited("prelu");
+  visited.visit(t, /*writes=*/false), visited.visit(slope, /*writes=*/false);
+  return past([&] { return at::redispatch::prelu(below(keys), t, slope); });
+}
+
 Tensor add(Keys keys, const Tensor& a, const Tensor& b, const at::Scalar& alpha) {
   if (is(alpha, 1)) {
     for (const auto& [norm, residual, term] : {std::tuple(a, b, Deferred::kFirst), std::tuple(b, a, Deferred::kSecond)})
@@ -255,6 +279,7 @@ TORCH_LIBRARY_IMPL(aten, DeferredInit, m) {
   m.impl("elu_", &cnnkern::elu_);
   m.impl("gelu", &cnnkern::gelu);
   m.impl("gelu_", &cnnkern::gelu_);
+  m.impl("prelu", &cnnkern::prelu);
   m.impl("detach", &cnnkern::detach);
   m.impl("_has_compatible_shallow_copy_type", &cnnkern::has_compatible_shallow_copy_type);
   m.impl("add.Tensor", &cnnkern::add);

@@ -8,7 +8,6 @@
 
 #include <algorithm>
 
-#include "autograd/activation.h"
 #include "block_pool.h"
 #include "check.h"
 #include "deferred/deferred.h"
@@ -45,6 +44,7 @@ PostOperator post_operator(const Activation& act) {
   if (act.name == "silu") return {"swish"};
   if (act.name == "relu6") return {"hardtanh", {0, 6}};
   if (act.name == "leaky_relu") return {"leaky_relu", {other_activation("cnnkern", act).param}};
+  if (act.name == "prelu" && act.slope.numel() == 1) return {"leaky_relu", {act.slope.item<double>()}};
   if (act.name == "gelu") return {"gelu", {}, "none"};
   if (act.name == "gelu_tanh") return {"gelu", {}, "tanh"};
   return {};
@@ -161,7 +161,7 @@ Tensor FoldedConv::by_parts(const Tensor& x, const Tensor& residual, const Activ
   const std::vector<int64_t> none(stride.size(), 0);
   Tensor y = at::convolution(x, weight_.to(x.scalar_type()), bias, stride, padding, dilation, /*transposed=*/false, none, groups);
   if (residual.defined()) y.add_(residual);
-  return act.name == "relu" ? y.relu_() : activation_by_pytorch(y, act);
+  return act.name == "relu" ? y.relu_() : activated(y, act);
 }
 
 Tensor FoldedConv::by_library(const Tensor& x, const Tensor& residual, const Activation& act) {
@@ -174,13 +174,13 @@ Tensor FoldedConv::by_library(const Tensor& x, const Tensor& residual, const Act
   if (residual.defined()) {
     const Name relu = act.name == "relu" ? Name("relu") : std::nullopt;
     const Tensor y = binary.call(x, residual, weight, bias, padding, stride, dilation, groups, "add", std::nullopt, relu, Scalars(), "");
-    return relu ? y : activation_by_pytorch(y, act);
+    return relu ? y : activated(y, act);
   }
   const auto [name, numbers, algorithm] = post_operator(act);
   Scalars scalars;
   for (const double number : numbers) scalars.push_back(at::Scalar(number));
   const Tensor y = pointwise.call(x, weight, bias, padding, stride, dilation, groups, name, scalars, algorithm);
-  return std::string_view(name) == "none" ? activation_by_pytorch(y, act) : y;
+  return std::string_view(name) == "none" ? activated(y, act) : y;
 }
 
 // By our grouped convolution, and what follows it.
@@ -190,7 +190,7 @@ Tensor FoldedConv::by_own(const Tensor& x, const Tensor& residual, const Activat
   Tensor y = grouped.call(x.contiguous(at::MemoryFormat::ChannelsLast), weight_.to(x.scalar_type()), optional_of(bias_), stride, padding,
                           dilation, groups);
   if (residual.defined()) y.add_(residual);
-  return act.name == "relu" ? y.relu_() : activation_by_pytorch(y, act);
+  return act.name == "relu" ? y.relu_() : activated(y, act);
 }
 
 Tensor FoldedConv::packed(const Tensor& x) {

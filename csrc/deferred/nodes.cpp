@@ -6,6 +6,7 @@
 
 #include "autograd/composite.h"
 #include "autograd/strides.h"
+#include "kernels.h"
 
 namespace cnnkern {
 
@@ -30,8 +31,22 @@ const auto& add_backward() {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::bn_add_act_backward", "").typed<AddBackward>();
   return op;
 }
+const auto& prelu_backward() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::bn_prelu_backward", "").typed<signature::bn_prelu_backward>();
+  return op;
+}
+
+// The batch norm's result, of which the graph has no value, as a function of what its node saved.
+Tensor batch_norm_again(const variable_list& saved, bool training) {
+  return bn_act_composite(saved[0], saved[1], saved[2], saved[3], saved[4], training, {"none", {}});
+}
 
 }  // namespace
+
+Tensor activated(const Tensor& pre, const Activation& act) {
+  return act.slope.defined() ? prelu_by_pytorch(pre, act.slope) : activation_by_pytorch(pre, act);
+}
 
 Lock::Lock(std::recursive_mutex& mutex) : lock_(mutex, std::try_to_lock) {
   if (lock_.owns_lock()) return;
@@ -117,14 +132,46 @@ variable_list ActNode::apply(variable_list&& grads) {
     norm.known = {dz, act, strides, std::nullopt};
     return {dz};
   }
-  // The gradient of the batch norm's result, of which the graph has no value.
-  const auto saved = norm.unpack();
   const bool create_graph = at::GradMode::is_enabled();
   at::AutoGradMode enable(true);
-  Tensor y = bn_act_composite(saved[0], saved[1], saved[2], saved[3], saved[4], norm.training(), {"none", {}});
+  Tensor y = batch_norm_again(norm.unpack(), norm.training());
   if (!create_graph) y = y.detach();
   if (!y.requires_grad()) y.requires_grad_();
   return torch::autograd::grad({activation_by_pytorch(y, act)}, {y}, {dz}, /*retain_graph=*/create_graph, create_graph);
+}
+
+variable_list PReluNode::apply(variable_list&& grads) {
+  const Tensor& dz = grads[0];
+  if (!dz.defined()) return variable_list(2);
+  Node& before = *next_edge(0).function;
+  auto& norm = static_cast<NormNode&>(sum ? *before.next_edge(0).function : before);
+  Lock lock(norm.mutex);
+  const auto saved = norm.unpack();
+  const Tensor slopes = slope.unpack(), added = residual.unpack();
+  const bool wants_slope = next_edge(1).is_valid();
+  if (!sum && !(post_hooks().empty() && norm.unobserved(next_edge(0).function.use_count()))) {
+    const bool create_graph = at::GradMode::is_enabled();
+    at::AutoGradMode enable(true);
+    Tensor y = batch_norm_again(saved, norm.training()), s = create_graph && slopes.requires_grad() ? slopes : slopes.detach();
+    if (!create_graph) y = y.detach();
+    for (Tensor* t : {&y, &s})
+      if (!t->requires_grad()) t->requires_grad_();
+    auto found = torch::autograd::grad({prelu_by_pytorch(y, s)}, {y, s}, {dz}, /*retain_graph=*/create_graph, create_graph);
+    return {found[0], wants_slope ? found[1] : Tensor()};
+  }
+  const bool goes_on = task_should_compute_output(0);  // else the slope's gradient alone is asked for
+  const std::array<bool, 5> needs = {goes_on && norm.next_edge(0).is_valid(), goes_on && sum, goes_on && norm.next_edge(1).is_valid(),
+                                     goes_on && norm.next_edge(2).is_valid(), wants_slope};
+  auto [dx, dresidual, dweight, dbias, dslope] =
+      prelu_backward().call(dz, saved[0], optional_of(added), optional_of(saved[1]), optional_of(saved[2]), slopes,
+                            saved[3].contiguous(), saved[4].contiguous(), channels_last, norm.training(), needs);
+  if (!goes_on) return {Tensor(), wants_slope ? dslope : Tensor()};
+  if (needs[0]) dx = in_strides_of_batch_norm_gradient(dx, saved[0], dz, strides, "prelu");
+  // Without a residual what is handed on is but a sign of what is known, which nobody sees: of no use by itself, as `act` says.
+  const Tensor handed_on = sum ? restrided(dresidual, strides_of_gradient(dz, strides, "prelu")) : dz;
+  norm.known = {handed_on, sum ? Activation() : Activation{"prelu"}, strides,
+                variable_list{needs[0] ? dx : Tensor(), needs[2] ? dweight : Tensor(), needs[3] ? dbias : Tensor()}};
+  return {handed_on, wants_slope ? dslope : Tensor()};
 }
 
 variable_list SumNode::apply(variable_list&& grads) {

@@ -2,7 +2,8 @@
 //
 // An activation that is computed with it is a node of its own in front, because the batch norm's result may have hooks or other
 // users, as in PyTorch. Going backward that node hands its gradient on as it is, and the batch norm's node computes both
-// derivatives in one; or, where somebody could see the gradient in between, each computes its own.
+// derivatives in one; or, where somebody could see the gradient in between, each computes its own. PReLU's node, which has a slope
+// of its own to differentiate, computes all of them and hands the others' on.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -31,10 +32,11 @@ class Lock {
   std::unique_lock<std::recursive_mutex> lock_;
 };
 
-// An activation by name, with its number where that is not the default.
+// An activation by name, with its number where that is not the default, or with the slope of "prelu".
 struct Activation {
   std::string name = "none";
   std::optional<double> param = std::nullopt;
+  at::Tensor slope = {};
   operator ActivationName() const { return {name, param}; }
 };
 
@@ -110,6 +112,21 @@ struct ActOfSumNode final : torch::autograd::Node, HasRecipe {
   void release_variables() override { mask.reset_data(), residual.reset(), release_recipe(); }
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
 };
+
+// prelu(batch norm), or prelu(batch norm + residual): the next nodes are that of what the activation was given and the slope's.
+struct PReluNode final : torch::autograd::Node {
+  torch::autograd::SavedVariable slope;
+  bool sum = false;
+  Kept residual;
+  bool channels_last = false;  // of the batch norm's input
+  Strides strides;             // of what the activation's gradient reads
+  std::string name() const override { return sum ? "BatchNormAddPReLU" : "BatchNormPReLU"; }
+  void release_variables() override { slope.reset_data(), residual.reset(); }
+  torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
+};
+
+// An activation by PyTorch's own operators.
+at::Tensor activated(const at::Tensor& pre, const Activation& act);
 
 bool has_hooks(torch::autograd::Node& node);
 

@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "autograd/composite.h"
+#include "kernels.h"
 
 namespace cnnkern {
 
@@ -14,6 +15,10 @@ using NormAdd = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const 
 
 const auto& norm_add_op() {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::bn_add_act", "").typed<NormAdd>();
+  return op;
+}
+const auto& norm_prelu_op() {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::bn_prelu", "").typed<signature::bn_prelu>();
   return op;
 }
 
@@ -96,7 +101,11 @@ Result BatchNorm::compute(const Tensor& residual, const Activation& act, bool ag
   const OptionalTensor mean = of_batch_only ? OptionalTensor() : optional_of(running_mean_);
   const OptionalTensor var = of_batch_only ? OptionalTensor() : optional_of(running_var_);
   Result result;
-  if (residual.defined())
+  if (act.slope.defined())
+    std::tie(result.value, result.mean, result.rstd) =
+        norm_prelu_op().call(x, optional_of(residual), optional_of(weight), optional_of(bias), act.slope, mean, var, training, momentum_,
+                             eps_);
+  else if (residual.defined())
     std::tie(result.value, result.mean, result.rstd, result.mask) =
         norm_add_op().call(x, residual, optional_of(weight), optional_of(bias), mean, var, training, momentum_, eps_, act.name,
                            act.param);

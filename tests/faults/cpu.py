@@ -85,7 +85,7 @@ FAULTS = [
         "bn_act",
         "a plane's last elements left out of the sums",
         "planes.h",
-        "  if (i < end) policy.template term<true>(at, i, end - i, s1, s2);",
+        "  if (i < end) policy.template term<true>(at, i, end - i, sums);",
         "",
     ),
     fault(
@@ -134,6 +134,35 @@ FAULTS = [
         "const int64_t behind = next;",
         battery("bn_act", f"({THREADS}) and train and relu"),
         "thread",
+    ),
+    # ---- bn_prelu
+    fault(
+        "bn_prelu",
+        "the slope of the channel before",
+        "bn_prelu.cpp",
+        "slopes.read(c, n, this->table.row(Base::kOfAct) + c);",
+        "slopes.read(c > 0 ? c - 1 : c, n, this->table.row(Base::kOfAct) + c);",
+    ),
+    fault(
+        "bn_prelu",
+        "positive numbers in the slope's gradient",
+        "bn_prelu.cpp",
+        "return sum + Lanewise<V>::where_lt(V(0), v, V(0), dy * v);",
+        "return sum + dy * v;",
+    ),
+    fault(
+        "bn_prelu",
+        "the gradient of a single slope of one channel",
+        "bn_prelu.cpp",
+        "if (slope.numel() == 1) of_slopes[0] = std::accumulate(of_slopes, of_slopes + layout.C, 0.0);",
+        "",
+    ),
+    fault(
+        "bn_prelu",
+        "the third sum of rows left out of the pieces",
+        "rows.h",
+        "for (int k = 0; k < kSums; ++k) total[k][c] += row[k * width + j + c];",
+        "for (int k = 0; k < 2; ++k) total[k][c] += row[k * width + j + c];",
     ),
     # ---- bn_add_act, and masks: bits.h
     fault(

@@ -6,12 +6,14 @@ from meanings import (  # noqa: F401  (they add to CASES)
     in_place,
     libraries,
     objects,
+    prelu,
     settings,
     state,
     statistics,
     unseen,
 )
 from meanings.base import CASES, PATCHED, Layers, X
+from meanings.prelu import IResNetBlock, Sloped
 from meanings.state import TakesATensorOrAList
 
-__all__ = ["CASES", "PATCHED", "Layers", "TakesATensorOrAList", "X"]
+__all__ = ["CASES", "PATCHED", "IResNetBlock", "Layers", "Sloped", "TakesATensorOrAList", "X"]
