@@ -2,8 +2,8 @@
 
 `python -m benchmarks.studies.folded [MODEL ...] [--batch N[,N]] [--contenders NAME[,NAME]] [--threads N] [--seconds S]
 [--bfloat16] [--default-malloc]` prints milliseconds and the ratio to eager in the same layout, on photographs, after
-outputs have been compared. `folded-by-layer` is folded, but its layers do not run together (docs/deferred.md). `--grouped`
-times the grouped convolutions of six networks instead, each on oneDNN's kernel with its ReLU and on ours with a ReLU
+outputs have been compared. `folded-by-layer` is folded without runs of layers (docs/deferred.md). `--grouped` times
+the grouped convolutions of six networks instead, each on oneDNN's kernel with its ReLU and on ours with a ReLU
 behind it, and says which of them `cnnkern.fold` takes.
 """
 
