@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import cnnkern
 from cnnkern import testing
-from cnnkern.conversion.fold import _FoldingConv
+from cnnkern.conversion.folding_conv import FoldingConv
 from cnnkern.nn.folded_conv import prefers_own
 from tests.poolings import with_poolings
 from tests.zoo import small_vgg
@@ -110,7 +110,7 @@ def test_every_family_is_as_good_as_eager_in_both_layouts(name):
     assert counts(folded) == with_poolings(FAMILIES[name], model)
     assert list(folded.state_dict()) == list(model.state_dict())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert not any(isinstance(m, _FoldingConv) for m in model.modules())
+    assert not any(isinstance(m, FoldingConv) for m in model.modules())
     theirs = {p.data_ptr() for p in (*model.parameters(), *model.buffers()) if p.numel()}
     assert not theirs & {p.data_ptr() for p in (*folded.parameters(), *folded.buffers()) if p.numel()}
 
@@ -447,7 +447,7 @@ def test_compiles():
 
 def test_folded_convolutions_are_leaves_under_fx():
     folded = cnnkern.fold(build("resnet18"))
-    convolutions = {name for name, m in folded.named_modules() if isinstance(m, _FoldingConv)}
+    convolutions = {name for name, m in folded.named_modules() if isinstance(m, FoldingConv)}
     traced, x = torch.fx.symbolic_trace(folded), torch.randn(2, 3, 64, 64)
     assert convolutions <= {node.target for node in traced.graph.nodes if node.op == "call_module"}
     with torch.no_grad():

@@ -2,8 +2,9 @@
 
 `python -m benchmarks.studies.folded [MODEL ...] [--batch N[,N]] [--contenders NAME[,NAME]] [--threads N] [--seconds S]
 [--bfloat16] [--default-malloc]` prints milliseconds and the ratio to eager in the same layout, on photographs, after
-outputs have been compared. `--grouped` times the grouped convolutions of six networks instead, each on oneDNN's
-kernel with its ReLU and on ours with a ReLU behind it, and says which of them `cnnkern.fold` takes.
+outputs have been compared. `folded-by-layer` is folded without runs of layers (docs/deferred.md). `--grouped` times
+the grouped convolutions of six networks instead, each on oneDNN's kernel with its ReLU and on ours with a ReLU
+behind it, and says which of them `cnnkern.fold` takes.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import cnnkern
+from cnnkern.conversion.sequential import FoldingSequential
 from cnnkern.nn.folded_conv import folded_conv, prefers_own
 from cnnkern.testing import with_layout
 
@@ -27,11 +29,22 @@ from ..suite.judge import assert_as_good_as
 from ..suite.models import CHECKED, SIZE, build, photographs, placed
 from . import passes
 
+
+def with_calls(model: nn.Module) -> nn.Module:
+    """The model folded, with a call of each layer of an ``nn.Sequential``."""
+    folded = cnnkern.fold(model)
+    for module in folded.modules():
+        if isinstance(module, FoldingSequential):
+            module.__dict__["forward"] = nn.Sequential.forward.__get__(module)
+    return folded
+
+
 CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "eager": lambda model: model,
     "torch.compile": torch.compile,
     "converted": cnnkern.convert,
     "folded": cnnkern.fold,
+    "folded-by-layer": with_calls,
 }
 
 

@@ -83,10 +83,12 @@ def replacements() -> dict[type, tuple[type, Callable[[Any], bool]]]:
 
 def originals() -> dict[type, type]:
     """Our layers -> those that they were. A converted model may have been synchronised since."""
-    from cnnkern.conversion.fold import CONVOLUTIONS
+    from cnnkern.conversion import sequential
+    from cnnkern.conversion.folding_conv import CONVOLUTIONS
 
     found = {ours: plain for plain, (ours, _) in replacements().items()}
     found |= {ours: found.get(plain, plain) for plain, ours in CONVOLUTIONS.items()}
+    found |= sequential.originals()
     return found | timm_layers.synchronised() | {sync.SyncBatchNorm: nn.SyncBatchNorm}
 
 
