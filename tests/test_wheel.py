@@ -1,18 +1,32 @@
 """What `make wheel` refuses, on archives made here. Building and installing is `make wheel` itself, which CI runs."""
 
 import importlib.util
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from tests.child import run_child
 
 ROOT = Path(__file__).resolve().parent.parent
-SPEC = importlib.util.spec_from_file_location("wheel_tool", ROOT / "tools" / "wheel.py")
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+
+
+def from_tools(name: str) -> ModuleType:
+    """A program of tools/, which imports its neighbours, under a name of its own: there is a package wheel."""
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+    return module
+
+
+tool = from_tools("wheel")
 
 PACKAGE = (
     *("cnnkern/_C.cpython-311-x86_64-linux-gnu.so", "cnnkern/py.typed", "cnnkern/triton_kernels/bn_act.py"),

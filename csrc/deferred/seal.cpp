@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "check.h"
+#include "compat.h"
 #include "deferred/deferred.h"
 
 namespace cnnkern {
@@ -26,13 +27,6 @@ std::vector<Kept*> all_kept;
 struct Keys : c10::TensorImpl {
   static c10::DispatchKeySet& of(const Tensor& t) { return t.unsafeGetTensorImpl()->*(&Keys::key_set_); }
 };
-
-// Whether a storage object of Python's is held by nobody but the storage. PyTorch counts that since 2.10 or so.
-template <typename Slot>
-bool is_kept_by_cpp_alone(const Slot* slot) {
-  if constexpr (requires { slot->has_unique_reference(); }) return slot->has_unique_reference();
-  return false;
-}
 
 // Whether nobody can write to t's memory but through t: no other tensor has it, no object of Python's, no array of NumPy's.
 bool has_no_alias(const Tensor& t) {
