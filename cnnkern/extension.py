@@ -6,13 +6,14 @@ it, which the build writes: an extension that finds other symbols than it expect
 """
 
 import importlib
-import importlib.util
+import sys
+from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
 import torch  # loads the libraries that the extension links against
 
-NAME = "cnnkern._C"
+NAME, BUILT_FOR = "cnnkern._C", "cnnkern._built_for"
 
 
 def release(version: str) -> str:
@@ -20,14 +21,19 @@ def release(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
+def _is_there(module: str) -> bool:
+    """Whether this package has it, in its own folder: finders of editable installs offer that of another checkout."""
+    place = sys.modules[__package__].__path__
+    return sys.modules.get(module, module) is not None and PathFinder.find_spec(module, place) is not None
+
+
 def _load() -> ModuleType | None:
     """Raises ImportError, which says what to run, for an extension that does not belong to the torch that is here."""
-    if importlib.util.find_spec(NAME) is None:
+    if not _is_there(NAME):
         return None
-    try:
-        built_for = importlib.import_module("cnnkern._built_for").TORCH
-    except ModuleNotFoundError:
-        raise ImportError("nothing says which torch it was built for: it is of an older build") from None
+    if not _is_there(BUILT_FOR):
+        raise ImportError("nothing says which torch it was built for: it is of an older build")
+    built_for = importlib.import_module(BUILT_FOR).TORCH
     if release(built_for) != release(torch.__version__):
         raise ImportError(f"it was built for torch {built_for}, and torch {torch.__version__} is installed")
     return importlib.import_module(NAME)

@@ -79,10 +79,21 @@ def test_without_an_extension_every_torch_will_do_and_none_is_needed_to_build(tm
 
 @pytest.mark.parametrize("system", ["darwin", "win32"])
 def test_on_other_systems_than_linux_there_is_no_extension(tmp_path, system):
-    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.platform = {system!r}")
-    assert "\nRequires-Dist: torch>=2.9\n" in metadata_of(tmp_path, PYTHONPATH=str(tmp_path))
-    with pytest.raises(AssertionError, match=f"the extension is built on Linux, and this is {system}: unset"):
-        metadata_of(tmp_path, PYTHONPATH=str(tmp_path), CNNKERN_EXTENSION="1")
+    """setup.py, told where it is after all that it imports has been imported: Python's own modules believe it too."""
+    program = "import runpy, sys, urllib.request, setuptools, setuptools.command.egg_info\n"
+    program += f"sys.platform, sys.argv[0] = {system!r}, 'setup.py'\nrunpy.run_path('setup.py', run_name='__main__')"
+
+    def say(**environment: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, "-q", "egg_info", "--egg-base", str(tmp_path)]
+        return run_child(command, cwd=ROOT, env=os.environ | environment)
+
+    done = say()
+    assert done.returncode == 0, done.stderr
+    assert "\nRequires-Dist: torch>=2.9\n" in (tmp_path / "cnnkern.egg-info" / "PKG-INFO").read_text()
+    refused = say(CNNKERN_EXTENSION="1")
+    assert (
+        refused.stderr == f"cnnkern: the extension is built on Linux, and this is {system}: unset CNNKERN_EXTENSION\n"
+    )
 
 
 @pytest.fixture

@@ -1,29 +1,15 @@
 """What `make wheel` refuses, on archives made here. Building and installing is `make wheel` itself, which CI runs."""
 
-import importlib.util
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from tests.child import run_child
+from tests.programs import from_tools
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def from_tools(name: str) -> ModuleType:
-    """A program of tools/, which imports its neighbours, under a name of its own: there is a package wheel."""
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
-    return module
 
 
 tool = from_tools("wheel")
