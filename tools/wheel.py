@@ -35,7 +35,11 @@ TRIES = ("torchvision", "scikit-learn", "matplotlib", "jinja2", "pytest", "pytes
 NOT_SHIPPED = (".ci/", ".gitignore")
 # Of a wheel.
 PARTS = (r"cnnkern/_C\..*\.so", r"cnnkern/py\.typed", r"cnnkern/triton_kernels/bn_act\.py", r".*/LICENSE")
-PARTS += (r"cnnkern/benchmarks/suite/worker\.py", r"cnnkern/benchmarks/show/report\.html\.jinja")
+PARTS += (
+    r"cnnkern/_built_for\.py",
+    r"cnnkern/benchmarks/suite/worker\.py",
+    r"cnnkern/benchmarks/show/report\.html\.jinja",
+)
 # A100; RTX 30; RTX 40 and L4; H100 and H200; B200; RTX 50. PTX of the last, for what comes after.
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 TESTS = "arrive_in_any_layout or memory_format or empty_batch or opcheck"
