@@ -6,6 +6,7 @@
 #   make sanitize                  the whole conformance suite on emulated CUDA kernels, with each sanitizer (docs/emulator.md)
 #   make gpu-report                compiles the GPU kernels for every architecture and writes docs/gpu-report.md
 #   PYTHON=python3.12 make         chooses the interpreter (3.10 to 3.13) of .venv
+#   make wheel TORCH=2.11          for another torch (and PYTHON_VERSION=3.12); TORCH=any: without an extension
 #   CNNKERN_CUDA=0 make            leaves the CUDA kernels out; 1 insists on them (see setup.py)
 
 .PHONY: setup test prove faults sanitize gpu-report bench lint types docs wheel
@@ -40,7 +41,9 @@ sanitize: setup
 gpu-report: setup
 	PYTHONPATH=tests:. .venv/bin/python -m gpu_gate.report
 
-bench: setup
+# CPU kernels are all that is timed where there is no GPU
+bench:
+	@$(BOOTSTRAP) --bench
 	.venv/bin/cnnkern bench $(ARGS)
 
 lint:
@@ -55,6 +58,7 @@ types: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
-# ARGS=--quick does not compile the source distribution
+# ARGS=--quick does not compile the source distribution; TORCH=2.11 or TORCH=any: docs/install.md
 wheel: setup
-	.venv/bin/python tools/wheel.py $(ARGS)
+	.venv/bin/python tools/wheel.py $(if $(TORCH),$(if $(filter any,$(TORCH)),--pure,--torch $(TORCH))) \
+		$(if $(PYTHON_VERSION),--python $(PYTHON_VERSION)) $(ARGS)

@@ -1,17 +1,19 @@
-"""Builds the extension `cnnkern._C`; everything else about the package stands in pyproject.toml.
+"""Builds the extension `cnnkern._C`, and says which torch it is for; the rest stands in pyproject.toml.
 
 CNNKERN_CUDA=0|1 leaves the CUDA kernels out or insists on them; by default they are built whenever a
 toolkit and a CUDA build of torch are there, GPU or not. CNNKERN_EXTENSION=0 builds no extension at all, where there is
-no compiler: Triton's kernels are then used on a GPU, and PyTorch's own operators on the CPU. An extension is only built
-against a torch that pyproject.toml allows: pip would replace any other afterwards, and the extension would not load.
+no compiler: Triton's kernels are then used on a GPU, and PyTorch's own operators on the CPU. That is what other systems
+than Linux get.
+
+An extension loads with the torch release that it was built against alone. What is built with it therefore asks for that
+release, carries its name in the version (0.1.0+torch2.14.cu130, without CUDA 0.1.0+torch2.14), and notes it in
+cnnkern/_built_for.py, which cnnkern/extension.py reads before it loads anything.
 """
 
-import itertools
+import importlib.util
 import os
-import platform
+import re
 import sys
-import sysconfig
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import setuptools
@@ -23,23 +25,21 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 ROOT = Path(__file__).parent
-# The toolkit that PyPI's nvidia-* wheels install; found before torch looks for one.
-PYPI_CUDA = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13"
-if "CUDA_HOME" not in os.environ and (PYPI_CUDA / "bin" / "nvcc").exists():
-    os.environ["CUDA_HOME"] = str(PYPI_CUDA)
-
-EXTENSION = os.environ.get("CNNKERN_EXTENSION") != "0"
+EXTENSION = os.environ.get("CNNKERN_EXTENSION", "1" if sys.platform == "linux" else "0") != "0"
+if EXTENSION and sys.platform != "linux":
+    raise SystemExit(
+        f"cnnkern: the extension is built on Linux alone, and this is {sys.platform}: unset CNNKERN_EXTENSION"
+    )
 
 
 def supported_torch() -> Requirement:
-    """The package's own dependency on torch."""
+    """The releases of torch that the extension can be built against, each by itself."""
     with (ROOT / "pyproject.toml").open("rb") as file:
-        dependencies = tomllib.load(file)["project"]["dependencies"]
-    return next(r for r in map(Requirement, dependencies) if r.name == "torch")
+        return Requirement(tomllib.load(file)["tool"]["cnnkern"]["torch"])
 
 
-def check_torch() -> None:
-    """Ends a build that would be of no use, before anything of it begins."""
+def check_torch() -> str:
+    """Ends a build that would be of no use, before anything of it begins. Returns the release of torch: "2.14"."""
     wanted = supported_torch()
     advice = f"`pip install '{wanted}'` first, or leave --no-build-isolation out, and pip fetches one for the build"
     try:
@@ -51,121 +51,32 @@ def check_torch() -> None:
             f"cnnkern: torch {found} is not supported: the extension needs {wanted}, to build as well as to load: "
             f"{advice}"
         )
+    return ".".join(found.split(".")[:2])
 
 
-if EXTENSION:
-    check_torch()
-
-import torch  # noqa: E402
-from torch.utils import cpp_extension  # noqa: E402
-
-# The files of csrc/cpu are compiled once for each of these; csrc/cpu/dispatch.h picks one at load time.
-CPU_CAPABILITIES = {"DEFAULT": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
-    CPU_CAPABILITIES["AVX512"] = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")] + CPU_CAPABILITIES["AVX2"]
-    # g++ 12 warns of its own intrinsics (GCC bug 105593)
-    CPU_CAPABILITIES["AVX512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+def torch_requirement() -> str:
+    """What is installed beside it: the release that the extension is for; without one all from the oldest on."""
+    if RELEASE:
+        return f"torch=={RELEASE}.*"
+    oldest = next(s for s in supported_torch().specifier if s.operator == ">=")
+    return f"torch{oldest}"
 
 
-def sources(pattern: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/{pattern}"))
+def version() -> str:
+    (plain,) = re.findall(r'^__version__ = "(.*)"', (ROOT / "cnnkern" / "__init__.py").read_text(), re.MULTILINE)
+    return f"{plain}+torch{RELEASE}{CUDA}" if RELEASE else plain
 
 
-def wants_cuda() -> bool:
-    asked = os.environ.get("CNNKERN_CUDA", "")
-    if asked not in ("", "0", "1"):
-        raise SystemExit(f"cnnkern: CNNKERN_CUDA must be 0, 1 or unset; got {asked!r}")
-    possible = cpp_extension.CUDA_HOME is not None and torch.version.cuda is not None
-    if asked == "1" and not possible:
-        raise SystemExit(
-            f"cnnkern: CNNKERN_CUDA=1 needs nvcc and a CUDA build of torch; found CUDA_HOME={cpp_extension.CUDA_HOME}, "
-            f"torch {torch.__version__}. `pip install -r requirements.txt` installs both."
-        )
-    return possible and asked != "0"
-
-
-def cuda_architectures() -> str:
-    """Those of the GPUs that are here. Without one sm_80, and PTX that later GPUs compile when they first load it."""
-    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    return ";".join(f"{major}.{minor}" for major, minor in sorted(found)) or "8.0+PTX"
-
-
-CUDA = wants_cuda()
-
-
-class BuildExtension(cpp_extension.BuildExtension):
-    """Compiles csrc/cpu once for each instruction set, each into its own folder."""
-
-    def finalize_options(self):
-        super().finalize_options()
-        # One place whatever the command (pip gives a fresh one each time), so that ninja finds what it has built.
-        self.build_temp = str(ROOT / "build" / sys.implementation.cache_tag / ("cuda" if CUDA else "cpu"))
-
-    def build_extension(self, ext):
-        self.force = True  # ninja knows what is out of date; distutils does not know the headers
-        # A function that several objects carry (an inline one of the standard library, say) is taken from the
-        # first object that has it, so objects are linked in rising order of instruction set: whoever calls it
-        # gets a copy that needs no more than the caller does.
-        with ThreadPoolExecutor() as pool:
-            objects = pool.map(lambda item: self.compile_cpu(ext, *item), CPU_CAPABILITIES.items())
-            ext.extra_objects += itertools.chain.from_iterable(objects)
-        super().build_extension(ext)
-
-    def compile_cpu(self, ext, capability: str, flags: list[str]) -> list[str]:
-        # Nothing here depends on CUDA, so builds with and without it share the objects.
-        return self.compiler.compile(
-            sources("cpu/*.cpp"),
-            output_dir=str(Path(self.build_temp).parent / capability),
-            include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths(), sysconfig.get_path("include")],
-            macros=[("CNNKERN_X86", int("AVX2" in CPU_CAPABILITIES))],
-            extra_postargs=[
-                *ext.extra_compile_args["cxx"],
-                f"-DCPU_CAPABILITY={capability}",
-                f"-DCPU_CAPABILITY_{capability}",
-                *flags,
-            ],
-        )
-
-
-def extension():
-    # Contracting a*b+c on its own would let forward and backward round differently, and the emulator than a GPU: fma is
-    # spelled out where meant.
-    cxx = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
-    cxx += ["-fno-math-errno"]  # nobody reads errno, and for its sake square roots would not become vectors
-    cxx += ["-Wno-unknown-pragmas", "-Wno-unused-function"]
-    if os.environ.get("CNNKERN_WERROR") == "1":
-        cxx.append("-Werror")
-    nvcc = ["-O3", "-std=c++20", "--fmad=false", "-lineinfo", "--threads=2", "-Xfatbin", "-compress-all"]
-    macros = [("CNNKERN_X86", int("AVX2" in CPU_CAPABILITIES))]
-    include_dirs, libraries, library_dirs = [str(ROOT / "csrc")], [], []
-    files = sources("*.cpp") + sources("autograd/*.cpp") + sources("deferred/*.cpp")
-    if CUDA:
-        # The wheels bring the headers of a GPU-less machine: no versionless libcudart.so, cccl in a folder of its own.
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures())
-        home = Path(cpp_extension.CUDA_HOME)
-        macros.append(("CNNKERN_CUDA", f'"{torch.version.cuda}"'))
-        macros.append(("CNNKERN_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'))
-        files += sources("cuda/*.cu")
-        include_dirs += [str(home / "include"), str(home / "include" / "cccl")]
-    Extension = cpp_extension.CUDAExtension if CUDA else cpp_extension.CppExtension
-    ext = Extension(
-        "cnnkern._C",
-        files,
-        include_dirs=include_dirs,
-        define_macros=macros,
-        libraries=libraries,
-        library_dirs=library_dirs,
-        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
-        extra_link_args=["-fopenmp"],
-    )
-    if CUDA and not list(Path(cpp_extension.CUDA_HOME).glob("lib*/libcudart.so")):
-        # libtorch_cuda already loads the runtime, and the wheel has no libcudart.so to link against.
-        ext.libraries.remove("cudart")
-        ext.extra_link_args += [str(path) for path in Path(cpp_extension.CUDA_HOME).glob("lib/libcudart.so.*")]
-    return ext
-
-
+# A source distribution is for every release.
+RELEASE = check_torch() if EXTENSION and "sdist" not in sys.argv else None
+CUDA, extension = "", {}
+if RELEASE:
+    # It imports torch, which a package without the extension is made without. By path: that folder has a wheel.py too.
+    spec = importlib.util.spec_from_file_location("build_extension", ROOT / "tools" / "build_extension.py")
+    build_extension = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build_extension)
+    extension = build_extension.arguments()
+    CUDA = build_extension.local_version()
 packages = [
     "cnnkern",
     "cnnkern.conversion",
@@ -180,9 +91,10 @@ packages = [
 elsewhere = {"cnnkern.triton_kernels": "triton_kernels", "cnnkern.csrc": "csrc", "cnnkern.benchmarks": "benchmarks"}
 rooms = [f"cnnkern.benchmarks{room}" for room in ("", ".gpu_minutes", ".show", ".studies", ".suite")]
 setuptools.setup(
+    version=version(),
+    install_requires=[torch_requirement(), "numpy", "rich"],
     packages=[*packages, "cnnkern.csrc", *rooms],
     package_dir=elsewhere,
     include_package_data=False,  # no other source
-    ext_modules=[extension()] if EXTENSION else [],
-    cmdclass={"build_ext": BuildExtension},
+    **extension,
 )

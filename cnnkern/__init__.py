@@ -29,13 +29,9 @@ __all__ = [
 
 def _define_operators() -> None:
     """torch.ops.cnnkern.*: by the compiled extension, or where it was not built by cnnkern.uncompiled."""
-    import torch  # noqa: F401  (loads the libraries that the extension links against)
+    from cnnkern.extension import extension
 
-    try:
-        importlib.import_module("cnnkern._C")
-    except ModuleNotFoundError as error:
-        if error.name != "cnnkern._C":
-            raise
+    if extension is None:
         importlib.import_module("cnnkern.uncompiled")
 
 
@@ -46,8 +42,8 @@ except ImportError as error:
     if Path(sys.argv[0]).name != "cnnkern" and ("-m", "cnnkern") not in itertools.pairwise(sys.orig_argv):
         raise ImportError(
             f"cnnkern: the compiled extension cannot be loaded ({error}). It has to be built against the installed "
-            "torch: run `make` in the repository, or `pip install --no-build-isolation .` in an environment that has "
-            "torch."
+            "torch: install the wheel that names its release (+torch2.14, say), or run `make` in the repository, or "
+            "`pip install --no-build-isolation .` there in an environment that has torch."
         ) from error
 else:
     from cnnkern import backends, functional, models, nn

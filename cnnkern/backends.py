@@ -31,6 +31,8 @@ _WITHOUT_CUDA = (
     "the extension was built without CUDA; `CNNKERN_CUDA=1 pip install --no-build-isolation .` builds it with, given "
     "nvcc and a CUDA build of torch (requirements.txt has both)"
 )
+if torch.version.hip:
+    _WITHOUT_CUDA = "this torch is built for ROCm, and the CUDA C++ kernels are for CUDA alone"
 _NOT_BUILT = "the extension was not built; `make`, or `pip install --no-build-isolation .`, builds it"
 
 Launcher = Callable[..., Tensor | tuple[Tensor, ...]]

@@ -113,11 +113,11 @@ def extension_problem() -> str | None:
     except ImportError as error:
         return f"torch cannot be imported ({error}): `pip install torch`, then {BUILD}"
     try:
-        importlib.import_module("cnnkern._C")
-    except ModuleNotFoundError:
-        return f"the extension is not built for Python {platform.python_version()} in {Path(__file__).parent}: {BUILD}"
+        from cnnkern.extension import extension
     except ImportError as error:
         return f"the extension does not load with torch {torch.__version__} ({error}): build it anew; {BUILD}"
+    if extension is None:
+        return f"the extension is not built for Python {platform.python_version()} in {Path(__file__).parent}: {BUILD}"
     return None
 
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cnnkern import compat
+
 # Those that take a number, in check.PARAMETERS, have it behind the tensor.
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "none": lambda x: x,
@@ -33,9 +35,7 @@ def activated(x: Tensor, act: str, act_param: float | None = None) -> Tensor:
 
 
 def _batch_norm(input: Tensor, running_mean, running_var, weight, bias, training, momentum, eps) -> Tensor:
-    if weight is None and bias is not None and input.is_cuda:
-        # PyTorch 2.11's CUDA kernels give a bias that has no weight beside it a wrong gradient in eval, or crash.
-        weight = torch.ones_like(bias)
+    weight = compat.weight_beside(input, weight, bias)
     return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 

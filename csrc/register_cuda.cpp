@@ -7,14 +7,26 @@
 #ifdef CNNKERN_CUDA
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/cuda/CUDAException.h>
 
 #include <atomic>
+#include <string>
 #include <utility>
+
+#include "no_image.h"
 
 namespace cnnkern {
 namespace {
 
 std::atomic<bool> launchers_answer{false};
+
+std::string this_gpu() {
+  int device = 0, major = 0, minor = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  return std::to_string(major) + "." + std::to_string(minor);
+}
 
 // What stands on the CUDA key: the kernel, or while launchers are to answer the operator by the name that cnnkern/backends.py
 // has put them behind. Registering them here instead, and taking them away again, would free them under a thread inside.
@@ -23,7 +35,8 @@ struct OnCudaKey;
 template <const char* launcher_name, typename Result, typename... Arguments, Result (*kernel)(Arguments...)>
 struct OnCudaKey<launcher_name, kernel> {
   static Result call(Arguments... arguments) {
-    if (!launchers_answer) return kernel(std::forward<Arguments>(arguments)...);
+    if (!launchers_answer)
+      return with_image(CNNKERN_CUDA_ARCHITECTURES, this_gpu, [&] { return kernel(std::forward<Arguments>(arguments)...); });
     static const auto launcher =
         c10::Dispatcher::singleton().findSchemaOrThrow(launcher_name, "").typed<Result(Arguments...)>();
     return launcher.redispatch(c10::DispatchKeySet(c10::DispatchKey::CUDA), std::forward<Arguments>(arguments)...);

@@ -121,7 +121,7 @@ def test_a_check_reports_a_wrong_kernel_and_a_missing_one(monkeypatch):
 
 
 PROBLEMS = {
-    "not built": ("", "raise ModuleNotFoundError('no _C')", "the extension is not built"),
+    "not built": ("", None, "the extension is not built"),
     "other torch": (
         "",
         "raise ImportError('undefined symbol: x')",
@@ -139,7 +139,9 @@ def broken(request, tmp_path) -> tuple[Path, str]:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(f"from torch import version\n__version__ = '2.0'\n{in_torch}\n")
     (tmp_path / "torch" / "version.py").write_text("cuda = None\n")
-    (tmp_path / "cnnkern" / "_C.py").write_text(in_extension)
+    (tmp_path / "cnnkern" / "_built_for.py").write_text("TORCH = '2.0'\n")
+    if in_extension is not None:
+        (tmp_path / "cnnkern" / "_C.py").write_text(in_extension)
     return tmp_path, message
 
 
@@ -166,10 +168,12 @@ def checkout(tmp_path) -> Path:
     """The command line alone beside a benchmark suite that writes down its arguments and ends with status 3."""
     (tmp_path / "cnnkern").mkdir()
     (tmp_path / "benchmarks").mkdir()
-    for name in ("cli.py", "__main__.py"):
+    for name in ("cli.py", "__main__.py", "extension.py"):
         shutil.copy(PACKAGE / name, tmp_path / "cnnkern")
-    for name in ("cnnkern/__init__.py", "cnnkern/_C.py", "torch.py", "pyproject.toml"):
+    for name in ("cnnkern/__init__.py", "cnnkern/_C.py", "pyproject.toml"):
         (tmp_path / name).touch()
+    (tmp_path / "torch.py").write_text("__version__ = '2.0'\n")
+    (tmp_path / "cnnkern" / "_built_for.py").write_text("TORCH = '2.0'\n")
     (tmp_path / "benchmarks" / "__main__.py").write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
     return tmp_path
 

@@ -191,6 +191,7 @@ def test_gradients_count_as_memory_of_a_step():
     [
         (machine.Activity(0.0, 0.0, 0.0), False),
         (machine.Activity(0.1, None, None), False),
+        (machine.Activity(None, None, None), False),
         (machine.Activity(2.0, 0.0, 0.0), True),
         (machine.Activity(0.0, 0.1, 0.0), True),
         (machine.Activity(0.0, 0.0, 0.5), True),

@@ -123,3 +123,28 @@ def test_schemas_that_are_not_there(copy):
     done = run(copy, "import cnnkern")
     assert done.returncode == 1
     assert "csrc/ops.cpp, with the operators' schemas, is neither in" in done.stderr
+
+
+def test_the_package_needs_nothing_of_linux(copy):
+    """Modules and functions that other systems lack; no file of /proc or /sys."""
+    lacking = """
+import os, sys
+from pathlib import Path
+for name in ("getloadavg", "sched_getaffinity"):
+    delattr(os, name)
+import torch
+for name in ("fcntl", "resource", "termios", "pwd", "grp"):
+    sys.modules[name] = None
+exists = Path.exists
+Path.exists = lambda path: not str(path).startswith(("/proc", "/sys")) and exists(path)
+import warnings
+warnings.simplefilter("ignore")
+import cnnkern
+model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+result = cnnkern.benchmark(model, torch.randn(2, 3, 8, 8), seconds=0.05)
+assert "is not known here" in str(result), result
+assert cnnkern.memory.total("cpu") is None
+print("all right")
+"""
+    done = run(copy, lacking)
+    assert done.stdout == "all right\n", done.stderr

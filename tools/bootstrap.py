@@ -1,6 +1,7 @@
 """Sets up .venv: a virtual environment, the pins of requirements.txt, the extension built in place.
 
-    python3 tools/bootstrap.py           what `make`, `make test` and `make bench` need
+    python3 tools/bootstrap.py           what `make` and `make test` need
+    python3 tools/bootstrap.py --bench   what `make bench` needs: no CUDA kernels where there is no GPU to run them
     python3 tools/bootstrap.py --lint    what `make lint` needs: ruff alone
 
 A step runs only where something that it depends on has changed, judged by content, for git changes modification times
@@ -88,9 +89,17 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def has_gpu() -> bool:
+    """Whether the driver lists an NVIDIA GPU."""
+    try:
+        return b"GPU" in subprocess.run(["nvidia-smi", "-L"], capture_output=True).stdout
+    except OSError:  # no driver
+        return False
+
+
 def build_inputs(root: Path, venv: Venv) -> dict[str, str]:
     """Everything that the extension depends on, by name: a hash of the content, or the setting's value."""
-    files = [root / "setup.py", root / "pyproject.toml"]
+    files = [root / "setup.py", root / "tools" / "build_extension.py", root / "pyproject.toml"]
     files += sorted(path for path in (root / "csrc").rglob("*") if path.suffix in SOURCES)
     inputs = {str(path.relative_to(root)): digest(path) for path in files}
     inputs.update({name: os.environ.get(name, "") for name in SETTINGS})
@@ -360,11 +369,17 @@ def check_headers(venv: Venv) -> None:
         )
 
 
-def ensure_build(root: Path, venv: Venv, stamps: Stamps) -> None:
+def ensure_build(root: Path, venv: Venv, stamps: Stamps, bench: bool) -> None:
+    """`bench`: without CUDA kernels where no GPU runs them. An extension that has them will do for that too."""
     inputs, built = build_inputs(root, venv), extension(root, venv)
     old, new = stamps.values.get("build", {}), {**inputs, "the built extension": built}
     if built and old == new:
         return
+    spared = bench and not inputs["CNNKERN_CUDA"] and not has_gpu()
+    if spared:
+        inputs["CNNKERN_CUDA"] = new["CNNKERN_CUDA"] = "0"
+        if built and old == new:
+            return
     (root / "build").mkdir(exist_ok=True)
     check_space(root / "build", SPACE["build"], "building the extension")
     changed = changes(old, new if "the built extension" in old else inputs)
@@ -379,22 +394,17 @@ def ensure_build(root: Path, venv: Venv, stamps: Stamps) -> None:
     command = [venv.python, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-input", "-e", root]
     # ninja is found only where .venv's programs are on the path.
     env = {"PATH": f"{venv.python.parent}{os.pathsep}{os.environ['PATH']}", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    env["CNNKERN_CUDA"] = inputs["CNNKERN_CUDA"]
     stamps.write("build", inputs)
-    run_step(
-        f"Building the extension ({why})",
-        "3-8 minutes from scratch",
-        command,
-        venv.folder / "setup.log",
-        condense_build,
-        env,
-    )
+    title = f"Building the extension{', without CUDA kernels as there is no GPU' if spared else ''} ({why})"
+    run_step(title, "3-8 minutes from scratch", command, venv.folder / "setup.log", condense_build, env)
     built = extension(root, venv)
     if not built:
         raise SetupError(f"pip has built nothing that {venv.python} could load; see {venv.folder / 'setup.log'}")
     stamps.write("build", {**inputs, "the built extension": built})
 
 
-def set_up(root: Path, lint: bool) -> None:
+def set_up(root: Path, lint: bool, bench: bool = False) -> None:
     (root / "build").mkdir(exist_ok=True)
     with (root / "build" / "setup.lock").open("w") as lock:
         try:
@@ -411,19 +421,20 @@ def set_up(root: Path, lint: bool) -> None:
             check_headers(venv)
         stamps = Stamps(venv)
         ensure_pins(root, venv, stamps)
-        ensure_build(root, venv, stamps)
+        ensure_build(root, venv, stamps, bench)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Sets up .venv; a second call does only what has changed.")
     parser.add_argument("--lint", action="store_true", help="install ruff and nothing else")
+    parser.add_argument("--bench", action="store_true", help="build no CUDA kernels where there is no GPU")
     options = parser.parse_args(arguments)
     try:
         if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
             raise SetupError(
                 f"{PYTHON_RANGE} is needed, {sys.executable} is {sys.version.split()[0]}: choose one with PYTHON=..."
             )
-        set_up(Path(__file__).resolve().parents[1], options.lint)
+        set_up(Path(__file__).resolve().parents[1], options.lint, options.bench)
     except KeyboardInterrupt:
         print("cnnkern: set-up interrupted; the next call goes on from here", file=sys.stderr)
         return 130

@@ -3,9 +3,13 @@
     .venv/bin/python tools/wheel.py            the source distribution is compiled from scratch, which takes minutes
     .venv/bin/python tools/wheel.py --quick    it is unpacked and compared with the checkout instead
     .venv/bin/python tools/wheel.py --tests    some of the operators' tests run on the installed wheel as well
+    .venv/bin/python tools/wheel.py --torch 2.11 --python 3.12    the wheel alone, for another torch and Python
+    .venv/bin/python tools/wheel.py --pure     the wheel without an extension, for every torch, into dist/pure/
 
 Each environment is a fresh one that borrows the packages of .venv (torch, numpy, rich) by a .pth file, so that nothing
-is downloaded; the editable cnnkern of .venv is not visible there. CNNKERN_CUDA=0|1 are setup.py's.
+is downloaded; the editable cnnkern of .venv is not visible there. One for another torch is installed whole. A wheel's
+name says what it is for: cnnkern-0.1.0+torch2.14.cu130-cp311-cp311-linux_x86_64.whl. CNNKERN_CUDA=0|1 are setup.py's;
+CUDA kernels are for ARCHITECTURES unless TORCH_CUDA_ARCH_LIST says otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +20,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tarfile
@@ -24,12 +27,21 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from elsewhere import BUILD, ROOT, RUN, Failed, build_wheel, copy_sources, install_wheel, run, say, with_torch
+
 DIST = ROOT / "dist"
+PURE = DIST / "pure"  # apart, as pip would take it without a word where it finds no wheel for the torch that is there
+TRIES = ("torchvision", "scikit-learn", "matplotlib", "jinja2", "pytest", "pytest-benchmark")  # of `cnnkern bench`
 NOT_SHIPPED = (".ci/", ".gitignore")
 # Of a wheel.
 PARTS = (r"cnnkern/_C\..*\.so", r"cnnkern/py\.typed", r"cnnkern/triton_kernels/bn_act\.py", r".*/LICENSE")
-PARTS += (r"cnnkern/benchmarks/suite/worker\.py", r"cnnkern/benchmarks/show/report\.html\.jinja")
+PARTS += (
+    r"cnnkern/_built_for\.py",
+    r"cnnkern/benchmarks/suite/worker\.py",
+    r"cnnkern/benchmarks/show/report\.html\.jinja",
+)
+# A100; RTX 30; RTX 40 and L4; H100 and H200; B200; RTX 50. PTX of the last, for what comes after.
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 TESTS = "arrive_in_any_layout or memory_format or empty_batch or opcheck"
 
 # What the installed package says of itself.
@@ -54,27 +66,26 @@ print(json.dumps({
 }))
 """
 
-
-class Failed(Exception):
-    """What is wrong, in a line or with the output that says so."""
-
-
-def run(
-    *command: str | Path, cwd: Path | None = None, code: int = 0, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """The finished process. Raises Failed where it ends with another status than `code`."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "ATEN_CPU_CAPABILITY")}
-    kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}"  # the build finds ninja there
-    arguments = [str(part) for part in command]
-    done = subprocess.run(arguments, cwd=cwd or ROOT, env=kept | environment, capture_output=True, text=True)
-    if done.returncode != code:
-        said = (done.stdout + done.stderr)[-6000:]
-        raise Failed(f"{' '.join(arguments)[:200]} ended with status {done.returncode}, not {code}:\n{said}")
-    return done
+PURE_SMOKE = """
+import warnings
+import torch
+from torch import nn
+import cnnkern
+model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten())
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    fused = cnnkern.convert(model, verify=torch.randn(2, 3, 9, 9))
+    fused(torch.randn(2, 3, 9, 9)).square().sum().backward()
+assert [w for w in caught if "the compiled extension is not there" in str(w.message)], caught
+assert all(p.grad is not None for p in model.parameters())
+status = cnnkern.backends.status()["bn_act"]
+assert status["cpu"].startswith("eager PyTorch"), status
+"""
 
 
-def say(text: str) -> None:
-    print(text, flush=True)
+def architectures() -> dict[str, str]:
+    """The setting that names the GPUs of a wheel: all that its CUDA compiles for, not those of this machine."""
+    return {"TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES}
 
 
 def build(source: Path, kind: str, out: Path) -> Path:
@@ -82,7 +93,7 @@ def build(source: Path, kind: str, out: Path) -> Path:
     for stale in (source / "build").glob("lib*"):  # setuptools would pack what a deleted file has left there
         shutil.rmtree(stale)
     before = set(out.glob("*"))
-    run(sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out, source)
+    run(sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "--outdir", out, source, **architectures())
     (made,) = set(out.glob("*")) - before
     return made
 
@@ -102,7 +113,7 @@ def check_sdist(sdist: Path, unpacked: Path) -> Path:
     with tarfile.open(sdist) as archive:
         archive.extractall(unpacked, filter="data")
     (tree,) = unpacked.iterdir()
-    tracked = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").stdout.split("\0")
+    tracked = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.split("\0")
     wanted = [n for n in tracked if n and not n.startswith(NOT_SHIPPED) and (ROOT / n).is_file()]
     other = [n for n in wanted if not (tree / n).is_file() or (tree / n).read_bytes() != (ROOT / n).read_bytes()]
     if other:
@@ -114,8 +125,7 @@ def environment(folder: Path, wheel: Path) -> Path:
     """The interpreter of a fresh environment in `folder` with this wheel, and with .venv's packages behind its own."""
     run(sys.executable, "-m", "venv", "--without-pip", folder)
     python = folder / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
-    run(*pip, "install", "--no-deps", "--no-index", wheel)
+    install_wheel(python, wheel)
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "packages-of-the-project.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
@@ -127,7 +137,7 @@ def try_it(python: Path, version: str) -> dict[str, str]:
     found = json.loads(run(python, "-I", "-c", SMOKE, cwd=folder).stdout.splitlines()[-1])
     if not Path(found["place"]).is_relative_to(folder):
         raise Failed(f"{found['place']} was imported, not the installed package")
-    if {found["version"], found["metadata"]} != {version} or not found["typed"]:
+    if found["version"] != version or found["metadata"].partition("+")[0] != version or not found["typed"]:
         raise Failed(f"the installed package says {found}, the checkout {version}")
     if platform.machine() in ("x86_64", "AMD64") and set(found["cpu_capabilities"].split()) != {
         "DEFAULT",
@@ -173,18 +183,62 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="do not compile the source distribution")
     parser.add_argument("--tests", action="store_true", help="run some of the operators' tests on the installed wheel")
+    parser.add_argument("--torch", metavar="RELEASE", help="build the wheel for this release of torch: 2.11")
+    default = ".".join(platform.python_version_tuple()[:2])
+    parser.add_argument(
+        "--python", default=default, metavar="VERSION", help=f"and for this Python (default: {default})"
+    )
+    parser.add_argument("--pure", action="store_true", help="build the wheel without an extension")
     options = parser.parse_args(argv)
     try:
-        make(options)
+        if options.torch:
+            make_for(options.torch, options.python)
+        elif options.pure:
+            make_pure()
+        else:
+            make(options)
     except (Failed, OSError) as error:
         print(f"cnnkern: {error}", file=sys.stderr)
         return 1
     return 0
 
 
+def own_version() -> str:
+    return re.search(r'^__version__ = "(.*)"', (ROOT / "cnnkern" / "__init__.py").read_text(), re.MULTILINE)[1]
+
+
+def make_for(torch: str, python: str) -> None:
+    """The wheel for another torch and Python, built and tried in an environment of its own. Raises as make() does."""
+    with tempfile.TemporaryDirectory(prefix="cnnkern-wheel-") as scratch:
+        say(f"Installing torch {torch} for Python {python}")
+        there = with_torch(Path(scratch) / "venv", torch, python, *BUILD, *RUN, *TRIES)
+        say("Building the wheel (minutes)")
+        wheel = build_wheel(there, copy_sources(Path(scratch) / "source"), Path(scratch) / "dist", **architectures())
+        check_wheel(wheel)
+        install_wheel(there, wheel)
+        found = try_it(there, own_version())
+        DIST.mkdir(exist_ok=True)
+        shutil.copy(wheel, DIST)
+        say(f"dist/{wheel.name}: CPU {found['cpu_capabilities']}, CUDA {found['cuda'] or 'none'}")
+
+
+def make_pure() -> None:
+    """The wheel without an extension, tried with .venv's torch. Raises as make() does."""
+    with tempfile.TemporaryDirectory(prefix="cnnkern-wheel-") as scratch:
+        sources = copy_sources(Path(scratch) / "source")
+        wheel = build_wheel(Path(sys.executable), sources, Path(scratch) / "dist", CNNKERN_EXTENSION="0")
+        if not wheel.name.endswith("-py3-none-any.whl"):
+            raise Failed(f"{wheel.name} is not for every Python and system")
+        python = environment(Path(scratch) / "wheel", wheel)
+        run(python, "-I", "-c", PURE_SMOKE, cwd=python.parents[1])
+        PURE.mkdir(parents=True, exist_ok=True)
+        shutil.copy(wheel, PURE)
+        say(f"dist/pure/{wheel.name}: no extension, for every torch from the oldest on")
+
+
 def make(options: argparse.Namespace) -> None:
     """Both distributions, built and tried. Raises Failed or, of a full disk for one, OSError."""
-    version = re.search(r'^__version__ = "(.*)"', (ROOT / "cnnkern" / "__init__.py").read_text(), re.MULTILINE)[1]
+    version = own_version()
     DIST.mkdir(exist_ok=True)
     for old in DIST.glob("cnnkern-*"):
         old.unlink()

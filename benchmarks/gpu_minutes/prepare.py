@@ -4,7 +4,6 @@ Needed here: a checkout, that Python, a network for pip, and CUDA's compiler (`n
 """
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -58,15 +57,12 @@ def run(*command: str | Path, **environment: str) -> None:
         raise Missing(f"`{' '.join(arguments)[:80]}` ended with status {done.returncode}: {said[-1]}")
 
 
-def sources(folder: Path, torch: str) -> Path:
-    """A copy of the checkout that asks for this torch. Raises Missing outside a checkout."""
+def sources(folder: Path) -> Path:
+    """A copy of the checkout. Raises Missing outside one."""
     if ROOT is None:
         raise Missing("--prepare builds from a checkout, and this is an installed package")
     tree = folder / "source"
     shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*LEFT_OUT))
-    project = tree / "pyproject.toml"
-    text = re.sub(r'"torch>=[^"]*"', f'"torch=={torch}"', project.read_text())
-    project.write_text(re.sub(r'"torch==[^"]*", "ninja"', f'"torch=={torch}", "ninja"', text))
     return tree
 
 
@@ -77,7 +73,7 @@ def prepare(folder: Path, torch: str, python: str, architecture: str) -> int:
     if site.exists():
         raise Missing(f"{site} is there already: name another folder, or remove it")
     with tempfile.TemporaryDirectory(prefix="cnnkern-prepare-") as scratch:
-        tree = sources(Path(scratch), torch)
+        tree = sources(Path(scratch))
         run(base, "-m", "venv", Path(scratch) / "venv")
         there = Path(scratch) / "venv" / "bin" / "python"
         pip = (there, "-m", "pip", "--disable-pip-version-check", "-q")

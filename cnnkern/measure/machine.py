@@ -30,9 +30,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class Activity:
-    """What others did. Shares are between 0 and 1, of the time that was measured in; None where Linux does not say."""
+    """What others did. Shares are between 0 and 1, of the time that was measured in; None where nothing says."""
 
-    load: float  # processes that ran or waited in the minute before, by processor
+    load: float | None  # processes that ran or waited in the minute before, by processor
     stolen: float | None  # of all processors' time, taken by other virtual machines
     waiting: float | None  # in which some process waited for a processor
 
@@ -40,7 +40,7 @@ class Activity:
     def reasons(self) -> list[str]:
         """Why the machine is called busy; empty for a quiet one."""
         found = []
-        if self.load > LOAD:
+        if self.load is not None and self.load > LOAD:
             found.append(f"load {self.load:.1f} per processor before")
         if self.stolen is not None and self.stolen > STOLEN:
             found.append(f"{self.stolen:.0%} stolen by other machines")
@@ -51,6 +51,8 @@ class Activity:
     def __str__(self) -> str:
         if self.reasons:
             return f"BUSY MACHINE ({', '.join(self.reasons)}): mind the noise"
+        if self.load is None:
+            return "whether the machine is busy is not known here"
         return f"quiet machine (load {self.load:.1f} per processor before)"
 
 
@@ -77,7 +79,8 @@ class Watch:
     """Notes what the machine does besides, from when it is made until :meth:`activity` is asked."""
 
     def __init__(self) -> None:
-        self.load = os.getloadavg()[0] / (os.cpu_count() or 1)
+        known = hasattr(os, "getloadavg")  # not on Windows
+        self.load = os.getloadavg()[0] / (os.cpu_count() or 1) if known else None
         self.start, self.times, self.waited = time.monotonic(), _times(), _waited()
 
     def activity(self) -> Activity:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import handle_torch_function
 
-from cnnkern import reference
+from cnnkern import compat, reference
 
 # Tensors that hold their data themselves, and those that torch.compile and torch.export trace with, which know our
 # operators by their fakes.
@@ -50,12 +50,10 @@ def keep_operators() -> Iterator[None]:
         _kept.reset(token)
 
 
+@compat.constant_while_traced
 def keeps_operators() -> bool:
     """Whether this runs within :func:`keep_operators`."""
     return _kept.get()
-
-
-keeps_operators._dynamo_marked_constant = True  # type: ignore[attr-defined]  # asked while tracing: torch 2.11 cannot trace it
 
 
 def is_pytorchs(

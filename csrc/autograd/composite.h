@@ -15,6 +15,7 @@
 #include "autograd/recompute.h"
 #include "autograd/strides.h"
 #include "check.h"
+#include "compat.h"
 
 namespace cnnkern {
 
@@ -80,9 +81,7 @@ inline std::tuple<Tensor, Tensor, Tensor> batch_norm_by_pytorch(
   if (has_numbers(x)) check_batch_norm(op, x, weight, bias, running_mean, running_var, training, eps);
   check_activation(op, act);
   check_statistics_want_no_gradient(op, running_mean, running_var);
-  // PyTorch's CUDA kernels give a bias that has no weight beside it a wrong gradient in eval, or crash (seen in 2.11).
-  const bool bias_alone = x.is_cuda() && tensor_or_undefined(bias).defined() && !tensor_or_undefined(weight).defined();
-  const OptionalTensor scale = bias_alone ? at::ones_like(*bias) : weight;
+  const OptionalTensor scale = weight_beside(x, weight, bias);
   const Tensor pre = at::batch_norm(x, scale, bias, running_mean, running_var, training, momentum, eps, /*cudnn_enabled=*/false);
   const Tensor none = at::empty({0}, x.options().dtype(at::kDouble));
   return {activation_by_pytorch(pre, act), none, none.clone()};

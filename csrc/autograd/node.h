@@ -11,13 +11,12 @@
 
 #include "autograd/below.h"
 #include "autograd/recompute.h"
+#include "compat.h"
 
 #include <array>
-#include <memory>
 #include <mutex>
 #include <string>
 #include <tuple>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -64,26 +63,10 @@ struct OperatorNode final : torch::autograd::Node, HasRecipe {
   std::vector<torch::autograd::SavedVariable> saved_;
 };
 
-// Nodes are held by c10::intrusive_ptr, in older releases of PyTorch (2.11, for one) by std::shared_ptr.
-template <typename Node, typename... Arguments>
-auto make_node(Arguments&&... arguments) {
-  using Held = decltype(torch::autograd::Edge::function);
-  if constexpr (std::is_same_v<Held, std::shared_ptr<torch::autograd::Node>>)
-    return std::make_shared<Node>(std::forward<Arguments>(arguments)...);
-  else
-    return c10::make_intrusive<Node>(std::forward<Arguments>(arguments)...);
-}
-
 inline const at::Tensor& output_of(const at::Tensor& results) { return results; }
 template <typename... Rest>
 const at::Tensor& output_of(const std::tuple<at::Tensor, Rest...>& results) {
   return std::get<0>(results);
-}
-
-// Calls the hooks that wait for a node, in releases of PyTorch that have them.
-template <typename Pointer>
-void announce(const Pointer& node) {
-  if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
 }
 
 // What `forward` gives, computed below autograd, with a node behind the first of it. `inputs` are the operator's kInputs

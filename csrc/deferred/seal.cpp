@@ -4,6 +4,7 @@
 #include <mutex>
 
 #include "check.h"
+#include "compat.h"
 #include "deferred/deferred.h"
 
 namespace cnnkern {
@@ -30,13 +31,6 @@ struct Keys : c10::TensorImpl {
 // From now on operators that are given t, or a view of it, come to dispatch.cpp.
 void mark(const Tensor& t) {
   if (!t.key_set().has(kDeferredKey)) Keys::of(t) = Keys::of(t).add(kDeferredKey);
-}
-
-// Whether a storage object of Python's is held by nobody but the storage. PyTorch counts that since 2.10 or so.
-template <typename Slot>
-bool is_kept_by_cpp_alone(const Slot* slot) {
-  if constexpr (requires { slot->has_unique_reference(); }) return slot->has_unique_reference();
-  return false;
 }
 
 // Whether nobody can write to t's memory but through t: no other tensor has it, no object of Python's, no array of NumPy's.

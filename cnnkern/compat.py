@@ -1,0 +1,28 @@
+"""What differs between the releases of PyTorch that the package runs beside: in Python it stands here alone.
+
+Each entry says which releases it is for, and hence when it goes. The extension's like is csrc/compat.h.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def constant_while_traced(function: F) -> F:
+    """Has torch.compile call this function while it traces, and take what it returns for a constant.
+
+    2.11 cannot trace a ContextVar, 2.14 can. `torch.compiler.assume_constant_result` does no more than this, and takes
+    a second to import.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def weight_beside(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """The weight of PyTorch's batch norm: ones on a GPU where there is a bias alone, to which its CUDA kernels give a
+    wrong gradient in eval, or crash. Seen in 2.11; whether a later release has it is not known."""
+    return torch.ones_like(bias) if input.is_cuda and weight is None and bias is not None else weight

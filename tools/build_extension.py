@@ -1,0 +1,141 @@
+"""How setup.py builds the extension `cnnkern._C`: sources, flags, instruction sets, CUDA."""
+
+import itertools
+import os
+import platform
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# The toolkit that PyPI's nvidia-* wheels install; found before torch looks for one.
+PYPI_CUDA = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13"
+if "CUDA_HOME" not in os.environ and (PYPI_CUDA / "bin" / "nvcc").exists():
+    os.environ["CUDA_HOME"] = str(PYPI_CUDA)
+
+import torch  # noqa: E402
+from torch.utils import cpp_extension  # noqa: E402
+
+# The files of csrc/cpu are compiled once for each of these; csrc/cpu/dispatch.h picks one at load time.
+CPU_CAPABILITIES = {"DEFAULT": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+    CPU_CAPABILITIES["AVX512"] = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")] + CPU_CAPABILITIES["AVX2"]
+    # g++ 12 warns of its own intrinsics (GCC bug 105593)
+    CPU_CAPABILITIES["AVX512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(f"csrc/{pattern}"))
+
+
+def wants_cuda() -> bool:
+    asked = os.environ.get("CNNKERN_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(f"cnnkern: CNNKERN_CUDA must be 0, 1 or unset; got {asked!r}")
+    possible = cpp_extension.CUDA_HOME is not None and torch.version.cuda is not None
+    if asked == "1" and not possible:
+        raise SystemExit(
+            f"cnnkern: CNNKERN_CUDA=1 needs nvcc and a CUDA build of torch; found CUDA_HOME={cpp_extension.CUDA_HOME}, "
+            f"torch {torch.__version__}. `pip install -r requirements.txt` installs both."
+        )
+    return possible and asked != "0"
+
+
+def cuda_architectures() -> str:
+    """Those of the GPUs that are here. Without one sm_80, and PTX that later GPUs compile when they first load it."""
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return ";".join(f"{major}.{minor}" for major, minor in sorted(found)) or "8.0+PTX"
+
+
+CUDA = wants_cuda()
+
+
+class BuildExtension(cpp_extension.BuildExtension):
+    """Compiles csrc/cpu once for each instruction set, each into its own folder."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        # One place whatever the command (pip gives a fresh one each time), so that ninja finds what it has built.
+        self.build_temp = str(ROOT / "build" / sys.implementation.cache_tag / ("cuda" if CUDA else "cpu"))
+
+    def run(self):
+        super().run()
+        # cnnkern/extension.py reads it before it loads the extension, which can crash beside another torch.
+        package = ROOT / "cnnkern" if self.inplace else Path(self.build_lib) / "cnnkern"
+        says = '"""Written by the build: the torch that the extension beside this file is for."""'
+        (package / "_built_for.py").write_text(f'{says}\n\nTORCH = "{torch.__version__}"\n')
+
+    def build_extension(self, ext):
+        self.force = True  # ninja knows what is out of date; distutils does not know the headers
+        # A function that several objects carry (an inline one of the standard library, say) is taken from the
+        # first object that has it, so objects are linked in rising order of instruction set: whoever calls it
+        # gets a copy that needs no more than the caller does.
+        with ThreadPoolExecutor() as pool:
+            objects = pool.map(lambda item: self.compile_cpu(ext, *item), CPU_CAPABILITIES.items())
+            ext.extra_objects += itertools.chain.from_iterable(objects)
+        super().build_extension(ext)
+
+    def compile_cpu(self, ext, capability: str, flags: list[str]) -> list[str]:
+        # Nothing here depends on CUDA, so builds with and without it share the objects.
+        return self.compiler.compile(
+            sources("cpu/*.cpp"),
+            output_dir=str(Path(self.build_temp).parent / capability),
+            include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths(), sysconfig.get_path("include")],
+            macros=[("CNNKERN_X86", int("AVX2" in CPU_CAPABILITIES))],
+            extra_postargs=[
+                *ext.extra_compile_args["cxx"],
+                f"-DCPU_CAPABILITY={capability}",
+                f"-DCPU_CAPABILITY_{capability}",
+                *flags,
+            ],
+        )
+
+
+def extension():
+    # Contracting a*b+c on its own would let forward and backward round differently, and the emulator than a GPU: fma is
+    # spelled out where meant.
+    cxx = ["-O3", "-g0", "-std=c++20", "-fopenmp", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+    cxx += ["-fno-math-errno"]  # nobody reads errno, and for its sake square roots would not become vectors
+    cxx += ["-Wno-unknown-pragmas", "-Wno-unused-function"]
+    if os.environ.get("CNNKERN_WERROR") == "1":
+        cxx.append("-Werror")
+    nvcc = ["-O3", "-std=c++20", "--fmad=false", "-lineinfo", "--threads=2", "-Xfatbin", "-compress-all"]
+    macros = [("CNNKERN_X86", int("AVX2" in CPU_CAPABILITIES))]
+    include_dirs, libraries, library_dirs = [str(ROOT / "csrc")], [], []
+    files = sources("*.cpp") + sources("autograd/*.cpp") + sources("deferred/*.cpp")
+    if CUDA:
+        # The wheels bring the headers of a GPU-less machine: no versionless libcudart.so, cccl in a folder of its own.
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_architectures())
+        home = Path(cpp_extension.CUDA_HOME)
+        macros.append(("CNNKERN_CUDA", f'"{torch.version.cuda}"'))
+        macros.append(("CNNKERN_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'))
+        files += sources("cuda/*.cu")
+        include_dirs += [str(home / "include"), str(home / "include" / "cccl")]
+    Extension = cpp_extension.CUDAExtension if CUDA else cpp_extension.CppExtension
+    ext = Extension(
+        "cnnkern._C",
+        files,
+        include_dirs=include_dirs,
+        define_macros=macros,
+        libraries=libraries,
+        library_dirs=library_dirs,
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+        extra_link_args=["-fopenmp"],
+    )
+    if CUDA and not list(Path(cpp_extension.CUDA_HOME).glob("lib*/libcudart.so")):
+        # libtorch_cuda already loads the runtime, and the wheel has no libcudart.so to link against.
+        ext.libraries.remove("cudart")
+        ext.extra_link_args += [str(path) for path in Path(cpp_extension.CUDA_HOME).glob("lib/libcudart.so.*")]
+    return ext
+
+
+def arguments() -> dict[str, object]:
+    """Of setuptools.setup()."""
+    return {"ext_modules": [extension()], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def local_version() -> str:
+    """What a version says of the CUDA kernels: ".cu130", or nothing where there are none."""
+    return f".cu{torch.version.cuda.replace('.', '')}" if CUDA else ""
