@@ -14,7 +14,8 @@ from cnnkern.conversion.layers import BATCH_NORMS
 from cnnkern.conversion.run import Run, is_plain
 
 _PLAN = "_cnnkern_plan"  # in a Sequential: how it runs
-_TRIES = 8  # more plans of one Sequential than that are made only where more have held than failed
+_TRIES = 8  # plans of one Sequential that are made in any case
+_WORTH = 16  # how often runs have to hold for another one: making it takes longer than it saves
 
 
 class _Part(NamedTuple):
@@ -54,7 +55,8 @@ class _Plan:
 
     def _make(self, children: list[Any]) -> tuple[list[Any], list[_Part]]:
         self.made += 1
-        return children, list(_parts(children)) if self.made <= self.held + _TRIES else [_Part(0, len(children))]
+        worth = self.made <= _TRIES + self.held // _WORTH
+        return children, list(_parts(children)) if worth else [_Part(0, len(children))]
 
 
 class FoldingSequential(nn.Sequential):
