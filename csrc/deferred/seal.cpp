@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "deferred/deferred.h"
+#include "deferred/memory.h"
 
 namespace cnnkern {
 
@@ -27,20 +28,8 @@ struct Keys : c10::TensorImpl {
   static c10::DispatchKeySet& of(const Tensor& t) { return t.unsafeGetTensorImpl()->*(&Keys::key_set_); }
 };
 
-// Whether a storage object of Python's is held by nobody but the storage. PyTorch counts that since 2.10 or so.
-template <typename Slot>
-bool is_kept_by_cpp_alone(const Slot* slot) {
-  if constexpr (requires { slot->has_unique_reference(); }) return slot->has_unique_reference();
-  return false;
-}
-
 // Whether nobody can write to t's memory but through t: no other tensor has it, no object of Python's, no array of NumPy's.
-bool has_no_alias(const Tensor& t) {
-  const auto& storage = t.storage();
-  const auto uses = storage.use_count();
-  return storage.resizable() &&
-         (uses == 1 || (uses == 2 && is_kept_by_cpp_alone(storage.unsafeGetStorageImpl()->pyobj_slot())));
-}
+bool has_no_alias(const Tensor& t) { return t.storage().resizable() && is_alone_in_memory(t); }
 
 }  // namespace
 
