@@ -15,6 +15,7 @@
 #include "deferred/capture.h"
 #include "deferred/concatenation.h"
 #include "deferred/folded_conv.h"
+#include "deferred/memory.h"
 #include "kernels.h"
 #include "own_convolutions.h"
 
@@ -75,6 +76,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_own_convolutions", &cnnkern::set_own_convolutions,
         "Lets our kernels compute these convolutions, whatever the built-in rule says; replaces those that were set before.");
   m.def("sees_captures", &cnnkern::sees_captures, "Whether batch norms can wait while a CUDA graph is captured.");
+  m.def("learn_parts", &cnnkern::learn_parts, pybind11::arg("whole"), pybind11::arg("part"),
+        "What memory that is a part of other memory looks like, from a tensor on each.");
   m.def("convolution_of", &cnnkern::convolution_of, "The FoldedConv whose result a tensor is, where it waits; else None.");
   pybind11::class_<cnnkern::Packed, std::shared_ptr<cnnkern::Packed>>(m, "Packed", "What the graph keeps of a saved tensor.");
   m.def("pack", [](const at::Tensor& t) { return std::make_shared<cnnkern::Packed>(t, cnnkern::Depth::kAny); }, pybind11::arg("tensor"),

@@ -12,6 +12,16 @@ from cnnkern.ops.bn_act import batch_norm_act
 
 Site = extension and extension.Site  # without the extension nothing waits
 
+
+def _learn_parts() -> None:
+    """Shows the extension what parts of a storage look like, on which safetensors puts the weights of a file."""
+    whole = torch.empty(2, dtype=torch.uint8)
+    extension.learn_parts(whole, torch.empty(0, dtype=torch.uint8).set_(whole.untyped_storage()[:1]))
+
+
+if extension:
+    _learn_parts()
+
 SITE = "_cnnkern_site"  # in a converted layer: what became of its results
 FOLDED_SITE = "_cnnkern_folded_site"  # in a batch norm behind a folded convolution: the same of those of both
 NAMES = {"relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "sigmoid": "Sigmoid", "silu": "SiLU"}

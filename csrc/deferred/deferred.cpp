@@ -1,6 +1,5 @@
 #include "deferred/deferred.h"
 
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/TracerMode.h>
 #include <ATen/record_function.h>
 #include <c10/core/Event.h>
@@ -12,6 +11,7 @@
 #include "autograd/composite.h"
 #include "autograd/strides.h"
 #include "deferred/capture.h"
+#include "deferred/memory.h"
 
 namespace cnnkern {
 
@@ -59,8 +59,8 @@ bool are_inputs_observed() {
 }  // namespace
 
 bool is_undisturbed() {
-  return !are_inputs_observed() && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::impl::torch_function_mode_enabled() &&
-         !at::tracer::impl::is_dispatch_enabled() && saved_tensor_hooks() != SavedTensorHooks::kOthers &&
+  return !are_inputs_observed() && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::tracer::impl::is_dispatch_enabled() &&
+         saved_tensor_hooks() != SavedTensorHooks::kOthers &&
          !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
          !c10::impl::tls_is_dispatch_key_excluded(kDeferredKey);
 }
@@ -369,7 +369,7 @@ std::optional<Tensor> Deferred::add(const Tensor& self, const Tensor& other, Ter
     if (source_->has_any_strides()) residual = second->as_computed("the sum with another follows");
     if (!residual.defined() || residual.is_same(other)) second->make_real_for("the sum with another follows"), residual = other;
   }
-  if (!can_be_remembered(residual)) return std::nullopt;
+  if (!is_seen(residual)) return std::nullopt;
   decltype(make_node<SumNode>()) node{};
   if (norm_) {
     node = make_node<SumNode>();

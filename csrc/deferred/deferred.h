@@ -136,7 +136,8 @@ class Waiting {
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> results_;
 };
 
-// Whether what happens to tensors in this thread is PyTorch's operators, autograd and autocast alone, or our own hooks.
+// Whether what happens to tensors in this thread is PyTorch's operators, autograd and autocast alone, or our own hooks. A
+// TorchFunctionMode, as torch.set_default_device sets one, is called before any operator: it sees what it would see.
 bool is_undisturbed();
 
 }  // namespace cnnkern

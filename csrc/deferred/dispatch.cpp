@@ -232,6 +232,18 @@ Tensor& add_(Keys keys, Tensor& a, const Tensor& b, const at::Scalar& alpha) {
   return a;
 }
 
+// Dropouts that drop nothing give back what they were given: what waits goes on waiting.
+bool drops_nothing(double p, bool train) { return p == 0 || (!train && p > 0 && p <= 1); }
+
+Tensor dropout(Keys keys, const Tensor& t, double p, bool train) {
+  if (Deferred::of(t) != nullptr && is_undisturbed() && drops_nothing(p, train)) return t;
+  return as_it_is("dropout", t, [&] { return at::redispatch::dropout(below(keys), t, p, train); });
+}
+Tensor feature_dropout(Keys keys, const Tensor& t, double p, bool train) {
+  if (Deferred::of(t) != nullptr && is_undisturbed() && drops_nothing(p, train)) return t;
+  return as_it_is("feature_dropout", t, [&] { return at::redispatch::feature_dropout(below(keys), t, p, train); });
+}
+
 // Makes an alias that autograd does not know of, through which NumPy writes unseen: Tensor.numpy() calls it.
 Tensor detach(Keys keys, const Tensor& t) {
   Arguments visited("detach");
@@ -280,6 +292,8 @@ TORCH_LIBRARY_IMPL(aten, DeferredInit, m) {
   m.impl("gelu", &cnnkern::gelu);
   m.impl("gelu_", &cnnkern::gelu_);
   m.impl("prelu", &cnnkern::prelu);
+  m.impl("dropout", &cnnkern::dropout);
+  m.impl("feature_dropout", &cnnkern::feature_dropout);
   m.impl("detach", &cnnkern::detach);
   m.impl("_has_compatible_shallow_copy_type", &cnnkern::has_compatible_shallow_copy_type);
   m.impl("add.Tensor", &cnnkern::add);

@@ -5,12 +5,14 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <Python.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
 
 #include "block_pool.h"
 #include "check.h"
 #include "deferred/deferred.h"
+#include "deferred/memory.h"
 
 namespace cnnkern {
 
@@ -73,6 +75,9 @@ class Convolved final : public Source {
   at::ScalarType dtype_;
 };
 
+// A mode that counts operations, say, is to see the original's.
+bool is_seen_by_modes() { return c10::impl::TorchDispatchModeTLS::any_modes_set(); }
+
 const Convolved* waiting_convolution(const Tensor& t) {
   const Deferred* deferred = Deferred::of(t);
   if (deferred == nullptr || t.requires_grad()) return nullptr;  // what follows has a gradient to hand to it
@@ -106,7 +111,7 @@ std::vector<int64_t> FoldedConv::output_sizes(const Tensor& x) const {
 
 bool FoldedConv::takes(const Tensor& x) const {
   if (!is_plain(x) || !is_plain(weight_) || x.device() != weight_.device() || x.dim() != weight_.dim() || x.numel() == 0) return false;
-  if (!x.is_floating_point() || x.size(1) != weight_.size(1) * settings_.groups || !can_be_remembered(x)) return false;
+  if (!x.is_floating_point() || x.size(1) != weight_.size(1) * settings_.groups || !is_seen(x)) return false;
   return computed_in(x) == computed_in(weight_);
 }
 
@@ -117,6 +122,7 @@ bool FoldedConv::is_librarys(const Tensor& x, at::ScalarType dtype) const {
 }
 
 std::optional<Tensor> FoldedConv::call(const std::shared_ptr<Site>& site, const Tensor& input) {
+  if (is_seen_by_modes()) return std::nullopt;
   const Tensor x = as_computed(input);
   if (!takes(x)) return std::nullopt;
   const auto sizes = output_sizes(x);
@@ -208,7 +214,7 @@ Tensor FoldedConv::packed(const Tensor& x) {
 }
 
 std::shared_ptr<FoldedConv> convolution_of(const Tensor& t) {
-  const Convolved* source = waiting_convolution(t);
+  const Convolved* source = is_seen_by_modes() ? nullptr : waiting_convolution(t);
   return source == nullptr ? nullptr : source->conv();
 }
 

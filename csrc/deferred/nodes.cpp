@@ -91,7 +91,9 @@ variable_list NormNode::unpack() {
 }
 
 bool NormNode::unobserved(size_t uses) const {
-  if (used_again || has_hooks(const_cast<NormNode&>(*this))) return false;
+  // Of nodes that somebody calls, each is to give its own gradient.
+  const bool called_by_the_engine = torch::autograd::get_current_graph_task_id() != -1;
+  if (!called_by_the_engine || used_again || has_hooks(const_cast<NormNode&>(*this))) return false;
   const auto* info = torch::autograd::get_current_graph_task_exec_info();
   if (info != nullptr) {
     const auto found = info->find(const_cast<NormNode*>(this));

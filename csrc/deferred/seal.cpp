@@ -4,8 +4,8 @@
 #include <mutex>
 
 #include "check.h"
-#include "compat.h"
 #include "deferred/deferred.h"
+#include "deferred/memory.h"
 
 namespace cnnkern {
 
@@ -34,12 +34,7 @@ void mark(const Tensor& t) {
 }
 
 // Whether nobody can write to t's memory but through t: no other tensor has it, no object of Python's, no array of NumPy's.
-bool has_no_alias(const Tensor& t) {
-  const auto& storage = t.storage();
-  const auto uses = storage.use_count();
-  return storage.resizable() &&
-         (uses == 1 || (uses == 2 && is_kept_by_cpp_alone(storage.unsafeGetStorageImpl()->pyobj_slot())));
-}
+bool has_no_alias(const Tensor& t) { return t.storage().resizable() && is_alone_in_memory(t); }
 
 }  // namespace
 

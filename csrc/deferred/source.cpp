@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "autograd/composite.h"
+#include "deferred/memory.h"
 #include "kernels.h"
 
 namespace cnnkern {
@@ -32,16 +33,15 @@ const c10::TypedOperatorHandle<NormOperator>& norm_operator() {
 void Remembered::remember(const Tensor& t) {
   memory_ = memory_of(t);
   bytes_ = memory_->nbytes();
+  resizable_ = t.storage().resizable();
   version_ = t.is_inference() ? 0 : t._version();
 }
 
 bool Remembered::holds_memory(const Tensor& t) const {
-  return memory_of(t) == memory_ && memory_->nbytes() == bytes_ && t.storage().resizable();
+  return memory_of(t) == memory_ && memory_->nbytes() == bytes_ && t.storage().resizable() == resizable_;
 }
 
 bool Remembered::holds(const Tensor& t) const { return holds_memory(t) && (t.is_inference() || t._version() == version_); }
-
-bool can_be_remembered(const Tensor& t) { return t.has_storage() && t.storage().resizable(); }
 
 BatchNorm::BatchNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean, const Tensor& running_var,
                      bool training, double momentum, double eps, bool any_strides)
@@ -56,7 +56,7 @@ bool BatchNorm::can_wait() const {
   if (!(eps_ >= 0) || running_mean_.defined() != running_var_.defined()) return false;
   for (const Tensor* t : tensors()) {
     if (!t->defined()) continue;
-    if (has_tangent(*t) || !can_be_remembered(*t)) return false;
+    if (has_tangent(*t) || !is_seen(*t)) return false;
     if (t == &x) continue;
     const bool mixed = t->scalar_type() == at::kFloat && x.element_size() == 2;
     if (!is_plain(*t) || t->device() != x.device() || t->dim() != 1 || t->size(0) != x.size(1) ||

@@ -48,10 +48,8 @@ class Remembered {
   const c10::StorageImpl* memory_ = nullptr;
   size_t bytes_ = 0;
   int64_t version_ = 0;
+  bool resizable_ = false;  // until an array is made of it
 };
-
-// Whether a tensor can be remembered: there is memory, and nobody has it who writes unseen, as NumPy does.
-bool can_be_remembered(const at::Tensor& t);
 
 class BatchNorm final : public Source {
  public:

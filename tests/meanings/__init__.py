@@ -5,6 +5,7 @@ from meanings import (  # noqa: F401  (they add to CASES)
     graphs,
     in_place,
     libraries,
+    nodes,
     objects,
     prelu,
     settings,
