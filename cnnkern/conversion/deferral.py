@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cnnkern import compat
 from cnnkern.extension import extension
 from cnnkern.nn.batchnorm import _FusedBatchNorm
 from cnnkern.ops import route, tuned
@@ -57,19 +58,17 @@ def _compiled(input: Tensor, *arguments: Any) -> Tensor:
     """The batch norm under torch.compile and in exported programs. In a graph of torch.compile it is ours where the
     pass of :mod:`cnnkern.conversion.joining` joins it with what follows, else PyTorch's, for Inductor to do so."""
     if not torch.compiler.is_exporting():
-        if Site is None or not route.joins(input, arguments[4]):
+        if Site is None or not route.joins(input, arguments[4]) or not compat.has_lists_of_passes():
             return route.by_pytorch(batch_norm_act, input, *arguments, "none")
         _install_pass()
     return batch_norm_act(input, *arguments, "none")
 
 
+@compat.constant_while_traced  # it runs then
 def _install_pass() -> None:
     from cnnkern.conversion import joining  # imports Inductor
 
     joining.install()
-
-
-_install_pass._dynamo_marked_constant = True  # type: ignore[attr-defined]  # runs while a graph is traced
 
 
 def _usual(site: Any) -> tuple[str, str]:
