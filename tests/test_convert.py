@@ -368,8 +368,8 @@ WRITTEN = {
     ),
     "sum used twice": (lambda: Residual(used_twice_after_the_add), {"BatchNorm": 1}),
     "dropout between": (
-        lambda: Residual(lambda self, y, x: F.relu(self.drop(y) + x)),
-        {"BatchNorm": 1},
+        lambda: Residual(lambda self, y, x: F.relu(self.drop(y) + x)),  # which drops nothing
+        {ADD: 1},
     ),
     "sum of two batch norms": (TwoNorms, {ADD: 1, "BatchNorm": 1}),
     "FloatFunctional": (Quantizable, {ADD: 1}),
@@ -417,7 +417,6 @@ REASONS = {
     "F.celu": "celu follows",
     "softplus": "softplus follows",
     "scaled add": "add follows",
-    "dropout between": "dropout follows",
     "sum of two batch norms": "the sum with another follows",
 }
 

@@ -230,7 +230,7 @@ def test_time_that_is_over_leaves_calls_to_the_next_run(tmp_path, capsys):
     command = ["tune", f"{tmp_path}/mine.py:make", "--train", "--seconds", "0.000001"]
     for count in (1, 2, 2):  # the first call is timed in any case, and new ones come first
         assert cli.main(command) == 0
-        assert "calls not timed: 1, as 0 seconds were over" in capsys.readouterr().out
+        assert "calls not timed: 1, because 0 seconds were over" in capsys.readouterr().out
         machine = tuned.this_machine("cpu")
         assert len(tuned.read(tuned.file_of(machine), machine)) == count
 
@@ -299,7 +299,7 @@ def test_a_second_run_adds_to_the_table_and_forget_does_not(monkeypatch, tmp_pat
 def test_nothing_to_tune_and_wrong_inputs_are_one_line(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("from torch import nn\n\ndef make():\n    return nn.Linear(3, 3)\n")
     assert cli.main(["tune", f"{tmp_path}/mine.py:make", "--input", "2,3"]) == 1
-    assert "makes no call of an operator of ours" in capsys.readouterr().err
+    assert "calls none of cnnkern's operators: nothing to tune" in capsys.readouterr().err
     assert cli.main(["tune", f"{tmp_path}/mine.py:make", "--input", "2,4"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "does not take an input of 2x4" in line

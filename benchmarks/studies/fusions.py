@@ -24,7 +24,7 @@ import io
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -193,19 +193,7 @@ def show(package: str, found: Found, everything: bool) -> None:
         print(f"    {name} failed: {error[:110]}")
 
 
-def main(arguments: argparse.Namespace) -> None:
-    print(f"{'package':28} models  norms {'act':>6} {'fused':>7} {'add':>6} {'fused':>7} several differ")
-    for package in arguments.packages or PACKAGES:
-        try:
-            importlib.import_module(package)
-        except ImportError:
-            print(f"{package:28} is not installed")
-            continue
-        found = survey(PACKAGES[package](), arguments.size, arguments.most, arguments.check)
-        show(package, found, arguments.list)
-
-
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.fusions", description=__doc__)
     parser.add_argument(
         "packages",
@@ -222,4 +210,17 @@ if __name__ == "__main__":
     )
     parser.add_argument("--check", action="store_true", help="also compare results and gradients in float64")
     parser.add_argument("--list", action="store_true", help="also list reasons and failures")
-    main(parser.parse_args())
+    arguments = parser.parse_args(argv)
+    print(f"{'package':28} models  norms {'act':>6} {'fused':>7} {'add':>6} {'fused':>7} several differ")
+    for package in arguments.packages or PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ImportError:
+            print(f"{package:28} is not installed")
+            continue
+        found = survey(PACKAGES[package](), arguments.size, arguments.most, arguments.check)
+        show(package, found, arguments.list)
+
+
+if __name__ == "__main__":
+    main()

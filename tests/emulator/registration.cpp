@@ -9,6 +9,7 @@
 #define CNNKERN_OPERATORS(f) OPERATORS_BUILT(f)
 #endif
 #define CNNKERN_CUDA
+#define CNNKERN_CUDA_ARCHITECTURES "the emulator"
 #include "register_cuda.cpp"
 
 #include <c10/core/CPUAllocator.h>
