@@ -117,6 +117,25 @@ def test_the_model_is_saved_and_loaded_as_a_whole():
     assert fused(converted) == {"relu", "silu", "add + relu"}
 
 
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("assign", [False, True], ids=["a whole model", "a state dict that is assigned"])
+def test_weights_from_a_file_fuse(tmp_path, assign, mmap):
+    """PyTorch did not allocate their memory for the model, or mapped the file to it."""
+    torch.manual_seed(0)
+    model, file = Net().double(), tmp_path / "weights.pt"
+    torch.save(model.state_dict() if assign else model, file)
+    loaded = torch.load(file, weights_only=assign, mmap=mmap)
+    if assign:
+        state, loaded = loaded, Net().double()
+        loaded.load_state_dict(state, assign=True)
+        del state  # which shares the memory
+    converted = cnnkern.convert(loaded)
+    for step in range(2):
+        torch.testing.assert_close(converted(image(step)), model(image(step)))
+    assert fused(converted) == {"relu", "silu", "add + relu"}
+    assert_same_state(converted, model)
+
+
 class Quantized(nn.Module):
     """What its users write: stubs, and modules where functions would do."""
 
