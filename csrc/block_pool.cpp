@@ -112,7 +112,8 @@ class Pool {
     return {static_cast<int64_t>(used_), static_cast<int64_t>(kept_), static_cast<int64_t>(most_)};
   }
 
-  std::mutex mutex_;
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
 
  private:
   struct Kept {
@@ -150,6 +151,7 @@ class Pool {
     }
   }
 
+  std::mutex mutex_;
   std::atomic<bool> on_{true};
   std::unordered_map<void*, size_t> block_of_;  // of blocks in use
   std::list<Kept> kept_in_order_;               // the oldest first
@@ -163,7 +165,7 @@ Pool& pool() {
     auto* const made = new Pool;
 #ifdef __linux__
     // The child of a fork has the pool as it was between two calls.
-    pthread_atfork([] { pool().mutex_.lock(); }, [] { pool().mutex_.unlock(); }, [] { pool().mutex_.unlock(); });
+    pthread_atfork([] { pool().lock(); }, [] { pool().unlock(); }, [] { pool().unlock(); });
 #endif
     return made;
   }();

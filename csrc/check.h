@@ -56,7 +56,7 @@ inline void check_parameter_type(const char* op, const char* name, const Optiona
 inline void check_channel_vector(const char* op, const char* name, const OptionalTensor& v, const Tensor& x, bool wide = false) {
   if (!v.has_value() || !v->defined()) return;
   TORCH_CHECK(v->dim() == 1 && v->size(0) == x.size(1), op, ": ", name, " should contain ", x.size(1),
-              " elements (one a channel), not ", v->numel(), "; got shape ", v->sizes());
+              " elements (one per channel), not ", v->numel(), "; got shape ", v->sizes());
   check_parameter_type(op, name, v, x, wide);
 }
 
@@ -108,7 +108,7 @@ inline void check_batch_norm_backward(const char* op, const Tensor& dy, const Te
 // The slope of a PReLU.
 inline void check_slope(const char* op, const Tensor& slope, const Tensor& x) {
   TORCH_CHECK(slope.dim() <= 1 && (slope.numel() == 1 || slope.numel() == x.size(1)), op, ": slope should contain 1 element or ",
-              x.size(1), " (one a channel); got shape ", slope.sizes());
+              x.size(1), " (one per channel); got shape ", slope.sizes());
   check_parameter_type(op, "slope", slope, x);
 }
 

@@ -18,7 +18,7 @@ TORCH_LIBRARY(cnnkern, m) {
   m.def("bn_add_act(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, str act, float? act_param=None) -> (Tensor y, Tensor mean, Tensor rstd, Tensor mask)");
   m.def("bn_add_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor mask, bool channels_last, bool training, str act, bool[4] output_mask, Tensor? residual=None, float? act_param=None) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)");
 
-  // y = prelu(batch_norm(x) + residual, slope); the residual is optional, and there is one slope, or one a channel. channels_last is
+  // y = prelu(batch_norm(x) + residual, slope); the residual is optional, and there is one slope, or one per channel. channels_last is
   // as above. dslope is the sum of dy * min(z, 0), z being what the activation saw.
   m.def("bn_prelu(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor slope, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def("bn_prelu_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor slope, Tensor mean, Tensor rstd, bool channels_last, bool training, bool[5] output_mask) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dslope)");

@@ -28,7 +28,7 @@ def test_slopes_of_any_shape_and_strides(slope, residual):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(7, 1), (3, 1, 5, 5), (2, 1, 130)])
 def test_one_channel(shape, dtype):
-    for slopes in ("one", "one a channel"):
+    for slopes in ("one", "one per channel"):
         given = inputs(shape, dtype, slopes=slopes)
         testing.check(CASE, given, testing.randn(shape, torch.Generator().manual_seed(1), dtype))
 

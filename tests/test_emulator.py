@@ -100,15 +100,18 @@ def of_activations(*activations: str) -> list[tuple]:
     return [(shape, layout, variant) for variant in variants for shape, layout, _ in SHAPES]
 
 
+# The residual alone begins where no vector does: the gradient of silu reads it beside tensors that begin with one.
+RESIDUAL_OFF_A_VECTOR = [((4, 16, 10, 12), "residual off a vector", {"act": act}) for act in ("silu", "gelu", "relu")]
 EVERY_KERNEL = {
     "bn_act": of_activations("relu", "none", "silu", "relu6", "gelu"),
-    "bn_add_act": of_activations("relu", "none", "silu"),
+    "bn_add_act": [*of_activations("relu", "none", "silu"), *RESIDUAL_OFF_A_VECTOR],
     "sync_bn": [
         (shape, layout, variant)
         for variant in (*({"act": act} for act in ("relu", "none", "silu")), {"residual": True})
         for shape, layout, _ in SHAPES
     ]
-    + [(shape, layout, {"residual": True, "act": act}) for act in ("none", "silu") for shape, layout, _ in SHAPES],
+    + [(shape, layout, {"residual": True, "act": act}) for act in ("none", "silu") for shape, layout, _ in SHAPES]
+    + [(shape, layout, {"residual": True} | variant) for shape, layout, variant in RESIDUAL_OFF_A_VECTOR],
     "add_relu": [*SHAPES, ((3, 17), "off a vector", {})],
     "grouped_conv2d": [
         *SHAPES,
@@ -156,10 +159,13 @@ EVERY_KERNEL = {
 }
 
 
+OFF_A_VECTOR = "off a vector"
+
+
 def in_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
-    if layout == "off a vector":  # begins where no vector does
+    if layout == OFF_A_VECTOR:  # begins where no vector does
         return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
-    return testing.with_layout(x, layout)
+    return testing.with_layout(x, "contiguous" if layout.endswith(OFF_A_VECTOR) else layout)
 
 
 def drawn(case: testing.Case, shape, layout: str, variant: dict, dtype: torch.dtype, generator) -> tuple:
@@ -167,7 +173,7 @@ def drawn(case: testing.Case, shape, layout: str, variant: dict, dtype: torch.dt
     inputs = case.inputs(shape, dtype, generator=generator, **variant)
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.shape == inputs["input"].shape:
-            inputs[name] = in_layout(value, layout)
+            inputs[name] = in_layout(value, OFF_A_VECTOR if layout == f"{name} {OFF_A_VECTOR}" else layout)
     output = testing.run(case.reference, case, inputs)["output"]
     dy = testing.randn(output.shape, generator, dtype)
     return inputs, in_layout(dy, layout) if layout == "off a vector" else dy

@@ -12,7 +12,8 @@ import torchvision
 from torch import Tensor, nn
 
 import cnnkern
-from cnnkern.conversion.sequential import _PLAN, FoldingSequential
+from benchmarks.studies.folded import by_layers
+from cnnkern.conversion.sequential import _PLAN
 from tests.test_fold import LAYOUTS, build, counts, judged, randomised
 
 NETWORKS = (
@@ -31,20 +32,11 @@ def held(model: nn.Module) -> int:
     return sum(vars(m)[_PLAN].held for m in model.modules() if _PLAN in vars(m))
 
 
-def by_layers(model: nn.Module) -> nn.Module:
-    """A copy that calls each layer."""
-    model = copy.deepcopy(model)
-    for m in model.modules():
-        if isinstance(m, FoldingSequential):
-            m.__dict__["forward"] = nn.Sequential.forward.__get__(m)
-    return model
-
-
 @pytest.mark.parametrize("name", NETWORKS)
 def test_results_are_those_of_the_layers(name):
     """To the bit, in whatever layout, size and mode, with the same strides and the same report."""
     folded = cnnkern.fold(build(name))
-    layers = by_layers(folded)
+    layers = by_layers(copy.deepcopy(folded))
     for size, layout, mode in ((64, LAYOUTS[0], torch.no_grad), (65, LAYOUTS[1], torch.inference_mode)):
         x = torch.randn(2, 3, size, size).to(memory_format=layout)
         inner = {"ours": [], "theirs": []}
@@ -196,7 +188,7 @@ def test_gradients_autocast_and_transforms():
         for _ in range(3):
             folded(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(folded(x), by_layers(folded)(x))
+            assert torch.equal(folded(x), by_layers(copy.deepcopy(folded))(x))
     before = held(folded)
     wanted = x.clone().requires_grad_()
     (mine,) = torch.autograd.grad(folded(wanted).square().sum(), wanted)
@@ -236,7 +228,7 @@ def test_threads():
     folded = cnnkern.fold(build("mobilenet_v2"))
     x, failed = torch.randn(1, 3, 32, 32), []
     with torch.no_grad():
-        expected = by_layers(folded)(x)
+        expected = by_layers(copy.deepcopy(folded))(x)
 
     def work() -> None:
         with torch.no_grad():

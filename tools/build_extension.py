@@ -17,7 +17,7 @@ if "CUDA_HOME" not in os.environ and (PYPI_CUDA / "bin" / "nvcc").exists():
 import torch  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
 
-# The files of csrc/cpu are compiled once for each of these; csrc/cpu/dispatch.h picks one at load time.
+# The files of csrc/cpu are compiled once for each of these; csrc/register_cpu.cpp picks one at load time.
 CPU_CAPABILITIES = {"DEFAULT": []}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]

@@ -42,7 +42,7 @@ def channel_vector(op: str, name: str, v: Tensor | None, x: Tensor, wide: bool =
         return
     if v.dim() != 1 or v.shape[0] != x.shape[1]:
         raise RuntimeError(
-            f"{op}: {name} should contain {x.shape[1]} elements (one a channel), not {v.numel()}; "
+            f"{op}: {name} should contain {x.shape[1]} elements (one per channel), not {v.numel()}; "
             f"got shape {list(v.shape)}"
         )
     parameter_type(op, name, v, x, wide)

@@ -30,9 +30,8 @@ from ..suite.models import CHECKED, SIZE, build, photographs, placed
 from . import passes
 
 
-def with_calls(model: nn.Module) -> nn.Module:
-    """The model folded, with a call of each layer of an ``nn.Sequential``."""
-    folded = cnnkern.fold(model)
+def by_layers(folded: nn.Module) -> nn.Module:
+    """A folded model that calls each layer of an ``nn.Sequential`` from now on."""
     for module in folded.modules():
         if isinstance(module, FoldingSequential):
             module.__dict__["forward"] = nn.Sequential.forward.__get__(module)
@@ -44,7 +43,7 @@ CONTENDERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torch.compile": torch.compile,
     "converted": cnnkern.convert,
     "folded": cnnkern.fold,
-    "folded-by-layer": with_calls,
+    "folded-by-layer": lambda model: by_layers(cnnkern.fold(model)),
 }
 
 

@@ -91,7 +91,7 @@ def check_slope(op: str, x: Tensor, slope: Tensor) -> None:
     )
     torch._check(
         slope.dim() <= 1 and (slope.numel() == 1 or slope.numel() == x.shape[1]),
-        lambda: f"{op}: slope should contain 1 element or one a channel",
+        lambda: f"{op}: slope should contain 1 element or one per channel",
     )
 
 

@@ -1,4 +1,4 @@
-"""Max pooling that saves a byte an output. Kernels: csrc/cpu, csrc/cuda, triton_kernels; autograd: csrc/autograd."""
+"""Max pooling that saves a byte per output. Kernels: csrc/cpu, csrc/cuda, triton_kernels; autograd: csrc/autograd."""
 
 from collections.abc import Sequence
 

@@ -10,7 +10,7 @@ from cnnkern.triton_kernels import check
 def slope(op: str, v: Tensor, x: Tensor) -> None:
     if v.dim() > 1 or v.numel() not in (1, x.shape[1]):
         raise RuntimeError(
-            f"{op}: slope should contain 1 element or {x.shape[1]} (one a channel); got shape {list(v.shape)}"
+            f"{op}: slope should contain 1 element or {x.shape[1]} (one per channel); got shape {list(v.shape)}"
         )
     check.parameter_type(op, "slope", v, x)
 

@@ -17,14 +17,14 @@ def bn_prelu_inputs(
     dtype: torch.dtype = torch.float32,
     *,
     generator: torch.Generator,
-    slopes: str = "one a channel",
+    slopes: str = "one per channel",
     parameter_dtype: torch.dtype | None = None,
     **variant: Any,
 ) -> dict[str, Any]:
     """Arguments of batch_norm_prelu, those of batch_norm_act and slopes of either sign; `slopes` may be "one"."""
     variant |= {"act": "leaky_relu", "parameter_dtype": parameter_dtype}  # whose derivative jumps where PReLU's does
     inputs = batch_norm_inputs(shape, dtype, generator=generator, **variant)
-    slope = randn((shape[1] if slopes == "one a channel" else 1,), generator, parameter_dtype or dtype)
+    slope = randn((shape[1] if slopes == "one per channel" else 1,), generator, parameter_dtype or dtype)
     settings = {n: inputs[n] for n in ("training", "momentum", "eps")}
     vectors = {n: inputs[n] for n in ("running_mean", "running_var", "weight", "bias")}
     return {"input": inputs["input"], "residual": inputs.get("residual"), "slope": slope, **vectors, **settings}

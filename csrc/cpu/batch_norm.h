@@ -350,6 +350,32 @@ inline Tensor parameter_gradient(bool wanted, const OptionalTensor& t, const Ten
   return given.defined() ? aten::empty_like(given) : aten::empty({x.size(1)}, x.options().dtype(wide_type(x)));
 }
 
+// Where a backward pass writes; a tensor that is empty or undefined is not wanted.
+struct BatchNormGradients {
+  Tensor dx = {}, dresidual = {}, dweight = {}, dbias = {};
+};
+
+template <typename T, typename Gate>
+BatchNormBackward<T, Gate> batch_norm_backward(const Tensor& dy, const Tensor& x, const Layout& layout, const OptionalTensor& weight,
+                                               const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, bool training,
+                                               const BatchNormGradients& gradients, const Gate& gate) {
+  const auto wanted = [](const Tensor& t) { return t.defined() && t.numel() > 0; };
+  const auto image = [&](const Tensor& t) { return wanted(t) ? t.mutable_data_ptr<T>() : nullptr; };
+  const auto vector = [&](const Tensor& t) { return wanted(t) ? t : Tensor(); };
+  return {.dy = dy.const_data_ptr<T>(),
+          .x = x.const_data_ptr<T>(),
+          .dx = image(gradients.dx),
+          .dresidual = image(gradients.dresidual),
+          .training = training,
+          .mean = mean.const_data_ptr<double>(),
+          .rstd = rstd.const_data_ptr<double>(),
+          .view = layout.channel(),
+          .parameters = {tensor_or_undefined(weight), tensor_or_undefined(bias)},
+          .dweight = vector(gradients.dweight),
+          .dbias = vector(gradients.dbias),
+          .gate = gate};
+}
+
 // Calls f with a value of the element type.
 template <typename F>
 void with_type(const Tensor& x, F&& f) {

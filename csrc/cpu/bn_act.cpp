@@ -71,19 +71,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_cpu(const Tensor& dy, const T
     using T = decltype(scalar);
     with_activation("cnnkern::bn_act_backward", {act, act_param}, [&](auto activation) {
       using Gate = ThroughActivation<T, decltype(activation)>;
-      run(BatchNormBackward<T, Gate>{
-              .dy = dy_.const_data_ptr<T>(),
-              .x = x_.const_data_ptr<T>(),
-              .dx = output_mask[0] ? dx.mutable_data_ptr<T>() : nullptr,
-              .dresidual = nullptr,
-              .training = training,
-              .mean = mean.const_data_ptr<double>(),
-              .rstd = rstd.const_data_ptr<double>(),
-              .view = layout.channel(),
-              .parameters = {tensor_or_undefined(weight), tensor_or_undefined(bias)},
-              .dweight = output_mask[1] ? dweight : Tensor(),
-              .dbias = output_mask[2] ? dbias : Tensor(),
-              .gate = {activation}},
+      run(batch_norm_backward<T>(dy_, x_, layout, weight, bias, mean, rstd, training, {.dx = dx, .dweight = dweight, .dbias = dbias},
+                                 Gate{activation}),
           layout);
     });
   });

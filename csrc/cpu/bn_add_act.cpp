@@ -99,20 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward_cpu(const Tensor&
   with_type(x_, [&](auto scalar) {
     using T = decltype(scalar);
     const auto through = [&](auto gate) {
-      run(BatchNormBackward<T, decltype(gate)>{
-              .dy = dy_.const_data_ptr<T>(),
-              .x = x_.const_data_ptr<T>(),
-              .dx = output_mask[0] ? dx.mutable_data_ptr<T>() : nullptr,
-              .dresidual = output_mask[1] ? dresidual.mutable_data_ptr<T>() : nullptr,
-              .training = training,
-              .mean = mean.const_data_ptr<double>(),
-              .rstd = rstd.const_data_ptr<double>(),
-              .view = layout.channel(),
-              .parameters = {tensor_or_undefined(weight), tensor_or_undefined(bias)},
-              .dweight = output_mask[2] ? dweight : Tensor(),
-              .dbias = output_mask[3] ? dbias : Tensor(),
-              .gate = gate},
-          layout);
+      run(batch_norm_backward<T>(dy_, x_, layout, weight, bias, mean, rstd, training, {dx, dresidual, dweight, dbias}, gate), layout);
     };
     if (act == "relu")
       through(ThroughMask{{mask.const_data_ptr<uint8_t>(), mask.numel()}});

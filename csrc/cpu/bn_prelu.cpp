@@ -133,20 +133,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bn_prelu_backward_cpu(
   double* const of_slopes = sums.mutable_data_ptr<double>();
   with_type(x_, [&](auto scalar) {
     using T = decltype(scalar);
-    run(BatchNormBackward<T, ThroughPRelu<T>>{
-            .dy = dy_.const_data_ptr<T>(),
-            .x = x_.const_data_ptr<T>(),
-            .dx = output_mask[0] ? dx.mutable_data_ptr<T>() : nullptr,
-            .dresidual = output_mask[1] ? dresidual.mutable_data_ptr<T>() : nullptr,
-            .training = training,
-            .mean = mean.const_data_ptr<double>(),
-            .rstd = rstd.const_data_ptr<double>(),
-            .view = layout.channel(),
-            .parameters = {tensor_or_undefined(weight), tensor_or_undefined(bias)},
-            .dweight = output_mask[2] ? dweight : Tensor(),
-            .dbias = output_mask[3] ? dbias : Tensor(),
-            .gate = {adds ? residual_.const_data_ptr<T>() : nullptr, {slope, layout.C}, of_slopes}},
-        layout);
+    const ThroughPRelu<T> gate{adds ? residual_.const_data_ptr<T>() : nullptr, {slope, layout.C}, of_slopes};
+    run(batch_norm_backward<T>(dy_, x_, layout, weight, bias, mean, rstd, training, {dx, dresidual, dweight, dbias}, gate), layout);
   });
   if (output_mask[4]) {
     if (slope.numel() == 1) of_slopes[0] = std::accumulate(of_slopes, of_slopes + layout.C, 0.0);

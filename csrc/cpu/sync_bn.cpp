@@ -103,21 +103,9 @@ void run_backward(const char* op, const BackwardInputs& in, const F& change) {
   with_type(in.x, [&](auto scalar) {
     using T = decltype(scalar);
     const auto through = [&](auto gate) {
-      Backward<T, decltype(gate)> policy{{.dy = in.dy.const_data_ptr<T>(),
-                                          .x = in.x.const_data_ptr<T>(),
-                                          .dx = nullptr,
-                                          .dresidual = nullptr,
-                                          .training = true,
-                                          .mean = in.mean.const_data_ptr<double>(),
-                                          .rstd = in.rstd.const_data_ptr<double>(),
-                                          .view = layout.channel(),
-                                          .parameters = {tensor_or_undefined(in.weight), tensor_or_undefined(in.bias)},
-                                          .dweight = Tensor(),
-                                          .dbias = Tensor(),
-                                          .gate = gate},
-                                         nullptr,
-                                         0.0,
-                                         layout.C};
+      Backward<T, decltype(gate)> policy{
+          batch_norm_backward<T>(in.dy, in.x, layout, in.weight, in.bias, in.mean, in.rstd, /*training=*/true, {}, gate), nullptr, 0.0,
+          layout.C};
       change(policy);
       run(policy, layout);
     };

@@ -66,6 +66,16 @@ void launch_forward(const P& p, const Tensor& x, const Pointers*... pointers) {
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// What a gate reads of x's shape, which may begin off a vector as the others may: the residual, where the gradient needs it.
+template <typename T, typename Gate>
+const T* read_by(const Gate&) {
+  return nullptr;
+}
+template <typename T, typename Act>
+const T* read_by(const gpu::ThroughActivationOfSum<T, Act>& gate) {
+  return gate.residual;
+}
+
 struct BatchNormGradients {
   Tensor dx, dresidual, dweight, dbias;  // undefined where not wanted
 };
@@ -93,7 +103,7 @@ void launch_backward(const Gate& gate, const Tensor& dy, const Tensor& x, const 
         .dbias = channel_vector<T>(gradients.dbias),
         .coefficients = coefficients.mutable_data_ptr<S>(),
         .gate = gate};
-    reduce_and_map(backward, gpu::Cut<T>(layout, training, backward.dy, backward.x, backward.dx, backward.dresidual), x);
+    reduce_and_map(backward, gpu::Cut<T>(layout, training, backward.dy, backward.x, backward.dx, backward.dresidual, read_by<T>(gate)), x);
   };
   if (training)
     run(std::true_type{});

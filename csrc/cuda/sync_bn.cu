@@ -136,7 +136,7 @@ Tensor sync_bn_sums_cuda(const Tensor& dy, const Tensor& x, const OptionalTensor
     using Gate = std::decay_t<decltype(gate)>;
     const gpu::SyncSums<T, Gate> reduction{backward_of<T>(gate, {dy_, x_, weight, bias, mean, rstd}),
                                            sums.mutable_data_ptr<double>(), x.size(1)};
-    launch_reduction<T>(reduction, x_, reduction.dy, reduction.x);
+    launch_reduction<T>(reduction, x_, reduction.dy, reduction.x, read_by<T>(gate));
   });
   return sums;
 }
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor> sync_bn_backward_cuda(const Tensor& dy, const Tensor&
                                           count.const_data_ptr<double>(), x.size(1)};
       if (output_mask[0]) backward.dx = dx.mutable_data_ptr<T>();
       if (output_mask[1]) backward.dresidual = dresidual.mutable_data_ptr<T>();
-      launch_map<T>(backward, x_, backward.dy, backward.x, backward.dx, backward.dresidual);
+      launch_map<T>(backward, x_, backward.dy, backward.x, backward.dx, backward.dresidual, read_by<T>(gate));
     });
   return {or_empty(dx, x), or_empty(dresidual, x)};
 }

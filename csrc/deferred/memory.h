@@ -27,13 +27,19 @@ inline bool is_pytorchs(const c10::DataPtr& memory) {
   return deleter == c10::GetDefaultCPUAllocator()->raw_deleter() || at::MapAllocator::fromDataPtr(memory) != nullptr;
 }
 
+// How often something is held that one holds, and its own object in Python where nobody else has that.
+template <typename Held>
+size_t held_by_one(const Held* held) {
+  return 1 + is_kept_by_cpp_alone(held->pyobj_slot());
+}
+
 // Whether no other tensor has t's memory, but the one that it is a view of where nobody else has that.
 inline bool is_alone_in_memory(const at::Tensor& t) {
   const auto& storage = t.storage();
-  size_t known = 1 + is_kept_by_cpp_alone(storage.unsafeGetStorageImpl()->pyobj_slot());
+  size_t known = held_by_one(storage.unsafeGetStorageImpl());
   if (t.is_view()) {
     const at::TensorBase& base = t._base();
-    known += base.use_count() == 1 && base.has_storage() && base.storage().is_alias_of(storage);
+    known += base.use_count() == held_by_one(base.unsafeGetTensorImpl()) && base.has_storage() && base.storage().is_alias_of(storage);
   }
   return storage.use_count() == known;
 }

@@ -1,12 +1,12 @@
 """PReLU, whose slope has a gradient, behind a batch norm and behind an addition."""
 
-from collections.abc import Callable
+import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from meanings.base import CASES, Layers, Reversed, X
+from meanings.base import CASES, Layers, Reversed, X, written
 
 
 class Sloped(Layers):
@@ -15,19 +15,7 @@ class Sloped(Layers):
         self.slopes, self.slope = nn.PReLU(4), nn.PReLU(init=-0.5)
 
 
-def sloped(name: str):
-    """As `written`, of a model with slopes."""
-
-    def added(between: Callable[..., Tensor]):
-        class Written(Sloped):
-            def forward(self, x):
-                return between(self, x, self.bn(self.conv(x)))
-
-        Written.__name__ = name
-        CASES[name] = Written, X
-        return between
-
-    return added
+sloped = functools.partial(written, of=Sloped)
 
 
 @sloped("SlopesAChannel")
