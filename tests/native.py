@@ -92,7 +92,7 @@ def compiled(source: Path, target: Path, *flags: str) -> Path:
 
 def sources(folder: str, suffix: str) -> list[Path]:
     """The files of a folder of csrc with the kernels: of one operator alone where CNNKERN_KERNELS_OF names it."""
-    return sorted((ROOT / "csrc" / folder).glob(f"{os.environ.get('CNNKERN_KERNELS_OF', '*')}{suffix}"))
+    return sorted((ROOT / "csrc" / folder).rglob(f"{os.environ.get('CNNKERN_KERNELS_OF', '*')}{suffix}"))
 
 
 def operators_of(files: Iterable[Path], backend: str) -> list[str]:

@@ -264,12 +264,12 @@ def test_every_place_of_an_operator_is_filled(case):
     named = [name for each in CASES.values() for name in each.operators]
     assert sorted(names) == sorted(named), "csrc/ops.cpp and testing.CASES name different operators"
     assert {case.name, f"{case.name}_backward"} <= set(case.operators)
-    places = ["csrc/cpu/{}.cpp", "csrc/autograd/{}.cpp", "cnnkern/ops/{}.py"]
+    places = ["csrc/cpu/**/{}.cpp", "csrc/autograd/{}.cpp", "cnnkern/ops/{}.py"]
     places += ["triton_kernels/{}.py"] if "triton" in case.devices else []
     if "cuda" in case.devices:
-        places += ["csrc/cuda/{}.cu", "csrc/cuda/{}.cuh"]
+        places += ["csrc/cuda/**/{}.cu", "csrc/cuda/**/{}.cuh"]
     for place in places:
-        assert (ROOT / place.format(case.name)).exists(), f"{place.format(case.name)} is missing"
+        assert list(ROOT.glob(place.format(case.name))), f"{place.format(case.name)} is missing"
     for op, key in itertools.product(case.operators, ("CPU", "Meta", "Autograd")):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{op}", key), f"{op} has no {key} kernel"
     assert case.function.__name__ in cnnkern.functional.__all__

@@ -1,4 +1,4 @@
-"""Grouped convolutions on tensor cores (csrc/cuda/grouped_rows.cuh), on the emulator, against float64.
+"""Grouped convolutions on tensor cores (csrc/cuda/conv/grouped_rows.cuh), on the emulator, against float64.
 
 Besides what tests/test_emulator.py asks of all kernels: every width, stride and padding, images that fill no tile, and
 channels whose last tile is ragged.
@@ -130,7 +130,7 @@ def test_what_vectors_do_not_divide_is_left_to_the_library(change, generator, mo
     ],
 )
 def test_what_cudnn_does_faster_is_left_to_it_pass_by_pass(width, stride, layout, answers, generator):
-    """The rule of csrc/cuda/grouped_conv2d.cu. A call of which a part is the library's counts as the library's."""
+    """The rule of csrc/cuda/conv/grouped_conv2d.cu. A call of which a part is the library's counts as the library's."""
     inputs = CASE.inputs(
         (2, 2 * width, 9, 8), torch.bfloat16, generator=generator, width=width, stride=stride, padding=1
     )

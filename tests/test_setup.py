@@ -59,7 +59,7 @@ def bootstrap(monkeypatch) -> ModuleType:
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
     """A checkout with a fake .venv in which all pins are installed, and a fake g++ alone on the path."""
-    for folder in ("tools", "csrc/cpu", "cnnkern", "site/pip", "site/torch", "include", "bin", ".venv/bin"):
+    for folder in ("tools", "csrc/cpu/batch_norm", "cnnkern", "site/pip", "site/torch", "include", "bin", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
     shutil.copy(ROOT / "tools" / "bootstrap.py", tmp_path / "tools")
     shutil.copy(ROOT / "Makefile", tmp_path)
@@ -69,7 +69,7 @@ def checkout(tmp_path, monkeypatch) -> Path:
         "tools/build_extension.py",
         "pyproject.toml",
         "csrc/check.h",
-        "csrc/cpu/bn_act.cpp",
+        "csrc/cpu/batch_norm/bn_act.cpp",
         "include/Python.h",
     ):
         (tmp_path / name).write_text(name)
@@ -113,10 +113,10 @@ def edit(path: Path) -> None:
 
 
 CHANGES = {
-    "source": (lambda root: edit(root / "csrc/cpu/bn_act.cpp"), ["build"]),
+    "source": (lambda root: edit(root / "csrc/cpu/batch_norm/bn_act.cpp"), ["build"]),
     "header": (lambda root: edit(root / "csrc/check.h"), ["build"]),
     "new source": (lambda root: (root / "csrc/cpu/add_relu.cpp").write_text("new"), ["build"]),
-    "removed source": (lambda root: (root / "csrc/cpu/bn_act.cpp").unlink(), ["build"]),
+    "removed source": (lambda root: (root / "csrc/cpu/batch_norm/bn_act.cpp").unlink(), ["build"]),
     "setup.py": (lambda root: edit(root / "setup.py"), ["build"]),
     "how it is built": (lambda root: edit(root / "tools/build_extension.py"), ["build"]),
     "pyproject.toml": (lambda root: edit(root / "pyproject.toml"), ["build"]),
@@ -156,7 +156,7 @@ def test_another_setting_is_noticed(bootstrap, checkout, monkeypatch):
 
 def test_ninja_sees_a_source_that_became_older(bootstrap, checkout):
     bootstrap.set_up(checkout, lint=False)
-    changed, same = checkout / "csrc/cpu/bn_act.cpp", checkout / "csrc/check.h"
+    changed, same = checkout / "csrc/cpu/batch_norm/bn_act.cpp", checkout / "csrc/check.h"
     edit(changed)
     for path in (changed, same):
         os.utime(path, (0, 0))
@@ -240,10 +240,8 @@ def test_condensed_output(bootstrap):
     line = "  Downloading torch-2.14.1-cp311-cp311-manylinux_2_28_x86_64.whl (812.3 MB)\n"
     assert bootstrap.condense_pip(line) == "downloading torch 2.14.1 (812.3 MB)"
     assert bootstrap.condense_pip("  Downloading wheel-0.48.0-py3-none-any.whl (31 kB)\n") is None
-    line = (
-        "  [3/9] c++ -MMD -MF x.d -fopenmp -c -c /a/csrc/cpu/bn_act.cpp -o /b/bn_act.o -DCPU_CAPABILITY=AVX2 -mavx2\n"
-    )
-    assert bootstrap.condense_build(line) == "[3/9] csrc/cpu/bn_act.cpp (AVX2)"
+    line = "  [3/9] c++ -MMD -MF x.d -c -c /a/csrc/cpu/batch_norm/bn_act.cpp -o /b/x.o -DCPU_CAPABILITY=AVX2 -mavx2\n"
+    assert bootstrap.condense_build(line) == "[3/9] csrc/cpu/batch_norm/bn_act.cpp (AVX2)"
     assert bootstrap.condense_build("  running build_ext\n") is None
 
 

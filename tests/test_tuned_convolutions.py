@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(backends.extension is None, reason="the rule is 
 
 
 def arguments(batch: int = 2, training: bool = False) -> tuple:
-    """Groups of 16 channels on 7x7 pixels in channels_last, which csrc/cpu/conv_rule.h leaves to oneDNN, all of it."""
+    """Groups of 16 channels on 7x7 pixels in channels_last, which conv_rule.h leaves to oneDNN, all of it."""
     x = torch.randn(batch, 32, 7, 7, generator=GENERATOR).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(32, 16, 3, 3, generator=GENERATOR)
     return x.requires_grad_(training), weight.requires_grad_(training), None, 1, 1, 1, 2

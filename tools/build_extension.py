@@ -80,7 +80,7 @@ class BuildExtension(cpp_extension.BuildExtension):
     def compile_cpu(self, ext, capability: str, flags: list[str]) -> list[str]:
         # Nothing here depends on CUDA, so builds with and without it share the objects.
         return self.compiler.compile(
-            sources("cpu/*.cpp"),
+            sources("cpu/**/*.cpp"),
             output_dir=str(Path(self.build_temp).parent / capability),
             include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths(), sysconfig.get_path("include")],
             macros=[("CNNKERN_X86", int("AVX2" in CPU_CAPABILITIES))],
@@ -111,7 +111,7 @@ def extension():
         home = Path(cpp_extension.CUDA_HOME)
         macros.append(("CNNKERN_CUDA", f'"{torch.version.cuda}"'))
         macros.append(("CNNKERN_CUDA_ARCHITECTURES", f'"{os.environ["TORCH_CUDA_ARCH_LIST"]}"'))
-        files += sources("cuda/*.cu")
+        files += sources("cuda/**/*.cu")
         include_dirs += [str(home / "include"), str(home / "include" / "cccl")]
     Extension = cpp_extension.CUDAExtension if CUDA else cpp_extension.CppExtension
     ext = Extension(

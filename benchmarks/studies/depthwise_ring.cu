@@ -1,4 +1,4 @@
-// Depthwise convolution in rows of channels: the kernels of csrc/cuda/depthwise_ring.cuh beside those of depthwise_rows.cuh.
+// Depthwise convolution in rows of channels: the kernels of csrc/cuda/conv/depthwise_ring.cuh beside those of depthwise_rows.cuh.
 //   nvcc -std=c++20 -O3 --fmad=false -arch=sm_90a --cudart static -Icsrc -I<torch>/include benchmarks/studies/depthwise_ring.cu
 // Checks both against sums in double, then times them in bfloat16 at batch 128: the median of 15 calls, each on tensors that
 // are not in the second-level cache. GB/s are those of the least bytes; the percentage is of 3 TB/s.
@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/depthwise_ring_sums.cuh"
-#include "cuda/depthwise_rows.cuh"
+#include "cuda/conv/depthwise_ring_sums.cuh"
+#include "cuda/conv/depthwise_rows.cuh"
 
 namespace {
 

@@ -1,4 +1,4 @@
-// The grouped convolutions of csrc/cuda/grouped_rows.cuh and grouped_rows_sums.cuh by themselves: each pass of small shapes
+// The grouped convolutions of csrc/cuda/conv/grouped_rows.cuh and grouped_rows_sums.cuh by themselves: each pass of small shapes
 // against sums in double, then the time of each pass of ResNeXt-50's layers. Needs PyTorch's headers and no library of it:
 //
 //   nvcc -std=c++20 -O3 -arch=sm_90a --cudart static -Icsrc -I$TORCH/include benchmarks/studies/grouped_rows.cu -o grouped_rows
@@ -14,7 +14,7 @@
 #include <memory>
 #include <vector>
 
-#include "cuda/grouped_rows_sums.cuh"
+#include "cuda/conv/grouped_rows_sums.cuh"
 
 namespace {
 

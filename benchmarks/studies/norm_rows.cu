@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "cuda/bn_act.cuh"
+#include "cuda/batch_norm/bn_act.cuh"
 
 namespace {
 

@@ -6,7 +6,7 @@
 // Traffic: x, y and a byte an output forward; dy, that byte and dx backward.
 #pragma once
 
-#include "cuda/conv_geometry.cuh"
+#include "cuda/conv/conv_geometry.cuh"
 #include "pool_geometry.h"
 
 namespace cnnkern::gpu {

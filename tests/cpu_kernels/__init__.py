@@ -41,7 +41,7 @@ def build(tool: str) -> Path:
     objects = [
         native.compiled(path, folder / f"{path.stem}.o", *flags, "-include", str(HERE / "types.h")) for path in files
     ]
-    name = "kernels" if len(files) == len(list((native.ROOT / "csrc" / "cpu").glob("*.cpp"))) else files[0].stem
+    name = "kernels" if len(files) == len(list((native.ROOT / "csrc" / "cpu").rglob("*.cpp"))) else files[0].stem
     registration = native.compiled(
         HERE / "registration.cpp", folder / f"{name}_registration.o", *flags, *native.operators_of(files, "cpu")
     )

@@ -25,7 +25,7 @@ LAYERS = 4
 def stamp() -> str:
     """What the page is of: the kernels' sources, and these programs."""
     patterns = (
-        "csrc/cuda/*",
+        "csrc/cuda/**/*.*",
         "csrc/activations.h",
         "triton_kernels/*.py",
         "tests/gpu_gate/*.*",

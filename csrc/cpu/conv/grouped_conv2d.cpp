@@ -1,0 +1,117 @@
+// grouped_conv2d: y = conv2d(x, weight, bias), as many output as input channels a group. Backward: dx, dweight, dbias.
+// Kernels: conv_tiled.h, and for small depthwise kernels in channels_last conv_in_place.h. The rule of dispatch: conv_rule.h.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
+#include <array>
+#include <tuple>
+
+#include "aten.h"
+#include "check.h"
+#include "cpu/conv/conv_in_place.h"
+#include "cpu/conv/conv_rule.h"
+#include "cpu/conv/conv_tiled.h"
+#include "memory_layout.h"
+#include "own_convolutions.h"
+
+namespace cnnkern {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+// The memory format of results, chosen as ATen's convolutions choose it.
+at::MemoryFormat result_format(const Tensor& x, const Tensor& weight) {
+  const auto channels_last = at::MemoryFormat::ChannelsLast;
+  return x.suggest_memory_format() == channels_last || weight.suggest_memory_format() == channels_last
+             ? channels_last
+             : at::MemoryFormat::Contiguous;
+}
+
+template <typename T>
+Image<const T> image(const Tensor& t) {
+  return {t.const_data_ptr<T>(), t.size(0), t.size(1), t.size(2), t.size(3), !t.is_contiguous()};
+}
+
+template <typename T>
+Image<T> output(const Tensor& t) {
+  return {t.mutable_data_ptr<T>(), t.size(0), t.size(1), t.size(2), t.size(3), !t.is_contiguous()};
+}
+
+// Calls f with a value of the element type.
+template <typename F>
+void with_dtype(at::ScalarType type, const F& f) {
+  if (type == at::kFloat) return f(float{});
+  if (type == at::kBFloat16) return f(c10::BFloat16{});
+  f(c10::Half{});
+}
+
+}  // namespace
+
+Tensor grouped_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
+                          at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const Tensor& b = tensor_or_undefined(bias);
+  const auto by_library = [&] {
+    return aten::convolution(x, weight, bias, stride, padding, dilation, groups);
+  };
+  if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
+  const Geometry g = geometry(x, weight, stride, padding);
+  const auto format = result_format(x, weight);
+  if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, Pass::forward) &&
+      !is_own_convolution(x, weight, stride, padding, dilation, false))
+    return by_library();
+  const bool reads_in_place = forward_is_in_place(g, format == at::MemoryFormat::ChannelsLast);
+  const Tensor x_ = reads_in_place ? x.contiguous(format) : in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
+  const Tensor y = aten::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(format));
+  with_dtype(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const Image<const T> from = image<T>(x_);
+    const Image<T> to = output<T>(y);
+    const T *const w = weight_.const_data_ptr<T>(), *const bias_data = b.defined() ? bias_.const_data_ptr<T>() : nullptr;
+    reads_in_place ? forward_in_place(from, w, bias_data, to, g) : forward(from, w, bias_data, to, g);
+  });
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                               at::IntArrayRef stride, at::IntArrayRef padding,
+                                                               at::IntArrayRef dilation, int64_t groups,
+                                                               std::array<bool, 3> output_mask) {
+  const Tensor none = aten::empty({0}, x.options());
+  const auto by_library = [&](std::array<bool, 3> mask) {
+    // oneDNN's 16-bit gradients of small grouped weights depend on what its memory held before (torch 2.14.1).
+    const bool widen = groups > 1 && x.is_floating_point() && x.element_size() == 2;
+    const auto wide = [&](const Tensor& t) { return widen ? t.to(at::kFloat) : t; };
+    const auto grads = aten::convolution_backward(wide(dy), wide(x), wide(weight), stride, padding, dilation, groups, mask);
+    const auto asked = [&](bool wanted, const Tensor& t) { return wanted ? t.to(x.scalar_type()) : none; };
+    return std::tuple(asked(mask[0], std::get<0>(grads)), asked(mask[1], std::get<1>(grads)), asked(mask[2], std::get<2>(grads)));
+  };
+  if (!covered(x, weight, {}, stride, padding, dilation, groups)) return by_library(output_mask);
+  const Geometry g = geometry(x, weight, stride, padding);
+  TORCH_CHECK(dy.sizes() == at::IntArrayRef({g.N, g.C, g.OH, g.OW}) && dy.scalar_type() == x.scalar_type() && dy.device().is_cpu(),
+              "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.C, g.OH, g.OW}),
+              " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
+  const auto format = result_format(x, weight);
+  const Pass pass = !output_mask[0] ? Pass::weight_gradient : output_mask[1] ? Pass::both_gradients : Pass::input_gradient;
+  if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, pass) &&
+      !is_own_convolution(x, weight, stride, padding, dilation, true))
+    return by_library(output_mask);
+  const bool reads_in_place = backward_is_in_place(g, format == at::MemoryFormat::ChannelsLast);
+  const auto placed = [&](const Tensor& t) { return reads_in_place ? t.contiguous(format) : in_layout(t); };
+  const Tensor x_ = placed(x), dy_ = placed(dy), weight_ = weight.contiguous();
+  const Tensor dx = output_mask[0] ? aten::empty(x.sizes(), x.options().memory_format(format)) : none;
+  const Tensor dweight = output_mask[1] ? aten::empty(weight.sizes(), weight.options().memory_format(format)) : none;
+  const Tensor dbias = output_mask[2] ? aten::empty({g.C}, weight.options()) : none;
+  if (!output_mask[0] && !output_mask[1] && !output_mask[2]) return {dx, dweight, dbias};
+  with_dtype(x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const Image<const T> gradient = image<T>(dy_), from = image<T>(x_);
+    const Gradients<T> wanted{.dx = output_mask[0] ? output<T>(dx) : Image<T>{},
+                              .dweight = output_mask[1] ? dweight : Tensor(),
+                              .dbias = output_mask[2] ? dbias : Tensor()};
+    const T* const w = weight_.const_data_ptr<T>();
+    reads_in_place ? backward_in_place(gradient, from, w, wanted, g) : backward(gradient, from, w, wanted, g);
+  });
+  return {dx, dweight, dbias};
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace cnnkern

@@ -1,0 +1,320 @@
+// Convolution 3x3 of rows of channels (NHWC) in 16 bits by groups of several channels, on tensor cores. A block has 64 channels
+// (48 of groups of 24) of a stream of rows (row_stream.cuh), a warp 8 of their outputs at all positions. Every row of the input is read once,
+// and at once meets the three rows of the kernel: the outputs that it adds to are under way as accumulators, and the filters
+// lie in registers. Groups of 2 and 4 channels are multiplied eight channels by eight, with zeros between groups, so that a NaN in
+// one shows in the others of its eight. Products are exact, sums in float.
+#pragma once
+
+#include "cuda/conv/grouped_planes.cuh"
+#include "cuda/conv/row_stream.cuh"
+
+namespace cnnkern::gpu {
+
+// A turn of the stream, and what tap (ky, kx) of it does: it takes kIn rows of the input and completes kOut rows of the output.
+// Forward, and the gradient of the input at stride 1.
+template <int kStride>
+struct ForwardTurn {
+  static constexpr int kIn = kStride, kInColumns = kStride, kHalo = 3 - kStride;
+  static constexpr int kOut = 1, kOutColumns = 1;     // rows, and columns of a position
+  static constexpr int kRows = 4 - kStride;           // of the output, under way
+  static constexpr int kTiles = 2;                    // of 16 positions
+  static constexpr int kDepth = kStride == 1 ? 6 : 3;  // turns in the ring
+  static __host__ __device__ constexpr int in(int ky) { return ky % kStride; }
+  static __host__ __device__ constexpr int out(int ky) { return kRows - 1 - ky / kStride; }
+  static __host__ __device__ constexpr int out_column(int) { return 0; }
+  static __device__ __forceinline__ int pixel(int kx, int half) { return kx % kStride * half + kx / kStride; }
+};
+
+// The gradient of the input at stride 2. Row 2 m + ky of dx, before the padding is cut off, has row m of dy.
+struct SpreadTurn {
+  static constexpr int kIn = 1, kInColumns = 1, kHalo = 1, kOut = 2, kOutColumns = 2, kRows = 3, kTiles = 1, kDepth = 6;
+  static __host__ __device__ constexpr int in(int) { return 0; }
+  static __host__ __device__ constexpr int out(int ky) { return ky; }
+  static __host__ __device__ constexpr int out_column(int kx) { return kx % 2; }
+  static __device__ __forceinline__ int pixel(int kx, int) { return 1 - kx / 2; }
+};
+
+// Turn t reads rows from kIn t - top, and writes them from kOut t - above.
+struct TurnShape {
+  int top, above;
+};
+
+template <typename T>
+__device__ __forceinline__ unsigned pack(float a, float b) {
+  const Vector<T, 2> pair = {{static_cast<T>(a), static_cast<T>(b)}};
+  unsigned bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
+}
+
+// Filters of a warp's eight outputs as operands: of each tap and eight inputs, this lane's two.
+template <typename T, int kWidth>
+struct WarpFilters {
+  unsigned at[kSquare][kWidth / 8];
+
+  __device__ __forceinline__ void load(const Filters<T>& filters, int64_t output, int64_t input, bool there) {
+    const int64_t o = output + threadIdx.x % 32 / 4, before = input + threadIdx.x % 4 * 2 - o / filters.width * filters.width;
+#pragma unroll
+    for (int tap = 0; tap < kSquare; ++tap)
+#pragma unroll
+      for (int step = 0; step < kWidth / 8; ++step) {
+        const auto get = [&](int64_t j) { return there && j >= 0 && j < filters.width ? filters.get(o, static_cast<int>(j), tap) : 0.0f; };
+        at[tap][step] = pack<T>(get(before + 8 * step), get(before + 8 * step + 1));
+      }
+  }
+};
+
+// Where a lane's row of the operands begins in a row of the ring: the position of a tile of 16, and eight or sixteen channels.
+template <typename Turn, int kWidth, int kVectors>
+struct OperandPlace {
+  int wide[Turn::kTiles], narrow;  // of 16 channels and of 8
+
+  __device__ __forceinline__ OperandPlace(const RowStream& s, int first) {
+    const int lane = threadIdx.x % 32;
+    const auto place = [&](int position, int vector) {
+      const int pixel = s.panel_of(position) * Turn::kInColumns * (s.panel + Turn::kHalo) + s.in_panel(position);
+      return pixel * kPitch<kVectors> + 16 * vector;
+    };
+#pragma unroll
+    for (int m = 0; m < Turn::kTiles; ++m) wide[m] = place(16 * m + lane % 16, first + lane / 16);
+    narrow = place(lane % (16 * Turn::kTiles), first + kWidth / 8 - 1);
+  }
+};
+
+template <typename Turn>
+using Accumulators = float[Turn::kRows][Turn::kOutColumns][Turn::kTiles][4];
+
+// Adds what the rows of a turn give. half: pixels of a panel of each remainder.
+template <typename T, typename Turn, int kWidth, int kVectors>
+__device__ __forceinline__ void add_turn(const unsigned char* rows, int row_bytes, int half, const OperandPlace<Turn, kWidth, kVectors>& place,
+                                         const WarpFilters<T, kWidth>& filters, Accumulators<Turn>& sums) {
+#pragma unroll
+  for (int i = 0; i < Turn::kIn; ++i)
+#pragma unroll
+    for (int kx = 0; kx < 3; ++kx) {
+      const unsigned char* const at = rows + i * row_bytes + Turn::pixel(kx, half) * kPitch<kVectors>;
+      const auto each_tap = [&](const auto& f) {
+#pragma unroll
+        for (int ky = 0; ky < 3; ++ky)
+          if (Turn::in(ky) == i) f(filters.at[ky * 3 + kx], sums[Turn::out(ky)][Turn::out_column(kx)]);
+      };
+#pragma unroll
+      for (int step = 0; step < kWidth / 16; ++step)
+#pragma unroll
+        for (int m = 0; m < Turn::kTiles; ++m) {
+          unsigned a[4];
+          load_matrices(a, at + place.wide[m] + 32 * step);
+          each_tap([&](const auto& filter, auto& sum) {
+            const unsigned b[2] = {filter[2 * step], filter[2 * step + 1]};
+            multiply_add<T>(sum[m], a, b);
+          });
+        }
+      if constexpr (kWidth % 16 != 0) {
+        unsigned a[2 * Turn::kTiles];
+        load_matrices(a, at + place.narrow);
+        each_tap([&](const auto& filter, auto& sum) {
+          const unsigned b[1] = {filter[kWidth / 8 - 1]};
+#pragma unroll
+          for (int m = 0; m < Turn::kTiles; ++m) {
+            const unsigned tile[2] = {a[2 * m], a[2 * m + 1]};
+            multiply_add<T>(sum[m], tile, b);
+          }
+        });
+      }
+    }
+}
+
+// What a thread writes of each turn, an access each of some pixels of the rows that lie in shared memory.
+template <typename T, typename Turn, int kVectors>
+struct RowStore {
+  static constexpr int kPositions = 16 * Turn::kTiles;
+  static constexpr int kPixels = kPositions * Turn::kOutColumns;  // of a row
+  static constexpr int kRounds = Turn::kOut * kPixels / 32;
+  static constexpr int kBytes = Turn::kOut * kPixels * kPitch<kVectors>;
+  unsigned to[kRounds];
+
+  static __device__ __forceinline__ int pixel(int i) { return threadIdx.x / kVectors + 32 * i; }
+
+  __device__ __forceinline__ void enter(const RowStream& s, const RowTensor<T>& rows, const StreamPart& part, unsigned set) {
+    const unsigned vector = part.vector + threadIdx.x % kVectors;
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int column = pixel(i) % kPixels, position = column / Turn::kOutColumns, panel = s.panel_of(position), in_panel = s.in_panel(position);
+      const int x = (static_cast<int>(part.column) + in_panel) * Turn::kOutColumns + column % Turn::kOutColumns - rows.left;
+      const unsigned image = set * s.panels + panel;
+      const bool there = image < s.images && vector < static_cast<unsigned>(s.vectors) && in_panel < s.tile && x >= 0 && x < rows.W;
+      to[i] = there ? image * rows.H * rows.step + x * s.vectors + vector : kNowhere;
+    }
+  }
+
+  __device__ __forceinline__ void store(const RowTensor<T>& rows, int row, const unsigned char* shared) const {
+#pragma unroll
+    for (int i = 0; i < kRounds; ++i) {
+      const int y = row + pixel(i) / kPixels;
+      if (to[i] == kNowhere || y < 0 || y >= rows.H) continue;
+      const uint4 v = *reinterpret_cast<const uint4*>(shared + pixel(i) * kPitch<kVectors> + threadIdx.x % kVectors * 16);
+      store_access(reinterpret_cast<uint4*>(rows.data + size_t{to[i] + static_cast<unsigned>(y) * rows.step} * kPacked), v);
+    }
+  }
+};
+
+// How many accesses of a pixel a block has, which are whole groups, and how many blocks share a multiprocessor.
+template <int kWidth>
+constexpr int kColumnsOf = kWidth == 24 ? 6 : 8;
+template <int kWidth>
+constexpr int kBlocksOf = kWidth <= 8 ? 3 : 2;
+
+template <typename T, typename Turn, int kWidth>
+__global__ void __launch_bounds__(256, kBlocksOf<kWidth>)
+    grouped_rows_kernel(RowStream s, TurnShape shape, RowTensor<const T> x, Filters<T> filters, const T* __restrict__ bias, RowTensor<T> y) {
+  constexpr int kVectors = kColumnsOf<kWidth>, kWarm = (Turn::kRows - 1) / Turn::kOut, kDepth = Turn::kDepth;
+  using Copy = RowCopy<T, Turn::kInColumns, Turn::kHalo, 16 * Turn::kTiles, kVectors>;
+  using Store = RowStore<T, Turn, kVectors>;
+  GPU_DYN_SHARED(unsigned char, shared);
+  const StreamPart part(s, kVectors);
+  StreamPlace finished(s, part.begin);
+  const unsigned warm = part.begin - static_cast<unsigned>(smaller(kWarm, finished.turn));  // outputs of a part have rows before it
+  const int row_bytes = Copy::bytes(s), turn_bytes = Turn::kIn * row_bytes;
+  unsigned char* const done = shared + kDepth * turn_bytes;
+
+  Copy copy;
+  StreamPlace ahead(s, warm);
+  copy.enter(s, x, part, ahead.set);
+  int slot_ahead = 0;
+  const auto copy_next = [&] {
+#pragma unroll
+    for (int i = 0; i < Turn::kIn; ++i)
+      copy.copy(x, ahead.turn * Turn::kIn + i - shape.top, shared + slot_ahead * turn_bytes + i * row_bytes);
+    if (ahead.next(s)) copy.enter(s, x, part, ahead.set);
+    slot_ahead = slot_ahead + 1 == kDepth ? 0 : slot_ahead + 1;
+  };
+#pragma unroll 1
+  for (unsigned k = 0; k + 1 < kDepth; ++k) {
+    if (warm + k < part.end) copy_next();
+    async_commit();
+  }
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / (kWidth / 8) * (kWidth / 8);
+  const int64_t output = (part.vector + warp) * int64_t{kPacked};
+  const bool active = part.vector + warp < static_cast<unsigned>(s.vectors);
+  WarpFilters<T, kWidth> b;
+  b.load(filters, output, (part.vector + group) * int64_t{kPacked}, active);
+  float start[2] = {0, 0};
+  if (bias != nullptr && active)
+#pragma unroll
+    for (int k = 0; k < 2; ++k) start[k] = static_cast<float>(bias[output + lane % 4 * 2 + k]);
+  const OperandPlace<Turn, kWidth, kVectors> place(s, group);
+  Accumulators<Turn> sums;
+  const auto begin_rows = [&](int from) {
+#pragma unroll
+    for (int r = 0; r < Turn::kRows; ++r)
+      if (r >= from)
+#pragma unroll
+        for (int c = 0; c < Turn::kOutColumns; ++c)
+#pragma unroll
+          for (int m = 0; m < Turn::kTiles; ++m)
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sums[r][c][m][k] = start[k % 2];
+  };
+  begin_rows(0);
+
+  Store store;
+  store.enter(s, y, part, finished.set);
+  int slot = 0;
+#pragma unroll 1
+  for (unsigned t = warm; t <= part.end; ++t) {
+    async_wait<kDepth - 2>();
+    __syncthreads();
+    if (t + kDepth - 1 < part.end) copy_next();
+    async_commit();
+    if (t > part.begin) {  // what the last turn completed
+      store.store(y, finished.turn * Turn::kOut - shape.above, done + (t - 1) % 2 * Store::kBytes);
+      if (finished.next(s)) store.enter(s, y, part, finished.set);
+    }
+    if (t == part.end) break;
+    if (active) {
+      add_turn<T, Turn, kWidth, kVectors>(shared + slot * turn_bytes, row_bytes, s.panel + Turn::kHalo, place, b, sums);
+#pragma unroll
+      for (int r = 0; r < Turn::kOut; ++r)
+#pragma unroll
+        for (int c = 0; c < Turn::kOutColumns; ++c)
+#pragma unroll
+          for (int m = 0; m < Turn::kTiles; ++m)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              const int pixel = (r * Store::kPositions + 16 * m + 8 * k + lane / 4) * Turn::kOutColumns + c;
+              unsigned* const to = reinterpret_cast<unsigned*>(done + t % 2 * Store::kBytes + pixel * kPitch<kVectors> + warp * 16) + lane % 4;
+              *to = pack<T>(sums[r][c][m][2 * k], sums[r][c][m][2 * k + 1]);
+            }
+#pragma unroll
+      for (int r = 0; r + Turn::kOut < Turn::kRows; ++r)
+#pragma unroll
+        for (int c = 0; c < Turn::kOutColumns; ++c)
+#pragma unroll
+          for (int m = 0; m < Turn::kTiles; ++m)
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sums[r][c][m][k] = sums[r + Turn::kOut][c][m][k];
+      begin_rows(Turn::kRows - Turn::kOut);
+    }
+    slot = slot + 1 == kDepth ? 0 : slot + 1;
+  }
+}
+
+// What the kernels compute, of 16 bits and aligned to vectors.
+inline bool grouped_rows_take(const ConvGeometry& g) {
+  const int64_t width = g.inputs();
+  const bool known = width == 2 || width == 4 || width == 8 || width == 16 || width == 24 || width == 32;
+  return g.rows && g.square() && g.kh == 3 && known && g.outputs() == width && g.C % kPacked == 0 && g.ph <= 2 && g.pw <= 2;
+}
+
+// Calls f with the width of a group, or with eight.
+template <typename F>
+void with_width(const ConvGeometry& g, const F& f) {
+  if (g.inputs() <= 8) return f(std::integral_constant<int, 8>{});
+  if (g.inputs() == 16) return f(std::integral_constant<int, 16>{});
+  if (g.inputs() == 24) return f(std::integral_constant<int, 24>{});
+  f(std::integral_constant<int, 32>{});
+}
+
+// A plane of images that is read, or written.
+template <typename T>
+struct ImageRows {
+  T* data;
+  int64_t H, W;
+};
+
+template <typename T, typename Turn>
+void stream_rows(const ConvGeometry& g, const ImageRows<const T>& x, const ImageRows<T>& y, TurnShape shape, int64_t left, int64_t y_left,
+                 int64_t turns, int64_t positions, const Filters<T>& filters, const T* bias, Stream stream) {
+  with_width(g, [&](auto width) {
+    constexpr int kVectors = kColumnsOf<width()>, kPositions = 16 * Turn::kTiles;
+    const RowStream s(g.N, g.C, positions, turns, kPositions, kVectors, kProcessors * kBlocksOf<width()>);
+    const RowTensor<const T> from(x.data, x.H, x.W, left, s.vectors, Turn::kInColumns * (s.tile + Turn::kHalo));
+    const RowTensor<T> to(y.data, y.H, y.W, y_left, s.vectors, 1);
+    const int row_bytes = RowCopy<T, Turn::kInColumns, Turn::kHalo, kPositions, kVectors>::bytes(s);
+    const size_t shared = Turn::kDepth * Turn::kIn * row_bytes + 2 * RowStore<T, Turn, kVectors>::kBytes;
+    launch(grouped_rows_kernel<T, Turn, width()>, s.grid(), dim3(kVectors * 32), shared, stream, s, shape, from, filters, bias, to);
+  });
+}
+
+// y from x, of g's sizes.
+template <typename T, int kStride>
+void convolve_grouped_rows(const ConvGeometry& g, const T* x, const Filters<T>& filters, const T* bias, T* y, Stream stream) {
+  constexpr int kUnderWay = ForwardTurn<kStride>::kRows - 1;
+  stream_rows<T, ForwardTurn<kStride>>(g, {x, g.H, g.W}, {y, g.OH, g.OW}, {g.ph, kUnderWay}, g.pw, 0, g.OH + kUnderWay, g.OW, filters, bias,
+                                       stream);
+}
+
+// dx from dy. At stride 1 filters are flipped.
+template <typename T, int kStride>
+void grouped_rows_gradient(const ConvGeometry& g, const T* dy, const Filters<T>& filters, T* dx, Stream stream) {
+  constexpr const T* kNoBias = nullptr;
+  const ImageRows<const T> from = {dy, g.OH, g.OW};
+  const ImageRows<T> to = {dx, g.H, g.W};
+  if constexpr (kStride == 1)
+    stream_rows<T, ForwardTurn<1>>(g, from, to, {2 - g.ph, 2}, 2 - g.pw, 0, g.H + 2, g.W, filters, kNoBias, stream);
+  else
+    stream_rows<T, SpreadTurn>(g, from, to, {0, g.ph}, 1, g.pw, divup(g.H + g.ph, 2), divup(g.W + g.pw, 2), filters, kNoBias, stream);
+}
+
+}  // namespace cnnkern::gpu

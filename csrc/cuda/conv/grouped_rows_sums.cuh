@@ -1,0 +1,164 @@
+// The gradient of the weight of what grouped_rows.cuh computes: dweight[o, c, tap] is a product over pixels of x, a tap aside, and dy.
+// A block has a part of the stream of dy's rows, a warp eight of its channels. Each row of x is multiplied by the rows of dy that it meets, whose
+// operands stay in registers; the products of all taps are accumulators until the block ends. Unused positions are zero in both.
+#pragma once
+
+#include "cuda/conv/grouped_rows.cuh"
+
+namespace cnnkern::gpu {
+
+// Each block leaves a part of the sums, which is written and read again: as many bytes as the turns of a quarter of the groups' width. So
+// a multiprocessor has two blocks where these have turns enough, else one.
+template <int kStride>
+RowStream sums_stream(const ConvGeometry& g, int vectors) {
+  using Turn = ForwardTurn<kStride>;
+  const auto by = [&](int64_t blocks) { return RowStream(g.N, g.C, g.OW, g.OH + Turn::kRows - 1, 16 * Turn::kTiles, vectors, blocks); };
+  const RowStream s = by(2 * kProcessors);
+  return s.part < g.inputs() ? by(kProcessors) : s;
+}
+
+// Operands of 16 rows each, which are eight channels of a tap's pixels twice: tile j has the `halves` 2 j and 2 j + 1 of a row of taps.
+template <int kWidth>
+struct SumTiles {
+  static constexpr int kChunks = kWidth / 8, kHalves = 3 * kChunks, kCount = (kHalves + 1) / 2;
+  static __host__ __device__ constexpr bool whole(int j) { return 2 * j + 1 < kHalves; }
+  static __host__ __device__ constexpr int kx(int half) { return half / kChunks; }
+  static __host__ __device__ constexpr int chunk(int half) { return half % kChunks; }
+};
+
+template <typename T, int kStride, int kWidth>
+__global__ void __launch_bounds__(256, 2)
+    grouped_rows_sums_kernel(RowStream s, int top, int width, RowTensor<const T> x, RowTensor<const T> dy, PartialSums<float> sums) {
+  using Turn = ForwardTurn<kStride>;
+  using Tiles = SumTiles<kWidth>;
+  constexpr int kVectors = kColumnsOf<kWidth>, kDepth = kStride == 1 ? 4 : 3, kPositions = 16 * Turn::kTiles;
+  using CopyX = RowCopy<T, Turn::kInColumns, Turn::kHalo, kPositions, kVectors>;
+  using CopyY = RowCopy<T, 1, 0, kPositions, kVectors>;
+  GPU_DYN_SHARED(unsigned char, shared);
+  const StreamPart part(s, kVectors);
+  const unsigned last = static_cast<unsigned>(smaller(part.end + Turn::kRows - 1, s.total));  // rows of x that meet the block's of dy
+  const int row_bytes = CopyX::bytes(s), dy_at = Turn::kIn * row_bytes, turn_bytes = dy_at + CopyY::bytes(s);
+
+  CopyX copy_x;
+  CopyY copy_y;
+  StreamPlace ahead(s, part.begin);
+  copy_x.enter(s, x, part, ahead.set), copy_y.enter(s, dy, part, ahead.set);
+  int slot_ahead = 0;
+  const auto copy_next = [&](unsigned t) {
+    unsigned char* const to = shared + slot_ahead * turn_bytes;
+#pragma unroll
+    for (int i = 0; i < Turn::kIn; ++i) copy_x.copy(x, ahead.turn * Turn::kIn + i - top, to + i * row_bytes);
+    copy_y.copy(dy, t < part.end ? ahead.turn : -1, to + dy_at);
+    if (ahead.next(s)) copy_x.enter(s, x, part, ahead.set), copy_y.enter(s, dy, part, ahead.set);
+    slot_ahead = slot_ahead + 1 == kDepth ? 0 : slot_ahead + 1;
+  };
+#pragma unroll 1
+  for (unsigned k = 0; k + 1 < kDepth; ++k) {
+    if (part.begin + k < last) copy_next(part.begin + k);
+    async_commit();
+  }
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / Tiles::kChunks * Tiles::kChunks;
+  const bool active = part.vector + warp < static_cast<unsigned>(s.vectors);
+  const auto place = [&](int position) {
+    return (s.panel_of(position) * Turn::kInColumns * (s.panel + Turn::kHalo) + s.in_panel(position)) * kPitch<kVectors> + 16 * group;
+  };
+  int whole[Turn::kTiles], single[Turn::kTiles];  // a lane's row of operands with two halves, and with one
+#pragma unroll
+  for (int m = 0; m < Turn::kTiles; ++m) whole[m] = place(16 * m + lane % 8 + lane / 16 * 8), single[m] = place(16 * m + lane % 16);
+  const auto half_at = [&](int half) {
+    return Turn::pixel(Tiles::kx(half), s.panel + Turn::kHalo) * kPitch<kVectors> + 16 * Tiles::chunk(half);
+  };
+  const unsigned one = pack<T>(1, 1);
+  const unsigned ones[4] = {one, one, one, one};
+  float sum[3][Tiles::kCount][4] = {}, dy_sum[4] = {};
+  unsigned b[Turn::kRows][2 * Turn::kTiles] = {};  // of this row of dy, and of those before
+
+  int slot = 0;
+#pragma unroll 1
+  for (unsigned t = part.begin; t < last; ++t) {
+    async_wait<kDepth - 2>();
+    __syncthreads();
+    if (t + kDepth - 1 < last) copy_next(t + kDepth - 1);
+    async_commit();
+    if (active) {
+      const unsigned char* const rows = shared + slot * turn_bytes;
+#pragma unroll
+      for (int r = Turn::kRows - 1; r > 0; --r)
+#pragma unroll
+        for (int k = 0; k < 2 * Turn::kTiles; ++k) b[r][k] = b[r - 1][k];
+      load_matrices<2 * Turn::kTiles, true>(b[0], rows + dy_at + lane * kPitch<kVectors> + 16 * warp);
+#pragma unroll
+      for (int m = 0; m < Turn::kTiles; ++m) {
+        const unsigned fresh[2] = {b[0][2 * m], b[0][2 * m + 1]};
+        multiply_add<T>(dy_sum, ones, fresh);
+#pragma unroll
+        for (int i = 0; i < Turn::kIn; ++i)
+#pragma unroll
+          for (int j = 0; j < Tiles::kCount; ++j) {
+            const unsigned char* const at = rows + i * row_bytes;
+            unsigned a[4] = {};
+            if (Tiles::whole(j)) {
+              load_matrices<4, true>(a, at + whole[m] + (lane / 8 % 2 == 0 ? half_at(2 * j) : half_at(2 * j + 1)));
+            } else {
+              unsigned low[2];
+              load_matrices<2, true>(low, at + single[m] + half_at(2 * j));
+              a[0] = low[0], a[2] = low[1];
+            }
+#pragma unroll
+            for (int ky = 0; ky < 3; ++ky)
+              if (Turn::in(ky) == i) {
+                const int age = ky / kStride;
+                const unsigned met[2] = {b[age][2 * m], b[age][2 * m + 1]};
+                multiply_add<T>(sum[ky][j], a, met);
+              }
+          }
+      }
+    }
+    slot = slot + 1 == kDepth ? 0 : slot + 1;
+  }
+  if (!active) return;
+  const int column = lane % 4 * 2;
+  const int64_t output = (part.vector + warp) * int64_t{kPacked} + column;
+  if (lane < 4) {
+    const float pair[2] = {dy_sum[0], dy_sum[1]};
+    write<2>(&sums.at(part.index, output, sums.taps), pair);
+  }
+#pragma unroll
+  for (int ky = 0; ky < 3; ++ky)
+#pragma unroll
+    for (int half = 0; half < Tiles::kHalves; ++half) {  // narrower groups, powers of two, lie side by side in the eight channels
+      const int input = Tiles::chunk(half) * 8 + lane / 4 - (kWidth == 8 ? column & -width : 0);
+      const float* const values = sum[ky][half / 2] + half % 2 * 2;
+      const float pair[2] = {values[0], values[1]};
+      if (input >= 0 && input < width) write<2>(&sums.at(part.index, output, input * kSquare + ky * 3 + Tiles::kx(half)), pair);
+    }
+}
+
+// Parts of the sums.
+inline int64_t grouped_rows_parts(const ConvGeometry& g) {
+  int64_t parts = 0;
+  with_width(g, [&](auto width) {
+    constexpr int kVectors = kColumnsOf<width()>;
+    parts = (g.sh == 1 ? sums_stream<1>(g, kVectors) : sums_stream<2>(g, kVectors)).parts();
+  });
+  return parts;
+}
+
+// sums: channels last.
+template <typename T, int kStride>
+void sum_grouped_rows(const ConvGeometry& g, const T* dy, const T* x, const PartialSums<float>& sums, Stream stream) {
+  using Turn = ForwardTurn<kStride>;
+  with_width(g, [&](auto width) {
+    constexpr int kVectors = kColumnsOf<width()>, kPositions = 16 * Turn::kTiles, kDepth = kStride == 1 ? 4 : 3;
+    const RowStream s = sums_stream<kStride>(g, kVectors);
+    const RowTensor<const T> of_x(x, g.H, g.W, g.pw, s.vectors, Turn::kInColumns * (s.panel + Turn::kHalo));
+    const RowTensor<const T> of_dy(dy, g.OH, g.OW, 0, s.vectors, s.panel);
+    const size_t turn = Turn::kIn * RowCopy<T, Turn::kInColumns, Turn::kHalo, kPositions, kVectors>::bytes(s) +
+                        RowCopy<T, 1, 0, kPositions, kVectors>::bytes(s);
+    launch(grouped_rows_sums_kernel<T, kStride, width()>, s.grid(), dim3(kVectors * 32), kDepth * turn, stream, s, g.ph,
+           static_cast<int>(g.inputs()), of_x, of_dy, sums);
+  });
+}
+
+}  // namespace cnnkern::gpu
