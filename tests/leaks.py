@@ -21,8 +21,8 @@ def _resident() -> int:
 def leaked_by_ten_thousand(call: Callable[[int], object]) -> float:
     """Bytes that ``call(0)`` to ``call(9999)`` leave behind, from the two thousandth on: caches have filled by then.
 
-    A leak grows with every call. What the system adds on its own, such as a huge page, comes at once, so it is the median
-    of ten stretches that counts.
+    A leak grows with every call. What the system adds on its own, such as a huge page, comes at once: the median of ten
+    stretches counts.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
