@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from converted_worker import Net, fused, pair
@@ -117,18 +118,33 @@ def test_the_model_is_saved_and_loaded_as_a_whole():
     assert fused(converted) == {"relu", "silu", "add + relu"}
 
 
+def torch_saves(model: nn.Module, file: str, mmap: bool) -> nn.Module:
+    torch.save(model, file)
+    return torch.load(file, weights_only=False, mmap=mmap)
+
+
+def torch_assigned(model: nn.Module, file: str, mmap: bool) -> nn.Module:
+    torch.save(model.state_dict(), file)
+    loaded = Net().double()
+    loaded.load_state_dict(torch.load(file, mmap=mmap), assign=True)  # a state dict that is kept shares the memory
+    return loaded
+
+
+def safetensors_assigned(model: nn.Module, file: str, mmap: bool) -> nn.Module:
+    """Each tensor's memory is a part of the file's, always mapped."""
+    safetensors.torch.save_file(model.state_dict(), file)
+    loaded = Net().double()
+    loaded.load_state_dict(safetensors.torch.load_file(file), assign=True)
+    return loaded
+
+
 @pytest.mark.parametrize("mmap", [False, True])
-@pytest.mark.parametrize("assign", [False, True], ids=["a whole model", "a state dict that is assigned"])
-def test_weights_from_a_file_fuse(tmp_path, assign, mmap):
+@pytest.mark.parametrize("through", [torch_saves, torch_assigned, safetensors_assigned])
+def test_weights_from_a_file_fuse(tmp_path, through, mmap):
     """PyTorch did not allocate their memory for the model, or mapped the file to it."""
     torch.manual_seed(0)
-    model, file = Net().double(), tmp_path / "weights.pt"
-    torch.save(model.state_dict() if assign else model, file)
-    loaded = torch.load(file, weights_only=assign, mmap=mmap)
-    if assign:
-        state, loaded = loaded, Net().double()
-        loaded.load_state_dict(state, assign=True)
-        del state  # which shares the memory
+    model = Net().double()
+    loaded = through(model, str(tmp_path / "weights"), mmap)
     converted = cnnkern.convert(loaded)
     for step in range(2):
         torch.testing.assert_close(converted(image(step)), model(image(step)))
