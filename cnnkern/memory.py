@@ -21,7 +21,7 @@ TUNED = {"MMAP_THRESHOLD": _LARGEST, "TRIM_THRESHOLD": _LARGEST, "TOP_PAD": 2**2
 
 
 class PoolSizes(NamedTuple):
-    """Bytes of the pool: of results in use, of blocks kept for the next ones, and the most that were in use at once."""
+    """Bytes of the pool: what results need now, what is held beyond that, the most that they have needed at once."""
 
     used: int
     kept: int

@@ -4,6 +4,7 @@
 #include <c10/core/impl/alloc_cpu.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <list>
@@ -24,6 +25,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr size_t kLeast = size_t{1} << 18;      // bytes of a block
 constexpr size_t kHugePage = size_t{1} << 21;   // of x86-64 and arm64 Linux
+constexpr size_t kMostSlack = size_t{512} << 20;
 constexpr auto kIdle = std::chrono::seconds(10);  // after which a block that is kept is given back
 
 // Classes are eighths of a power of two apart.
@@ -47,24 +49,26 @@ void* from_system(size_t bytes) {
 class Pool {
  public:
   void* take(size_t bytes) {
-    const size_t block = class_of(bytes);
+    const size_t needed = class_of(bytes);
     std::unique_lock<std::mutex> lock(mutex_);
-    auto& same = kept_of_[block];
+    needed_ += needed;
+    most_ = std::max(most_, needed_);
+    size_t block = kept_block(needed);
     void* data = nullptr;
-    if (!same.empty()) {
-      data = same.back()->data;  // the last one that was left: it may still be in cache
-      kept_ -= block;
-      kept_in_order_.erase(same.back());
-      same.pop_back();
+    if (block > 0) {
+      const auto latest = kept_of_[block].back();  // the last one that was left: it may still be in cache
+      data = latest->data;
+      forget(latest);
     } else {
+      block = needed;
       make_room(block);
+      held_ += block;
       lock.unlock();
-      data = allocate(block);
+      data = allocate(block, needed);
       lock.lock();
     }
-    used_ += block;
-    most_ = std::max(most_, used_);
-    block_of_[data] = block;
+    wasted_ += block - needed;
+    in_use_[data] = {block, needed};
     return data;
   }
 
@@ -73,19 +77,20 @@ class Pool {
     std::vector<void*> given_back;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      const auto found = block_of_.find(data);
-      if (found == block_of_.end()) return false;
-      const size_t block = found->second;
-      block_of_.erase(found);
-      used_ -= block;
+      const auto found = in_use_.find(data);
+      if (found == in_use_.end()) return false;
+      const auto [block, needed] = found->second;
+      in_use_.erase(found);
+      needed_ -= needed;
+      wasted_ -= block - needed;
       if (!on_) {
+        held_ -= block;
         given_back.push_back(data);
       } else {
-        kept_ += block;
         kept_in_order_.push_back({data, block, Clock::now()});
         kept_of_[block].push_back(std::prev(kept_in_order_.end()));
       }
-      while (!kept_in_order_.empty() && Clock::now() - kept_in_order_.front().since > kIdle) given_back.push_back(drop_oldest());
+      while (!kept_in_order_.empty() && Clock::now() - kept_in_order_.front().since > kIdle) given_back.push_back(drop(kept_in_order_.begin()));
     }
     for (void* const each : given_back) c10::free_cpu(each);
     return true;
@@ -95,7 +100,7 @@ class Pool {
     std::vector<void*> given_back;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      while (!kept_in_order_.empty()) given_back.push_back(drop_oldest());
+      while (!kept_in_order_.empty()) given_back.push_back(drop(kept_in_order_.begin()));
     }
     for (void* const each : given_back) c10::free_cpu(each);
   }
@@ -109,7 +114,7 @@ class Pool {
 
   Sizes sizes() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return {static_cast<int64_t>(used_), static_cast<int64_t>(kept_), static_cast<int64_t>(most_)};
+    return {static_cast<int64_t>(needed_), static_cast<int64_t>(held_ - needed_), static_cast<int64_t>(most_)};
   }
 
   void lock() { mutex_.lock(); }
@@ -122,22 +127,49 @@ class Pool {
     Clock::time_point since;
   };
 
-  void* drop_oldest() {
-    const Kept oldest = kept_in_order_.front();
-    auto& same = kept_of_[oldest.block];
-    same.erase(same.begin());  // of its class the first that was left
-    kept_in_order_.pop_front();
-    kept_ -= oldest.block;
-    return oldest.data;
+  struct InUse {
+    size_t block, needed;  // bytes of the block, and of the class of its result
+  };
+
+  // How much may be held beyond the most that results have needed at once.
+  size_t slack() const { return std::min(most_ / 2, kMostSlack); }
+
+  // The size of a kept block for a result of this class, 0 if there is none. One of its class; where another may not be added, a
+  // larger one.
+  size_t kept_block(size_t needed) const {
+    const auto at_least = kept_of_.lower_bound(needed);
+    if (at_least == kept_of_.end()) return 0;
+    const size_t block = at_least->first;
+    if (block == needed) return block;
+    const bool full = held_ + needed > most_ + slack();
+    return full && wasted_ + block - needed <= slack() ? block : 0;
   }
 
-  // Before a block of these bytes is added: what is kept beyond the most that was in use at once goes back.
+  void forget(std::list<Kept>::iterator kept) {
+    const auto same = kept_of_.find(kept->block);
+    same->second.erase(std::find(same->second.begin(), same->second.end(), kept));
+    if (same->second.empty()) kept_of_.erase(same);
+    kept_in_order_.erase(kept);
+  }
+
+  // A kept block, which the caller gives back.
+  void* drop(std::list<Kept>::iterator kept) {
+    void* const data = kept->data;
+    held_ -= kept->block;
+    forget(kept);
+    return data;
+  }
+
+  // Before a block of these bytes is added: gives back the smallest one that is enough, or the largest ones.
   void make_room(size_t block) {
-    const size_t most = std::max(most_, used_ + block);
-    while (!kept_in_order_.empty() && used_ + block + kept_ > most) c10::free_cpu(drop_oldest());
+    while (!kept_of_.empty() && held_ + block > most_ + slack()) {
+      const auto enough = kept_of_.lower_bound(held_ + block - most_ - slack());
+      const auto& same = (enough == kept_of_.end() ? std::prev(enough) : enough)->second;
+      c10::free_cpu(drop(same.front()));
+    }
   }
 
-  void* allocate(size_t block) {
+  void* allocate(size_t block, size_t needed) {
     try {
       return from_system(block);
     } catch (const c10::Error&) {  // no memory: not while the pool keeps some
@@ -147,16 +179,20 @@ class Pool {
       return from_system(block);
     } catch (const c10::Error&) {
       c10::profiledCPUMemoryReporter().OutOfMemory(block);
+      std::lock_guard<std::mutex> lock(mutex_);
+      held_ -= block;
+      needed_ -= needed;
       throw;
     }
   }
 
   std::mutex mutex_;
   std::atomic<bool> on_{true};
-  std::unordered_map<void*, size_t> block_of_;  // of blocks in use
-  std::list<Kept> kept_in_order_;               // the oldest first
-  std::map<size_t, std::vector<std::list<Kept>::iterator>> kept_of_;  // by size, the oldest first
-  size_t used_ = 0, kept_ = 0, most_ = 0;
+  std::unordered_map<void*, InUse> in_use_;
+  std::list<Kept> kept_in_order_;                                     // the oldest first
+  std::map<size_t, std::vector<std::list<Kept>::iterator>> kept_of_;  // by size, the oldest first; no size without a block
+  size_t needed_ = 0, most_ = 0;    // by results, in bytes of their classes, now and at most
+  size_t held_ = 0, wasted_ = 0;    // in blocks; what blocks in use have beyond their results' classes
 };
 
 // Never destroyed: tensors may outlive what a process destroys at its end.

@@ -2,8 +2,12 @@
 //
 // malloc gives a large block back to the system when it is freed. The next one is new memory, which the system clears page by
 // page as it is first written: often more time than the kernel that writes it. The pool keeps blocks instead. Together, blocks
-// in use and blocks that are kept, it never holds more than was in use at once, and a block that nothing has used for ten
-// seconds is given back at the next call. A block serves sizes of one class, so that at most an eighth of it is unused.
+// in use and blocks that are kept, it holds at most half more than results have needed at once, and at most 512 MiB more. A block
+// that nothing has used for ten seconds is given back at the next call.
+//
+// A block serves results of one class, so that at most an eighth of it is unused. Where another block would be too many, a result
+// takes a larger one that is kept. Without that, and without the half more, a network whose results shrink from layer to layer
+// would get new memory for most of them in each call.
 #pragma once
 
 #include <c10/core/Allocator.h>
@@ -28,7 +32,7 @@ class Scope {
 void use_for_pytorch();
 
 struct Sizes {
-  int64_t used, kept, most;  // bytes in use now, bytes that wait for the next result, the most that were in use at once
+  int64_t used, kept, most;  // bytes that results need now, what is held beyond that, the most that they have needed at once
 };
 Sizes sizes();
 

@@ -70,7 +70,7 @@ PYBIND11_MODULE(_C, m) {
       .def("take_over", &cnnkern::FoldedConv::take_over, pybind11::call_guard<pybind11::gil_scoped_release>(),
            "The same in place of another one, whose result waits.");
   m.def("pool_sizes", [] { const auto s = cnnkern::block_pool::sizes(); return std::tuple(s.used, s.kept, s.most); },
-        "Bytes of CPU results in use, of blocks that are kept for the next ones, and the most that were in use at once.");
+        "Bytes that CPU results need, those held beyond that, and the most that results have needed at once.");
   m.def("empty_pool", &cnnkern::block_pool::give_back, "Gives the blocks that are kept back to the system.");
   m.def("set_pool", &cnnkern::block_pool::set_on, "Whether CPU results of our operators come from blocks that are kept.");
   m.def("set_own_convolutions", &cnnkern::set_own_convolutions,

@@ -54,7 +54,7 @@ def test_a_block_is_at_most_an_eighth_larger_than_its_tensor(share):
     assert y.nbytes <= held <= y.nbytes * 1.125 + bits
 
 
-def test_it_never_holds_more_than_was_in_use_at_once():
+def test_it_never_holds_more_than_half_more_than_was_needed_at_once():
     generator = torch.Generator().manual_seed(0)
     alive = []
     for _ in range(200):
@@ -63,7 +63,7 @@ def test_it_never_holds_more_than_was_in_use_at_once():
         side = int(torch.randint(64, 128, (1,), generator=generator))
         alive.append(result((2, 32, side, side)))
         used, kept, most = memory.pool_sizes()
-        assert used + kept <= most
+        assert used + kept <= 1.5 * most
         assert used <= most
 
 
@@ -141,7 +141,7 @@ def test_threads_have_blocks_of_their_own():
         thread.join()
     assert not wrong
     used, kept, most = memory.pool_sizes()
-    assert used + kept <= most
+    assert used + kept <= 1.5 * most
 
 
 def test_the_profiler_sees_it():
@@ -155,13 +155,16 @@ def test_the_profiler_sees_it():
 
 FAULTS = """
 import resource, torch
-from cnnkern import functional
+from cnnkern import functional, memory
 torch.set_num_threads(1)
-x = torch.randn(8, 64, 112, 112).contiguous(memory_format=torch.channels_last)
-mean, var = torch.zeros(64), torch.ones(64)
+images = [torch.randn(8, 64, side, side) for side in SIDES]
 
 def step():
-    functional.batch_norm_act(x, mean, var, None, None, True, 0.1, 1e-5, "relu")
+    before = None
+    for x in images:
+        with torch.no_grad():
+            after = functional.add_relu(x, x)
+        before = after  # two results are in use at once
 
 for _ in range(3):
     step()
@@ -169,17 +172,22 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+used, kept, most = memory.pool_sizes()
+assert used + kept <= 1.5 * most
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="page faults as Linux counts them")
-def test_a_large_result_costs_no_page_faults():
-    """With malloc's defaults: of a result of 25 MiB each call would fault thousands of times."""
+@pytest.mark.parametrize("sides", [(112,), (112, 96, 80, 72, 64, 56, 48, 40, 36, 32)], ids=["equal", "shrinking"])
+def test_large_results_cost_no_page_faults(sides):
+    """With malloc's defaults: each call would fault thousands of times. Where results shrink, a block for each size
+    would be twice what is needed at once."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("GLIBC_TUNABLES", "MALLOC_"))}
-    environment["GLIBC_TUNABLES"] = "glibc.malloc.mmap_threshold=131072"  # fixed, so that it does not adapt
+    environment["GLIBC_TUNABLES"] = "glibc.malloc.mmap_threshold=262144"  # fixed, so that it does not adapt
     faults = {}
     for pool in ("0", "1"):
-        done = run_child([sys.executable, "-c", FAULTS], env=environment | {"CNNKERN_POOL": pool}, cwd="/", check=True)
+        code = FAULTS.replace("SIDES", str(sides))
+        done = run_child([sys.executable, "-c", code], env=environment | {"CNNKERN_POOL": pool}, cwd="/", check=True)
         faults[pool] = int(done.stdout)
     assert faults["1"] < 100
     assert faults["0"] > 10 * 1000
