@@ -170,7 +170,7 @@ def _in_memory(train, test, classes: list[str], size: int | None) -> Data:
 
 
 def read_image(path: Path):
-    """The image as RGB with 8 bits a channel; OSError where it cannot be read, with the path."""
+    """The image as RGB with 8 bits per channel; OSError where it cannot be read, with the path."""
     from PIL import Image
 
     try:

@@ -58,7 +58,7 @@ def _shifts(t: Tensor) -> Tensor:
 
 
 def _packed(y: Tensor) -> Tensor:
-    """[y > 0], NaN included, one bit an element in the order of y's memory."""
+    """[y > 0], NaN included, one bit per element in the order of y's memory."""
     flat = y.permute(memory_order(y)).reshape(-1)
     bits = torch.zeros(8 * mask_bytes(y.numel()), dtype=torch.uint8, device=y.device)
     bits[: y.numel()] = ~(flat <= 0)

@@ -281,7 +281,7 @@ class Run:
                 self._warn(f"{now} {name} from here on, {before} before")
 
     def compare(self, rounds: int = 9) -> dict[str, float]:
-        """Prints and returns images a second of training steps on one batch, fused and eager, rounds interleaved."""
+        """Prints and returns images per second of training steps on one batch, fused and eager, rounds interleaved."""
         if self.group.count > 1:
             raise TrainingError("--compare times one process: start it without torchrun")
         images, labels = self._place(*next(iter(self.train_loader)))

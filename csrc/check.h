@@ -154,7 +154,7 @@ inline void check_layer_norm_saved(const char* op, const Tensor& dy, const Tenso
   TORCH_CHECK(!output_mask[1] || tensor_or_undefined(weight).defined(), op, ": output_mask asks for dweight, but weight is None");
 }
 
-// Of a mask of one bit an element. At least four, which is what a vectorised kernel reads or writes at once.
+// Of a mask of one bit per element. At least four, which is what a vectorised kernel reads or writes at once.
 inline int64_t mask_bytes(int64_t numel) { return std::max<int64_t>((numel + 7) / 8, 4); }
 
 inline void check_mask(const char* op, const Tensor& mask, int64_t bytes, const Tensor& x) {
@@ -221,7 +221,7 @@ inline void check_activation(const char* op, const ActivationName& act) {
   with_activation(op, act, [](auto) {});
 }
 
-// Behind an addition the gradient of a ReLU goes through a mask of one bit an element, that of any other activation through
+// Behind an addition the gradient of a ReLU goes through a mask of one bit per element, that of any other activation through
 // what the activation saw, which is computed again: from x, the bias and the residual.
 inline bool recomputes_sum(std::string_view act) { return act != "none" && act != "relu"; }
 

@@ -12,7 +12,7 @@ TORCH_LIBRARY(cnnkern, m) {
   m.def("bn_act(Tensor x, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, str act, float? act_param=None) -> (Tensor y, Tensor mean, Tensor rstd)", kAnyLayout);
   m.def("bn_act_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool training, str act, bool[3] output_mask, float? act_param=None) -> (Tensor dx, Tensor dweight, Tensor dbias)", kAnyLayout);
 
-  // y = act(batch_norm(x) + residual). mask is [y > 0] for relu, one bit an element; else empty. channels_last says whether its
+  // y = act(batch_norm(x) + residual). mask is [y > 0] for relu, one bit per element; else empty. channels_last says whether its
   // order is that of channels_last, or that of a contiguous tensor: of x as the forward pass saw it. For an activation that is
   // neither none nor relu the gradient operator reads the residual, and the bias as above.
   m.def("bn_add_act(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps, str act, float? act_param=None) -> (Tensor y, Tensor mean, Tensor rstd, Tensor mask)");
@@ -24,19 +24,19 @@ TORCH_LIBRARY(cnnkern, m) {
   m.def("bn_prelu_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor slope, Tensor mean, Tensor rstd, bool channels_last, bool training, bool[5] output_mask) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dslope)");
 
   // Batch norm over processes, in parts, between which statistics and sums travel. moments are 2 C + 1 fp64 numbers of x:
-  // every channel's mean and biased variance, then the elements a channel.
+  // every channel's mean and biased variance, then the elements per channel.
   m.def("sync_bn_stats(Tensor x) -> Tensor moments", kAnyLayout);
   // y = act(batch_norm(x) + residual) from given statistics, fp64 vectors of C. mask is [y > 0] where there are a residual
-  // and a relu, one bit an element in the order of y's memory; else empty.
+  // and a relu, one bit per element in the order of y's memory; else empty.
   m.def("sync_bn(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, str act, float? act_param=None) -> (Tensor y, Tensor mask)");
   // With g the part of dy that act lets through, or the mask where it is given; act's argument has the residual in it where
   // that is given. sums are the fp64 (2, C) sums of g and of
   // g * (x - mean) * rstd. channels_last says which order the mask is in, and the results.
   m.def("sync_bn_sums(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor? mask, bool channels_last, str act, Tensor? residual=None, float? act_param=None) -> Tensor sums");
-  // dx from the sums over all processes and their elements a channel, an fp64 tensor of one element; dresidual is g.
+  // dx from the sums over all processes and their elements per channel, an fp64 tensor of one element; dresidual is g.
   m.def("sync_bn_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor? mask, bool channels_last, str act, Tensor sums, Tensor count, bool[2] output_mask, Tensor? residual=None, float? act_param=None) -> (Tensor dx, Tensor dresidual)");
 
-  // y = relu(x + residual). mask is [y > 0], one bit an element in the order of y's memory; the gradient of both
+  // y = relu(x + residual). mask is [y > 0], one bit per element in the order of y's memory; the gradient of both
   // inputs is dx. order has y's dimensions from the outermost to the innermost in memory.
   m.def("add_relu(Tensor x, Tensor residual) -> (Tensor y, Tensor mask)");
   m.def("add_relu_backward(Tensor dy, Tensor mask, int[] order) -> Tensor dx");

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def run_task(tasks: dict[str, Callable[[], None]]) -> None:
-    """Runs the task that the command line names, one thread a process, with gloo; does not return.
+    """Runs the task that the command line names, one thread per process, with gloo; does not return.
 
     The process ends here with a task that failed as well: gloo's threads may end the interpreter's own exit with an
     abort, whose status would take the place of the error's.

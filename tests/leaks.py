@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-MAY_STAY = 2**19  # bytes: 65 a call
+MAY_STAY = 2**19  # bytes: 65 per call
 
 
 def _resident() -> int:

@@ -120,7 +120,7 @@ def test_half_precision_with_float32_and_with_half_parameters():
 
 
 MISUSES = {
-    "one value a channel": lambda m: m(torch.randn(1, 5, 1, 1)),
+    "one value per channel": lambda m: m(torch.randn(1, 5, 1, 1)),
     "channel count": lambda m: m(torch.randn(2, 4, 3, 3)),
     "rank": lambda m: m(torch.randn(2, 5, 3)),
     "integer": lambda m: m(torch.ones(2, 5, 3, 3, dtype=torch.int64)),

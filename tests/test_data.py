@@ -226,7 +226,7 @@ def test_links_in_circles_end_and_links_to_nothing_are_reported(folder):
 
 
 def png(path, depth, kind, rows):
-    """A PNG file with `depth` bits a channel; `kind` is 0 for grey, 2 for RGB, 4 for grey and alpha."""
+    """A PNG file with `depth` bits per channel; `kind` is 0 for grey, 2 for RGB, 4 for grey and alpha."""
 
     def chunk(name, content):
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))

@@ -86,7 +86,7 @@ def function(kernel: str) -> str:
 
 # (shape, layout, variant): what reaches every kernel, among it shapes that are larger than the battery's.
 SHAPES = (
-    ((3, 17, 7, 7), "contiguous", {}),  # one block a channel
+    ((3, 17, 7, 7), "contiguous", {}),  # one block per channel
     ((2, 8, 4, 4), "contiguous", {}),  # in whole vectors
     ((2, 2, 97, 101), "contiguous", {}),  # slices of a channel
     ((1, 1, 96, 96), "contiguous", {}),  # in whole vectors
@@ -136,7 +136,7 @@ EVERY_KERNEL = {
             (140, 2056),  # or for a block
             (3, 8200),  # rows in slices, by vectors
             (2, 8197),  # and by elements
-            (270, 8200),  # a block a row, in stretches
+            (270, 8200),  # a block per row, in stretches
             (2, 16400),  # in slices of 16 bits
             (5, 24),  # whole rows
             (5, 7),
@@ -345,7 +345,7 @@ def test_convolutions_of_any_padding_and_stride(width, kernel, layout, generator
 @pytest.mark.parametrize(
     "shape",
     [
-        (19, 64, 7, 7),  # several images a block, and one that has fewer
+        (19, 64, 7, 7),  # several images per block, and one that has fewer
         (3, 72, 14, 15),  # a tile of channels that is not full
         (1, 8, 61, 13),  # an image in parts
         (1, 8, 6, 130),  # columns in tiles

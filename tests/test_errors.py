@@ -19,8 +19,8 @@ HALF_AN_IMAGE = torch.randn(2, 5, 3, 2)
 
 # What is passed instead, and what both messages name if they do.
 BATCH_NORM = {
-    "one value a channel, 2-D": ({"input": torch.randn(1, 5)}, "Expected more than 1 value per channel when training"),
-    "one value a channel, 4-D": ({"input": X[:1, :, :1, :1]}, "Expected more than 1 value per channel when training"),
+    "one per channel, 2-D": ({"input": torch.randn(1, 5)}, "Expected more than 1 value per channel when training"),
+    "one per channel, 4-D": ({"input": X[:1, :, :1, :1]}, "Expected more than 1 value per channel when training"),
     "channels": ({"input": torch.randn(2, 4, 3, 3)}, "should contain 4 elements"),
     "no channels": ({"input": torch.randn(5)}, None),
     "elements of weight": ({"weight": FOUR}, "weight should contain 5 elements"),

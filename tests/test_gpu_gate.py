@@ -127,7 +127,7 @@ def test_occupancy():
 
     # By hand, from the tables of the CUDA programming guide.
     assert kernel().occupancy() == 1.0  # 8 blocks of 256, 65536 registers
-    assert kernel(registers=33).occupancy() == 0.75  # 40 a thread: 51 warps, 48 in blocks of eight
+    assert kernel(registers=33).occupancy() == 0.75  # 40 per thread: 51 warps, 48 in blocks of eight
     assert kernel(registers=128).occupancy() == 0.25
     assert kernel(registers=255).occupancy() == 0.125
     assert kernel(threads=32).occupancy() == 0.5  # 32 blocks

@@ -59,7 +59,7 @@ def ends(x: Tensor) -> Tensor:
 
 
 def total(of: Tensor) -> Tensor:
-    """The sum a channel over all rows of what has been computed of :func:`ends`."""
+    """The sum per channel over all rows of what has been computed of :func:`ends`."""
     others = [d for d in range(of.dim()) if d != 1]
     return WHOLE * of[:-1].sum(others) + of[-1:].sum(others)
 

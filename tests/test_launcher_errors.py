@@ -31,7 +31,7 @@ MISUSE = {
         "residual of another shape": {"residual": lambda t: t[:, :, :-1]},
         "weight of another length": {"weight": lambda t: t[:-1]},
         "running_mean alone": {"running_var": lambda _: None},
-        "one value a channel": {"x": lambda t: t[:1, :, :1, :1], "residual": lambda t: t[:1, :, :1, :1]},
+        "one value per channel": {"x": lambda t: t[:1, :, :1, :1], "residual": lambda t: t[:1, :, :1, :1]},
     },
     "bn_prelu": {
         "slopes of other channels": {"slope": lambda t: t[:-1]},

@@ -25,7 +25,7 @@ def trained() -> BenchmarkResult:
 
 
 class FakeGPU:
-    """Work that takes `kernel` seconds a call once it is queued, and `host` to be queued."""
+    """Work that takes `kernel` seconds per call once it is queued, and `host` to be queued."""
 
     def __init__(self, host: float, kernel: float) -> None:
         self.host, self.kernel, self.now, self.done = host, kernel, 0.0, 0.0

@@ -271,7 +271,7 @@ FORWARD_ERRORS = {
     "running_mean alone": lambda a: a.update(running_var=None),
     "running_var alone": lambda a: a.update(running_mean=None),
     "eval without statistics": lambda a: a.update(running_mean=None, running_var=None, training=False),
-    "one value a channel": lambda a: a.update(x=a["x"][:1, :, :1, :1]),
+    "one value per channel": lambda a: a.update(x=a["x"][:1, :, :1, :1]),
     "eps of zero in training": lambda a: a.update(eps=0.0),
     "negative eps in eval": lambda a: a.update(eps=-1e-5, training=False),
     "unknown activation": lambda a: a.update(act="tanh"),

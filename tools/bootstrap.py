@@ -152,7 +152,7 @@ def condense_build(line: str) -> str | None:
 
 
 class Progress:
-    """One line a piece of work; on a terminal the last line also counts the seconds."""
+    """One line per piece of work; on a terminal the last line also counts the seconds."""
 
     def __init__(self, title: str, usually: str):
         self.said = self.started = time.monotonic()

@@ -1,1 +1,1 @@
-"""Triton kernels, a file an operator; launchers carry the operators' schemas, `cnnkern.backends` registers them."""
+"""Triton kernels, a file per operator; launchers carry the operators' schemas, `cnnkern.backends` registers them."""

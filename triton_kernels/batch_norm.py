@@ -36,7 +36,7 @@ def tile(
     B: tl.constexpr,
     EVERY: tl.constexpr = 1,
 ):
-    """Tile `step` of the channels from `first`: its start, its offsets and mask (R, B), its elements a channel.
+    """Tile `step` of the channels from `first`: its start, its offsets and mask (R, B), its elements per channel.
 
     With EVERY, offsets and mask (R, B / EVERY) are of every so many elements of a line.
     """

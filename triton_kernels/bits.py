@@ -1,4 +1,4 @@
-"""Masks of one bit an element, in the order of the tensor's memory: element i is bit i % 8 of byte i / 8."""
+"""Masks of one bit per element, in the order of the tensor's memory: element i is bit i % 8 of byte i / 8."""
 
 import torch
 import triton

@@ -1,6 +1,6 @@
 # bn_add_act: y = act(pre + residual), pre = (x - mean) * weight * rstd + bias.
 # Backward: batch_norm_backward.py, with g = dy * act'(pre + residual), and dresidual = g. Of relu act' is [y > 0],
-# saved as one bit an element, in the order of memory; of others it is computed again from x and the residual, which are
+# saved as one bit per element, in the order of memory; of others it is recomputed from x and the residual, which are
 # saved. Where lines are whole bytes the kernel that writes y writes the mask; else a program's lines share bytes with
 # others', and a second kernel takes it from y, of which the L2 cache then holds the end or all.
 # Traffic in tensors read or written: 4 forward (5 with the second kernel), 6 backward (8 where the residual is read),

@@ -1,4 +1,4 @@
-# grouped_conv2d: y = conv2d(x, weight, bias), as many output as input channels a group. Backward: dx, dweight, dbias.
+# grouped_conv2d: y = conv2d(x, weight, bias), as many output as input channels per group. Backward: dx, dweight, dbias.
 # A tile is P pixels of an image by B channels. Depthwise: fused multiply-adds, tap by tap. Groups of several channels:
 # a product of matrices (P, B) x (B, B) a tap, the second block-diagonal, of as many groups as fit into 16 channels, or
 # of one group. Both memory layouts by strides; the gradient of the input is the same sum over dy, with the taps'
@@ -20,7 +20,7 @@ from cnnkern.triton_kernels.reduce import sum_chunks
 from cnnkern.triton_kernels.tuning import Tunable
 from torch import Tensor
 
-WIDEST = 64  # channels a group; wider ones are products that cuDNN is made for
+WIDEST = 64  # channels per group; wider ones are products that cuDNN is made for
 LONGEST = 31  # rows or columns of a kernel
 
 

@@ -1,7 +1,7 @@
 # max_pool2d: y is the maximum of each window of x, and a byte beside each y its position there, counted row by row.
 # Backward: dx of a pixel is the sum of dy over the windows whose position is this pixel, in the order of the windows.
 # A program owns a stretch of one image of y, or of dx. A contiguous tensor is N * C images of one channel.
-# Traffic: x, y and a byte an output forward; dy, that byte and dx backward.
+# Traffic: x, y and a byte per output forward; dy, that byte and dx backward.
 """max_pool2d and max_pool2d_backward of csrc/ops.cpp in Triton."""
 
 from collections.abc import Sequence

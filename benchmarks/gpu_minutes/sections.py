@@ -29,7 +29,7 @@ class Found:
     refused: list[dict[str, Any]] = field(default_factory=list)
     bandwidths: list[dict[str, Any]] = field(default_factory=list)
     checks: dict[str, str] = field(default_factory=dict)
-    kernels: dict[str, dict[str, float]] = field(default_factory=dict)  # contender -> its longest, microseconds a step
+    kernels: dict[str, dict[str, float]] = field(default_factory=dict)  # contender -> longest, microseconds per step
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def _by(rows: Iterable[Row], key: Callable[[Row], tuple[str, ...]], noisy: bool 
 
 
 def _table(header: list[str], groups: Groups) -> Table:
-    """A line a group, with a column for each mode and layout: the ratio to eager, that to torch.compile where it was
+    """A line per group, with a column for each mode and layout: the ratio to eager, that to torch.compile where it was
     timed, and the share of bandwidth."""
     columns = list(dict.fromkeys((r.mode, r.layout) for rows in groups.values() for r in rows))
     lines = []
@@ -156,7 +156,7 @@ def _usual(rows: Iterable[Row]) -> list[Row]:
 
 
 def operators(rows: Iterable[Row], out_of_place: Iterable[str] = ()) -> Table:
-    """(header, lines): a line an operator, geometric means of our ratios to eager over all networks' shapes that count;
+    """(header, lines): one per operator, geometric means of our ratios to eager over all networks' shapes that count;
     single images, shapes that are no network's and other variants have lines of their own."""
 
     def part(r: Row) -> tuple[str, ...]:
@@ -182,7 +182,7 @@ def _mean(rows: Iterable[Row], way: tuple[str, str]) -> str:
 
 
 def models(rows: Iterable[Row]) -> Table:
-    """(header, lines): a line a model, input and mode, a column a contender; a cell has the ratios to eager of its
+    """(header, lines): a line a model, input and mode, a column per contender; a cell has the ratios to eager of its
     contiguous and its channels_last row, each in the layout of eager's."""
     rows = [r for r in _usual(rows) if r.suite == "models" and r.ratio is not None and r.contender != "eager"]
     contenders = list(dict.fromkeys(r.contender for r in rows))
@@ -200,7 +200,7 @@ def models(rows: Iterable[Row]) -> Table:
 
 
 def slower(rows: Iterable[Row]) -> Table:
-    """(header, lines): a line an operator or model and mode that has rows slower than eager, with the slowest."""
+    """(header, lines): a line per operator or model and mode that has rows slower than eager, with the slowest."""
     groups: Groups = {}
     for r in rows:
         if r.contender == "ours" and r.counts:

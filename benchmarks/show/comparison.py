@@ -145,7 +145,7 @@ class Agreement:
         return sum(agreed) / len(agreed)
 
     def lines(self) -> Iterator[list[str]]:
-        """A line an operator and mode: the share of rows that agree, and the geometric means in both runs."""
+        """A line per operator and mode: the share of rows that agree, and the geometric means in both runs."""
         grouped: dict[tuple[str, str], list[tuple[Row, Row]]] = {}
         for pair in self.pairs:
             grouped.setdefault((pair[0].operator, pair[0].mode), []).append(pair)

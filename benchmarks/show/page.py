@@ -161,7 +161,7 @@ def _model_bars(rows: list[Row]) -> list[Bars]:
 
 
 def _models(rows: list[Row]) -> list[list[str]]:
-    """Lines of every contender of the models: what, median, noise, images a second, the most memory held, ratios."""
+    """Lines of every contender of the models: what, median, noise, images per second, the most memory held, ratios."""
     lines = []
     for r in rows:
         if r.suite == "models" and r.median_ms is not None and r.ratio is not None:

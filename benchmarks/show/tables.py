@@ -243,7 +243,7 @@ def against_eager(rows: Iterable[Row], suite: str) -> list[tuple[Row, Row]]:
 
 
 def model_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
-    """(header, lines): a line a model and setting, with our time and the ratio to eager, which is taken round by round:
+    """(header, lines): one per model and setting, with our time and the ratio to eager, which is taken round by round:
     a time of eager's beside it would give another. The most memory that a call holds stands as eager's/ours. What else
     was timed has a column, and so has torch.compile of the model as it is."""
     rows = [r for r in rows if r.suite == "models"]

@@ -1,7 +1,7 @@
 // Max pooling by itself: the kernels of csrc/cuda/max_pool2d.cuh in bfloat16 on the images of a ResNet's stem, batch 128.
 //   nvcc -std=c++20 -O3 --fmad=false -gencode=arch=compute_90a,code=sm_90a --cudart static -Icsrc -I<torch>/include benchmarks/studies/max_pool2d.cu
 // Checks small shapes against loops on the host, then prints the median of 15 calls, each on tensors that are not in the
-// second-level cache. TB/s are those of the least bytes: x, y and a byte an output, or dy, that byte and dx.
+// second-level cache. TB/s are those of the least bytes: x, y and a byte per output, or dy, that byte and dx.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

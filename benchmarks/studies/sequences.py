@@ -24,7 +24,7 @@ from cnnkern.measure import clock
 from cnnkern.ops.grouped_conv1d import left_to_library
 
 Calls = dict[str, Callable[[], object]]
-# (what it is like, N, C, L, channels a group, taps, stride)
+# (what it is like, N, C, L, channels per group, taps, stride)
 SEQUENCES = (
     ("Conformer", 8, 256, 400, 1, 31, 1),
     ("Conformer, one", 1, 512, 300, 1, 31, 1),

@@ -1,4 +1,4 @@
-"""The file of a run: a table in CSV, a row a line, with what all rows share in its first line.
+"""The file of a run: a table in CSV, a row per line, with what all rows share in its first line.
 
     # cnnkern benchmarks: {"schema": 2, "created": "...", "quick": false, "out_of_place": [], "same": {"torch": ...}}
     operator,shape,...

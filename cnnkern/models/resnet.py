@@ -84,7 +84,7 @@ def _downsample(in_channels: int, out_channels: int, stride: int, fused: bool) -
 class ResNet(nn.Module):
     """A 7x7 stem, four stages of ``depths`` blocks, global average pooling, one linear layer.
 
-    ``groups`` and ``group_width`` (channels a group in the first stage, of 64 with ResNet) make it a ResNeXt.
+    ``groups`` and ``group_width`` (channels per group in the first stage, of 64 with ResNet) make it a ResNeXt.
     """
 
     def __init__(

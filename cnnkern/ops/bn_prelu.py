@@ -33,7 +33,7 @@ def batch_norm_prelu(
     dtype, or float32 beside the 16-bit ones. The result has the strides of PyTorch's. The gradient saves the input, the
     residual and two float64 vectors of C.
 
-    Raises ValueError for one value a channel in training or an impossible ``eps``, RuntimeError for shapes, dtypes or
+    Raises ValueError for one value per channel in training or an impossible ``eps``, RuntimeError for shapes, dtypes or
     devices that do not fit; running statistics are then left as they were.
 
     On a GPU it is PyTorch's operators.

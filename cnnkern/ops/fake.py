@@ -51,7 +51,7 @@ def sum_of(a: Tensor, b: Tensor, act: str) -> Tensor:
 
 
 def mask_of(x: Tensor) -> Tensor:
-    """A mask of one bit an element, in four bytes at least."""
+    """A mask of one bit per element, in four bytes at least."""
     return x.new_empty(torch.sym_max((x.numel() + 7) // 8, 4), dtype=torch.uint8)
 
 
@@ -74,7 +74,7 @@ def check_channel_vectors(op: str, x: Tensor, **vectors: Tensor | None) -> None:
         )
         torch._check(
             vector.dim() == 1 and vector.shape[0] == x.shape[1],
-            lambda name=name: f"{op}: {name} should contain one element a channel",  # type: ignore[misc]
+            lambda name=name: f"{op}: {name} should contain one element per channel",  # type: ignore[misc]
         )
 
 

@@ -39,7 +39,7 @@ def conv1d(
     step, around, apart = _single(stride), _single(padding), _single(dilation)
     if not _fits(input, weight, bias, step, around, apart, groups) or left_to_library(input, weight, step):
         return F.conv1d(input, weight, bias, stride, padding, dilation, groups)
-    # PyTorch makes the input contiguous too. A single row has one output a column whatever the vertical stride, and
+    # PyTorch makes the input contiguous too. A single row has one output per column whatever the vertical stride, and
     # kernels want both strides alike.
     row, pad = input.contiguous().unsqueeze(-2), around if isinstance(around, str) else (0, around)
     return conv2d(row, weight.unsqueeze(2), bias, (step, step), pad, (1, apart), groups).squeeze(-2)

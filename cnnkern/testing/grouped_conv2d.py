@@ -94,7 +94,7 @@ GROUPED_CONV2D = Case(
         "width 20": {"width": 20},
         "width 3": {"width": 3},  # from here on ATen's own
         "dilated": {"dilation": 2, "padding": 2},
-        "two outputs a channel": {"multiplier": 2},
+        "two outputs per channel": {"multiplier": 2},
     },
     shapes=((1, 1, 1, 1), (2, 3, 4, 5), (1, 17, 7, 7), (3, 16, 15, 17), (2, 33, 9, 29), (1, 5, 31, 3)),
     gradcheck_shapes=((2, 2, 3, 3),),

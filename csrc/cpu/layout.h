@@ -15,7 +15,7 @@ inline Layout layout_of(const at::Tensor& x) {  // x from in_layout
   return {HW == 1 || !x.is_contiguous(), N, C, HW};
 }
 
-// A vector of one value a channel in whatever floating type, read and written as double.
+// A vector of one value per channel in whatever floating type, read and written as double.
 class ChannelVector {
  public:
   ChannelVector(const at::Tensor& t)

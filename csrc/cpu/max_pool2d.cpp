@@ -1,6 +1,6 @@
 // max_pool2d: y is the maximum of each window of x, and a byte beside each y its position in the window, counted row by row.
 // Backward: dx of a pixel is the sum of dy over the windows whose position is this pixel, in the order of the windows.
-// Traffic: x, y and a byte an output forward; dy, that byte and dx backward. Threads own rows of y forward, and images of dx
+// Traffic: x, y and a byte per output forward; dy, that byte and dx backward. Threads own rows of y forward, and images of dx
 // (of one channel where planes are contiguous) or their rows backward, so sums do not depend on their number.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>

@@ -96,7 +96,7 @@ void map_span(const Policy& policy, const Planes& s, int64_t begin, int64_t end,
 }
 
 // How a tensor of planes is cut: blocks of channels (a thread's contiguous run in one image), and for each block
-// pieces of at most about kPiece elements a channel: groups of whole images, or parts of one image's plane.
+// pieces of at most about kPiece elements per channel: groups of whole images, or parts of one image's plane.
 struct PlaneCut {
   int64_t block, blocks, group, groups, part, parts;
   PlaneCut(const Planes& s, int64_t element_bytes, int64_t threads) {

@@ -135,7 +135,7 @@ inline void vput(T* p, Vec<T> v, bool stream) {
   stream ? vstream(p, v) : vstore(p, v);
 }
 
-// One bit a lane: where !(x <= bound), NaN included.
+// One bit per lane: where !(x <= bound), NaN included.
 template <typename S>
 inline uint32_t bits_above(const at::vec::Vectorized<S>& x, const at::vec::Vectorized<S>& bound) {
 #if defined(CPU_CAPABILITY_AVX512)

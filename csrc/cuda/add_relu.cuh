@@ -1,5 +1,5 @@
 // add_relu: y = relu(x + residual). Backward: dx = dresidual = dy * [y > 0].
-// [y > 0] is saved as one bit an element, in the order of memory, and nothing else.
+// [y > 0] is saved as one bit per element, in the order of memory, and nothing else.
 // Traffic in tensors read or written: 3 forward, 2 backward. A thread owns four vectors, a block's stretch apart; the
 // lanes whose bits make up a word of the mask join them by shuffles, and one of them writes it.
 #pragma once

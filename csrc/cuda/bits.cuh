@@ -1,4 +1,4 @@
-// Masks of one bit an element, in the order of the tensor's memory: element i is bit i % 8 of byte i / 8, and so, on the
+// Masks of one bit per element, in the order of the tensor's memory: element i is bit i % 8 of byte i / 8, and so, on the
 // little-endian machines there are, bit i % 32 of word i / 32.
 #pragma once
 

@@ -1,4 +1,4 @@
-// A tensor seen as channels: where their elements lie, vectors of one value a channel, and the affine map of batch norm.
+// A tensor seen as channels: where their elements lie, vectors of one value per channel, and the affine map of batch norm.
 #pragma once
 
 #include "cuda/gpu_compat.cuh"
@@ -27,7 +27,7 @@ struct ChannelView {
   __host__ __device__ int64_t count() const { return runs * length; }
 };
 
-// One value a channel, of type T or float; not there if data is null.
+// One value per channel, of type T or float; not there if data is null.
 template <typename T>
 struct ChannelVector {
   void* data;

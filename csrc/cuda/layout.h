@@ -1,4 +1,4 @@
-// Tensors as the CUDA kernels see them: their layout's shape, and vectors of one value a channel.
+// Tensors as the CUDA kernels see them: their layout's shape, and vectors of one value per channel.
 #pragma once
 
 #include <ATen/core/Tensor.h>

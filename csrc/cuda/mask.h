@@ -1,4 +1,4 @@
-// The tensor that a mask of one bit an element is kept in.
+// The tensor that a mask of one bit per element is kept in.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -3,7 +3,7 @@
 // order of the windows. No atomics, so reruns are bit-equal.
 // Kernels of 3x3 and 2x2 at stride 2: a thread has V channels and goes down a column of windows. What two windows share stays in
 // registers: forward the maximum of a row, backward dy and position. Any other kernel: a thread has one element.
-// Traffic: x, y and a byte an output forward; dy, that byte and dx backward.
+// Traffic: x, y and a byte per output forward; dy, that byte and dx backward.
 #pragma once
 
 #include "cuda/conv/conv_geometry.cuh"
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
   }
 }
 
-// ---- any kernel, an element a thread ----
+// ---- any kernel, an element per thread ----
 
 template <typename T>
 __global__ void __launch_bounds__(kPoolThreads)

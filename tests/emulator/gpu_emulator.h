@@ -160,7 +160,7 @@ T atomicOr(T* address, T value) {
   return __atomic_fetch_or(address, value, __ATOMIC_RELAXED);
 }
 
-// Each declaration is an allocation of its own on the heap, one a block, filled with NaN.
+// Each declaration is an allocation of its own on the heap, one per block, filled with NaN.
 #define GPU_SHARED(T, name, count)  \
   static const char name##_key = 0; \
   T* const name = static_cast<T*>(::emulator::shared_memory(&name##_key, sizeof(T) * (count), alignof(T), {__FILE__, __LINE__}))

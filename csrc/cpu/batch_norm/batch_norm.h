@@ -72,7 +72,7 @@ struct BatchNormForward {
   using Reduction = BatchNormForward;
   using S = compute_t<T>;
   using V = Vec<T>;
-  enum Row { kShift, kCenter, kScale, kOffset, kOfAct, kRows };  // kOfAct: of an activation that has a number a channel
+  enum Row { kShift, kCenter, kScale, kOffset, kOfAct, kRows };  // kOfAct: of an activation that has a number per channel
   static constexpr int kSums = 2;
 
   const T* x;
@@ -298,7 +298,7 @@ struct BatchNormBackward {
     if constexpr (Gate::kSums > 0) gate.finish(c, n, sums + 2 * step);
   }
 
-  // What the statistics' share of dx needs, from the sums over all `count` elements a channel.
+  // What the statistics' share of dx needs, from the sums over all `count` elements per channel.
   void set_slopes(int64_t c, int64_t n, const double* sum, const double* normalized_sum, double count) {
     const S* const center = table.row(kCenter) + c;
     S *const slope = table.row(kSlope) + c, *const mean_gradient = table.row(kMeanGradient) + c;

@@ -1,5 +1,5 @@
 // sync_bn: batch norm over processes, in parts, between which statistics and sums travel from process to process.
-//   sync_bn_stats     moments = mean and biased variance of every channel of x, elements a channel
+//   sync_bn_stats     moments = mean and biased variance of every channel of x, elements per channel
 //   sync_bn           y = act(pre + residual), pre = (x - mean) * weight * rstd + bias, from given mean and rstd
 //   sync_bn_sums      sum(g) and sum(g * (x - mean)) * rstd, g = dy * act'(pre), pre with the residual, or dy * [y > 0]
 //   sync_bn_backward  dx = weight * rstd * (g - sum(g) / n - (x - mean) * rstd * sum(g * (x - mean) * rstd) / n), with

@@ -19,7 +19,7 @@ inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kRun = 64;  // additions a lane before a sum moves to double
 
-// Inputs seen as (rows, cols), dense; mean and rstd have one value a row. An undefined parameter is not there.
+// Inputs seen as (rows, cols), dense; mean and rstd have one value per row. An undefined parameter is not there.
 void layer_norm_rows(const Tensor& x, int64_t cols, const Tensor& weight, const Tensor& bias, double eps, const Tensor& y,
                      const Tensor& mean, const Tensor& rstd);
 // An undefined gradient is not wanted.

@@ -85,7 +85,7 @@ __device__ __forceinline__ compute_t<T> read_one(const T* p, bool there) {
   return there ? static_cast<compute_t<T>>(*p) : compute_t<T>(0);
 }
 
-constexpr int64_t kConvBlocks = 1056;  // of 256 threads, that keep a GPU busy: eight a multiprocessor of the largest
+constexpr int64_t kConvBlocks = 1056;  // of 256 threads, that keep a GPU busy: eight per multiprocessor of the largest
 constexpr int kConvThreads = 256;
 constexpr int kRun = 7;  // outputs of a thread in a row: the side of the last layers' images, and a divisor of others'
 

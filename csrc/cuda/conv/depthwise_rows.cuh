@@ -44,7 +44,7 @@ struct RowWork {
   bool flipped;
 };
 
-// The filters of a tile of channels, a row of channels a tap.
+// The filters of a tile of channels, a row of channels per tap.
 template <typename T, int K>
 __device__ __forceinline__ void share_filters(const RowWork& work, const T* weight, int64_t first, compute_t<T>* filters, int pitch) {
   const int channels = static_cast<int>(smaller(work.lanes * kChannels, work.C - first));

@@ -20,7 +20,7 @@ namespace {
 
 using gpu::ConvGeometry;
 
-constexpr int64_t kWidest = gpu::kMostWide;  // channels a group
+constexpr int64_t kWidest = gpu::kMostWide;  // channels per group
 constexpr int64_t kLongest = 31;             // rows or columns of a kernel
 
 // What the kernels can do. ATen answers for everything else, errors included.

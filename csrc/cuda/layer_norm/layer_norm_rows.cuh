@@ -1,5 +1,5 @@
 // Layer norm over rows that fit into the registers of their threads: 4 to 512 of them, lanes of a warp or a block.
-// Forward: a block reads its rows, all of it before the first sum. Backward: a block owns a strip of rows, one a group of
+// Forward: a block reads its rows, all of it before the first sum. Backward: a block owns a strip of rows, one per group of
 // threads at a time; the next row is read while this one is summed. A thread keeps to its columns, whose part of dweight
 // and dbias stays in registers until the strip ends.
 // Traffic in tensors read or written: 2 forward, 3 backward.

@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(kSliceThreads) ln_slices_bwd_kernel(LayerNormB
   if (threadIdx.x == 0) partial[2 * static_cast<int64_t>(blockIdx.x)] = sums[0], partial[2 * static_cast<int64_t>(blockIdx.x) + 1] = sums[1];
 }
 
-// A warp a row.
+// A warp per row.
 template <typename S>
 __global__ void __launch_bounds__(kSliceThreads)
     ln_slices_means_kernel(const S* rstd, const double* partial, Means<S>* means, RowSlices cut) {
