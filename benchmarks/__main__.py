@@ -117,7 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="time only inference of three models, beside onnxruntime, OpenVINO and zentorch, where they are "
+        help="time only inference of three models, with onnxruntime, OpenVINO and zentorch, if they are "
         "installed, and torch.compile in mode max-autotune",
     )
     parser.add_argument(

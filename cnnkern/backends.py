@@ -130,14 +130,15 @@ def _switch(name: str | None) -> None:
 class backend:
     """Selects the kernels for CUDA tensors, in the whole process: ``"cuda"``, ``"triton"`` or ``"eager"``.
 
-    ``backend("triton")`` switches; ``with backend("triton"):`` switches back at the end of the block. ``"cuda"`` are
-    the extension's CUDA C++ kernels. ``"eager"`` are PyTorch's operators behind cnnkern's schemas, as a baseline (its
-    gradient recomputes the output for the mask of the ReLU).
+    ``backend("triton")`` switches. ``with backend("triton"):`` switches, and switches back at the end of the block.
+    ``"cuda"`` selects the extension's CUDA C++ kernels. ``"eager"`` selects PyTorch's operators with cnnkern's schemas,
+    as a baseline (its gradient recomputes the output for the mask of the ReLU).
 
-    The default is the extension's kernels; Triton's if the extension was built without CUDA; eager PyTorch if Triton is
-    not installed either. :func:`status` tells. All threads see a switch; a call during one is computed by either.
+    The default is ``"cuda"`` if the extension was built with CUDA, otherwise ``"triton"`` if Triton is installed,
+    otherwise ``"eager"``. :func:`status` shows it. A switch applies to all threads. A call that runs during a switch
+    may use either backend.
 
-    Raises ValueError for an unknown name and RuntimeError for a backend that is not available; nothing changes then.
+    Raises ValueError for an unknown name and RuntimeError for a backend that is not available. Then nothing changes.
     """
 
     def __init__(self, name: str) -> None:

@@ -58,15 +58,17 @@ def run(arguments: Sequence[str] | None) -> int:
     commands.add_parser(
         "tune",
         add_help=False,
-        help="find the calls that another implementation computes faster on this machine, and use it for them",
+        help="time cnnkern's operators against PyTorch's on this machine, and use the faster one from then on",
     )
     commands.add_parser("train", add_help=False, help="train a model of the zoo (see cnnkern train --help)")
     zoo_parser = commands.add_parser(
-        "zoo", help="list the models of the zoo with parameters, operations and fused layers"
+        "zoo",
+        help="list the models of the zoo with parameters, operations and fused layers",
+        description="Without a command it lists the models with parameters, operations and fused layers.",
     )
     actions = zoo_parser.add_subparsers(dest="action")
     show_parser = actions.add_parser("show", help="show the layers of one model")
-    show_parser.add_argument("name", metavar="NAME", help="the model; `cnnkern zoo` lists them")
+    show_parser.add_argument("name", metavar="NAME", help="the model; `cnnkern zoo` lists all")
     show_parser.add_argument(
         "--input", type=image_size, metavar="C,H,W", help="the shape of its input (default: the model's usual input)"
     )
@@ -74,7 +76,7 @@ def run(arguments: Sequence[str] | None) -> int:
         "--eager", action="store_true", help="show the model in PyTorch's own operators, without fused layers"
     )
     compare_parser = actions.add_parser("compare", help="train models on handwritten digits and draw them side by side")
-    compare_parser.add_argument("names", metavar="NAME", nargs="+", help="the models; `cnnkern zoo` lists them")
+    compare_parser.add_argument("names", metavar="NAME", nargs="+", help="the models; `cnnkern zoo` lists all")
     compare_parser.add_argument(
         "--epochs",
         type=positive,

@@ -21,7 +21,13 @@ TUNED = {"MMAP_THRESHOLD": _LARGEST, "TRIM_THRESHOLD": _LARGEST, "TOP_PAD": 2**2
 
 
 class PoolSizes(NamedTuple):
-    """Bytes of the pool: what results need now, what is held beyond that, the most that they have needed at once."""
+    """Bytes of the pool of CPU results.
+
+    Attributes:
+        used: Bytes of results that exist.
+        kept: Bytes of blocks that are kept for the next results.
+        most: The most bytes that were in use at one time.
+    """
 
     used: int
     kept: int
@@ -29,25 +35,25 @@ class PoolSizes(NamedTuple):
 
 
 def pool_sizes() -> PoolSizes:
-    """What the pool of CPU results holds. All zeros without the compiled extension."""
+    """The sizes of the pool of CPU results. All are 0 without the compiled extension."""
     return PoolSizes(*(extension.pool_sizes() if extension is not None else (0, 0, 0)))
 
 
 def empty_cache() -> None:
-    """Gives memory back to the system that cnnkern keeps for its next results on a CPU.
+    """Returns to the system the memory that cnnkern keeps for its next results on a CPU.
 
-    CPU results of cnnkern's operators of 256 KiB or more lie in blocks that are used again, as torch.cuda's caching
-    allocator does it on a GPU: new memory has to be cleared by the system page by page, which often takes longer than
-    the kernel that writes it. Used and kept together, the pool never holds more than was in use at once. A block that
-    nothing has used for ten seconds goes back at the next call, and all do when the system has no memory left.
-    ``CNNKERN_POOL=0`` in the environment, or :func:`use_pool`, switches it off.
+    CPU results of cnnkern's operators of 256 KiB or more are allocated from a pool of blocks, like GPU tensors from
+    torch.cuda's caching allocator. Without it the system would clear new memory page by page, which often takes longer
+    than the kernel that writes it. The pool never holds more than the most that was in use at one time. A block that
+    was unused for ten seconds is freed in the next call, and all unused blocks when the system has no memory left.
+    ``CNNKERN_POOL=0`` in the environment, or :func:`use_pool`, switches the pool off.
     """
     if extension is not None:
         extension.empty_pool()
 
 
 def use_pool(on: bool) -> None:
-    """Whether CPU results of cnnkern's operators lie in blocks that are used again (see :func:`empty_cache`)."""
+    """Switches the pool of CPU results on or off (see :func:`empty_cache`)."""
     if extension is not None:
         extension.set_pool(bool(on))
 
@@ -64,15 +70,15 @@ _follow_environment()
 
 
 def tune_malloc() -> str:
-    """Raises malloc's thresholds, so that large CPU tensors reuse memory; returns a sentence that says what it did.
+    """Raises malloc's thresholds, so that large CPU tensors reuse memory. Returns a sentence that says what it did.
 
-    glibc gives every block above 32 MiB (sooner, at first) to the kernel and back on each call, which costs a page
-    fault for 4 KiB of fresh output: often more than the kernel that fills it. This call raises the thresholds of
-    ``mallopt`` so that blocks up to 2 GiB come from the heap and stay there when they are freed.
+    glibc returns every block above 32 MiB (at first also smaller ones) to the system when it is freed. The next block
+    then causes a page fault per 4 KiB, which often takes longer than the kernel that fills it. This call raises the
+    thresholds of ``mallopt``, so that blocks up to 2 GiB come from the heap and stay there when they are freed.
 
-    The cost: memory that tensors have freed stays with the process, up to 2 GiB at the heap's top and whatever lies
-    between live blocks, so resident memory remains near its peak. It holds for the whole process, for PyTorch's own
-    operators as well as ours, and cannot be undone. Call it before the first large tensor.
+    The drawback: freed memory stays with the process, up to 2 GiB at the heap's top and all gaps between live blocks,
+    so resident memory stays near its peak. The call applies to the whole process, to PyTorch's operators as well as
+    cnnkern's, and cannot be undone. Call it before the first large tensor.
 
     Without glibc (musl, macOS, Windows) nothing is changed, and the sentence says so.
     """
@@ -81,15 +87,15 @@ def tune_malloc() -> str:
         version = libc.gnu_get_libc_version
         mallopt = libc.mallopt
     except (OSError, TypeError, AttributeError):
-        return "cnnkern: malloc left as it is: this C library is not glibc"
+        return "cnnkern: malloc is unchanged: this C library is not glibc"
     version.restype = ctypes.c_char_p
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
     release = version().decode()
     refused = [f"M_{option}" for option, value in TUNED.items() if mallopt(_PARAMETERS[option], value) != 1]
     if refused:
-        return f"cnnkern: malloc left partly as it is: glibc {release} refused mallopt option {', '.join(refused)}"
+        return f"cnnkern: malloc is partly unchanged: glibc {release} refused mallopt option {', '.join(refused)}"
     return (
-        f"cnnkern: glibc {release} now reuses blocks up to 2 GiB instead of mapping them anew; "
+        f"cnnkern: glibc {release} now reuses blocks up to 2 GiB instead of mapping new pages; "
         "resident memory stays near its peak"
     )
 

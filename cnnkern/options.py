@@ -112,7 +112,7 @@ def device(text: str) -> str:
 def make_parser() -> Parser:
     # No option takes a variable number of values: it would take MODEL, where that comes next.
     parser = Parser()
-    parser.add_argument("model", metavar="MODEL", help="the model to train; `cnnkern zoo` lists them")
+    parser.add_argument("model", metavar="MODEL", help="the model to train; `cnnkern zoo` lists all")
     add, switch, whole = parser.add, parser.switch, number(int)
     add("--dataset", "digits", choices=data.DATASETS, help="the dataset to train on; digits comes with scikit-learn")
     add("--data-dir", metavar="DIR", help="the folder with the files of the dataset; digits needs none")
@@ -127,12 +127,12 @@ def make_parser() -> Parser:
     add("--weight-decay", 0.0, type=number(float, zero=True), said="0", help="the weight decay of the optimiser")
     add("--schedule", "constant", choices=sorted(SCHEDULES), help="how the learning rate falls over all --epochs")
     add("--amp", choices=["bf16"], said="off", help="mixed precision: run the model under autocast in this dtype")
-    switch("--float64", help="compute in float64, to compare runs")
+    switch("--float64", help="compute in float64, for comparisons of runs")
     switch("--channels-last", help="keep images and weights in the channels_last memory format")
     switch("--compile", help="compile the model with torch.compile")
     switch("--recompute", help="recompute the results of norms in the backward pass, to save memory")
     switch("--eager", help="use PyTorch's operators instead of the fused layers")
-    switch("--sync-bn", help="take batch statistics over all processes")
+    switch("--sync-bn", help="synchronise batch statistics over all processes")
     add("--seed", 0, type=number(int, zero=True), help="the seed of weights, order, augmentation and dropout")
     switch("--augment", help="rotate, shift and scale each training image a little, at random")
     threads = number(int, most=1024)

@@ -18,21 +18,21 @@ from cnnkern.extension import extension
 
 @contextlib.contextmanager
 def recompute() -> Iterator[None]:
-    """In this block no result is kept for the gradient of cnnkern's batch norms (with their activation) and layer
-    norms, and none of `torch.cat`.
+    """Within this block autograd does not save results of cnnkern's batch norms (with their activation), layer norms
+    and `torch.cat`: the backward pass recomputes them.
 
-    A convolution, or whatever else uses such a result, saves it to compute its own gradient later. Within this block
-    the graph holds a recipe instead: one pass over what the norm saves anyway, or a copy of what was concatenated,
-    recomputes the result. Gradients are the same, bit by bit. Only the forward pass has to run within the block:
+    A convolution, or another layer that uses such a result, saves it for its own gradient. Within this block autograd
+    saves how to recompute it instead: by one pass over what the norm saves anyway, or by concatenating again. Gradients
+    are bit-equal. Only the forward pass has to run within the block:
 
     >>> with cnnkern.recompute():
     ...     loss = model(images).square().mean()
     >>> loss.backward()
 
-    Input and parameters of the norm may not change between the two passes; where the input did, the backward pass
-    raises the RuntimeError that autograd raises for a saved tensor. What was concatenated may change. Within other
-    hooks on saved tensors, which `torch.utils.checkpoint` is made of, under :func:`torch.compile` and within transforms
-    of `torch.func` the block changes nothing. Raises RuntimeError where cnnkern was installed without its extension.
+    Input and parameters of the norm may not change between forward and backward. If the input did, the backward pass
+    raises the RuntimeError that autograd raises for a saved tensor. Tensors that were concatenated may change. The
+    block changes nothing within other saved-tensor hooks, such as those of `torch.utils.checkpoint`, under
+    :func:`torch.compile`, and within transforms of `torch.func`. Raises RuntimeError without the compiled extension.
     """
     check_extension("recompute")
     if torch.compiler.is_compiling() or not extension.may_recompute():

@@ -260,11 +260,11 @@ def test_our_layers_and_converted_models_fold_as_their_originals():
 def test_what_cannot_be_folded_says_so():
     with pytest.raises(TypeError, match=r"cnnkern.fold: expected a torch.nn.Module; got int"):
         cnnkern.fold(3)
-    with pytest.raises(ValueError, match=r"cnnkern.fold: the model is in training mode, call eval\(\) first"):
+    with pytest.raises(ValueError, match=r"cnnkern.fold: the model is in training mode; call eval\(\) first"):
         cnnkern.fold(nn.Conv2d(1, 1, 1))
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)).eval()
     model[1].train()
-    with pytest.raises(ValueError, match=r"cnnkern.fold: batch norm '1' is in training mode, call eval\(\) first"):
+    with pytest.raises(ValueError, match=r"cnnkern.fold: batch norm '1' is in training mode; call eval\(\) first"):
         cnnkern.fold(model)
     linear = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
     same = cnnkern.fold(linear)

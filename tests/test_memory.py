@@ -39,7 +39,7 @@ def test_large_tensors_are_not_faulted_anew():
 
 def test_without_glibc_nothing_is_done(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    assert cnnkern.tune_malloc() == "cnnkern: malloc left as it is: this C library is not glibc"
+    assert cnnkern.tune_malloc() == "cnnkern: malloc is unchanged: this C library is not glibc"
 
 
 def test_a_refusal_is_named(monkeypatch):
@@ -52,8 +52,7 @@ def test_a_refusal_is_named(monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Refusing)
     assert (
-        memory.tune_malloc()
-        == "cnnkern: malloc left partly as it is: glibc 9.9 refused mallopt option M_MMAP_THRESHOLD"
+        memory.tune_malloc() == "cnnkern: malloc is partly unchanged: glibc 9.9 refused mallopt option M_MMAP_THRESHOLD"
     )
 
 

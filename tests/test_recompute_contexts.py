@@ -251,7 +251,7 @@ def test_it_can_be_switched_on_later_and_is_said():
     assert cnnkern.convert(model, inplace=True, recompute=True) is model
     report = cnnkern.conversion_report(model)
     assert report.recompute
-    assert "results of norms are computed again for the gradient" in str(report).splitlines()[0]
+    assert "the backward pass recomputes results of norms" in str(report).splitlines()[0]
     assert "recompute=True" in repr(model)
     assert repr(model).startswith("Net(")
     assert cnnkern.conversion_report(cnnkern.convert(model)).recompute

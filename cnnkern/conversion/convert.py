@@ -42,9 +42,10 @@ class Replacement:
 
 @dataclass
 class ConversionReport:
-    """What :func:`convert` or :func:`fold` did, an entry for each layer that it replaced or could not replace.
+    """What :func:`convert` or :func:`fold` did: an entry per layer that it replaced or could not replace.
 
-    What a batch norm is fused with is known once the model has run. ``print`` shows the report; ``counts`` adds it up.
+    It shows what a batch norm was fused with after the model has run. ``print`` shows the report, and ``counts`` has
+    the number of layers by kind.
     """
 
     entries: list[Replacement] = field(default_factory=list)
@@ -57,7 +58,7 @@ class ConversionReport:
         return dict(Counter(e.kind or "not converted" for e in self.entries))
 
     def __str__(self) -> str:
-        recomputes = "; results of norms are computed again for the gradient" if self.recompute else ""
+        recomputes = "; the backward pass recomputes results of norms" if self.recompute else ""
         if not self.entries:
             return f"{self.made_by}: {self.nothing}{recomputes}"
         width = max(len(e.path) for e in self.entries)
@@ -69,26 +70,29 @@ class ConversionReport:
 
 
 def convert(model: nn.Module, inplace: bool = False, verify: Any = None, *, recompute: bool = False) -> nn.Module:
-    """The model with its norms, grouped convolutions and max poolings on cnnkern's kernels; each batch norm is fused
-    with the activation or the residual addition behind it.
+    """Returns the model with its norms, grouped convolutions and max poolings on cnnkern's kernels. Each batch norm is
+    fused with the activation or the residual addition after it.
 
-    The result shares parameters and buffers with ``model`` and has the same state-dict keys, so an optimiser made
-    before still works and checkpoints fit either. With ``inplace`` the model itself is changed and returned. Results
-    are the same up to rounding, in training and in eval: the model's own forward pass runs as it is. Subclasses of
-    batch norm and layer norm are not converted.
+    The result shares parameters and buffers with ``model`` and has the same state-dict keys, so an existing optimiser
+    still works, and checkpoints fit both. Results are the same within rounding, in training and in eval mode: the
+    model's own forward pass runs unchanged. Subclasses of batch norm and layer norm are not converted.
 
-    ``verify`` is an example input, a tuple of them, or a dict of keyword arguments: forward pass and gradients of the
-    original and of the result are then compared on it, in float64 where the model runs in that, in training and in eval
-    mode, and :class:`ConversionError` is raised where they differ; ``model`` is as it was.
+    :func:`conversion_report` lists what was replaced and, after the model has run, what was fused. :func:`revert`
+    undoes the conversion. Converting twice changes nothing, except that ``recompute`` can be switched on later.
 
-    With ``recompute`` every call of the model runs within :func:`cnnkern.recompute`: results of norms are not kept for
-    the gradient but recomputed, which saves memory, takes a little time and changes no gradient. It holds for a call of
-    the whole model, on our layers of any kind, and not under :func:`torch.compile`.
+    Args:
+        model: The model.
+        inplace: Whether to change the model itself and return it, instead of a copy.
+        verify: An example input, a tuple of arguments, or a dict of keyword arguments. Outputs, gradients and buffers
+            of the original and of the result are compared on it, in training and in eval mode, in float64 if the
+            model runs in float64.
+        recompute: Whether every call of the model runs within :func:`cnnkern.recompute`: the backward pass recomputes
+            results of norms, which are not saved. That saves memory, takes a little time and changes no gradient. It
+            applies to calls of the whole model, and not under :func:`torch.compile`.
 
-    :func:`conversion_report` tells what was replaced and, once the model has run, what was fused; :func:`revert` undoes
-    it. Converting twice changes nothing, except that ``recompute`` may be switched on later. Raises TypeError for what
-    is no ``nn.Module`` or is a ``torch.jit`` module and for a ``recompute`` that is no bool; RuntimeError for
-    ``recompute`` without the compiled extension.
+    Raises :class:`ConversionError` if results differ under ``verify``, in which case ``model`` is unchanged; TypeError
+    if ``model`` is not an ``nn.Module`` or is a ``torch.jit`` module, and if ``recompute`` is not a bool; RuntimeError
+    for ``recompute`` without the compiled extension.
     """
     check_module("convert", model)
     if not isinstance(recompute, bool):
@@ -108,14 +112,14 @@ def convert(model: nn.Module, inplace: bool = False, verify: Any = None, *, reco
 
 
 def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
-    """Undoes :func:`convert`: the model as it was, with the parameters and statistics that it has now."""
+    """Undoes :func:`convert`: the original layers, with the current parameters and statistics."""
     check_module("revert", model)
     classes = originals()
     for path, module in model.named_modules():
         if "_cnnkern_converted" in module.__dict__ and recomputation.plain_class(module) not in classes:
             raise TypeError(
                 f"cnnkern.revert: {path!r} has become a {type(module).__name__} since it was converted; "
-                "take that back before, as torch.nn.utils.parametrize.remove_parametrizations does"
+                "undo that first, for example with torch.nn.utils.parametrize.remove_parametrizations"
             )
     if not inplace:
         model = _sharing_copy(model)
@@ -130,9 +134,9 @@ def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
 
 
 def conversion_report(model: nn.Module) -> ConversionReport:
-    """What :func:`convert` did to this model or, for a model not converted yet, what it would do.
+    """What :func:`convert` did to this model or, if it is not converted yet, what it would do.
 
-    For each batch norm it tells what its results were fused with so far. Raises what :func:`convert` raises.
+    For each batch norm it shows what its results have been fused with. Raises what :func:`convert` raises.
     """
     check_module("conversion_report", model)
     model = uncompiled(model)

@@ -20,29 +20,29 @@ from cnnkern.nn.batchnorm import _FusedBatchNorm
 
 
 def fold(model: nn.Module) -> nn.Module:
-    """A copy of the model for inference: a convolution and the batch norm behind it run as one convolution, with the
-    residual addition and the activation behind that in its kernel.
+    """Returns a copy of the model for inference: a convolution and the batch norm after it run as one convolution. The
+    residual addition and the activation after the batch norm are the epilogue of its kernel.
 
-    ``model`` is in eval mode, and stays as it is; the copy shares nothing with it, and has the same parameters, under
-    the same names. Results are the same up to rounding. Norms and grouped convolutions are converted as :func:`convert`
-    does it; behind a grouped ``nn.Conv1d``, whose kernels are cnnkern's, the batch norm stays a layer of its own.
-    :func:`conversion_report` of the result tells what was done, once the model has run.
+    ``model`` has to be in eval mode, and is not changed. The copy shares nothing with it, and has the same parameters
+    under the same names. Results are the same within rounding. Norms and grouped convolutions are converted as by
+    :func:`convert`. After a grouped ``nn.Conv1d``, which runs on cnnkern's kernels, the batch norm stays a separate
+    layer. :func:`conversion_report` of the copy lists what was done, after the model has run.
 
-    Weights are folded at the first call, and again when a parameter has changed. On the CPU, in float32 and in 16-bit
-    types that the processor has instructions for, PyTorch's oneDNN operators compute what was fused, on weights packed
-    for them; elsewhere PyTorch's convolution runs with the folded weights. Where gradients are wanted, and in programs
-    that torch.compile and torch.export make, the model runs as it is converted. A ReLU inside of oneDNN's kernels makes
-    0 of NaN.
+    Weights are folded in the first call, and again after a parameter has changed. On the CPU, in float32 and in 16-bit
+    types for which the processor has instructions, PyTorch's oneDNN operators compute the folded convolutions, with
+    packed weights. Elsewhere PyTorch's convolution runs with the folded weights. Where gradients are needed, and in
+    programs made by torch.compile and torch.export, nothing is folded and the model runs as a converted one. A ReLU in
+    oneDNN's kernels returns 0 for NaN.
 
-    Raises TypeError for what is no ``nn.Module`` or is a ``torch.jit`` module, ValueError for a model, or a batch norm
-    of it, in training mode.
+    Raises TypeError if ``model`` is not an ``nn.Module`` or is a ``torch.jit`` module, ValueError if the model, or a
+    batch norm in it, is in training mode.
     """
     check_module("fold", model)
     if model.training:
-        raise ValueError("cnnkern.fold: the model is in training mode, call eval() first")
+        raise ValueError("cnnkern.fold: the model is in training mode; call eval() first")
     for path, module in model.named_modules():
         if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(f"cnnkern.fold: batch norm {path!r} is in training mode, call eval() first")
+            raise ValueError(f"cnnkern.fold: batch norm {path!r} is in training mode; call eval() first")
     folded = revert(copy.deepcopy(model), inplace=True)
     report = ConversionReport(made_by="cnnkern.fold", nothing="no convolution in this model, nothing to fold")
     if Site is not None and any(map(_is_convolution, folded.modules())):

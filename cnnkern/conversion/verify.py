@@ -93,7 +93,9 @@ def _run(model: nn.Module, example: Any, training: bool, double: bool) -> dict[s
 
 def _compare(theirs: dict[str, Tensor], ours: dict[str, Tensor], where: str, eps: float) -> None:
     if theirs.keys() != ours.keys():
-        raise ConversionError(f"cnnkern.convert: {where}: other outputs or gradients than the original's")
+        raise ConversionError(
+            f"cnnkern.convert: {where}: the outputs or gradients are not those of the original; the model is unchanged"
+        )
     # Room for the rounding of a deep model: eight of sixteen digits in float64, half of them in what is less precise.
     tolerance = 1e-7 if eps < 1e-12 else eps**0.5
 
@@ -106,7 +108,7 @@ def _compare(theirs: dict[str, Tensor], ours: dict[str, Tensor], where: str, eps
         mine, size = ours[name], scale if name.startswith("grad") else largest(expected)
         if mine.shape != expected.shape or mine.dtype != expected.dtype:
             raise ConversionError(
-                f"cnnkern.convert: {where}: {name} has another shape or dtype; the model is left as it was"
+                f"cnnkern.convert: {where}: {name} has another shape or dtype; the model is unchanged"
             )
         if not expected.numel():
             continue
@@ -116,5 +118,5 @@ def _compare(theirs: dict[str, Tensor], ours: dict[str, Tensor], where: str, eps
         if not error <= tolerance * size + 1e-12:
             raise ConversionError(
                 f"cnnkern.convert: {where}: {name} differs by {error:.1e} (largest value {size:.1e}); "
-                "the model is left as it was"
+                "the model is unchanged"
             )

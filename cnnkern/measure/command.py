@@ -95,10 +95,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add_model_options(parser, seconds=30.0)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--train", action="store_true", help="time training steps (the default)")
-    mode.add_argument("--infer", action="store_true", help="time inference; on a CPU, folded as well")
-    parser.add_argument("--compile", action="store_true", help="also time torch.compile of both")
+    mode.add_argument("--infer", action="store_true", help="time inference; on a CPU also the folded model")
+    parser.add_argument("--compile", action="store_true", help="also time both models under torch.compile")
     parser.add_argument("--recompute", action="store_true", help="also measure training with recomputation")
-    parser.add_argument("--tune-malloc", action="store_true", help="call cnnkern.tune_malloc() first, for eager too")
+    parser.add_argument(
+        "--tune-malloc", action="store_true", help="call cnnkern.tune_malloc() first (eager is timed with it too)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE as JSON")
     parser.add_argument("--html", metavar="FILE", help="write the tables to FILE as an HTML page")
     options = parser.parse_args(arguments)

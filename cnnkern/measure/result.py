@@ -14,18 +14,25 @@ from cnnkern.measure.machine import Activity, Machine
 class Contender:
     """A form of the model that was timed, in the same rounds as all others.
 
-    `seconds` of eager is the median of its rounds, that of another is eager's over its ratio, so that times and ratios
-    agree. `ratio` is the median over rounds of eager's time by this one's.
+    Attributes:
+        name: eager, converted, folded, torch.compile, or converted + torch.compile.
+        seconds: Wall-clock time of a step: of eager the median over rounds, of the others that divided by ``ratio``.
+        spread: The interquartile range of its rounds, divided by their median.
+        ratio: The speedup: the median over rounds of eager's time divided by this one's.
+        chance: The relative uncertainty of ``ratio``.
+        peak_bytes: The peak memory of tensors during a step, in addition to what existed before it.
+        event_seconds: On a GPU, the time of a step between two events of its stream.
+        kernel_seconds: On a GPU, the time of a step's kernels.
     """
 
-    name: str  # eager, converted, folded, torch.compile, converted + torch.compile
-    seconds: float  # of a step on the wall's clock
-    spread: float  # the middle half of its rounds, as a share of the median
-    ratio: float  # times as fast as eager
-    chance: float  # how far off the ratio may be by chance, as a share
-    peak_bytes: int  # the most that tensors held during a step, beyond what was there before
-    event_seconds: float | None = None  # on a GPU: of a step between two events of its stream
-    kernel_seconds: float | None = None  # on a GPU: of a step's kernels
+    name: str
+    seconds: float
+    spread: float
+    ratio: float
+    chance: float
+    peak_bytes: int
+    event_seconds: float | None = None
+    kernel_seconds: float | None = None
 
     @property
     def waits(self) -> float:
@@ -35,57 +42,79 @@ class Contender:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """What :func:`cnnkern.benchmark` returns. Times are seconds, memory is bytes, shares are between 0 and 1.
+    """What :func:`cnnkern.benchmark` returns. Times are in seconds, memory in bytes, shares between 0 and 1.
 
     ``str()`` gives the tables, :meth:`to_json` and :meth:`to_html` write files.
+
+    Attributes:
+        model: The name of the model.
+        inputs: The shapes of its arguments.
+        batch: The number of images per step.
+        mode: training (forward, backward, SGD with momentum) or inference (forward).
+        dtype: float32, or that of autocast: bfloat16 or float16.
+        layout: contiguous or channels_last.
+        device: The device.
+        threads: PyTorch's CPU threads.
+        machine: The machine, torch and cnnkern.
+        activity: Other load of the machine.
+        tuned: Whether a table of `cnnkern tune` was in use, by which PyTorch computes some of the calls.
+        fused: The number of replaced layers by kind.
+        check: The comparison of results.
+        rounds: The number of rounds; 0 if results were wrong and nothing was timed.
+        noise: The noise floor: how far eager's ratio to itself is from 1, plus its uncertainty.
+        contenders: What was timed.
+        failed: Implementations that could not run, and why.
+        breakdown: Seconds of a step by kind of operator, of eager and of the converted model.
+        bound: The speedup if norms, activations, additions and grouped convolutions took no time.
     """
 
     model: str
-    inputs: list[list[int]]  # the shapes of the model's arguments
-    batch: int  # images of a step
-    mode: str  # training (forward, backward, SGD with momentum) or inference (forward)
-    dtype: str  # float32, or that of autocast: bfloat16, float16
-    layout: str  # contiguous or channels_last
+    inputs: list[list[int]]
+    batch: int
+    mode: str
+    dtype: str
+    layout: str
     device: str
-    threads: int  # of PyTorch on the CPU
+    threads: int
     machine: Machine
-    activity: Activity  # what else the machine did
-    tuned: bool  # whether a table of `cnnkern tune` was in use, by which PyTorch computes some of the calls
-    fused: dict[str, int]  # layers that were replaced, by kind
+    activity: Activity
+    tuned: bool
+    fused: dict[str, int]
     check: Check
-    rounds: int = 0  # 0 where results were wrong, and nothing was timed
-    noise: float = 0.0  # eager's ratio to itself: its distance from 1 and its chance
+    rounds: int = 0
+    noise: float = 0.0
     contenders: list[Contender] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)  # implementations that could not be run, and why
-    breakdown: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds of a step by kind: eager, converted
-    bound: float = 1.0  # times as fast as eager, if norms, activations, additions and grouped convolutions took no time
+    failed: dict[str, str] = field(default_factory=dict)
+    breakdown: dict[str, dict[str, float]] = field(default_factory=dict)
+    bound: float = 1.0
 
     @property
     def ok(self) -> bool:
-        """Whether the results were right."""
+        """Whether the results agree."""
         return self.check.ok
 
     def within_noise(self, contender: Contender) -> bool:
-        """Whether this ratio may as well be 1: it is no farther from it than eager's own, or than its chance."""
+        """Whether this ratio differs from 1 by no more than the noise floor, or than its own uncertainty."""
         return abs(contender.ratio - 1) <= max(self.noise, contender.ratio * contender.chance)
 
     def images_per_second(self, contender: Contender) -> float:
+        """Images per second of a contender."""
         return self.batch / contender.seconds
 
     @property
     def host_bound(self) -> bool:
-        """Whether a GPU waits for the host in a fifth of eager's step or more."""
+        """Whether a GPU waits for the host in more than 20 % of eager's step."""
         return any(c.name == "eager" and c.waits > 0.2 for c in self.contenders)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """All fields as JSON, which is also written to `path` where one is given."""
+        """All fields as JSON, which is also written to `path` if it is given."""
         text = json.dumps(asdict(self) | {"ok": self.ok, "host_bound": self.host_bound}, indent=1)
         if path is not None:
             Path(path).write_text(text + "\n")
         return text
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """The tables as a page of its own, which is also written to `path` where one is given."""
+        """The tables as an HTML page, which is also written to `path` if it is given."""
         from cnnkern.measure import show
 
         text = show.page(self)

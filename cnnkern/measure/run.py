@@ -44,23 +44,33 @@ def benchmark(
 ) -> BenchmarkResult:
     """Compares a model with its converted form on this machine: results, times, memory, and where the time goes.
 
-    ``example`` is the model's input, or a tuple of its arguments; the first dimension of the first tensor counts as
-    images. A training step is forward, backward and SGD with momentum, of ``loss`` of what the model returns, by
-    default the sum of the means of all floating-point tensors in it, which may be packed in sequences, mappings and
-    dataclasses. ``amp`` is ``"bf16"`` or ``"fp16"``, for autocast without a gradient scaler. With ``compile`` the model
-    and the converted one are timed under :func:`torch.compile` too, in inference on a CPU always
-    :func:`cnnkern.fold`'s. ``seconds`` is for the timing alone; the checks, compilation and five rounds at least come
-    on top. With ``recompute`` the converted model is also measured with :func:`cnnkern.recompute`, in training only.
-    ``converted`` is a form of the model that is measured instead of ``convert``'s.
+    A training step is the forward pass, the backward pass and a step of SGD with momentum. In inference on a CPU the
+    model of :func:`cnnkern.fold` is timed too. If results differ, nothing is timed, and :attr:`BenchmarkResult.ok` is
+    False. ``model`` is not changed.
 
-    If results differ nothing is timed, and :attr:`BenchmarkResult.ok` is False. ``model`` is not changed.
+    Args:
+        model: The model.
+        example: Its input, or a tuple of its arguments. The first dimension of the first tensor is the batch.
+        training: Whether to time training steps or inference.
+        amp: ``"bf16"`` or ``"fp16"``: autocast, without a gradient scaler.
+        channels_last: Whether to use channels_last for the model and the example.
+        device: The device to run on.
+        compile: Whether to also time the model and the converted model under :func:`torch.compile`.
+        recompute: Whether to also measure the converted model with :func:`cnnkern.recompute`, in training.
+        seconds: For the timing alone. Checks, compilation and at least five rounds come in addition.
+        loss: A function of the model's output. By default it is the sum of the means of all floating-point tensors in
+            the output, which may be in sequences, mappings and dataclasses.
+        converted: A converted form of the model, to be measured instead of that of :func:`cnnkern.convert`.
+        name: The name of the model in the tables.
 
-    Raises ValueError for an unknown ``amp``, an example that the model does not take, and a model that returns no
-    floating-point tensor; TypeError for what is no ``nn.Module``.
+    Raises ValueError for an unknown ``amp``, negative ``seconds``, an example that the model does not accept, and a
+    model that returns no floating-point tensor; TypeError if ``model`` is not an ``nn.Module``.
     """
     check_module("benchmark", model)
     if amp is not None and amp not in AMP:
         raise ValueError(f"cnnkern.benchmark: amp must be one of {', '.join(AMP)}; got {amp!r}")
+    if not seconds >= 0:
+        raise ValueError(f"cnnkern.benchmark: seconds must not be negative; got {seconds}")
     name = name or type(model).__name__
     setting = Setting(training, device, amp, channels_last, loss or mean_loss)
     arguments = placed(example if isinstance(example, tuple) else (example,), device, channels_last)
@@ -87,7 +97,7 @@ def benchmark(
 
 
 def _try(name: str, model: nn.Module, arguments: tuple[Any, ...], setting: Setting) -> None:
-    """Raises ModelError where the model does not take these arguments, or returns nothing to measure."""
+    """Raises ModelError if the model does not accept these arguments, or returns nothing to measure."""
     if any(is_lazy(p) for p in (*model.parameters(), *model.buffers())):
         raise ModelError(f"{name} has lazy layers that have no parameters yet: call it once before")
     try:

@@ -36,8 +36,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", nargs="?", help=f"the model: {FORMS} (default: {', '.join(DEFAULT)})")
     add_model_options(parser, seconds=60.0)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--train", action="store_true", help="tune training alone (default: training and inference)")
-    mode.add_argument("--infer", action="store_true", help="tune inference alone")
+    mode.add_argument("--train", action="store_true", help="tune training only (default: training and inference)")
+    mode.add_argument("--infer", action="store_true", help="tune inference only")
     parser.add_argument("--forget", action="store_true", help="start a new table instead of adding to this machine's")
     return parser.parse_args(arguments)
 

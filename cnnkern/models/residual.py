@@ -108,7 +108,7 @@ class BottleneckBlock(nn.Module):
 
 @register(3, 32, 32)
 def bn_lenet_residual(num_classes: int = 10, in_channels: int = 3, fused: bool = True) -> nn.Sequential:
-    """LeNet's plan with batch norm and one residual block a stage. Input 3x32x32, 255,130 parameters.
+    """LeNet's plan with batch norm and one residual block per stage. Input 3x32x32, 255,130 parameters.
 
     The blocks are of He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385). Shapes:
     16x32x32, pooled 16x16x16; 32x16x16, pooled 32x8x8; 64x8x8, pooled 64x4x4; then 1024, 120, 84.

@@ -118,23 +118,26 @@ class _ChosenAct(_FusedBatchNorm):
 
 
 class BatchNormAct1d(_ChosenAct, nn.BatchNorm1d):
-    """:class:`torch.nn.BatchNorm1d`, then the activation ``act``, as :func:`~cnnkern.functional.batch_norm_act` has it.
+    """:class:`torch.nn.BatchNorm1d`, then the activation ``act``: one of :func:`~cnnkern.functional.batch_norm_act`.
 
-    Input (N, C) or (N, C, L). Equivalent to ``nn.Sequential(nn.BatchNorm1d(...), nn.ReLU())``.
+    Input (N, C) or (N, C, L). With the default, ``act="relu"``, equivalent to
+    ``nn.Sequential(nn.BatchNorm1d(...), nn.ReLU())``.
     """
 
 
 class BatchNormAct2d(_ChosenAct, nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d`, then the activation ``act``, as :func:`~cnnkern.functional.batch_norm_act` has it.
+    """:class:`torch.nn.BatchNorm2d`, then the activation ``act``: one of :func:`~cnnkern.functional.batch_norm_act`.
 
-    Input (N, C, H, W). Equivalent to ``nn.Sequential(nn.BatchNorm2d(...), nn.ReLU())``.
+    Input (N, C, H, W). With the default, ``act="relu"``, equivalent to
+    ``nn.Sequential(nn.BatchNorm2d(...), nn.ReLU())``.
     """
 
 
 class BatchNormAct3d(_ChosenAct, nn.BatchNorm3d):
-    """:class:`torch.nn.BatchNorm3d`, then the activation ``act``, as :func:`~cnnkern.functional.batch_norm_act` has it.
+    """:class:`torch.nn.BatchNorm3d`, then the activation ``act``: one of :func:`~cnnkern.functional.batch_norm_act`.
 
-    Input (N, C, D, H, W). Equivalent to ``nn.Sequential(nn.BatchNorm3d(...), nn.ReLU())``.
+    Input (N, C, D, H, W). With the default, ``act="relu"``, equivalent to
+    ``nn.Sequential(nn.BatchNorm3d(...), nn.ReLU())``.
     """
 
 
@@ -177,21 +180,22 @@ class BatchNormReLU3d(_FusedBatchNorm, nn.BatchNorm3d):
 class BatchNormAddAct1d(_FusedBatchNormAdd, _ChosenAct, nn.BatchNorm1d):
     """:class:`torch.nn.BatchNorm1d`, plus a residual, then the activation ``act``: ``m(x, residual)``.
 
-    Input and residual (N, C) or (N, C, L). Equivalent to ``F.relu(bn(x) + residual)``.
+    Input and residual (N, C) or (N, C, L). With the default, ``act="relu"``, equivalent to
+    ``F.relu(bn(x) + residual)``.
     """
 
 
 class BatchNormAddAct2d(_FusedBatchNormAdd, _ChosenAct, nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d`, plus a residual, then the activation ``act``: ``m(x, residual)``.
 
-    Input and residual (N, C, H, W). Equivalent to ``F.relu(bn(x) + residual)``.
+    Input and residual (N, C, H, W). With the default, ``act="relu"``, equivalent to ``F.relu(bn(x) + residual)``.
     """
 
 
 class BatchNormAddAct3d(_FusedBatchNormAdd, _ChosenAct, nn.BatchNorm3d):
     """:class:`torch.nn.BatchNorm3d`, plus a residual, then the activation ``act``: ``m(x, residual)``.
 
-    Input and residual (N, C, D, H, W). Equivalent to ``F.relu(bn(x) + residual)``.
+    Input and residual (N, C, D, H, W). With the default, ``act="relu"``, equivalent to ``F.relu(bn(x) + residual)``.
     """
 
 

@@ -29,7 +29,7 @@ class _GroupedConv(nn.modules.conv._ConvNd):
 
 
 class GroupedConv1d(_GroupedConv, nn.Conv1d):
-    """``nn.Conv1d`` that runs fast where it has many groups: depthwise, or groups of a few channels.
+    """``nn.Conv1d`` that is fast for many groups: depthwise, or groups of a few channels.
 
     Constructor, parameters, ``padding_mode`` and checkpoints are those of :class:`torch.nn.Conv1d`.
     Input (N, C_in, L) or (C_in, L), output (N, C_out, L') or (C_out, L').
@@ -39,7 +39,7 @@ class GroupedConv1d(_GroupedConv, nn.Conv1d):
 
 
 class GroupedConv2d(_GroupedConv, nn.Conv2d):
-    """``nn.Conv2d`` that runs fast where it has many groups: depthwise, or groups of a few channels.
+    """``nn.Conv2d`` that is fast for many groups: depthwise, or groups of a few channels.
 
     Constructor, parameters, ``padding_mode`` and checkpoints are those of :class:`torch.nn.Conv2d`.
     Input (N, C_in, H, W) or (C_in, H, W), output (N, C_out, H', W') or (C_out, H', W').

@@ -7,7 +7,7 @@ from cnnkern.ops.max_pool2d import max_pool2d
 
 
 class MaxPool2d(nn.MaxPool2d):
-    """``nn.MaxPool2d``, which saves one byte per output for the gradient instead of the input.
+    """``nn.MaxPool2d`` that saves one byte per output for backward, instead of the input.
 
     The constructor is that of :class:`torch.nn.MaxPool2d`; with ``return_indices=True`` PyTorch's kernel is used.
     Input (N, C, H, W) or (C, H, W), output (N, C, H', W') or (C, H', W').

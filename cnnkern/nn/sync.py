@@ -17,7 +17,7 @@ from cnnkern.ops.sync_bn import sync_batch_norm_act
 class SyncBatchNorm(_FusedBatchNorm):
     """:class:`torch.nn.SyncBatchNorm` on the fused kernels, on the CPU too. Input (N, C, ...).
 
-    Constructor and state are torch's, but it is no subclass: DistributedDataParallel refuses those on a CPU.
+    It has torch's constructor and state, but is not a subclass, because DistributedDataParallel refuses those on a CPU.
     """
 
     act = "none"
@@ -91,9 +91,12 @@ class SyncBatchNormAddReLU(SyncBatchNorm):
 def convert_sync_batchnorm(module: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> nn.Module:
     """Synchronises every batch norm of the module, torch's or cnnkern's, over the processes of a group, in place.
 
-    Like :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`, with the activations and additions of cnnkern's layers
-    kept. Parameters, buffers and state-dict keys stay. ``process_group`` is the default group where it is None.
+    Like :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm`, but cnnkern's layers keep their activations and
+    additions. Parameters, buffers and state-dict keys stay the same. ``process_group`` None is the default group.
+    Raises TypeError if ``module`` is not an ``nn.Module``.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"cnnkern.nn.convert_sync_batchnorm: expected a torch.nn.Module; got {type(module).__name__}")
     for child in module.modules():
         if isinstance(child, _FusedBatchNorm) and not isinstance(child, SyncBatchNorm):
             act = child.act

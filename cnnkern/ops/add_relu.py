@@ -10,10 +10,10 @@ _add_relu = torch.ops.cnnkern.add_relu.default
 
 
 def add_relu(input: Tensor, other: Tensor) -> Tensor:
-    """``F.relu(input + other)``. Saved for the gradient: one bit per element, and neither input nor result.
+    """``F.relu(input + other)``. Saved for backward: one bit per element, and neither input nor result.
 
     Shapes: any, the same for both. Dtypes: float32, float64, bfloat16 or float16, the same for both.
-    The result has the strides of PyTorch's.
+    The result has PyTorch's strides.
 
     Raises RuntimeError for shapes, dtypes or devices that differ: nothing is broadcast or promoted.
     """

@@ -31,13 +31,13 @@ def batch_norm_act(
     (0.01 where it is None) or alpha of ``"elu"`` (1.0); the others take none.
 
     Shapes: ``input`` and the result (N, C, ...) of 2 to 5 dimensions; the others (C,) or None. ``running_mean`` and
-    ``running_var`` are updated in place when training, and are needed when not.
-    Dtypes: float32, float64, bfloat16 or float16; the vectors in the input's dtype, or float32 beside the 16-bit ones.
-    The result has the strides of PyTorch's. Saved for the gradient: the input and two float64 vectors of C.
+    ``running_var`` are updated in place in training, and required in eval mode.
+    Dtypes: float32, float64, bfloat16 or float16; the vectors in the input's dtype, or float32 for 16-bit input.
+    The result has PyTorch's strides. Saved for backward: the input and two float64 vectors of C.
 
     Raises ValueError for one value per channel in training, an unknown ``act``, an ``act_param`` that is not finite or
-    that ``act`` does not take, or an impossible ``eps``, RuntimeError for shapes, dtypes or devices that do not fit;
-    running statistics are then left as they were.
+    that ``act`` does not take, or an invalid ``eps``, RuntimeError for shapes, dtypes or devices that do not match;
+    running statistics are then unchanged.
 
     Source: Ioffe and Szegedy, Batch Normalization, 2015 (arXiv:1502.03167).
     """

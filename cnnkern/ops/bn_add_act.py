@@ -30,15 +30,15 @@ def batch_norm_add_act(
     those of :func:`batch_norm_act`.
 
     Shapes: ``input``, ``residual`` and the result (N, C, ...) of 2 to 5 dimensions, all the same; the others (C,) or
-    None. ``running_mean`` and ``running_var`` are updated in place when training, and are needed when not.
+    None. ``running_mean`` and ``running_var`` are updated in place in training, and required in eval mode.
     Dtypes: float32, float64, bfloat16 or float16, ``residual`` that of ``input``; the vectors in the input's dtype, or
-    float32 beside the 16-bit ones. The result has the strides of PyTorch's. The gradient saves the input, two
+    float32 for 16-bit input. The result has PyTorch's strides. Saved for backward: the input, two
     float64 vectors of C and, for ``"relu"``, one bit per element. For activations other than ``"relu"`` and ``"none"``
-    it saves the residual too.
+    the residual is saved too.
 
     Raises ValueError for one value per channel in training, an unknown ``act``, an ``act_param`` that is not finite or
-    that ``act`` does not take, or an impossible ``eps``, RuntimeError for shapes, dtypes or devices that do not fit;
-    running statistics are then left as they were.
+    that ``act`` does not take, or an invalid ``eps``, RuntimeError for shapes, dtypes or devices that do not match;
+    running statistics are then unchanged.
 
     Source: He et al., Deep Residual Learning for Image Recognition, 2015 (arXiv:1512.03385), figure 2.
     """

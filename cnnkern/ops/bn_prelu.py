@@ -30,11 +30,11 @@ def batch_norm_prelu(
     one element for all channels; the others (C,) or None. ``running_mean`` and ``running_var`` are updated in place
     when training, and are needed when not.
     Dtypes: float32, float64, bfloat16 or float16, ``residual`` that of ``input``; slope and vectors in the input's
-    dtype, or float32 beside the 16-bit ones. The result has the strides of PyTorch's. The gradient saves the input, the
+    dtype, or float32 for 16-bit input. The result has PyTorch's strides. Saved for backward: the input, the
     residual and two float64 vectors of C.
 
-    Raises ValueError for one value per channel in training or an impossible ``eps``, RuntimeError for shapes, dtypes or
-    devices that do not fit; running statistics are then left as they were.
+    Raises ValueError for one value per channel in training or an invalid ``eps``, RuntimeError for shapes, dtypes or
+    devices that do not match; running statistics are then unchanged.
 
     On a GPU it is PyTorch's operators.
 

@@ -22,16 +22,16 @@ def conv1d(
     dilation: _Numbers = 1,
     groups: int = 1,
 ) -> Tensor:
-    """1-D convolution, fast where it has many groups: depthwise, and groups of a few channels.
+    """1-D convolution, fast for many groups: depthwise, and groups of a few channels.
 
     Equivalent to ``F.conv1d(input, weight, bias, stride, padding, dilation, groups)``; all its arguments are accepted.
-    Where PyTorch's kernel is faster it is used (``docs/grouped_conv.md`` has the rule).
+    PyTorch's kernel is used where it is faster (``docs/grouped_conv.md`` has the rule).
 
     Shapes: ``input`` (N, C, L) or (C, L); ``weight`` (out_channels, C / groups, K); ``bias`` (out_channels,) or None;
-    the result (N, out_channels, L') or (out_channels, L'), contiguous. ``padding`` is a number of elements,
-    ``"valid"`` or ``"same"``. All tensors have one dtype. The gradient saves ``input``, as contiguous, and ``weight``.
+    the result (N, out_channels, L') or (out_channels, L'), contiguous. ``padding`` is a number of elements, ``"valid"``
+    or ``"same"``. All tensors have one dtype. Saved for backward: ``input``, made contiguous, and ``weight``.
 
-    Raises RuntimeError, as PyTorch does, for shapes, dtypes or devices that do not fit, for groups that do not divide
+    Raises RuntimeError, as PyTorch does, for shapes, dtypes or devices that do not match, for groups that do not divide
     the channels and for a kernel longer than the padded input.
     """
     if route.is_pytorchs((input,), (weight, bias), shards=True):

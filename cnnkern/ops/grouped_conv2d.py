@@ -23,17 +23,17 @@ def conv2d(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """2-D convolution, fast where it has many groups: depthwise, and groups of a few channels.
+    """2-D convolution, fast for many groups: depthwise, and groups of a few channels.
 
     Equivalent to ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``; all its arguments are accepted.
-    Where PyTorch's kernel is faster it is used (``docs/grouped_conv.md`` has the rule).
+    PyTorch's kernel is used where it is faster (``docs/grouped_conv.md`` has the rule).
 
     Shapes: ``input`` (N, C, H, W) or (C, H, W); ``weight`` (out_channels, C / groups, kH, kW); ``bias``
     (out_channels,) or None; the result (N, out_channels, H', W'). ``padding`` is a number of pixels, one for each of
     the two dimensions, ``"valid"`` or ``"same"``. All tensors have one dtype. The result is channels_last where the
-    input or the weight is. The gradient saves ``input`` and ``weight``.
+    input or the weight is. Saved for backward: ``input`` and ``weight``.
 
-    Raises RuntimeError, as PyTorch does, for shapes, dtypes or devices that do not fit, for groups that do not divide
+    Raises RuntimeError, as PyTorch does, for shapes, dtypes or devices that do not match, for groups that do not divide
     the channels and for a kernel larger than the padded input.
     """
     if route.is_pytorchs((input,), (weight, bias), shards=True):

@@ -24,13 +24,12 @@ def layer_norm(
     Equivalent to ``F.layer_norm(input, normalized_shape, weight, bias, eps)``.
 
     Shapes: ``input`` and the result (\\*, \\*normalized_shape), any number of rows; ``weight`` and ``bias``
-    ``normalized_shape`` or None, each on its own.
-    Dtypes: float32, float64, bfloat16 or float16; parameters in the input's dtype, or float32 beside the 16-bit ones.
-    The result is contiguous, in the input's dtype, or under autocast on a GPU in float32, as PyTorch's, without a
-    kernel that casts. The gradient saves the input as it came, and two numbers per row: float32, or float64 beside
-    float64.
+    ``normalized_shape`` or None, independently.
+    Dtypes: float32, float64, bfloat16 or float16; parameters in the input's dtype, or float32 for 16-bit input.
+    The result is contiguous and has the input's dtype. Under autocast on a GPU it is float32, as PyTorch's, and the
+    kernel casts. Saved for backward: the input, and two values per row in float32, or in float64 for float64 input.
 
-    Raises RuntimeError for shapes, dtypes or devices that do not fit.
+    Raises RuntimeError for shapes, dtypes or devices that do not match.
 
     Source: Ba, Kiros and Hinton, Layer Normalization, 2016 (arXiv:1607.06450).
     """

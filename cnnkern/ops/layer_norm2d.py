@@ -15,12 +15,12 @@ def layer_norm2d(input: Tensor, weight: Tensor | None = None, bias: Tensor | Non
     Equivalent to ``F.layer_norm(input.permute(0, 2, 3, 1), input.shape[1:2], weight, bias, eps).permute(0, 3, 1, 2)``,
     in the memory format of the input.
 
-    Shapes: ``input`` and the result (N, C, H, W); ``weight`` and ``bias`` (C,) or None, each on its own.
-    Dtypes: float32, float64, bfloat16 or float16; parameters in the input's dtype, or float32 beside the 16-bit ones.
-    The result has the input's dtype, or under autocast on a GPU float32, as PyTorch's, without a kernel that casts.
-    The gradient saves the input as it came and two numbers per pixel: float32, or float64 beside float64.
+    Shapes: ``input`` and the result (N, C, H, W); ``weight`` and ``bias`` (C,) or None, independently.
+    Dtypes: float32, float64, bfloat16 or float16; parameters in the input's dtype, or float32 for 16-bit input.
+    The result has the input's dtype. Under autocast on a GPU it is float32, as PyTorch's, and the kernel casts.
+    Saved for backward: the input, and two values per pixel in float32, or in float64 for float64 input.
 
-    Raises RuntimeError for shapes, dtypes or devices that do not fit.
+    Raises RuntimeError for shapes, dtypes or devices that do not match.
 
     Source: Liu et al., A ConvNet for the 2020s, 2022 (arXiv:2201.03545).
     """

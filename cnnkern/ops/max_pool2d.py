@@ -24,16 +24,16 @@ def max_pool2d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``F.max_pool2d(...)``, which saves one byte per output for the gradient instead of the input.
+    """``F.max_pool2d(...)`` that saves one byte per output for backward, instead of the input.
 
     All arguments of ``F.max_pool2d`` are accepted. PyTorch's kernel computes a dilation other than 1, windows of more
-    than 256 elements, ``return_indices=True``, integers and images without a batch.
-    Results are the same bit for bit: of equal values the first is the maximum, NaN is larger than any number, and
+    than 256 elements, ``return_indices=True``, integers and images without a batch dimension.
+    Results are bit-equal to PyTorch's: of equal values the first is the maximum, NaN is larger than any number, and
     padding is minus infinity.
 
     Shapes: ``input`` (N, C, H, W) or (C, H, W); the result (N, C, H', W') or (C, H', W'), where H' is floor((H + 2 *
-    padding - kernel_size) / stride) + 1, rounded up with ``ceil_mode``. ``stride`` is ``kernel_size`` where it is None.
-    Dtypes: float32, float64, bfloat16 or float16. The result has the strides of PyTorch's.
+    padding - kernel_size) / stride) + 1, rounded up with ``ceil_mode``. ``stride`` None is ``kernel_size``.
+    Dtypes: float32, float64, bfloat16 or float16. The result has PyTorch's strides.
 
     Raises RuntimeError, as PyTorch does, for a padding of more than half of the kernel, an output without elements and
     inputs of other ranks; NotImplementedError for other dtypes.

@@ -37,8 +37,9 @@ def keep_operators() -> Iterator[None]:
     """Within this block an exported or traced program calls cnnkern's operators.
 
     ``torch.export``, ``torch.onnx.export`` and ``torch.jit.trace`` otherwise record PyTorch's operators instead of
-    cnnkern's, so that the program runs without cnnkern. A program with cnnkern's operators runs on its kernels after
-    ``import cnnkern``: AOTInductor compiles it, and Python loads it again. ONNX has no such operators.
+    cnnkern's, so that the program runs without cnnkern. A program with cnnkern's operators needs ``import cnnkern``,
+    and runs on cnnkern's kernels. AOTInductor can compile it, and Python can load it again. It cannot be exported to
+    ONNX.
 
     >>> with cnnkern.keep_operators():
     ...     program = torch.export.export(model, (x,))

@@ -30,20 +30,21 @@ def sync_batch_norm_act(
     act_param: float | None = None,
 ) -> Tensor:
     """:func:`batch_norm_act`, or with a residual :func:`batch_norm_add_act`, with the statistics of all processes of a
-    group, by default the default one; of this process alone where there is none.
+    group. ``group`` None is the default group. Without a group the statistics are those of this process.
 
-    One collective per direction: forward gathers the mean, variance and number of elements of every process and
-    combines them in the order of ranks; backward sums two vectors of C. Every process of the group has to make the
-    call, forward and backward. Nothing synchronises with the device: the number of elements stays a tensor, and
-    ``momentum`` may be one. The collectives are PyTorch's functional ones, which torch.compile traces. Derivatives,
-    second ones too, are those of the sum of the processes' losses.
+    There is one collective forward and one backward. Forward gathers the mean, variance and number of elements of every
+    process, and combines them in the order of ranks. Backward sums two vectors of C. Every process of the group has to
+    make the call, forward and backward. Nothing synchronises with the device: the number of elements stays a tensor,
+    and ``momentum`` may be a tensor. The collectives are PyTorch's functional ones, which torch.compile traces.
+    Derivatives, also second ones, are those of the sum of the processes' losses.
 
-    Shapes and dtypes are those of the other two. Processes may have batches of any size, empty ones too. One value per
-    channel is an error in a single process. Over several processes the total is only known on the device: a single
+    Shapes and dtypes are those of the two functions. Processes may have batches of any size, also empty ones. One value
+    per channel is an error in a single process. With several processes the total is only known on the device: a single
     value is then its own mean, and the running statistics stay unchanged, as without any value.
 
-    Raises ValueError and RuntimeError as the other two do, before anything is sent or changed, and NotImplementedError
-    for more than one process in a torch.func transform, in an export and for tensors without kernels.
+    Raises ValueError and RuntimeError as the two functions do, before anything is sent or changed, and
+    NotImplementedError for more than one process in a torch.func transform, in an export and for tensors without
+    kernels.
 
     Source: Zhang et al., Context Encoding for Semantic Segmentation, 2018 (arXiv:1803.08904), section 3.2.
     """

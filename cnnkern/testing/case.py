@@ -80,7 +80,10 @@ def randn(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) 
 
 
 def with_layout(x: Tensor, layout: str) -> Tensor:
-    """x with the same values in another memory layout: contiguous, channels_last, sliced or permuted."""
+    """x with the same values in another memory layout: contiguous, channels_last, sliced or permuted.
+
+    Raises ValueError for another layout.
+    """
     if layout == "contiguous" or (layout == "channels_last" and x.dim() <= 2):
         return x.contiguous()
     if layout == "channels_last":
@@ -91,7 +94,7 @@ def with_layout(x: Tensor, layout: str) -> Tensor:
         return view.copy_(x)
     if layout == "permuted":  # the first dimension innermost, which is no memory format
         return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
-    raise ValueError(f"unknown layout {layout!r}")
+    raise ValueError(f"layout must be one of contiguous, channels_last, sliced, permuted; got {layout!r}")
 
 
 def run(
