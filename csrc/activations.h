@@ -27,10 +27,10 @@ CNNKERN_HOST_DEVICE constexpr float rounds_to_zero() {
   return 0.0f;
 }
 
-// What activations are written with. csrc/cpu/vec.h specialises it for vectors.
+// The functions that activations are written with. csrc/cpu/vec.h specialises it for vectors.
 template <typename V>
 struct Lanewise {
-  // max(v, 0) that passes NaN on.
+  // max(v, 0); NaN stays NaN.
   static CNNKERN_HOST_DEVICE V relu(V v) { return v <= V(0) ? V(0) : v; }
   static CNNKERN_HOST_DEVICE V exp(V v) { return ::exp(v); }
   static CNNKERN_HOST_DEVICE V expm1(V v) { return ::expm1(v); }
@@ -41,7 +41,7 @@ struct Lanewise {
   static CNNKERN_HOST_DEVICE V where_lt(V x, V bound, V a, V b) { return x < bound ? a : b; }
 };
 
-// The same for a result that is rounded to T. csrc/cuda/approximate.cuh specialises it for T of 16 bits.
+// The same, for a result that is rounded to T. csrc/cuda/approximate.cuh specialises it for T of 16 bits.
 template <typename T, typename V>
 struct Rounded : Lanewise<V> {};
 
@@ -71,12 +71,12 @@ struct Relu {
   }
 };
 
-// The others, chosen at run time: their share is small, and a jump that always goes the same way costs nothing
-// beside the memory, while each type of its own would be one more copy of every kernel.
+// The others, selected at run time: they take little of the time, and a branch that always goes the same way takes none
+// in a memory-bound kernel, while a type for each would be one more copy of every kernel.
 struct OtherActivation {
   enum Kind { kRelu6, kLeakyRelu, kSigmoid, kSilu, kHardswish, kElu, kGelu, kGeluTanh, kMish, kHardsigmoid };
   Kind kind;
-  double param = 0;  // the slope of leaky_relu below 0, alpha of elu
+  double param = 0;  // the slope of leaky_relu below 0, or alpha of elu
 
   template <typename T, typename V>
   CNNKERN_HOST_DEVICE V value(V pre) const {
@@ -156,7 +156,7 @@ struct OtherActivation {
   };
 };
 
-// Two of them as types, for CUDA: there the jump, and what the others take of registers, does cost.
+// Two of them as types, for CUDA: there the branch, and the registers of the others, take time.
 template <OtherActivation::Kind kKind>
 struct ChosenActivation {
   template <typename T, typename V>

@@ -20,7 +20,7 @@ bool is_plain_cpu(const at::TensorOptions& options) {
   return options.device().is_cpu() && options.layout() == at::kStrided && !options.pinned_memory();
 }
 
-// A new tensor, whose memory block_pool.h has chosen; filled where PyTorch is asked to fill memory that nobody has written.
+// A new tensor with memory from block_pool.h; filled if PyTorch is set to fill uninitialised memory.
 at::Tensor filled(at::TensorBase made) {
   at::Tensor t(std::move(made));
   const at::Context& context = at::globalContext();

@@ -1,5 +1,5 @@
-// The functions of ATen that kernels call. Their own headers take the compiler several seconds to read, more than many a
-// kernel takes, and would be read for each of some thirty objects: only aten.cpp includes them.
+// The functions of ATen that kernels call. The compiler takes several seconds to read ATen's own headers, longer than for
+// many a kernel, and would read them for each of some thirty objects: only aten.cpp includes them.
 #pragma once
 
 #include <ATen/core/Tensor.h>

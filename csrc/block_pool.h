@@ -1,13 +1,9 @@
-// Where the CPU results of our operators get their memory: blocks that earlier results have left.
+// The memory of CPU results of cnnkern's operators: blocks that earlier results have freed.
 //
-// malloc gives a large block back to the system when it is freed. The next one is new memory, which the system clears page by
-// page as it is first written: often more time than the kernel that writes it. The pool keeps blocks instead. Together, blocks
-// in use and blocks that are kept, it holds at most half more than results have needed at once, and at most 512 MiB more. A block
-// that nothing has used for ten seconds is given back at the next call.
-//
-// A block serves results of one class, so that at most an eighth of it is unused. Where another block would be too many, a result
-// takes a larger one that is kept. Without that, and without the half more, a network whose results shrink from layer to layer
-// would get new memory for most of them in each call.
+// malloc returns a large block to the system when it is freed. The next one is new memory, which the system clears page by
+// page as it is first written: that often takes longer than the kernel that writes it. The pool keeps blocks instead. Used and
+// kept blocks together never exceed the most that was in use at one time. A block that was unused for ten seconds is freed in
+// the next call. Sizes are rounded up to classes, so that at most an eighth of a block is unused.
 #pragma once
 
 #include <c10/core/Allocator.h>
@@ -17,11 +13,11 @@
 
 namespace cnnkern::block_pool {
 
-// For results of this many bytes; malloc's for small ones, which it serves from memory that it keeps, and where the pool is off.
+// For results of this many bytes. Small ones come from malloc, which keeps small blocks itself; so do all if the pool is off.
 c10::Allocator* allocator(size_t bytes);
 
-// While it lives, what this thread takes from PyTorch's CPU allocator is the pool's too: results of PyTorch's operators that we
-// call. use_for_pytorch has to have been called before; a thread that allocates meanwhile takes from either.
+// While it lives, PyTorch's CPU allocator serves this thread from the pool too: for results of PyTorch's operators that
+// kernels call. use_for_pytorch has to be called before; a thread that allocates during that call may get either memory.
 class Scope {
  public:
   Scope();
@@ -36,10 +32,10 @@ struct Sizes {
 };
 Sizes sizes();
 
-// Gives back what is kept.
+// Frees the blocks that are kept.
 void give_back();
 
-// Off: results have malloc's memory. What is kept is given back.
+// Off: results get malloc's memory. What is kept is freed.
 void set_on(bool on);
 
 }  // namespace cnnkern::block_pool

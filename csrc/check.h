@@ -26,7 +26,7 @@ inline const Tensor& tensor_or_undefined(const OptionalTensor& t) {
 
 inline OptionalTensor optional_of(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-// That of sums over x, and of what has no dtype of its own.
+// The dtype of sums over x, and of results without a dtype of their own.
 inline at::ScalarType wide_type(const Tensor& x) { return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
 inline void check_floating(const char* op, const Tensor& x) {
@@ -41,7 +41,7 @@ inline void check_image(const char* op, const Tensor& x) {
   TORCH_CHECK(x.dim() >= 2 && x.dim() <= 5, op, ": expected an input of 2 to 5 dimensions (N, C, ...); got ", x.sizes());
 }
 
-// On the input's device, in the input's dtype or, beside 16-bit input, in float32; beside a wide result in its dtype.
+// On the input's device, in the input's dtype or, for 16-bit input, in float32; for a wide result in the result's dtype.
 inline void check_parameter_type(const char* op, const char* name, const OptionalTensor& v, const Tensor& x, bool wide = false) {
   TORCH_CHECK(v->device() == x.device(), op, ": expected ", name, " on ", x.device(), " like the input; got ", v->device());
   TORCH_CHECK(!wide || v->scalar_type() == wide_type(x), op, ": expected ", name, " in ", wide_type(x),
@@ -69,7 +69,7 @@ inline void check_same_shape(const char* op, const char* name, const Tensor& t, 
 
 inline int64_t elements_per_channel(const Tensor& x) { return x.size(1) == 0 ? 0 : x.numel() / x.size(1); }
 
-// What batch norm forward asks of its inputs; nothing has been written when it throws.
+// The requirements on batch norm's inputs; nothing has been written when it throws.
 inline void check_batch_norm(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                              const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
                              double eps) {
@@ -112,7 +112,7 @@ inline void check_slope(const char* op, const Tensor& slope, const Tensor& x) {
   check_parameter_type(op, "slope", slope, x);
 }
 
-// What layer norm asks of its inputs: parameters have the shape of the last dimensions of x.
+// The requirements on layer norm's inputs: parameters have the shape of the last dimensions of x.
 inline void check_layer_norm(const char* op, const Tensor& x, at::IntArrayRef normalized_shape, const OptionalTensor& weight,
                              const OptionalTensor& bias, bool wide) {
   check_floating(op, x);
@@ -141,7 +141,7 @@ inline void check_layer_norm2d(const char* op, const Tensor& x, const OptionalTe
 // Whether the result of a layer norm was wide where x is not.
 inline bool is_wide(const Tensor& dy, const Tensor& x) { return dy.scalar_type() != x.scalar_type() && dy.scalar_type() == wide_type(x); }
 
-// What the gradient of a layer norm needs besides: statistics of the shape `shape`, as the forward operator returned them.
+// Further requirements of the gradient of a layer norm: statistics of the shape `shape`, as the forward operator returned them.
 inline void check_layer_norm_saved(const char* op, const Tensor& dy, const Tensor& x, at::IntArrayRef shape,
                                    const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean,
                                    const Tensor& rstd, const std::array<bool, 3>& output_mask) {
@@ -164,13 +164,13 @@ inline void check_mask(const char* op, const Tensor& mask, int64_t bytes, const 
               "; got ", mask.scalar_type(), " ", mask.sizes(), " on ", mask.device());
 }
 
-// What bn_add_act_backward is told of the order of its mask.
+// The order of the mask, as bn_add_act_backward gets it.
 inline void check_channels_last(const char* op, const Tensor& x, bool channels_last) {
   TORCH_CHECK(!channels_last || (x.dim() >= 3 && x.dim() <= 5), op,
               ": channels_last needs an input of 3 to 5 dimensions; got ", x.sizes());
 }
 
-// What add_relu_backward is told of the order of its mask: every dimension once.
+// The order of the mask, as add_relu_backward gets it: every dimension once.
 inline void check_order(const char* op, at::IntArrayRef order, const Tensor& dy) {
   std::vector<int64_t> sorted(order.begin(), order.end());
   std::sort(sorted.begin(), sorted.end());
@@ -179,7 +179,7 @@ inline void check_order(const char* op, at::IntArrayRef order, const Tensor& dy)
   TORCH_CHECK(fits, op, ": order must name each of the ", dy.dim(), " dimensions of dy once; got ", order);
 }
 
-// An activation by name, and its number: the slope of leaky_relu or alpha of elu where that is not PyTorch's default.
+// An activation by name, and its parameter: the slope of leaky_relu or alpha of elu, if that is not PyTorch's default.
 struct ActivationName {
   std::string_view name;
   std::optional<double> param;
@@ -221,7 +221,7 @@ inline void check_activation(const char* op, const ActivationName& act) {
   with_activation(op, act, [](auto) {});
 }
 
-// Behind an addition the gradient of a ReLU goes through a mask of one bit per element, that of any other activation through
+// After an addition the gradient of a ReLU goes through a mask of one bit per element, that of any other activation through
 // what the activation saw, which is computed again: from x, the bias and the residual.
 inline bool recomputes_sum(std::string_view act) { return act != "none" && act != "relu"; }
 

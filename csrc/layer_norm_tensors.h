@@ -1,4 +1,4 @@
-// What the layer norms of every device save and return, as tensors.
+// The tensors that layer norms save and return, on every device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -30,8 +30,8 @@ inline Tensor empty_result(const Tensor& x, bool wide) {
   return aten::empty_strided(x.sizes(), x.strides(), x.options().dtype(wide ? wide_type(x) : x.scalar_type()));
 }
 
-// The gradients of a layer norm: those that are wanted defined, the others empty when they are handed out. dbias is in the
-// dtype of sums where the bias, which no gradient reads, is not given.
+// The gradients of a layer norm: defined if they are needed, otherwise returned empty. dbias is in the dtype of sums if the
+// bias, which no gradient reads, is not given.
 struct LayerNormGradients {
   Tensor dx, dweight, dbias;
   LayerNormGradients(const Tensor& x, at::IntArrayRef shape, const OptionalTensor& weight, const OptionalTensor& bias,

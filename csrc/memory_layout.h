@@ -1,5 +1,5 @@
-// Which of the two memory layouts a tensor has, copies for those that have neither, and the strides of PyTorch's results.
-// For every backend.
+// The memory layout of a tensor (contiguous or channels_last), copies of tensors with neither, and the strides of PyTorch's
+// results. For every backend.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -36,7 +36,7 @@ inline Strides strides_in_order(at::IntArrayRef sizes, at::IntArrayRef order) {
   return strides;
 }
 
-// Those of a contiguous tensor or, with `rows`, of one with channels innermost.
+// The strides of a contiguous tensor or, with `rows`, of one with channels innermost.
 inline Strides plain_strides(at::IntArrayRef sizes, bool rows) {
   Strides strides(sizes.begin(), sizes.end());
   int64_t stride = 1;
@@ -59,22 +59,22 @@ std::vector<int64_t> memory_order(c10::ArrayRef<Stride> strides) {
   return order;
 }
 
-// Whether elements lie in the same places: the strides of dimensions of one element do not matter.
+// Whether elements have the same offsets: the strides of dimensions of one element do not matter.
 inline bool lie_alike(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b) {
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] > 1 && a[d] != b[d]) return false;
   return true;
 }
 
-// x, with the strides that a new tensor of its layout has: those of dimensions of one element may be anything in x, and
-// what is allocated like it would keep them.
+// x, with the strides of a new tensor of its layout. In x the strides of dimensions of one element may be anything, and a
+// tensor that is allocated like x would keep them.
 inline at::Tensor with_plain_strides(const at::Tensor& x) {
   const Strides strides = plain_strides(x.sizes(), /*rows=*/!x.is_contiguous());
   return x.strides() == at::IntArrayRef(strides) ? x : x.as_strided(x.sizes(), strides);
 }
 
-// The strides of PyTorch's elementwise operators on two tensors, by the rule of its TensorIterator: what both lie in, else
-// the dimensions sorted by the strides of the first tensor that tells two of them apart.
+// The strides of PyTorch's elementwise operators on two tensors, by the rule of its TensorIterator: those of both tensors if
+// equal, else the dimensions sorted by the strides of the first tensor in which two of them differ.
 inline Strides elementwise_strides(at::IntArrayRef sizes, at::IntArrayRef a, at::IntArrayRef b) {
   const bool empty = c10::multiply_integers(sizes) == 0;
   for (const bool rows : {false, true}) {
@@ -84,7 +84,7 @@ inline Strides elementwise_strides(at::IntArrayRef sizes, at::IntArrayRef a, at:
   }
   const Strides own(a.begin(), a.end());
   if (a == b && lie_alike(sizes, a, strides_in_order(sizes, memory_order(a)))) return own;
-  // Whether the first dimension lies further in than the second: negative, further out: positive, or nobody knows.
+  // Negative if the first dimension is further in than the second, positive if it is further out, or unknown.
   const auto compare = [&](int64_t d, int64_t e) {
     for (const at::IntArrayRef strides : {a, b}) {
       if (strides[d] == 0 || strides[e] == 0) continue;
@@ -106,7 +106,7 @@ inline Strides elementwise_strides(at::IntArrayRef sizes, at::IntArrayRef a, at:
   return strides_in_order(sizes, order);
 }
 
-// x itself where it has one of the two layouts, else a copy in the one that its strides suggest.
+// x itself if it has one of the two layouts, otherwise a copy in the one that is closer to its strides.
 inline at::Tensor in_layout(const at::Tensor& x) {
   return x.is_contiguous() || is_rows(x) ? with_plain_strides(x) : x.contiguous(x.suggest_memory_format());
 }
@@ -117,12 +117,12 @@ inline bool batch_norm_in_rows(const at::Tensor& x) {
   return is_rows(x) || x.suggest_memory_format() != at::MemoryFormat::Contiguous;
 }
 
-// t, or a copy of it, whose elements lie as with these strides.
+// t, or a copy of it, whose elements have the offsets of these strides.
 inline at::Tensor densely(const at::Tensor& t, at::IntArrayRef strides) {
   return lie_alike(t.sizes(), t.strides(), strides) ? t : aten::empty_strided(t.sizes(), strides, t.options()).copy_(t);
 }
 
-// ... as those of x do.
+// ... those of x.
 inline at::Tensor in_layout_of(const at::Tensor& t, const at::Tensor& x) { return densely(t, x.strides()); }
 
 // t, or a copy of it, with channels innermost or, without `rows`, contiguous.
@@ -136,7 +136,7 @@ inline at::Tensor in_batch_norm_layout(const at::Tensor& x) { return laid_out(x,
 // Whether PyTorch's activation has the strides of its input.
 inline bool keeps_strides(std::string_view act) { return act == "none" || act == "relu6" || act == "prelu"; }
 
-// The result of a batch norm of x, from in_batch_norm_layout, with the strides of PyTorch's activation behind its batch norm.
+// The result of a batch norm of x, from in_batch_norm_layout, with the strides of PyTorch's activation after its batch norm.
 inline at::Tensor batch_norm_result(const at::Tensor& x, std::string_view act) {
   if (keeps_strides(act)) return aten::empty_like(x);
   return aten::empty_strided(x.sizes(), elementwise_strides(x.sizes(), x.strides(), x.strides()), x.options());
@@ -153,7 +153,7 @@ inline Strides strides_of_sum(const at::Tensor& a, const at::Tensor& b, std::str
   return keeps_strides(act) ? sum : elementwise_strides(a.sizes(), sum, sum);
 }
 
-// y, computed of a and b, with these strides.
+// y, computed from a and b, with these strides.
 inline at::Tensor in_strides_of_sum(const at::Tensor& y, const at::Tensor& a, const at::Tensor& b, std::string_view act) {
   return with_strides(y, strides_of_sum(a, b, act));
 }

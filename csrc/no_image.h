@@ -1,4 +1,4 @@
-// A GPU that the CUDA kernels were not built for: what to build, in the place of CUDA's own words.
+// The error on a GPU that the CUDA kernels were not built for: it says what to build, instead of CUDA's own message.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -9,9 +9,9 @@
 
 namespace cnnkern {
 
-// What `kernel` returns. Raises a sentence where the error is that no code of the extension runs on this GPU. `built` are the
-// architectures as TORCH_CUDA_ARCH_LIST names them, and `gpu` is asked for the GPU's, "7.5", only then: a call that works
-// pays nothing.
+// Returns what `kernel` returns. If it fails because no code of the extension runs on this GPU, the error says so. `built` has
+// the architectures as in TORCH_CUDA_ARCH_LIST. `gpu`, which returns the GPU's, such as "7.5", is called only then: a call that
+// works has no overhead.
 template <typename Kernel, typename Gpu>
 auto with_image(const char* built, const Gpu& gpu, const Kernel& kernel) {
   try {

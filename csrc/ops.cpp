@@ -1,10 +1,10 @@
-// The table of contents: the schema of every operator. Kernels of the same name are registered by register_cpu.cpp,
+// The schema of every operator. Kernels of the same name are registered by register_cpu.cpp,
 // register_cuda.cpp and cnnkern/backends.py (Triton's), derivatives at the foot of csrc/autograd/<op>.cpp.
 #include <torch/library.h>
 
 TORCH_LIBRARY(cnnkern, m) {
-  // Inductor may give these tensors in other strides than it traced: their fakes follow strides, as their kernels do. The others
-  // have a mask whose order is fixed when they are traced.
+  // Inductor may pass these operators tensors with other strides than it traced: their fakes follow the strides, as their kernels
+  // do. The other operators have a mask, whose order is fixed in the trace.
   const std::vector<at::Tag> kAnyLayout{at::Tag::flexible_layout};
 
   // y = act(batch_norm(x)); act_param is the number of an activation that takes one, its default where None. mean and rstd are the fp64 vectors of C that the gradient needs. A gradient operator reads the
@@ -23,15 +23,15 @@ TORCH_LIBRARY(cnnkern, m) {
   m.def("bn_prelu(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor slope, Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, float momentum, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def("bn_prelu_backward(Tensor dy, Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor slope, Tensor mean, Tensor rstd, bool channels_last, bool training, bool[5] output_mask) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, Tensor dslope)");
 
-  // Batch norm over processes, in parts, between which statistics and sums travel. moments are 2 C + 1 fp64 numbers of x:
-  // every channel's mean and biased variance, then the elements per channel.
+  // Synchronised batch norm, in parts, with a collective between them for statistics or sums. moments are 2 C + 1 fp64 values
+  // of x: every channel's mean and biased variance, then the elements per channel.
   m.def("sync_bn_stats(Tensor x) -> Tensor moments", kAnyLayout);
   // y = act(batch_norm(x) + residual) from given statistics, fp64 vectors of C. mask is [y > 0] where there are a residual
   // and a relu, one bit per element in the order of y's memory; else empty.
   m.def("sync_bn(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, str act, float? act_param=None) -> (Tensor y, Tensor mask)");
-  // With g the part of dy that act lets through, or the mask where it is given; act's argument has the residual in it where
-  // that is given. sums are the fp64 (2, C) sums of g and of
-  // g * (x - mean) * rstd. channels_last says which order the mask is in, and the results.
+  // g is dy times act's derivative, or times the mask if it is given; act's argument includes the residual if that is given.
+  // sums are the fp64 (2, C) sums of g and of g * (x - mean) * rstd.
+  // channels_last is the order of the mask and of the results.
   m.def("sync_bn_sums(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor? mask, bool channels_last, str act, Tensor? residual=None, float? act_param=None) -> Tensor sums");
   // dx from the sums over all processes and their elements per channel, an fp64 tensor of one element; dresidual is g.
   m.def("sync_bn_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, Tensor? mask, bool channels_last, str act, Tensor sums, Tensor count, bool[2] output_mask, Tensor? residual=None, float? act_param=None) -> (Tensor dx, Tensor dresidual)");
@@ -46,8 +46,8 @@ TORCH_LIBRARY(cnnkern, m) {
   m.def("grouped_conv2d_backward(Tensor dy, Tensor x, Tensor weight, int[2] stride, int[2] padding, int[2] dilation, int groups, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)", kAnyLayout);
 
   // y = layer norm of x over its last dimensions. mean and rstd have x's shape with one element there; their dtype is
-  // float32, or float64 beside float64. A wide y has that dtype too, as under autocast on a GPU, beside parameters of it;
-  // else y has x's. dy has the dtype that y had.
+  // float32, or float64 for float64 input. A wide y has that dtype too, as under autocast on a GPU, with parameters of that
+  // dtype; otherwise y has x's dtype. dy has y's dtype.
   m.def("layer_norm(Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, bool wide=False) -> (Tensor y, Tensor mean, Tensor rstd)", kAnyLayout);
   m.def("layer_norm_backward(Tensor dy, Tensor x, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)", kAnyLayout);
 
@@ -55,8 +55,8 @@ TORCH_LIBRARY(cnnkern, m) {
   m.def("layer_norm2d(Tensor x, Tensor? weight, Tensor? bias, float eps, bool wide=False) -> (Tensor y, Tensor mean, Tensor rstd)", kAnyLayout);
   m.def("layer_norm2d_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)", kAnyLayout);
 
-  // y = max_pool2d(x), with -inf around x. positions are those of the maxima in their windows, counted row by row: a byte for
-  // each of y, in y's shape. size is the height and width of x, channels_last the memory format of dx.
+  // y = max_pool2d(x), padded with -inf. positions are those of the maxima in their windows, counted row by row: one byte per
+  // element of y, in y's shape. size is the height and width of x, channels_last the memory format of dx.
   m.def("max_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode) -> (Tensor y, Tensor positions)", kAnyLayout);
   m.def("max_pool2d_backward(Tensor dy, Tensor positions, SymInt[] size, int[2] kernel_size, int[2] stride, int[2] padding, bool channels_last) -> Tensor dx", kAnyLayout);
 }

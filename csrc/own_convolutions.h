@@ -1,5 +1,5 @@
-// Convolutions that our kernels compute on this machine although the built-in rule leaves them to the library, as
-// `cnnkern tune` has measured (cnnkern/ops/tuned.py). Rules ask here before they leave one.
+// Convolutions that cnnkern's kernels compute on this machine although the built-in rule dispatches them to PyTorch, as
+// `cnnkern tune` has measured (cnnkern/ops/tuned.py). The rules look here first.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -13,19 +13,19 @@
 
 namespace cnnkern {
 
-// Whether on a GPU, the dtype, and numbers: whether the input is channels_last, whether this is the backward pass, threads
+// Whether on a GPU, the dtype, and these numbers: whether the input is channels_last, whether this is the backward pass, threads
 // (0 on a GPU), bits of the batch size, the input's other sizes, the weight's sizes, stride, padding, dilation.
 using OwnConvolution = std::tuple<bool, at::ScalarType, std::vector<int64_t>>;
 
-// A set that was replaced may still be read by another thread. It is never freed: there is one for each table that is read.
+// Another thread may still read a set that was replaced. So it is never freed: there is one set per table that is loaded.
 inline std::atomic<const std::set<OwnConvolution>*> own_convolutions{nullptr};
 
-// Replaces those there were, for all threads.
+// Replaces the previous set, for all threads.
 inline void set_own_convolutions(const std::vector<OwnConvolution>& convolutions) {
   own_convolutions = convolutions.empty() ? nullptr : new std::set<OwnConvolution>(convolutions.begin(), convolutions.end());
 }
 
-// Costs a read of one pointer where there are none.
+// Without a set this reads one pointer.
 inline bool is_own_convolution(const at::Tensor& x, const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
                                at::IntArrayRef dilation, bool backward) {
   const auto* const all = own_convolutions.load();

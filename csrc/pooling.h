@@ -1,4 +1,4 @@
-// What max pooling asks of its inputs, the sizes that follow, and the memory format of its results, for every backend.
+// The requirements on max pooling's inputs, its sizes, and the memory format of its results, for every backend.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,7 +10,7 @@
 
 namespace cnnkern {
 
-constexpr int64_t kWindow = 256;  // elements of a window at most, whose positions fit a byte
+constexpr int64_t kWindow = 256;  // most elements of a window: their positions fit a byte
 
 inline void check_window(const char* op, at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding) {
   TORCH_CHECK(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2, op,
@@ -84,7 +84,7 @@ inline at::MemoryFormat pool_format(bool channels_last) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-// Whether PyTorch's own gives x a channels_last result.
+// Whether PyTorch's own max pooling returns a channels_last result for x.
 inline bool pooled_in_rows(const Tensor& x) {
   return x.dim() == 4 && x.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
 }

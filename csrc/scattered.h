@@ -1,4 +1,4 @@
-// Where to look at a few elements of many.
+// The places of a small sample of many elements.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 namespace cnnkern {
 
-// The j-th place, from 0 to count - 1. Places are multiples of the golden ratio: they keep apart, and fall on no grid, as
-// equal steps do, which all begin an image wherever their number divides the batch.
+// The j-th place, from 0 to count - 1. Places are multiples of the golden ratio: they are spread out and form no grid. Equal
+// steps do form one: if their number divides the batch, they all fall on the beginning of an image.
 CNNKERN_EVERYWHERE constexpr int64_t scattered(int j, int64_t count) {
   const uint32_t fraction = static_cast<uint32_t>(j + 1) * 0x9e3779b9u;  // of 2^32
   const uint64_t n = static_cast<uint64_t>(count);

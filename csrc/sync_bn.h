@@ -1,18 +1,18 @@
-// What the parts of batch norm over processes ask of their inputs, on every device.
+// What the parts of synchronised batch norm ask of their inputs, on every device.
 #pragma once
 
 #include "check.h"
 
 namespace cnnkern {
 
-// What an operator works on that was computed elsewhere, for instance summed over processes: float64, dense, of this shape.
+// The check of an argument that was computed elsewhere, for example summed over processes: float64, dense, of this shape.
 inline void check_fp64(const char* op, const char* name, const Tensor& t, at::IntArrayRef shape, const Tensor& x) {
   TORCH_CHECK(t.sizes() == shape && t.scalar_type() == at::kDouble && t.is_contiguous() && t.device() == x.device(), op, ": ",
               name, " must be float64, contiguous, of shape ", shape, ", on ", x.device(), "; got ", t.scalar_type(), " ",
               t.sizes(), " on ", t.device());
 }
 
-// Batch norm over processes, from statistics that are given.
+// Synchronised batch norm, from statistics that are given.
 inline void check_sync_bn_statistics(const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
                                      const Tensor& mean, const Tensor& rstd) {
   check_image(op, x);

@@ -1,6 +1,6 @@
 // add_relu: y = relu(x + residual). Backward: dx = dresidual = dy * [y > 0].
 // [y > 0] is saved as one bit per element, in the order of memory, and nothing else.
-// Traffic in tensors read or written: 3 forward, 2 backward. Threads own stretches of memory that share no byte of
+// Memory traffic, in tensors read or written: 3 forward, 2 backward. Threads own stretches of memory that share no byte of
 // the mask.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -57,8 +57,8 @@ void forward(const T* x, const T* residual, T* y, BitWriter mask, int64_t numel)
 template <typename T>
 void backward(const T* dy, T* dx, BitReader mask, int64_t numel) {
   constexpr int64_t L = kLanes<T>, ahead = kAhead / static_cast<int64_t>(sizeof(T));
-  // Unlike the forward pass, with two sequences of reads to one of writes, this one waits for what is not fetched wherever it
-  // is not in a core's own caches, up to twice as long depending on where dx lies; and a fetch too many costs it nothing.
+  // The forward pass has two streams of reads for one of writes. This one has one, and waits for data that is not prefetched
+  // if it is not in the core's own caches, up to twice as long depending on dx's address. A needless prefetch takes no time.
   over_stretches(dx, numel, [&](bool stream, int64_t i, int64_t end) {
     for (; i + L <= end; i += L) {
       __builtin_prefetch(dy + i + ahead, 0, 2);
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor> add_relu_cpu(const Tensor& x, const Tensor& residual)
   const Strides strides = strides_of_sum(x, residual, "relu");  // in which memory is read from end to end
   const Tensor x_ = densely(x, strides), residual_ = densely(residual, strides);
   Tensor y = aten::empty_strided(x.sizes(), strides, x.options()), mask = aten::empty({mask_bytes(x.numel())}, x.options().dtype(at::kByte));
-  // Only the bytes that bits are added to one by one have to be zero: with fewer than 8 lanes every one.
+  // Only bytes to which bits are added one by one have to be zero: with fewer than 8 lanes all of them.
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "add_relu", [&] {
     uint8_t* bits = mask.mutable_data_ptr<uint8_t>();
     constexpr int64_t L = kLanes<scalar_t>;

@@ -11,7 +11,7 @@ inline namespace CPU_CAPABILITY {
 struct BitWriter {
   uint8_t* bytes;  // zero before the first write
 
-  // The bits of elements [i, i + n). A byte that is not covered whole may be another thread's at the same time.
+  // Writes the bits of elements [i, i + n). Another thread may write a byte at the same time that is not covered whole.
   void set(int64_t i, uint32_t bits, int64_t n) const {
     if (i % 8 == 0 && n % 8 == 0) {
       std::memcpy(bytes + i / 8, &bits, n / 8);

@@ -1,4 +1,4 @@
-// max_pool2d: y is the maximum of each window of x, and a byte beside each y its position in the window, counted row by row.
+// max_pool2d: y is the maximum of each window of x; a byte per output has its position in the window, counted row by row.
 // Backward: dx of a pixel is the sum of dy over the windows whose position is this pixel, in the order of the windows.
 // Traffic: x, y and a byte per output forward; dy, that byte and dx backward. Threads own rows of y forward, and images of dx
 // (of one channel where planes are contiguous) or their rows backward, so sums do not depend on their number.
@@ -18,7 +18,7 @@ namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// The windows, or the rows or columns of a window, that exist along one dimension.
+// The windows, or rows or columns of a window, that lie inside the image along one dimension.
 struct Range {
   int64_t begin, end;
 };
@@ -67,7 +67,7 @@ void store_positions(uint8_t* p, Vec<T> positions, int64_t n) {
 #endif
   compute_t<T> lanes[kLanes<T>];
   positions.store(lanes);
-  if (n == kLanes<T>) {  // of a length that the compiler knows
+  if (n == kLanes<T>) {  // a length that the compiler knows
     for (int64_t j = 0; j < kLanes<T>; ++j) p[j] = static_cast<uint8_t>(static_cast<int>(lanes[j]));
   } else {
     for (int64_t j = 0; j < n; ++j) p[j] = static_cast<uint8_t>(lanes[j]);

@@ -12,8 +12,8 @@
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 
-// `ahead`: how far from an element the one lies that is to be fetched meanwhile; 0 for none. The hardware's own
-// prefetching ends at every page and does not foresee the jump to the next image.
+// `ahead`: the distance in elements to what is prefetched; 0 for no prefetch. Hardware prefetchers stop at every page and
+// do not predict the jump to the next image.
 template <typename Policy, typename At>
 inline void sum_run(const Policy& policy, const At& at, int64_t begin, int64_t n, int64_t ahead,
                     VectorSums<Vec<typename Policy::Scalar>, Policy::kSums>& sums) {
@@ -61,11 +61,11 @@ void map_span(const Policy& policy, const Planes& s, int64_t begin, int64_t end,
     return;
   }
   if (s.HW < kShortPlane) {
-    // Without a branch that depends on where planes begin: such branches cannot be foreseen.
+    // Without a branch that depends on where planes begin: such branches cannot be predicted.
     for (; i + L <= end; i += L) {
       if (ahead != 0) policy.prefetch(i + ahead);
       const int64_t next = c + 1 == s.C ? 0 : c + 1;
-      // Those of a channel that has no lane here may be another thread's, which works them out meanwhile.
+      // Constants of a channel without a lane here may belong to another thread, which computes them at the same time.
       const int64_t behind = left < L ? next : c;
       policy.map(K::joined(K::broadcast(policy, c), K::broadcast(policy, behind), std::min(left, L)), i, stream);
       left -= L;
@@ -232,10 +232,10 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S, kSums>& sweeps) {
   const auto map = [&](int64_t block, int64_t n, int64_t part, int64_t ahead) {
     const int64_t c0 = block * cut.block, channels = end_of(block) - c0, p0 = part * cut.part;
     const int64_t begin = (n * s.C + c0) * s.HW + p0;
-    // A plane in parts is a block of its own.
+    // A plane that is cut into parts is one block.
     sweeps.map(begin, begin + (cut.parts > 1 ? std::min(cut.part, s.HW - p0) : channels * s.HW), ahead, stream);
   };
-  // A thread owns blocks of channels, and applies while its reads are in its cache, if that keeps threads busy.
+  // A thread owns blocks of channels, and makes the second sweep while they are in its cache, if that keeps all threads busy.
   if (threads == 1 || 20 * cut.blocks >= 17 * threads * divup(cut.blocks, threads)) {
     const auto own_blocks = [&](int64_t begin, int64_t end) {
       PieceSums<S, kSums> piece(s, cut);
@@ -257,8 +257,8 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S, kSums>& sweeps) {
         finish(block, sums);
         std::fill_n(sums, kSums * kMaxBlock, 0.0);
         if (block + 1 < end) prepare(block + 1);
-        // One block is written while the next is read, image by image, so that memory does both all the time; in
-        // reverse order, so that what the first sweep read last is found in cache.
+        // One block is written while the next is read, image by image, so that reads and writes overlap; in reverse
+        // order, so that what the first sweep read last is still in cache.
         for (int64_t n = 0; n < s.N; ++n) {
           const int64_t written = s.N - 1 - n;
           const int64_t ahead = block + 1 < end ? ((n - written) * s.C + cut.block) * s.HW : 0;
@@ -275,7 +275,7 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S, kSums>& sweeps) {
       at::parallel_for(0, cut.blocks, 1, own_blocks);
     return;
   }
-  // Else threads share the pieces of every block, and meet between the two sweeps.
+  // Otherwise threads share the pieces of every block, with a barrier between the two sweeps.
   const int64_t units = cut.blocks * cut.pieces();  // piece-major: a thread's units are near each other in memory
   for (int64_t block = 0; block < cut.blocks; ++block) prepare(block);
   std::vector<double> partial(units * kSums * cut.block, 0.0);

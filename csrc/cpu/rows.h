@@ -50,8 +50,8 @@ void reduce_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end
     std::fill_n(acc, kSums * width, S(0));
   };
   int64_t i = begin, pending = 0;
-  // Several rows are summed in registers before they are added to what is in cache: in a core's own cache eight at a time
-  // are faster, from beyond it four.
+  // Several rows are summed in registers before they are added to the accumulators in cache. Eight at a time are faster if
+  // the rows are in the core's own cache, four otherwise.
   const auto sum_together = [&](auto rows) {
     for (; i + rows * width <= end; i += rows * width) {
       columns(rows, i, width);
@@ -67,7 +67,7 @@ void reduce_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end
   flush();
 }
 
-// `fetch`: whether to ask for what is read next; where all is in a core's own cache that costs without use.
+// `fetch`: whether to prefetch what is read next; if all is in the core's own cache, that takes time without use.
 template <typename Policy>
 void map_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, bool fetch, bool stream) {
   using T = typename Policy::Scalar;
@@ -119,7 +119,7 @@ C10_NOINLINE void sweep_rows(RowSweeps<S, kSums>& sweeps) {
   if (s.C < 256)
     while ((s.C * join) % L != 0 || (s.C * join < 64 && join < 64)) join *= 2;
   const int64_t width = s.C * join, numel = s.numel();
-  // Pieces are whole rows; as many as can keep threads busy, as few as keep the partial sums small beside the rows.
+  // Pieces are whole rows: enough to keep the threads busy, and few enough that partial sums are small compared with the rows.
   const int64_t pieces = std::clamp<int64_t>(numel / kSerial, 1, std::clamp<int64_t>(divup(numel, width) / 32, 4, 64));
   const int64_t piece = std::max<int64_t>(divup(divup(numel, width), pieces), 1) * width;
   const int64_t units = std::max<int64_t>(divup(numel, piece), 1);

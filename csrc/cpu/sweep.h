@@ -3,9 +3,9 @@
 //
 //   kRows                          per-channel constants it keeps (rows of a ChannelTable)
 //   Reduction                      the type whose sums the first sweep takes: the policy, or a base of it
-//   kSums                          of Reduction: how many sums a channel it takes
+//   kSums                          of Reduction: its sums per channel
 //   reduces(), maps()              which of the two sweeps it makes
-//   prefetch(i)                    asks for the first sweep's inputs at element i
+//   prefetch(i)                    prefetches the first sweep's inputs at element i
 //   prepare(c, n)                  before the first sweep, n channels from c, at most kLot
 //   term<kPartial>(at, i, n, sums) first sweep: adds element i (a vector; its first n lanes if kPartial) to its VectorSums
 //   finish(c, n, sums, step)       the channels' sums -> constants of the second sweep; sum k of channel c is sums[k * step]
@@ -14,8 +14,8 @@
 //   output()                       where the second sweep stores
 //
 // `at(row)` gives a per-channel constant as a vector: broadcast in planes, loaded in rows of channels. Sums are kept
-// in vector accumulators of the arithmetic type for at most kFlush additions a lane, then in double. The pieces over
-// which sums are taken depend on the shape alone, so results do not depend on the number of threads.
+// in vector accumulators of the arithmetic type for at most kFlush additions per lane, then in double. The pieces over
+// which sums are taken depend only on the shape, so results do not depend on the number of threads.
 #pragma once
 
 #include <c10/util/SmallVector.h>
@@ -36,15 +36,15 @@
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 
-constexpr int64_t kFlush = 16;             // additions a lane before a sum moves to double
+constexpr int64_t kFlush = 16;             // additions per lane before a sum moves to double
 constexpr int64_t kPiece = 8192;           // elements of one channel whose sums are taken in one go
 constexpr int64_t kRunBytes = 8192;        // contiguous bytes a thread reads before it jumps to the next image
 constexpr int64_t kBlockBytes = 1 << 19;   // of one tensor that a thread reads twice, while they stay in its own cache
 constexpr int64_t kSerial = 16384;         // elements below which waking a second thread costs more than it saves
 constexpr int64_t kMaxBlock = 64;          // channels of a block
-constexpr int64_t kChannels = 512;         // whose constants a thread works out in one go, in rows
-constexpr int64_t kLot = 64;               // channels whose constants are worked out in vectors, step by step
-constexpr int64_t kShortPlane = 512;       // elements of a plane so short that a branch a plane costs
+constexpr int64_t kChannels = 512;         // whose constants a thread computes in one go, in rows
+constexpr int64_t kLot = 64;               // channels whose constants are computed in vectors, step by step
+constexpr int64_t kShortPlane = 512;       // elements of a plane so short that one branch per plane takes time
 constexpr int64_t kStretch = 65536;        // elements of rows that are read forward in the reversed second sweep
 constexpr int64_t kAhead = 8192;           // bytes between what is read and what is fetched
 constexpr int64_t kCoreCache = 1 << 20;    // bytes of a tensor that a core's own caches hold: it is not fetched ahead
@@ -59,8 +59,8 @@ int64_t short_of_alignment(const T* p) {
 
 inline int64_t divup(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The cache that one core's misses go to. sysconf adds up all that the machine has on some processors (an AMD EPYC
-// under KVM: `getconf LEVEL3_CACHE_SIZE` says 320 MB for 32 MB), so the kernel's own table is asked.
+// The last-level cache of one core. sysconf returns the sum over the machine on some processors (an AMD EPYC under KVM:
+// `getconf LEVEL3_CACHE_SIZE` says 320 MB for 32 MB), so this reads the kernel's own table.
 inline int64_t last_level_cache_bytes() {
   static const int64_t bytes = [] {
     std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
@@ -72,8 +72,8 @@ inline int64_t last_level_cache_bytes() {
   return bytes;
 }
 
-// Whether the page at p has been written to since the system gave it out. Its first touch makes the system clear it, by way
-// of the caches, where it is then at once.
+// Whether the page at p has been written since the system allocated it. At the first access the system clears the page
+// through the caches, so that it is in cache afterwards.
 inline bool is_mapped(const void* p) {
 #ifdef __linux__
   static const uintptr_t page = sysconf(_SC_PAGESIZE);
@@ -85,11 +85,11 @@ inline bool is_mapped(const void* p) {
 #endif
 }
 
-// How many results have to fit into the last-level cache for one to be kept there. Fewer in inference: nothing is read again.
+// How many results have to fit into the last-level cache for one to be kept in it. Fewer in inference: nothing is read again.
 constexpr int64_t kResultsInCache = 16, kResultsInCacheInference = 4;
 
-// Whether a result of so many bytes is written past the caches: faster where nothing is in cache yet, as when an operator
-// follows others on other tensors, while a small result is found in cache by who reads it next.
+// Whether a result of this many bytes bypasses the caches. That is faster if its memory is not in cache yet, as when an
+// operator follows others on other tensors. A small result stays in cache for the operator that reads it next.
 inline bool beyond_cache(const void* out, int64_t bytes, int64_t results_in_cache = kResultsInCache) {
   return results_in_cache * bytes > last_level_cache_bytes() && is_mapped(static_cast<const char*>(out) + bytes / 2);
 }
@@ -100,7 +100,7 @@ inline void each(const F& f) {
   [&]<int... k>(std::integer_sequence<int, k...>) { (f(std::integral_constant<int, k>{}), ...); }(std::make_integer_sequence<int, n>{});
 }
 
-// A policy's sums, a register each: hence no loops here, whose variable index would need memory.
+// A policy's sums, each in a register: hence there are no loops here, whose variable index would need memory.
 template <typename V, int kSums>
 struct VectorSums {
   V v[kSums];
@@ -121,7 +121,7 @@ struct Rows {  // channels_last: (rows, C)
   int64_t numel() const { return rows * C; }
 };
 
-// kRows constants a channel, row-major. In rows of channels a table is `width` wide: C, or a multiple of C where
+// kRows constants per channel, row-major. In rows of channels a table is `width` wide: C, or a multiple of C where
 // several short rows are read as one.
 template <typename T, int kRows>
 class ChannelTable {
@@ -147,7 +147,7 @@ class ChannelTable {
   c10::SmallVector<compute_t<T>, 512> data_;
 };
 
-// A channel's constants as vectors, loaded once for a run; rows that nobody reads cost nothing once inlined.
+// A channel's constants as vectors, loaded once per run; unused rows take no time once inlined.
 template <typename Policy>
 struct Constants {
   using V = Vec<typename Policy::Scalar>;
@@ -196,8 +196,8 @@ struct Layout {
   ChannelView channel() const { return rows ? ChannelView(as_rows()) : ChannelView(as_planes()); }
 };
 
-// A policy as the drivers of the sweeps see it: without its type, so that a driver is compiled once for an arithmetic
-// type and not for every kernel. Each call is for a block of channels, or for a run of elements.
+// A policy as the drivers of the sweeps see it: without its type, so that a driver is compiled once per arithmetic type
+// and not once per kernel. Each call is for a block of channels, or for a run of elements.
 struct Sweeps {
   int64_t element_bytes;
   bool reduces, maps;

@@ -129,7 +129,7 @@ inline void vstream(T* p, Vec<T> v) {
   vstore(p, v);
 }
 
-// `stream` is the same for a whole kernel: a branch that is always foreseen, and half the code to compile.
+// `stream` is constant for a whole kernel: the branch is always predicted, and there is half the code to compile.
 template <typename T>
 inline void vput(T* p, Vec<T> v, bool stream) {
   stream ? vstream(p, v) : vstore(p, v);
@@ -209,7 +209,7 @@ inline void add_lanes(double* wide, const at::vec::Vectorized<S>& v) {
   for (int j = 0; j < n; ++j) wide[j] += static_cast<double>(lanes[j]);
 }
 
-// The sum of `n` doubles, a power of two: in pairs, as one after the other they would wait for each other.
+// The sum of `n` doubles, a power of two: in pairs, as each addition would otherwise wait for the one before.
 template <int n>
 inline double sum_pairwise(const double* p) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -263,7 +263,7 @@ template <typename S>
 inline at::vec::Vectorized<S> inline_exp(const at::vec::Vectorized<S>& x) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<S, float>) {
-    // Beyond these the result is infinite or zero; NaN is the second operand and passes.
+    // Beyond these the result is infinite or zero; NaN is the second operand, and stays.
     const __m512 v = _mm512_max_ps(_mm512_set1_ps(-105.0f), _mm512_min_ps(_mm512_set1_ps(89.0f), x));
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(v, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e4p-1f), v);  // log(2) in two parts, the first exact times n

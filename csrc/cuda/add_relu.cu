@@ -1,4 +1,4 @@
-// add_relu and add_relu_backward on CUDA tensors. The kernels stand in add_relu.cuh.
+// add_relu and add_relu_backward on CUDA tensors. The kernels are in add_relu.cuh.
 #include <ATen/Dispatch.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>

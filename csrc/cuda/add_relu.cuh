@@ -1,7 +1,7 @@
 // add_relu: y = relu(x + residual). Backward: dx = dresidual = dy * [y > 0].
 // [y > 0] is saved as one bit per element, in the order of memory, and nothing else.
-// Traffic in tensors read or written: 3 forward, 2 backward. A thread owns four vectors, a block's stretch apart; the
-// lanes whose bits make up a word of the mask join them by shuffles, and one of them writes it.
+// Memory traffic, in tensors read or written: 3 forward, 2 backward. A thread owns four vectors, a block's width apart. The lanes
+// whose bits make up a word of the mask combine them by shuffles, and one of them writes the word.
 #pragma once
 
 #include "activations.h"
@@ -14,7 +14,7 @@ namespace cnnkern::gpu {
 constexpr int kAddThreads = 256;
 constexpr int kAddVectors = 4;  // of a thread
 
-// The word of the mask that `bits`, V of them a lane, are part of; in every lane.
+// The word of the mask that `bits`, V of them per lane, are part of; in every lane.
 template <int V>
 __device__ __forceinline__ unsigned joined_bits(unsigned bits, int lane) {
   constexpr int kLanes = 32 / V;

@@ -1,6 +1,6 @@
-// Activations whose result is rounded to 16 bits: by the approximations that a GPU has instructions for, whose errors are
-// a few units of float's 24 digits, while the result keeps 11 or 8. The exact ones take several times as many instructions,
-// and made activations with an exponential slower than the memory.
+// Activations whose result is rounded to 16 bits, by approximations that are single GPU instructions. Their errors are a few
+// units in the last of float's 24 bits; the result keeps 11 or 8. The exact functions take several times as many instructions,
+// which made activations with an exponential slower than the memory traffic.
 #pragma once
 
 #include "activations.h"

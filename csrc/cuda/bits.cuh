@@ -9,9 +9,9 @@ namespace cnnkern::gpu {
 struct BitWriter {
   unsigned* words;
 
-  // The bits of a vector's lanes that exist, which are of one word: `at` is a multiple of V, as vectors begin where those of
-  // the tensor do that is written. Vectors of eight that are never ragged own their bytes. Where a byte may have other
-  // writers every word is written by atomic or, over zeros; or has no order that could show.
+  // Writes the bits of a vector's existing lanes, all in one word: `at` is a multiple of V, as vectors begin where those of the
+  // written tensor do. Vectors of eight that are never ragged own their bytes. If a byte may have other writers, every word is
+  // written by atomic or, over zeros; an or has no order that could show in the result.
   template <bool kRagged, int V>
   __device__ __forceinline__ void set(int64_t at, Lanes lanes, unsigned bits) const {
     if constexpr (!kRagged && V == 8) {
@@ -28,7 +28,7 @@ struct BitWriter {
 struct BitReader {
   const uint8_t* bytes;
 
-  // The bits of a vector's lanes; of those that do not exist any.
+  // The bits of a vector's lanes; undefined for lanes that do not exist.
   template <bool kRagged, int V>
   __device__ __forceinline__ unsigned get(int64_t at, Lanes lanes) const {
     if constexpr (!kRagged) {

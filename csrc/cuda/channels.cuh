@@ -27,7 +27,7 @@ struct ChannelView {
   __host__ __device__ int64_t count() const { return runs * length; }
 };
 
-// One value per channel, of type T or float; not there if data is null.
+// One value per channel, of type T or float; absent if data is null.
 template <typename T>
 struct ChannelVector {
   void* data;

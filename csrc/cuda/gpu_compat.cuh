@@ -38,7 +38,7 @@ void allow_shared(void (*kernel)(Parameters...), size_t shared) {
   if (shared > kSharedWithoutAsking) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
 }
 
-// Errors of the launch are left for cudaGetLastError.
+// cudaGetLastError returns errors of the launch.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream, const Arguments&... arguments) {
   allow_shared(kernel, shared);
@@ -77,7 +77,7 @@ void launch_next(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t sh
   cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
-// What the kernel before this one has written is there behind it. The first statement of a kernel that launch_next starts.
+// After it, everything that the previous kernel has written is visible. The first statement of a kernel that launch_next starts.
 __device__ __forceinline__ void wait_for_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -119,13 +119,13 @@ void launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_
 }
 
 // Copies 16 bytes to shared memory while the thread goes on; zeros where `exists` is false, and global is not read then.
-// Both addresses are multiples of 16. Who copied sees them behind async_wait, the block behind a barrier after that.
+// Both addresses are multiples of 16. Who copied sees them after async_wait, the block after a barrier after that.
 __device__ __forceinline__ void async_copy(void* shared, const void* global, bool exists = true) {
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   const int bytes = exists ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(global)), "r"(bytes) : "memory");
 }
-// The copies that a thread has asked for since the last one become a group.
+// The copies that a thread has started since the last commit become a group.
 __device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most the kLeft youngest groups of the thread are under way.
 template <int kLeft>
@@ -133,8 +133,8 @@ __device__ __forceinline__ void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-// Meets the other blocks of a group: what each wrote before it, all see behind it. counter: of this group alone, zero
-// when the kernel begins; turn: how many barriers of this counter lie behind. Every thread of each block calls it.
+// A barrier for the blocks of a group: after it all see what each wrote before it. counter: only of this group, zero when the
+// kernel begins; turn: the number of earlier barriers of this counter. Every thread of each block calls it.
 __device__ __forceinline__ void group_barrier(unsigned* counter, unsigned blocks, unsigned turn) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -235,14 +235,14 @@ struct alignas(sizeof(T) * N) Vector {
 template <typename V>
 using access_t = std::conditional_t<sizeof(V) == 16, uint4, std::conditional_t<sizeof(V) == 8, uint2, V>>;
 
-// Has what will be read at p fetched into L2, and waits for nothing.
+// Prefetches the line at p into L2, without waiting.
 __device__ __forceinline__ void prefetch([[maybe_unused]] const void* p) {
 #ifdef __CUDA_ARCH__
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p)));
 #endif
 }
 
-// Has v computed here and held, where nvcc would compute it anew at each of its uses.
+// Keeps v in a register, where nvcc would compute it again at each use.
 __device__ __forceinline__ void hold([[maybe_unused]] float& v) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+f"(v));

@@ -1,4 +1,4 @@
-// max_pool2d and max_pool2d_backward on CUDA tensors. The kernels stand in max_pool2d.cuh.
+// max_pool2d and max_pool2d_backward on CUDA tensors. The kernels are in max_pool2d.cuh.
 #include <ATen/Dispatch.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>

@@ -1,9 +1,9 @@
-// max_pool2d: y is the maximum of each window of x, and a byte beside each y its position in the window, counted row by row.
+// max_pool2d: y is the maximum of each window of x; a byte per output has its position in the window, counted row by row.
 // Backward is a gather: dx of a pixel is the sum of dy over the windows that hold it and whose position is this pixel, in the
 // order of the windows. No atomics, so reruns are bit-equal.
 // Kernels of 3x3 and 2x2 at stride 2: a thread has V channels and goes down a column of windows. What two windows share stays in
 // registers: forward the maximum of a row, backward dy and position. Any other kernel: a thread has one element.
-// Traffic: x, y and a byte per output forward; dy, that byte and dx backward.
+// Memory traffic: x, y and a byte per output forward; dy, that byte and dx backward.
 #pragma once
 
 #include "cuda/conv/conv_geometry.cuh"
@@ -15,9 +15,9 @@ constexpr int kPoolThreads = 256;
 constexpr int64_t kPoolBusy = 1 << 18;     // threads that keep a GPU busy: columns are cut until there are so many,
 constexpr int64_t kPoolRun = 14;           // and into pieces of at most so many windows
 constexpr int64_t kPoolMost = 1u << 31;    // threads of a launch stay below, which Divisor asks for
-constexpr uint8_t kNoPosition = 0xFF;      // of a window that is not there
+constexpr uint8_t kNoPosition = 0xFF;      // of a window that does not exist
 
-// What the threads of one launch have: a column each of `rows` places, in pieces of `run`, the first of which is number
+// The work of one launch: per thread a column of `rows` places, in pieces of `run`, the first of which is number
 // `first_row` of image `n`; columns are counted from `first_column`.
 struct PoolWork {
   PoolGeometry g;
@@ -58,7 +58,7 @@ struct Largest {
   }
 };
 
-// V neighbours by one access; `otherwise` each where they are not there.
+// V neighbours by one access; `otherwise` each if they do not exist.
 template <typename T, int V>
 __device__ __forceinline__ Vector<T, V> vector_or(const T* p, bool there, T otherwise) {
   Vector<T, V> vector;
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kPoolThreads, 3)
   }
 }
 
-// dy and positions of the windows beside one another that a group of S columns of pixels is in.
+// dy and positions of the neighbouring windows that a group of S columns of pixels is in.
 template <typename T, int kWindows, int V>
 struct WindowRow {
   Vector<T, V> dy[kWindows];
@@ -297,7 +297,7 @@ void for_images(PoolWork work, const Start& start) {
   }
 }
 
-// How many of `rows` a thread goes down.
+// How many of `rows` a thread computes.
 inline int64_t pool_run(int64_t columns, int64_t rows) {
   const int64_t run = larger(1, smaller(kPoolRun, columns * rows / kPoolBusy));
   return divup(rows, divup(rows, run));

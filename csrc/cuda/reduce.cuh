@@ -27,11 +27,11 @@ __device__ __forceinline__ void block_sum(double (&v)[N]) {
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < N; ++k) v[k] = warp_sum(lane < warps ? scratch[k * kWarp + lane] : 0.0);
-  __syncthreads();  // the caller may come back at once, and write scratch
+  __syncthreads();  // the caller may call again immediately, and write scratch
 }
 
 // N sums down the columns of a block that is seen as (rows, columns) of threads; row 0 gets them. Threads of rows
-// beyond `rows` only keep step. scratch: N * (rows / 2) * columns doubles of shared memory.
+// beyond `rows` only take part in barriers. scratch: N * (rows / 2) * columns doubles of shared memory.
 template <int N>
 __device__ __forceinline__ void column_sum(double (&v)[N], int row, int rows, int column, int columns, double* scratch) {
   while (rows > 1) {

@@ -18,11 +18,11 @@
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 
-// What is worked out a channel is worked out in double, for a lot of channels step by step: each step is a loop that the
-// compiler turns into vectors, where a channel at a time would wait for every root and quotient.
+// Values per channel are computed in double, for a lot of channels (kLot) step by step: the compiler vectorises the loop of
+// each step. One channel at a time would wait for every root and quotient.
 using Lot = std::array<double, kLot>;
 
-// What rounding the mean to the arithmetic type loses.
+// The error of rounding the mean to the arithmetic type.
 template <typename S>
 double lost_digits(double mean, S center) {
   return std::isfinite(mean) ? mean - center : 0.0;
@@ -126,7 +126,7 @@ struct BatchNormForward {
   void moments(int64_t c, int64_t n, const double* s1, const double* s2, Lot& m, Lot& var) const {
     const double count = view.count();
     const S* const shift = table.row(kShift) + c;
-    // Far from the mean the shift was of no use; squares may have left the arithmetic type's range; NaN fails too.
+    // The shift may be too far from the mean, and squares may have left the arithmetic type's range. NaN fails too.
     const auto sound = [&](int64_t j, double delta) {
       return bool((delta * delta <= 8 * var[j]) & (s2[j] <= std::numeric_limits<S>::max()) & (s2[j] > 1e-28 * count));
     };
@@ -190,7 +190,7 @@ BatchNormForward<T> batch_norm_forward(const Tensor& x, const Layout& layout, co
 enum : int { kCenteredScale = 1, kCenteredOffset = 2, kOfGate = 5 };
 
 // What reaches the batch norm of element i of dy, a vector, or its first n lanes if kPartial: through an activation that is
-// computed again from x, or from x and the residual; through a mask; all of it.
+// recomputed from x, or from x and the residual; through a mask; all of it.
 template <typename T, typename Act>
 struct ThroughActivation {
   static constexpr int kRows = 0, kSums = 0;  // of its own
@@ -242,7 +242,7 @@ struct BatchNormBackward {
   static constexpr int kSums = 2 + Gate::kSums;
 
   const T *dy, *x;
-  T *dx, *dresidual;  // nullptr where not wanted
+  T *dx, *dresidual;  // nullptr if not needed
   bool training;
   const double *mean, *rstd;
   ChannelView view;
@@ -338,19 +338,19 @@ void run(Policy&& policy, const Layout& layout) {
     run_planes(policy, layout.as_planes());
 }
 
-// The gradient of x, or of what is like it; an empty tensor where it is not wanted.
+// The gradient of x, or of a tensor like it; an empty tensor if it is not needed.
 inline Tensor gradient_like(bool wanted, const Tensor& x) {
   return wanted ? aten::empty_like(x) : aten::empty({0}, x.options());
 }
 
-// That of a vector of C, in its dtype; in the dtype of sums where the vector, which the gradient need not read, is not given.
+// The gradient of a vector of C, in its dtype, or in the dtype of sums if the vector is not given.
 inline Tensor parameter_gradient(bool wanted, const OptionalTensor& t, const Tensor& x) {
   if (!wanted) return aten::empty({0}, x.options());
   const Tensor& given = tensor_or_undefined(t);
   return given.defined() ? aten::empty_like(given) : aten::empty({x.size(1)}, x.options().dtype(wide_type(x)));
 }
 
-// Where a backward pass writes; a tensor that is empty or undefined is not wanted.
+// Where a backward pass writes; a tensor that is empty or undefined is not needed.
 struct BatchNormGradients {
   Tensor dx = {}, dresidual = {}, dweight = {}, dbias = {};
 };

@@ -4,7 +4,7 @@
 //   dx = weight * rstd * g                                                   eval
 // act'(pre) is recomputed from x by the same subtraction and fma as in the forward pass, so it is that of the
 // output bit for bit, and nothing but x and two vectors of C is saved.
-// Traffic in tensors read or written, while a channel (planes) or the tensor (rows) stays in cache: 2 forward,
+// Memory traffic, in tensors read or written, while a channel (planes) or the tensor (rows) stays in cache: 2 forward,
 // 3 backward; rows beyond the last-level cache 3 and 5. A thread owns blocks of channels, or pieces of rows.
 // Accumulators: the arithmetic type for 64 additions, then double (see sweep.h).
 #include <array>

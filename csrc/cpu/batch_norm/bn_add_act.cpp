@@ -1,7 +1,7 @@
 // bn_add_act: y = act(pre + residual), pre = (x - mean) * weight * rstd + bias.
 // Backward, with g = dy * act'(pre + residual): dresidual = g, and dx, dweight, dbias as those of bn_act. Of relu act' is
 // [y > 0], saved as one bit per element, in the order of memory, and nothing is saved of the residual. Of other activations
-// it is computed again from x and the residual, which are saved. Nothing is saved of y.
+// it is recomputed from x and the residual, which are saved. Nothing is saved of y.
 // Traffic in tensors read or written, while a channel (planes) or the tensor (rows) stays in cache: 3 forward, 4 backward;
 // rows beyond the last-level cache 4 and 6. Where the residual is read backward: 5, and 8. A thread owns blocks of channels, or pieces of rows.
 // Accumulators: the arithmetic type for 64 additions, then double (see sweep.h).

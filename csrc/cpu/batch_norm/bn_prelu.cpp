@@ -1,6 +1,6 @@
 // bn_prelu: y = z for z > 0, else slope * z; z = pre + residual, pre = (x - mean) * weight * rstd + bias, the residual optional.
 // Backward, with g = dy for z > 0, else slope * dy: dslope = sum of dy * min(z, 0) over a channel, or over all of x for a single
-// slope; dresidual = g, and dx, dweight, dbias as those of bn_act. z is computed again from x and the residual, which alone are
+// slope; dresidual = g, and dx, dweight, dbias as those of bn_act. z is recomputed from x and the residual, which alone are
 // saved. dslope is a third sum of the first sweep.
 // Traffic in tensors read or written, while a channel (planes) or the tensor (rows) stays in cache: 2 forward, 3 backward; rows
 // beyond the last-level cache 3 and 5; with a residual 3 and 5, and 4 and 8. Accumulators as those of bn_act.
@@ -13,7 +13,7 @@ namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// A slope a channel, in the arithmetic type. A single one is read with a stride of 0.
+// One slope per channel, in the arithmetic type. A single slope is read with a stride of 0.
 struct Slopes {
   ChannelVector slopes;
   Slopes(const Tensor& slope, int64_t channels) : slopes(slope.expand({channels})) {}
@@ -63,7 +63,7 @@ struct ThroughPRelu {
   using V = Vec<T>;
   const T* residual;  // or nullptr
   Slopes slopes;
-  double* sums;  // of dy * min(z, 0), a channel each
+  double* sums;  // of dy * min(z, 0), one per channel
 
   void prefetch(int64_t i) const {
     if (residual != nullptr) __builtin_prefetch(residual + i, 0, 2);

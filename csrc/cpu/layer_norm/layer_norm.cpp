@@ -1,11 +1,11 @@
 // layer_norm, over rows of n elements: y = xhat * weight + bias, xhat = (x - mean) * rstd.
 // Backward, with g = dy * weight: dbias = sum of dy over rows, dweight = sum of dy * xhat over rows,
 //   dx = rstd * (g - sum(g) / n - xhat * sum(g * xhat) / n).
-// Four rows are computed side by side, so that their sums do not wait for one another and weight, bias and the sums
-// over rows are read once for four. Sums are taken of x, then of x - mean, while the rows are in cache; in the
-// arithmetic type for at most kRun additions a lane, then in double.
-// Traffic in tensors read or written, while four rows stay in cache: 2 forward, 3 backward. A thread owns rows; dweight
-// and dbias are summed over pieces of rows that depend on the shape alone, and those added in their order. Where rows
+// Four rows are computed together, so that their sums do not wait for one another, and weight, bias and the sums over
+// rows are read once for four. Sums are taken of x, then of x - mean, while the rows are in cache; in the
+// arithmetic type for at most kRun additions per lane, then in double.
+// Memory traffic, in tensors read or written, while four rows stay in cache: 2 forward, 3 backward. A thread owns rows; dweight
+// and dbias are summed over pieces of rows that depend only on the shape, and those added in their order. Where rows
 // are few and long, threads own columns for what follows the sums.
 #include "cpu/layer_norm/layer_norm.h"
 
@@ -20,20 +20,20 @@ namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int kGroup = 4;                // rows side by side
+constexpr int kGroup = 4;                // rows computed together
 constexpr int64_t kFewRows = 64;         // so few that pieces of them would not keep threads busy ...
 constexpr int64_t kLongRow = 1024;       // ... and so long that parts of them do
 constexpr int64_t kColumns = 512;        // of such a part
 constexpr int64_t kLeastGroups = 4;      // of a piece
 
-// How far ahead of a row the one lies that is to be fetched meanwhile: whole groups, so that pages do not stop it.
+// How far ahead of a row the row to be prefetched is: whole groups, so that page boundaries do not matter.
 template <typename T>
 int64_t rows_ahead(int64_t cols) {
   return divup(kAhead / static_cast<int64_t>(sizeof(T)), kGroup * cols) * kGroup * cols;
 }
 
 // totals[k][r] = sum over columns [0, cols) of what term(r, j, n, partial, sums) adds to sums[k] for columns j .. j + n
-// of row r. A row alone has several sums, for vectors in turn, so that one addition does not wait for another.
+// of row r. A single row has several sums, for alternating vectors, so that one addition does not wait for another.
 template <typename T, int kSums, int kRows, typename Term>
 inline void sum_columns(int64_t cols, double* const (&totals)[kSums], const Term& term) {
   using V = Vec<T>;
@@ -160,7 +160,7 @@ class ColumnSums {
   void added(int64_t rows) {
     if ((pending_ += rows) + kGroup > kRun) flush();
   }
-  // Whatever is there is moved to double.
+  // Moves the sums in the arithmetic type to double.
   void flush() {
     for (int k = 0; k < 2; ++k)
       for (int64_t j = 0; j < width_; ++j) {
@@ -184,10 +184,10 @@ struct Backward {
   using S = compute_t<T>;
   using V = Vec<T>;
   const T *dy, *x;
-  T* dx;  // nullptr where not wanted
+  T* dx;  // nullptr if not needed
   const S *mean, *rstd, *weight;
   int64_t cols;
-  bool sums;  // whether the parameters' gradients are wanted
+  bool sums;  // whether the parameters' gradients are needed
   bool stream;
 
   // dx = (dy * weight - level - xhat * slope) * rstd: in this order the terms cancel before they are scaled.

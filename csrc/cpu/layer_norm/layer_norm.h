@@ -1,5 +1,5 @@
-// What the layer norms share on the CPU: parameters as the kernels read them, statistics out of sums, and the kernels
-// over rows, which layer_norm2d uses for channels_last.
+// Shared by the layer norms on the CPU: parameters as the kernels read them, statistics from sums, and the kernels over
+// rows, which layer_norm2d uses for channels_last.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,25 +17,25 @@
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 
-constexpr int64_t kRun = 64;  // additions a lane before a sum moves to double
+constexpr int64_t kRun = 64;  // additions per lane before a sum moves to double
 
-// Inputs seen as (rows, cols), dense; mean and rstd have one value per row. An undefined parameter is not there.
+// Inputs seen as (rows, cols), dense; mean and rstd have one value per row. An undefined parameter is absent.
 void layer_norm_rows(const Tensor& x, int64_t cols, const Tensor& weight, const Tensor& bias, double eps, const Tensor& y,
                      const Tensor& mean, const Tensor& rstd);
-// An undefined gradient is not wanted.
+// An undefined gradient is not needed.
 void layer_norm_rows_backward(const Tensor& dy, const Tensor& x, int64_t cols, const Tensor& weight, const Tensor& mean,
                               const Tensor& rstd, const Tensor& dx, const Tensor& dweight, const Tensor& dbias);
 
-// A wide result beside 16 bits, and its gradient: those of x in float32. A GPU's kernels read 16 bits there. On a CPU autocast
-// leaves layer norms alone, so that only a direct call comes here.
+// A wide result of 16-bit x, and its gradient: those of x in float32. GPU kernels read the 16 bits directly. On a CPU autocast
+// does not change layer norms, so only direct calls come here.
 inline Tensor widened(const Tensor& x, bool wide) { return wide ? x.to(wide_type(x)) : x; }
 inline std::tuple<Tensor, Tensor, Tensor> narrowed(std::tuple<Tensor, Tensor, Tensor> gradients, const Tensor& x) {
   auto& [dx, dweight, dbias] = gradients;
   return {dx.to(x.scalar_type()), dweight, dbias};
 }
 
-// A parameter's n values in the arithmetic type: its own memory where that will do, else a copy; `otherwise` where
-// there is none.
+// A parameter's n values in the arithmetic type: its own memory if it has that type, otherwise a copy; `otherwise` if
+// there is no parameter.
 template <typename T>
 class ParameterValues {
   using S = compute_t<T>;
@@ -65,7 +65,7 @@ class ParameterValues {
   const S* data_;
 };
 
-// Stores n values as the gradient of a parameter, in the parameter's type: T, or the arithmetic type beside it.
+// Stores n values as the gradient of a parameter, in the parameter's type: T or the arithmetic type.
 template <typename T, typename Values>
 void store_gradient(const Tensor& gradient, int64_t begin, int64_t end, const Values& value) {
   const auto store = [&](auto* p) {
@@ -78,16 +78,16 @@ void store_gradient(const Tensor& gradient, int64_t begin, int64_t end, const Va
     store(gradient.mutable_data_ptr<compute_t<T>>());
 }
 
-// Whether a result, of which whole vectors begin every `length` elements, is written past the caches: where the four
-// tensors of a training step do not fit into the last of them, and its own memory has been in use.
+// Whether a result, of which whole vectors begin every `length` elements, bypasses the caches: if the four tensors of a
+// training step do not fit into the last-level cache, and its own memory has been used before.
 template <typename T>
 bool streams(const T* out, int64_t numel, int64_t length) {
   return 4 * numel * static_cast<int64_t>(sizeof(T)) > last_level_cache_bytes() && length % kLanes<T> == 0 &&
          short_of_alignment(out) == 0 && is_mapped(out + numel / 2);
 }
 
-// Into how many pieces `units` of work are cut over which gradients of parameters are summed: a power of two that
-// depends on the shape alone, with `least` units at the least in each.
+// The number of pieces into which `units` of work are cut, over which gradients of parameters are summed: a power of two
+// that depends only on the shape, with at least `least` units per piece.
 inline int64_t pieces_of(int64_t units, int64_t least, int64_t numel) {
   const int64_t most = std::min(units / least, numel / kSerial);
   return std::bit_floor(static_cast<uint64_t>(std::clamp<int64_t>(most, 1, 64)));
@@ -103,8 +103,8 @@ std::tuple<double, double> exact_moments(const T* x, int64_t n, int64_t step) {
   return {mean, squares / n};
 }
 
-// Statistics of kCount rows (or pixels) side by side. The normalised value is (x - center) * rstd + offset: offset is
-// what rounding the mean to the arithmetic type has lost.
+// Statistics of kCount rows (or pixels) together. The normalised value is (x - center) * rstd + offset, where offset is
+// the error of rounding the mean to the arithmetic type.
 template <typename S, int kCount>
 struct Moments {
   static_assert(kCount % 8 == 0, "whole vectors of double");
@@ -116,12 +116,12 @@ struct Moments {
     for (int i = 0; i < kCount; ++i) center[i] = static_cast<S>(sum[i] / n);
   }
 
-  // Where squares leave the range of the arithmetic type they are not sound.
+  // They are wrong if squares leave the range of the arithmetic type.
   bool sound(int i, double n) const {
     return squares[i] <= std::numeric_limits<S>::max() && (squares[i] > 1e-28 * n || (squares[i] == 0 && sum[i] == 0));
   }
 
-  // Statistics from the sums; whether all are sound.
+  // Statistics from the sums; returns whether all are valid.
   bool finish(double n, double eps) {
     using V = at::vec::Vectorized<double>;
     alignas(64) double delta[kCount], r[kCount];

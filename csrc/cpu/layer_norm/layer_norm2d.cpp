@@ -1,11 +1,11 @@
 // layer_norm2d: layer norm of (N, C, H, W) over C, with the formulas of layer_norm.cpp. channels_last is its rows; this
-// file has the planes. Lanes are pixels, so no sum crosses lanes but those of dweight and dbias, and those once for
+// file has the planes. Lanes are pixels. Only the sums of dweight and dbias cross lanes, once for
 // many pixels.
 // A thread owns strips of up to kVectors vectors of pixels by all of C, which stay in its own cache while they are read
-// three times forward (sums of x, of x - mean, result), twice backward; the next strip is fetched meanwhile, since nothing
-// else foresees the jumps from plane to plane.
-// Traffic in tensors read or written: 2 forward, 3 backward. Accumulators: the arithmetic type for at most kRun
-// additions a lane, then double; dweight and dbias over the pixels of a strip, then double, over pieces that depend on
+// three times forward (sums of x, of x - mean, result), twice backward. The next strip is prefetched, since the hardware
+// does not predict the jumps from plane to plane.
+// Memory traffic, in tensors read or written: 2 forward, 3 backward. Accumulators: the arithmetic type for at most kRun
+// additions per lane, then double; dweight and dbias over the pixels of a strip, then double, over pieces that depend on
 // the shape alone, added in their order.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -18,7 +18,7 @@ namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int kVectors = 4;           // of pixels side by side
+constexpr int kVectors = 4;           // neighbouring vectors of pixels
 constexpr int64_t kLeastStrips = 4;   // of a piece
 
 // Vector k of `kCount`, of which the last has n lanes, all or some, if kPartial.
@@ -38,7 +38,7 @@ inline void store(T* p, int k, int64_t n, Vec<T> v, bool stream) {
     vstore(p + k * L, v);
 }
 
-// How planes are cut into strips: at most kVectors vectors each, as even as can be.
+// How planes are cut into strips: at most kVectors vectors each, as evenly as possible.
 template <typename T>
 struct Strips {
   int64_t N, C, HW;
@@ -155,7 +155,7 @@ struct Backward {
   using S = compute_t<T>;
   using V = Vec<T>;
   const T *dy, *x;
-  T* dx;  // nullptr where not wanted
+  T* dx;  // nullptr if not needed
   const S *mean, *rstd, *weight;
   Strips<T> strips;
   bool stream;
@@ -190,7 +190,7 @@ struct Backward {
         terms[0][i] = static_cast<S>(sum[i] / C), terms[1][i] = static_cast<S>(product[i] / C);
       for (int k = 0; k < kCount; ++k) level[k] = V::loadu(terms[0] + k * L), slope[k] = V::loadu(terms[1] + k * L) * scale[k];
     }
-    for (int64_t first = 0; first < C; first += 2) {  // two channels, whose four sums are taken side by side
+    for (int64_t first = 0; first < C; first += 2) {  // two channels, whose four sums are independent
       V found[4] = {V(0), V(0), V(0), V(0)};
       for (int64_t c = first; c < std::min(C, first + 2); ++c) {
         const V w(weight[c]);

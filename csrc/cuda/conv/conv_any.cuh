@@ -1,5 +1,5 @@
-// Grouped convolution of any kernel, stride, dilation and group: a thread has one output. Not the fastest way for any of
-// them, but no layout is copied, and the gradients are as exact as elsewhere.
+// Grouped convolution of any kernel, stride, dilation and group: one output per thread. It is not optimised, but it copies
+// no layout, and its gradients are as exact as those of the other kernels.
 #pragma once
 
 #include "cuda/conv/conv_geometry.cuh"
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kConvThreads)
   dx[work.in_x(n, c, h, w)] = static_cast<T>(sum);
 }
 
-// Pixels of y of a part of the gradient of the weight, and how many of them a thread sums before it goes over to double.
+// Pixels of y of a part of the gradient of the weight, and how many of them a thread sums before it continues in double.
 constexpr int64_t kAnyPart = 16384;
 constexpr int kAnyFlush = 32;
 

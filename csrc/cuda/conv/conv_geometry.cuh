@@ -12,8 +12,8 @@ struct ConvGeometry {
   int64_t N, C, H, W, O, OH, OW, groups;
   int kh, kw, sh, sw, ph, pw, dh, dw;
   int taps() const { return kh * kw; }
-  int64_t inputs() const { return C / groups; }   // channels of x a group
-  int64_t outputs() const { return O / groups; }  // channels of y a group
+  int64_t inputs() const { return C / groups; }   // channels of x per group
+  int64_t outputs() const { return O / groups; }  // channels of y per group
   bool square() const { return kh == kw && sh == sw && sh <= 2 && dh == 1 && dw == 1; }  // and of stride 1 or 2, not dilated
 };
 
@@ -54,7 +54,7 @@ struct Bits<2> {
   using type = uint16_t;
 };
 
-// V neighbours, widened, by one access; zeros where they are not there.
+// V neighbours, widened, by one access; zeros if they do not exist.
 template <int V, typename T>
 __device__ __forceinline__ void read(const T* p, bool there, compute_t<T> (&out)[V]) {
   using Access = typename Bits<V * sizeof(T)>::type;
@@ -103,10 +103,10 @@ struct PartialSums {
   }
 };
 
-// Where the gradient of the weight goes: (O, inputs, kh, kw), by strides.
+// The destination of the weight's gradient: (O, inputs, kh, kw), by strides.
 template <typename T>
 struct WeightGradient {
-  T *data, *bias;  // bias null where it is not wanted
+  T *data, *bias;  // bias null if not needed
   int64_t strides[4];
   int kh, kw;
 };
@@ -115,7 +115,7 @@ struct WeightGradient {
 template <int kSlices>
 constexpr int kSumColumns = kSlices == 32 ? 32 : 256 / kSlices;
 
-// Adds the parts in an order of their own, in double.
+// Adds the parts in a fixed order, in double.
 template <typename T, int kSlices>
 __global__ void __launch_bounds__(kSumColumns<kSlices>* kSlices)
     sum_parts_kernel(PartialSums<compute_t<T>> sums, WeightGradient<T> gradient) {

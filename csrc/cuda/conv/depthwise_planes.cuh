@@ -1,6 +1,6 @@
 // Depthwise convolution of planes (NCHW): a thread has a column of outputs, neighbouring threads have neighbouring
-// columns. The filter stays in registers, each row of the input is read once for all outputs that it belongs to, and what
-// neighbouring threads share comes from the first-level cache.
+// columns. The filter stays in registers. Each row of the input is read once for all outputs that it belongs to. Elements that
+// neighbouring threads share come from the first-level cache.
 #pragma once
 
 #include "cuda/conv/conv_geometry.cuh"
@@ -15,7 +15,7 @@ struct PlaneWork {
   Divisor columns, runs, channels;
   int64_t H, W, OH, OW;  // of the tensors that are read and written
   int C, ph, pw;
-  bool flipped;  // the filter is turned round: the gradient of the input
+  bool flipped;  // the filter is flipped: the gradient of the input
 };
 
 template <typename T, int K>
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kPlaneThreads)
     }
 }
 
-// Sums M values over the lanes of a warp, and spreads the sums over them: in the end v holds those of `first` and the
-// next `count`. Half of the values are exchanged at each step instead of all of them.
+// Sums M values over the lanes of a warp, and distributes the sums over the lanes: in the end v has the sums of `first` and the
+// next `count`. Each step exchanges half of the remaining values instead of all.
 template <int M, int kDistance, typename S, int N>
 __device__ __forceinline__ void spread_sums(S (&v)[N], int lane, int& first, int& count) {
   if constexpr (kDistance > 0) {

@@ -1,17 +1,17 @@
-// Depthwise convolution of rows of channels (NHWC) from a ring of input rows in shared memory. A thread keeps to a lane, a few
-// neighbouring channels, whose filters it holds in registers, and to a strip, a few neighbouring columns of the output. A block
-// walks down the rows of the input: each is copied to the ring while those before it are used, zeros where the image ends.
-// A row is added to every output row that it belongs to, as if each were a sum of its own; a thread holds the sums of all that
-// are not complete. So a value is read from memory once, from the ring a few times, and multiplied by all of the filter.
-// A block has the strips of a whole row of the output, those of several images where rows are short, or a tile of columns.
+// Depthwise convolution of rows of channels (NHWC) from a ring of input rows in shared memory. A thread has a lane (a few
+// neighbouring channels, whose filters are in its registers) and a strip (a few neighbouring columns of the output). A block
+// walks down the rows of the input: each is copied to the ring while earlier ones are used, with zeros beyond the image.
+// A row is added to the sums of every output row that it belongs to. A thread has the sums of all output rows that are not
+// complete. So an element is read from memory once, from the ring a few times, and multiplied by the whole filter.
+// A block has the strips of a whole row of the output, of several images if rows are short, or of a tile of columns.
 #pragma once
 
 #include "cuda/conv/ring.cuh"
 
 namespace cnnkern::gpu {
 
-// A convolution of stride kStride: a thread's sums of kRun_ outputs in each of the rows that are not complete. Sums of row j lack j
-// more steps of kStride rows.
+// A convolution of stride kStride: a thread's sums of kRun_ outputs in each of the incomplete rows. The sums of row j need j more
+// steps of kStride rows.
 template <typename T, int K, int kStride, int kRun_>
 struct RingConvolution {
   using Scalar = T;
@@ -28,7 +28,7 @@ struct RingConvolution {
         for (int k = 0; k < V; ++k) sum[j][o][k] = start[k];
   }
 
-  // A step down without values.
+  // A step down over rows of zeros.
   __device__ __forceinline__ void skip() {
 #pragma unroll
     for (int j = 0; j <= kLag; ++j)
@@ -38,7 +38,7 @@ struct RingConvolution {
         for (int k = 0; k < V; ++k) sum[j][o][k] = j < kLag ? sum[j < kLag ? j + 1 : j][o][k] : start[k];
   }
 
-  // Adds a row, whose even and odd pixels begin at p[0] and p[1]. kPhase: 0 for the last row of a step, which makes it.
+  // Adds a row, whose even and odd pixels begin at p[0] and p[1]. kPhase: 0 for the last row of a step, which shifts the sums.
   template <int kPhase>
   __device__ __forceinline__ void add(const T* (&p)[2], int width) {
 #pragma unroll
@@ -73,8 +73,8 @@ struct RingConvolution {
   }
 };
 
-// The gradient of the input at stride 2. A step takes a row of dy and completes two of dx; columns of dx are in pairs, of which a
-// thread has kPairs_. Tap (2 i, 2 j), and those right and below of it, meet dy i rows up and j columns left of a pair.
+// The gradient of the input at stride 2. A step reads a row of dy and completes two rows of dx. Columns of dx are in pairs, of
+// which a thread has kPairs_. Tap (2 i, 2 j), and those right and below of it, meet dy i rows up and j columns left of a pair.
 template <typename T, int K, int kPairs_>
 struct RingGradient {
   using Scalar = T;
@@ -136,8 +136,8 @@ struct RingGradient {
   }
 };
 
-// Filters by way of shared memory: in memory those of a block are neighbours, and those of a tap are not. Behind async_wait and a
-// barrier they are there. `count` fills 16 bytes.
+// Copies filters to shared memory: in memory those of a block are neighbours, and those of a tap are not. They are visible after
+// async_wait and a barrier. `count` is a multiple of 16 bytes.
 template <typename T>
 __device__ __forceinline__ void copy_filters(const T* from, int count, T* to) {
   if (reinterpret_cast<uintptr_t>(from) % 16 == 0)
@@ -146,7 +146,7 @@ __device__ __forceinline__ void copy_filters(const T* from, int count, T* to) {
     for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
 }
 
-// The filters of a thread's channels, from the block's. flipped: turned round.
+// The filters of a thread's channels, from the block's. flipped: flipped.
 template <typename M, typename T>
 __device__ __forceinline__ void read_filters(const T* filters, bool flipped, M& m) {
   constexpr int K = M::kSize;
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
     const T* const from = x + static_cast<int64_t>(image) * work.H * work.W * work.C + first;
     T* const to = y + static_cast<int64_t>(image) * work.OH * work.OW * work.C + channel;
     const int steps = count + M::kLag, top = row * M::kStep - work.ph, left = column * M::kStep - work.pw;
-    // At stride 2 the last row of the image may be one that no other completes: a row of zeros then does.
+    // At stride 2 the last row of the image may not complete a step: then a row of zeros does.
     const int height = work.H + (M::kStep == 2 && (work.H - top) % 2 == 0);
     const int bottom = static_cast<int>(smaller(height, top + (steps - 1) * M::kStep + 1));
     const bool copies = image < work.N && first + me.chunk < work.C, stores = exists && image < work.N;
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kRingThreads, kBlocks)
     const auto store = [&](int t) {
       if (t >= M::kLag && stores) m.store(work, to, row + t - M::kLag, column + me.strip * M::kOutputs);
     };
-    __syncthreads();  // all are done with the rows before
+    __syncthreads();  // all threads are done with the rows of the previous part
 #pragma unroll 1
     for (int i = 0; i < kDepth - 1; ++i) copy_next();
     if (begins) {  // the filters came with the first row

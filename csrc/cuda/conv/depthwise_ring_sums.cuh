@@ -1,6 +1,6 @@
 // The gradient of the weight of a depthwise convolution in rows of channels, from rings of rows of x and of dy in shared memory
 // (depthwise_ring.cuh). A thread has the sums of all taps of its lane, over its strip of columns in the rows of its block: few
-// enough to be added in float. A row of x meets those rows of dy that its taps lie below.
+// enough to be added in float. A row of x is multiplied by the rows of dy whose outputs it belongs to.
 #pragma once
 
 #include "cuda/conv/depthwise_ring.cuh"
@@ -11,7 +11,7 @@ namespace cnnkern::gpu {
 template <int K, int kStride, int kDepth>
 constexpr int kGradientRows = (K - 1) / kStride + 1 + (kDepth - 1 + kStride - 1) / kStride;
 
-// The sums of a thread: taps of its lane, and dy alone.
+// The sums of a thread: the taps of its lane, and the sum of dy.
 template <typename T, int K, int kStride>
 struct RingSums {
   using S = compute_t<T>;

@@ -1,6 +1,6 @@
 // Depthwise convolution of rows of channels (NHWC): a thread has kChannels channels of kRun neighbouring outputs, so that a
-// pixel of the input is read once for each row of taps. A block keeps to a tile of channels, whose filters lie in shared
-// memory, and goes over a part of the runs, whose pixels share the first-level cache.
+// pixel of the input is read once for each row of taps. A block has a tile of channels, whose filters are in shared
+// memory, and a part of the runs, whose pixels share the first-level cache.
 #pragma once
 
 #include "cuda/conv/conv_geometry.cuh"

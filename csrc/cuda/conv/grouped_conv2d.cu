@@ -1,4 +1,4 @@
-// grouped_conv2d and grouped_conv2d_backward on CUDA tensors. The kernels stand in grouped_conv2d.cuh.
+// grouped_conv2d and grouped_conv2d_backward on CUDA tensors. The kernels are in grouped_conv2d.cuh.
 #include <ATen/Dispatch.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -23,7 +23,7 @@ using gpu::ConvGeometry;
 constexpr int64_t kWidest = gpu::kMostWide;  // channels per group
 constexpr int64_t kLongest = 31;             // rows or columns of a kernel
 
-// What the kernels can do. ATen answers for everything else, errors included.
+// What the kernels support. ATen computes everything else, and raises its own errors.
 bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
              at::IntArrayRef dilation, int64_t groups) {
   if (x.dim() != 4 || weight.dim() != 4 || stride.size() != 2 || padding.size() != 2 || dilation.size() != 2) return false;
@@ -48,12 +48,12 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
 
 enum class Pass { forward, input_gradient, weight_gradient };
 
-// The rule of dispatch among what is covered, measured on an H100 in fp32 and on an H200 in bf16 (docs/results.md). Depthwise
-// kernels are ahead of cuDNN in every pass. In channels_last and 16 bits ours of wider groups are on tensor cores, of memory that
-// begins as their vectors do, and ahead up to 24 channels, but for the forward pass of 16 at stride 2; of 32 channels cuDNN
-// has the forward pass at stride 2, and the gradients at stride 1. In planes of 16 bits ours are ahead up to 4 channels, but for
-// the weight's gradient. Guessed: fp32 in planes, that ours do half of the 67 TFLOP/s of its fp32 units, and are ahead.
-// `own`: what a table of `cnnkern tune` has put in the place of what was measured here.
+// The dispatch rule for what is covered, measured on an H100 in fp32 and on an H200 in bf16 (docs/results.md). Depthwise
+// kernels are faster than cuDNN in every pass. In channels_last, 16 bits and aligned memory, wider groups run on tensor cores:
+// faster up to 24 channels, except the forward pass of 16 at stride 2; for 32 channels cuDNN is faster in the forward pass at
+// stride 2 and in the gradients at stride 1. In planes of 16 bits these kernels are faster up to 4 channels, except the
+// weight's gradient. Assumed, not measured: in fp32 planes they reach half of the 67 TFLOP/s of the fp32 units, and are faster.
+// `own`: the table of `cnnkern tune`, which overrides what was measured here.
 bool left_to_library(const ConvGeometry& g, Pass pass, std::initializer_list<Tensor> read, bool own) {
   const auto type = read.begin()->scalar_type();
   if (type == at::kDouble || (g.inputs() == 1 && g.outputs() == 1)) return false;

@@ -3,10 +3,10 @@
 // depthwise_ring_sums.cuh, and depthwise_rows.cuh where pixels are not whole 16-byte pieces. Groups of up
 // to kMostWide channels with a kernel of 3x3, in planes: grouped_planes.cuh; in rows, of 16 bits: grouped_rows.cuh and
 // grouped_rows_sums.cuh. Anything else: conv_any.cuh. At stride 1 the gradient of the input is the same convolution of dy, with
-// filters turned round.
+// filters flipped.
 // The gradient of the weight is summed by blocks over parts of the outputs, whose sums a second kernel adds in their
-// order. How work is cut into parts depends on the shape alone, so results repeat bit for bit.
-// Traffic in tensors read or written: 2 forward, 4 backward, while the caches hold what neighbouring threads share.
+// order. How work is cut into parts depends only on the shape, so results repeat bit for bit.
+// Memory traffic, in tensors read or written: 2 forward, 4 backward, while the caches hold what neighbouring threads share.
 #pragma once
 
 #include "cuda/conv/conv_any.cuh"
@@ -25,8 +25,8 @@ constexpr bool is_depthwise(ConvPath path) {
   return path == ConvPath::depthwise_planes || path == ConvPath::depthwise_ring || path == ConvPath::depthwise_rows;
 }
 
-// a, b: the two tensors that are accessed. fp64 is left to the kernels for anything. In rows of channels the ring takes what can
-// be copied by 16 bytes, and depthwise_rows.cuh what is only in whole pieces of kChannels: 16-bit tensors.
+// a, b: the two tensors that are accessed. conv_any.cuh computes fp64. In rows of channels the ring needs copies of 16 bytes;
+// depthwise_rows.cuh computes 16-bit tensors that are only multiples of kChannels.
 template <typename T>
 ConvPath conv_path(const ConvGeometry& g, const T* a, const T* b) {
   const auto in_pieces = [&](int channels) {
@@ -111,7 +111,7 @@ void grouped_conv2d_input_gradient(const ConvGeometry& g, const T* dy, const T* 
   }
 }
 
-// Where the sums of the gradient of the weight go to: sums.parts * sums.values() numbers, which `data` is still to be given.
+// The partial sums of the weight's gradient: sums.parts * sums.values() numbers, for which the caller has to set `data`.
 template <typename T>
 PartialSums<compute_t<T>> partial_sums(const ConvGeometry& g, const T* dy, const T* x) {
   const ConvPath path = conv_path<T>(g, dy, x);

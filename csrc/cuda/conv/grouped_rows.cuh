@@ -1,8 +1,8 @@
 // Convolution 3x3 of rows of channels (NHWC) in 16 bits by groups of several channels, on tensor cores. A block has 64 channels
-// (48 of groups of 24) of a stream of rows (row_stream.cuh), a warp 8 of their outputs at all positions. Every row of the input is read once,
-// and at once meets the three rows of the kernel: the outputs that it adds to are under way as accumulators, and the filters
-// lie in registers. Groups of 2 and 4 channels are multiplied eight channels by eight, with zeros between groups, so that a NaN in
-// one shows in the others of its eight. Products are exact, sums in float.
+// (48 of groups of 24) of a stream of rows (row_stream.cuh), a warp 8 of their outputs at all positions. Every row of the input is
+// read once and multiplied by the three rows of the kernel: the output rows that it is added to are accumulators, and filters are
+// in registers. Groups of 2 and 4 channels are multiplied eight channels by eight, with zeros between groups, so that a NaN in
+// one spreads to the others of its eight. Products are exact, sums in float.
 #pragma once
 
 #include "cuda/conv/grouped_planes.cuh"
@@ -84,7 +84,7 @@ struct OperandPlace {
 template <typename Turn>
 using Accumulators = float[Turn::kRows][Turn::kOutColumns][Turn::kTiles][4];
 
-// Adds what the rows of a turn give. half: pixels of a panel of each remainder.
+// Adds the products of a turn's rows. half: pixels of a panel of each remainder.
 template <typename T, typename Turn, int kWidth, int kVectors>
 __device__ __forceinline__ void add_turn(const unsigned char* rows, int row_bytes, int half, const OperandPlace<Turn, kWidth, kVectors>& place,
                                          const WarpFilters<T, kWidth>& filters, Accumulators<Turn>& sums) {

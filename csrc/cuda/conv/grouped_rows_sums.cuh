@@ -7,8 +7,8 @@
 
 namespace cnnkern::gpu {
 
-// Each block leaves a part of the sums, which is written and read again: as many bytes as the turns of a quarter of the groups' width. So
-// a multiprocessor has two blocks where these have turns enough, else one.
+// Each block writes partial sums, which are read again: as many bytes as those of (groups' width / 4) turns.
+// So a multiprocessor has two blocks if these have enough turns, otherwise one.
 template <int kStride>
 RowStream sums_stream(const ConvGeometry& g, int vectors) {
   using Turn = ForwardTurn<kStride>;

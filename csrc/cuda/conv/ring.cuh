@@ -1,5 +1,5 @@
-// What the kernels that walk down the rows of images share (depthwise_ring.cuh, depthwise_ring_sums.cuh): how work is cut into
-// blocks, a thread's place in one, and the copies of rows to shared memory.
+// Shared by the kernels that walk down the rows of images (depthwise_ring.cuh, depthwise_ring_sums.cuh): how work is cut into
+// blocks, a thread's place in a block, and the copies of rows to shared memory.
 #pragma once
 
 #include "cuda/conv/conv_geometry.cuh"
@@ -19,11 +19,11 @@ struct RingWork {
   int lanes, strips, images;     // of a block: along channels, along columns, and how many images
   int N, C, H, W, OH, OW;        // of the tensors that are read (H, W) and written (OH, OW)
   int ph, pw;
-  bool flipped;       // filters are turned round
+  bool flipped;       // filters are flipped
   int odd_h, odd_w;  // RingGradient: 1 where the padding of the convolution is odd
 };
 
-// Lane of values from the ring, widened. A shift and a mask widen two bfloat16, for which nvcc has three instructions.
+// A lane's values from the ring, widened. A shift and a mask widen two bfloat16; nvcc would use three instructions.
 template <typename T>
 __device__ __forceinline__ void read_lane(const T* p, compute_t<T> (&out)[kLane<T>]) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
@@ -83,8 +83,8 @@ struct RingShape {
   int odd_h = 0, odd_w = 0;
 };
 
-// How they are cut into blocks: at least four rows each, at most `most`, and as many blocks as a GPU runs at once, or twice, thrice...
-// Where an image is cut in two, both parts take shared_rows of its rows: whole ones if that is no more.
+// How they are cut into blocks: four to `most` rows each, and as many blocks as a GPU runs at once, or a multiple of that.
+// If an image is cut in two, both parts read shared_rows of its rows: a block has whole images if that is no more work.
 struct RingCut {
   int lanes, strips, images;
   int64_t tiles, column_tiles, items, part;

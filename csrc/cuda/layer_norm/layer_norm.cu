@@ -1,4 +1,4 @@
-// layer_norm and layer_norm_backward on CUDA tensors. The kernels stand in layer_norm.cuh.
+// layer_norm and layer_norm_backward on CUDA tensors. The kernels are in layer_norm.cuh.
 #include "cuda/layer_norm/layer_norm.cuh"
 
 #include "cuda/layer_norm/layer_norm.h"

@@ -1,8 +1,8 @@
 // layer_norm, over rows of n elements: y = xhat * weight + bias, xhat = (x - mean) * rstd.
 // Backward, with g = dy * weight: dbias = sum of dy over rows, dweight = sum of dy * xhat over rows,
 //   dx = rstd * (g - sum(g) / n - xhat * sum(g * xhat) / n).
-// Here is who does it: layer_norm_rows.cuh where a row fits into the registers of a block, layer_norm_slices.cuh where it
-// does not. Sums over rows are partial sums of strips of rows, added in their order by one more kernel.
+// This file selects the kernels: layer_norm_rows.cuh if a row fits into the registers of a block, layer_norm_slices.cuh if it
+// does not. Sums over rows are partial sums of strips of rows, which one more kernel adds in their order.
 #pragma once
 
 #include "cuda/layer_norm/layer_norm_slices.cuh"

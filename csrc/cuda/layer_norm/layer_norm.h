@@ -24,7 +24,7 @@ inline Tensor dense(const OptionalTensor& t) {
   return tensor_or_undefined(t).defined() ? t->contiguous() : Tensor();
 }
 
-// The type of x, and that of the result: the same, or float beside 16 bits.
+// The type of x, and that of the result: the same, or float for 16-bit x.
 template <typename X, typename T>
 struct LayerNormTypes {
   using Input = X;

@@ -1,4 +1,4 @@
-// layer_norm2d and layer_norm2d_backward on CUDA tensors. The kernels stand in layer_norm2d.cuh.
+// layer_norm2d and layer_norm2d_backward on CUDA tensors. The kernels are in layer_norm2d.cuh.
 #include "cuda/layer_norm/layer_norm2d.cuh"
 
 #include "cuda/layer_norm/layer_norm.h"

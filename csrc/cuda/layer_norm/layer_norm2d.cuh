@@ -1,10 +1,10 @@
 // layer_norm2d: layer norm of (N, C, H, W) over C, with the formulas of layer_norm.cuh. channels_last is its rows; this
 // file has the planes.
 // A block owns tiles of vectors of pixels by all of C: its threads are (slices, columns), a slice takes every slices-th
-// channel. They keep their part of a tile in registers; channels too many for that come in chunks, which are read again,
+// channel. They keep their part of a tile in registers; channels that do not fit come in chunks, which are read again,
 // from L2, for each of a pixel's sums and for the result. Backward goes through a strip of tiles, and keeps the sums for
 // dweight and dbias in registers until it ends; with chunks a strip is a tile.
-// Traffic in tensors read or written: 2 forward, 3 backward.
+// Memory traffic, in tensors read or written: 2 forward, 3 backward.
 // Accumulators: the arithmetic type for at most 32 elements of a pixel, or 128 pixels, then double.
 #pragma once
 
@@ -99,8 +99,8 @@ struct HeldPixels {
 };
 
 // Sums over the slices: each thread adds its M sums of V pixels to those of its warp, `first` of a tile or to what is there;
-// behind a barrier f(pixel of the tile, M sums) is called for each pixel, by one thread. Pixel k * columns + column is
-// lane k of a column's vector. scratch: M * V * columns doubles a warp.
+// after a barrier f(pixel of the tile, M sums) is called for each pixel, by one thread. Pixel k * columns + column is
+// lane k of a column's vector. scratch: M * V * columns doubles per warp.
 template <typename S, int M, int V>
 __device__ __forceinline__ void add_slices(const S (&sums)[M][V], const PixelCut& cut, double* scratch, bool first) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -135,7 +135,7 @@ __device__ __forceinline__ void for_pixels(const PixelCut& cut, const double* sc
   __syncthreads();
 }
 
-// Of n elements, `step` apart, in double: for data of a kind that hardly occurs, by one thread.
+// Statistics of n elements, `step` apart, in double, by one thread: for data that hardly ever occurs.
 template <typename T, typename S = compute_t<T>>
 __device__ __forceinline__ Moments exact_moments(const T* x, int64_t n, int64_t step) {
   Moments m{0, 0};
@@ -150,7 +150,7 @@ __device__ __forceinline__ Moments exact_moments(const T* x, int64_t n, int64_t 
   return m;
 }
 
-// Of four lanes a thread gets by with the registers that leave a multiprocessor three blocks of 256.
+// With four lanes a thread needs few enough registers for three blocks of 256 on a multiprocessor.
 template <typename X, typename T, int V>
 __global__ void __launch_bounds__(V == 4 ? 3 * kPixelThreads : kMostPixelThreads)
     ln_planes_fwd_kernel(LayerNormForward<X, T> p, PixelCut cut) {
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(V == 4 ? 3 * kPixelThreads : kMostPixelThreads
   });
 }
 
-// partial: (strips, 2, C), null where no gradient of a parameter is wanted.
+// partial: (strips, 2, C), null if no parameter needs a gradient.
 template <typename X, typename T, int V>
 __global__ void __launch_bounds__(kMostPixelThreads)
     ln_planes_bwd_kernel(LayerNormBackward<X, T> p, PixelCut cut, compute_t<T>* partial) {
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kMostPixelThreads)
   HeldPixels<X, V, U> x;
   S sum_dy[U] = {}, sum_dy_xhat[U] = {};
 
-  // Adds the columns' sums of a chunk's channels, and hands them out.
+  // Adds the columns' sums of a chunk's channels, and stores them.
   const auto finish_chunk = [&](int64_t first) {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -339,7 +339,7 @@ PixelCut layer_norm2d_backward_cut(const LayerNormBackward<X, T>& p, const Layou
   return PixelCut::cut<T, 2>(s, p.dy, p.x, p.dx, p.mean, p.rstd);
 }
 
-// partial: 2 * C * cut.strips elements, null where no gradient of a parameter is wanted.
+// partial: 2 * C * cut.strips elements, null if no parameter needs a gradient.
 template <typename X, typename T>
 void layer_norm2d_backward(const LayerNormBackward<X, T>& p, const LayerNormParameterGradients<T>& gradients, const PixelCut& cut,
                            compute_t<T>* partial, Stream stream) {

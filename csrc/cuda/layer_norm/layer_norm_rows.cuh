@@ -2,7 +2,7 @@
 // Forward: a block reads its rows, all of it before the first sum. Backward: a block owns a strip of rows, one per group of
 // threads at a time; the next row is read while this one is summed. A thread keeps to its columns, whose part of dweight
 // and dbias stays in registers until the strip ends.
-// Traffic in tensors read or written: 2 forward, 3 backward.
+// Memory traffic, in tensors read or written: 2 forward, 3 backward.
 // Accumulators: the arithmetic type for at most 32 elements of a row, or 128 rows, then double.
 #pragma once
 
@@ -102,7 +102,7 @@ struct HeldRow {
     group_sum(sums, threads);
     const bool trusted = sound<S>(sums[0], sums[1], per_column);
     Moments result = moments(center, sums[0], sums[1], per_column);
-    // The lanes of a warp go on together, whatever their rows.
+    // The lanes of a warp continue together, also with different rows.
     if (__ballot_sync(kAllLanes, !trusted) != 0) {
       double exact[1] = {0};
       each(first, step, cols, [&](int, const S (&in)[V]) {
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kMostGroup) ln_rows_fwd_kernel(LayerNormForwar
   });
 }
 
-// partial: (strips, 2, cols), null where no gradient of a parameter is wanted.
+// partial: (strips, 2, cols), null if no parameter needs a gradient.
 template <typename X, typename T, int V>
 __global__ void __launch_bounds__(kMostGroup)
     ln_rows_bwd_kernel(LayerNormBackward<X, T> p, LayerNormParameterGradients<T> gradients, RowGroups cut, compute_t<T>* partial) {

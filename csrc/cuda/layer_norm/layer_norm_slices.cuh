@@ -1,10 +1,10 @@
-// Layer norm over rows too long for the registers of a block: blocks share a row in slices, and go through a slice in
-// stretches that do fit. Where rows are many a slice is a row.
-// Forward: each block takes the moments of its slice. If that is the row it goes on and writes the result, reading the
-// row once more from L2; else a second kernel combines the slices' moments, in their order, and writes.
+// Layer norm over rows too long for the registers of a block: blocks share a row in slices, and read a slice in stretches
+// that do fit. If there are many rows, a slice is a row.
+// Forward: each block computes the moments of its slice. If that is the row, it then writes the result, and reads the row
+// once more from L2. Otherwise a second kernel combines the slices' moments, in their order, and writes the result.
 // Backward: sums of g and g * xhat of each slice, added up in their order; then tiles of columns by strips of rows write dx
 // and take the sums over rows for dweight and dbias.
-// Traffic in tensors read or written: 2 to 3 forward, 5 backward.
+// Memory traffic, in tensors read or written: 2 to 3 forward, 5 backward.
 // Accumulators: the arithmetic type for at most 32 elements, then double.
 #pragma once
 
@@ -49,7 +49,7 @@ struct SlicePlace {
   __device__ __forceinline__ int columns(int64_t at) const { return static_cast<int>(smaller(end - at, stretch)); }
 };
 
-// Two sets of elements as one.
+// The moments of two sets of elements together.
 __device__ __forceinline__ Moments joined(const Moments& a, double na, const Moments& b, double nb) {
   const double share = nb / (na + nb), d = b.mean - a.mean;
   return {fma(d, share, a.mean), a.squares + b.squares + d * d * na * share};
@@ -183,7 +183,7 @@ struct RowTiles {
   dim3 grid() const { return dim3(static_cast<unsigned>(tiles * strips)); }
 };
 
-// partial: (strips, 2, cols), null where no gradient of a parameter is wanted.
+// partial: (strips, 2, cols), null if no parameter needs a gradient.
 template <typename X, typename T, int V>
 __global__ void __launch_bounds__(kTileVectors* kTileRows)
     ln_tiles_bwd_kernel(LayerNormBackward<X, T> p, RowTiles cut, const Means<compute_t<T>>* means, compute_t<T>* partial) {

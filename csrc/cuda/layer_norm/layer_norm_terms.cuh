@@ -7,11 +7,11 @@
 
 namespace cnnkern::gpu {
 
-// Threads that run at once where 132 multiprocessors hold 512 each. How a tensor is cut depends on its shape alone, so
+// Threads that run at once where 132 multiprocessors hold 512 each. How a tensor is cut depends only on its shape, so
 // that results do not depend on the GPU.
 constexpr int64_t kResidentThreads = 132 * 512;
 
-// A parameter, dense, of type T or float; not there if data is null.
+// A parameter, dense, of type T or float; absent if data is null.
 template <typename T>
 struct ParameterVector {
   const void* data;
@@ -59,7 +59,7 @@ struct LayerNormBackward {
   using S = compute_t<T>;
   const T* dy;
   const X* x;
-  X* dx;  // null where not wanted
+  X* dx;  // null if not needed
   const S *mean, *rstd;
   ParameterVector<T> weight;
 };
@@ -75,7 +75,7 @@ struct LayerNormParameterGradients {
 
 // ---- statistics -------------------------------------------------------------------------------------------------
 
-// Of some elements: their mean, and the sum of the squares of what they differ from it.
+// Moments of a set of elements: their mean, and the sum of squared differences from it.
 struct Moments {
   double mean, squares;
 };
@@ -87,7 +87,7 @@ __device__ __forceinline__ Moments moments(S center, double sum, double squares,
   return {center + delta, rest < 0 ? 0.0 : rest};
 }
 
-// Whether those sums can be trusted: squares may have left the range of the arithmetic type, on either side.
+// Whether those sums are valid: squares may have overflowed or underflowed the arithmetic type.
 template <typename S>
 __device__ __forceinline__ bool sound(double sum, double squares, double per_element) {
   return std::isfinite(static_cast<S>(squares)) && (squares * per_element > 1e-28 || (squares == 0 && sum == 0));
@@ -109,7 +109,7 @@ __device__ __forceinline__ Normalizer<S> normalizer(const Moments& m, double per
   return {static_cast<S>(m.mean), rstd, static_cast<S>(-lost_by_rounding<S>(m.mean) * rstd)};
 }
 
-// What backward takes from each element's gradient: dx = rstd * (g - level - xhat * slope).
+// The terms of backward that are common to a row or pixel: dx = rstd * (g - level - xhat * slope).
 template <typename S>
 struct Means {
   S level, slope;
@@ -117,7 +117,7 @@ struct Means {
 
 // ---- vectors in registers ---------------------------------------------------------------------------------------
 
-// A vector as it lies in memory: of 16-bit types half the registers that its values take.
+// A vector as it is in memory: 16-bit types take half the registers of their values.
 template <typename T, int V>
 struct Packed {
   access_t<Vector<T, V>> raw;
