@@ -32,7 +32,7 @@ _WITHOUT_CUDA = (
     "nvcc and a CUDA build of torch (requirements.txt has both)"
 )
 if torch.version.hip:
-    _WITHOUT_CUDA = "this torch is built for ROCm, and the CUDA C++ kernels are for CUDA alone"
+    _WITHOUT_CUDA = "this torch is built for ROCm, and the CUDA C++ kernels are for CUDA only"
 _NOT_BUILT = "the extension was not built; `make`, or `pip install --no-build-isolation .`, builds it"
 
 Launcher = Callable[..., Tensor | tuple[Tensor, ...]]

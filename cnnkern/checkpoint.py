@@ -91,7 +91,7 @@ def load(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"the checkpoint {path} is damaged: it is no whole file of torch.save") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is no checkpoint of cnnkern train: it holds more than tensors and text"
+            f"{path} is not a checkpoint of cnnkern train: it contains more than tensors and text"
         ) from error
     except Exception as error:  # a damaged file raises whatever the archive's or the pickle's reader met
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -99,7 +99,7 @@ def load(path: str | Path) -> dict[str, Any]:
     if changed:
         raise CheckpointError(f"the checkpoint {path} is damaged: the checksum of {changed} in it is another")
     if problem := _problem(checkpoint):
-        raise CheckpointError(f"{path} is no checkpoint of cnnkern train: {problem}")
+        raise CheckpointError(f"{path} is not a checkpoint of cnnkern train: {problem}")
     return cast(dict[str, Any], checkpoint)
 
 
@@ -120,7 +120,7 @@ def _problem(checkpoint: Any) -> str | None:
     if not isinstance(arguments.get("fused"), bool) or not all(_is(n, int) and n > 0 for n in numbers.values()):
         return f"its 'arguments' are {arguments}"
     if not all(isinstance(name, str) and isinstance(t, Tensor) for name, t in checkpoint["state"].items()):
-        return "its 'state' holds more than tensors by name"
+        return "its 'state' contains more than tensors by name"
     if not all(_is(name, str) and _is(n, int) and n > 0 for name, n in checkpoint["environment"].items()):
         return f"its 'environment' is {checkpoint['environment']}"
     if not all(isinstance(name, str) for name in checkpoint["classes"]):

@@ -117,7 +117,7 @@ def extension_problem() -> str | None:
     try:
         from cnnkern.extension import extension
     except ImportError as error:
-        return f"the extension does not load with torch {torch.__version__} ({error}): build it anew; {BUILD}"
+        return f"the extension does not load with torch {torch.__version__} ({error}): rebuild it; {BUILD}"
     if extension is None:
         return f"the extension is not built for Python {platform.python_version()} in {Path(__file__).parent}: {BUILD}"
     return None

@@ -250,7 +250,7 @@ def _left_out(root: Path, paths: list[Path]) -> list[str]:
         return []
     count = sum(map(len, found.values()))
     lines = [f"{p}: {len(images)} images" if p.is_dir() else str(p) for p, images in found.items()]
-    return [f"{root}: {count} images that lie in no directory of a class that is read are left out:", *lines]
+    return [f"{root}: {count} images that are outside the class directories are skipped:", *lines]
 
 
 def _is_image(path: Path) -> bool:
@@ -286,7 +286,7 @@ def _scan(root: Path, warnings: list[str]) -> tuple[list[str], list[Path], list[
         problems = list(pool.map(problem, [p for p, _ in files]))
     unreadable = [p for p in problems if p]
     if unreadable:
-        warnings += [f"{root}: {len(unreadable)} of {len(files)} files cannot be read as images and are left out:"]
+        warnings += [f"{root}: {len(unreadable)} of {len(files)} files cannot be read as images and are skipped:"]
         warnings += unreadable
     good = [f for f, p in zip(files, problems, strict=True) if p is None]
     counts = {c: sum(label == i for _, label in good) for i, c in enumerate(classes)}

@@ -209,7 +209,7 @@ def _settings(
         notes.append(f"--device {settings['device']} from here on, {here} before, which cannot be used here")
     if wrong := [name for name, value in settings.items() if not parser.has(name, value)]:
         said = ", ".join(f"{name} {settings[name]!r}" for name in wrong)
-        raise checkpoints.CheckpointError(f"{path} is no checkpoint of cnnkern train: its settings have {said}")
+        raise checkpoints.CheckpointError(f"{path} is not a checkpoint of cnnkern train: its settings have {said}")
     other = {name: settings[name] for name in SETTINGS if name in given and given[name] != settings[name]}
     if fixed := [name for name in FIXED if name in other]:
         said = ", ".join(f"{_option(n)} {parser.said(n, other[n])} (now {parser.said(n, given[n])})" for n in fixed)

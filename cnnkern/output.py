@@ -21,9 +21,9 @@ class OutputError(Exception):
 def refuse_existing(folder: Path) -> None:
     """Raises OutputError where the folder has files of a run."""
     if found := [name for name in FILES if (folder / name).exists()]:
-        go_on = "go on with it (--resume), " if CHECKPOINT in found else ""
+        go_on = "continue it (--resume), " if CHECKPOINT in found else ""
         raise OutputError(
-            f"{folder} holds a run already ({', '.join(found)}): {go_on}replace it (--overwrite) or choose another "
+            f"{folder} already has a run ({', '.join(found)}): {go_on}replace it (--overwrite) or choose another "
             "--output"
         )
 

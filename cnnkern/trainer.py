@@ -183,7 +183,7 @@ class Run:
                 soft_wrap=True,
             )
             self.group.first(self._save)
-        self.console.print(f"{last}, curves.png, epochs.csv and steps.csv beside it", soft_wrap=True)
+        self.console.print(f"{last}, curves.png, epochs.csv and steps.csv in the same folder", soft_wrap=True)
 
     def train_epoch(self) -> tuple[list[float], int, int]:
         """One pass over the training images: (loss of each step, images that were classified rightly, images)."""

@@ -80,4 +80,4 @@ def show(name: str, size: tuple[int, ...] | None, fused: bool = True) -> str:
     except RuntimeError as error:
         reason = " ".join(str(error.__cause__ or error).split())
         given, wanted = ("x".join(map(str, s)) for s in (size, usual))
-        raise ValueError(f"{name} does not take an input of {given} (usual: {wanted}): {reason}") from error
+        raise ValueError(f"{name} does not accept an input of {given} (usual: {wanted}): {reason}") from error

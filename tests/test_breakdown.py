@@ -119,7 +119,7 @@ def test_the_summary_has_our_means_against_torch_compile_and_over_all_networks()
     ]
     text = published.PARTS["lost"](files.Run(found, "today"))
     assert "2 of 4 rows that count are slower than eager:" in text
-    assert "1 rows are slower than torch.compile, which was timed beside 2 of ours:" in text
+    assert "1 rows are slower than torch.compile, which was timed for 2 of cnnkern's rows:" in text
     assert "to torch.compile: operators 1.00x" in tables.verdict(found)
 
 

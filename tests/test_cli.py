@@ -237,7 +237,7 @@ def test_a_reader_that_has_seen_enough_is_no_error():
 def test_too_large_an_input_is_one_line(capsys):
     assert cli.main(["zoo", "show", "googlenet", "--input", "99999999,8,8"]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("cnnkern: googlenet does not take an input of 99999999x8x8")
+    assert said.startswith("cnnkern: googlenet does not accept an input of 99999999x8x8")
     assert said.count("\n") == 1
 
 

@@ -162,7 +162,7 @@ def test_unreadable_images_are_reported_with_their_path_and_counted(folder):
         path.write_bytes(content)
     found = data.load("folder", folder, size=8)
     assert len(found.train) == 10
-    assert found.warnings[0].endswith("4 of 14 files cannot be read as images and are left out:")
+    assert found.warnings[0].endswith("4 of 14 files cannot be read as images and are skipped:")
     assert {line.partition(": ")[0] for line in found.warnings[1:]} == set(map(str, bad))
     # Images that lie beside the directories of the classes belong to none, whether they can be read or not.
     picture(folder / "stray.png", "red")
@@ -174,14 +174,14 @@ def test_unreadable_images_are_reported_with_their_path_and_counted(folder):
         (folder / part / "README.md").write_text("no image")
     found = data.load("folder", folder, size=8)
     assert (len(found.train), len(found.test)) == (10, 4)
-    left_out = "images that lie in no directory of a class that is read are left out:"
+    left_out = "images that are outside the class directories are skipped:"
     assert [line for line in found.warnings if line.partition(": ")[0] not in set(map(str, bad))] == [
         f"{folder}: 3 {left_out}",
         str(folder / "stray.png"),
         f"{folder / 'val'}: 2 images",
         f"{folder / 'train'}: 1 {left_out}",
         str(folder / "train" / "stray.jpg"),
-        f"{folder / 'train'}: 4 of 14 files cannot be read as images and are left out:",
+        f"{folder / 'train'}: 4 of 14 files cannot be read as images and are skipped:",
         f"{folder / 'test'}: 1 {left_out}",
         str(folder / "test" / "without a suffix"),
     ]

@@ -279,7 +279,7 @@ def test_timm_and_torchvision_models_have_their_usual_size():
 @pytest.mark.parametrize(
     ("model", "example", "message"),
     [
-        (Small(), torch.randn(2, 1, 8, 8), "Small does not take an input of 2x1x8x8: Given groups=1"),
+        (Small(), torch.randn(2, 1, 8, 8), "Small does not accept an input of 2x1x8x8: Given groups=1"),
         (Small(lambda y, z: None), X, "Small returned NoneType without a floating-point tensor"),
         (Small().requires_grad_(False), X, "Small has nothing to train"),
         (nn.LazyConv2d(4, 3), X, "LazyConv2d has lazy layers that have no parameters yet"),
@@ -330,7 +330,7 @@ def test_the_command_runs_from_anywhere(tmp_path):
     ("arguments", "status", "message"),
     [
         (["mine.py:make"], 1, "mine.py:make does not say what its input is: give it with --input N,C,H,W"),
-        (["mine.py:make", "--input", "2,1,8,8"], 1, "does not take an input of 2x1x8x8"),
+        (["mine.py:make", "--input", "2,1,8,8"], 1, "does not accept an input of 2x1x8x8"),
         (["mine.py:make", "--input", "2,x"], 2, "expected numbers such as 64,3,224,224; got '2,x'"),
         (["mine.py:make", "--device", "tpu"], 2, "must be cpu, cuda or cuda:N, got 'tpu'"),
         (["mine.py:make", "--seconds", "0"], 2, "must be a number above zero"),

@@ -189,7 +189,7 @@ def test_damaged_and_foreign_checkpoints(tiny, tmp_path, capsys, monkeypatch):
         assert path.read_bytes() == content
     assert not (tmp_path / "made-by-a-checkpoint").exists()
     torch.save({"state": {}}, path)
-    assert error_of(capsys, *options).endswith("is no checkpoint of cnnkern train: it has no 'arguments'")
+    assert error_of(capsys, *options).endswith("is not a checkpoint of cnnkern train: it has no 'arguments'")
     path.write_bytes(good)
     checkpoint = checkpoints.load(path)
     checkpoint["state"].popitem()
@@ -205,7 +205,7 @@ def test_damaged_and_foreign_checkpoints(tiny, tmp_path, capsys, monkeypatch):
             checkpoints.load_model(path)
     torch.save(torch.nn.ReLU(), path)
     said = error_of(capsys, *options)
-    assert said.endswith("is no checkpoint of cnnkern train: it holds more than tensors and text")
+    assert said.endswith("is not a checkpoint of cnnkern train: it contains more than tensors and text")
 
 
 def test_an_output_that_cannot_be_written_to_is_known_before_training(tiny, monkeypatch, capsys):

@@ -118,7 +118,7 @@ def test_a_run_is_not_replaced_unless_told_so(tiny, tmp_path, monkeypatch, capsy
     with monkeypatch.context() as patch:
         patch.setattr(train, "Run", lambda *_: pytest.fail("it has begun"))
         assert error_of(capsys, *options, "--seed", "1") == (
-            f"cnnkern: {tmp_path} holds a run already ({', '.join(FILES)}): go on with it (--resume), replace it "
+            f"cnnkern: {tmp_path} already has a run ({', '.join(FILES)}): continue it (--resume), replace it "
             "(--overwrite) or choose another --output"
         )
     assert (tmp_path / "checkpoint.pt").read_bytes() == content
@@ -130,7 +130,7 @@ def test_a_run_is_not_replaced_unless_told_so(tiny, tmp_path, monkeypatch, capsy
     (tmp_path / "checkpoint.pt").unlink()
     (tmp_path / "notes.txt").touch()
     said = error_of(capsys, *options)
-    assert "holds a run already (curves.png, epochs.csv, steps.csv): replace it (--overwrite) or" in said
+    assert "already has a run (curves.png, epochs.csv, steps.csv): replace it (--overwrite) or" in said
 
 
 def test_interrupted_before_its_first_epoch_beside_an_older_run(tiny, tmp_path, monkeypatch, capsys):

@@ -76,7 +76,7 @@ def test_what_stops_the_first_process_stops_both_at_once(tmp_path):
     (tmp_path / "run" / "steps.csv").write_text("of another run")
     done = torchrun("-m", "cnnkern", "train", "lenet_relu", "--output", "run", folder=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.count("cnnkern: run holds a run already (steps.csv): replace it (--overwrite)") == 1
+    assert done.stderr.count("cnnkern: run already has a run (steps.csv): replace it (--overwrite)") == 1
     assert "FailedElsewhere" not in done.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["steps.csv"]
 

@@ -145,7 +145,7 @@ def test_resumed_when_all_is_done_and_into_another_folder(done, tmp_path, capsys
     assert checkpoints.load(tmp_path / "other" / "checkpoint.pt")["epoch"] == 2
     capsys.readouterr()
     # That folder holds a run of its own now; the file's own folder is continued as by --resume.
-    assert "holds a run already" in error_of(capsys, *elsewhere)
+    assert "already has a run" in error_of(capsys, *elsewhere)
     assert train.main([*elsewhere, "--overwrite"]) == 0
     assert train.main([done[0], "--resume-from", str(path), "--epochs", "2", "--output", str(tmp_path / "run")]) == 0
     assert checkpoints.load(path)["epoch"] == 2
@@ -180,7 +180,7 @@ WRONG = [
     ("arguments.num_classes", "ten", "its 'arguments' are"),
     ("arguments.num_classes", -1, "its 'arguments' are"),
     ("arguments.fused", "yes", "its 'arguments' are"),
-    ("state.head", [1.0], "its 'state' holds more than tensors"),
+    ("state.head", [1.0], "its 'state' contains more than tensors"),
     ("settings", {}, "has no dataset, resize, batch_size"),
     ("settings.lr", "low", "its settings have lr 'low'"),
     ("settings.lr", "0.003", "its settings have lr '0.003'"),

@@ -283,7 +283,7 @@ def test_a_planted_wrong_rule_is_put_right(monkeypatch, tmp_path, capsys):
     functional.layer_norm(x.detach(), (32,), torch.ones(32), torch.zeros(32))  # inference was not tuned
     assert len(made) == 1
     assert cli.main(["doctor"]) == 0
-    assert "calls: 1, of which PyTorch's operators compute 1 and our kernels 0 that" in capsys.readouterr().out
+    assert "calls: 1, of which PyTorch's operators compute 1 and cnnkern's kernels 0 that" in capsys.readouterr().out
 
 
 def test_a_second_run_adds_to_the_table_and_forget_does_not(monkeypatch, tmp_path):
@@ -302,7 +302,7 @@ def test_nothing_to_tune_and_wrong_inputs_are_one_line(tmp_path, capsys):
     assert "calls none of cnnkern's operators: nothing to tune" in capsys.readouterr().err
     assert cli.main(["tune", f"{tmp_path}/mine.py:make", "--input", "2,4"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "does not take an input of 2x4" in line
+    assert "does not accept an input of 2x4" in line
     assert cli.main(["tune", "zoo:nothing"]) == 1
 
 

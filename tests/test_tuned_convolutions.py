@@ -69,13 +69,13 @@ def test_a_planted_wrong_rule_is_put_right(monkeypatch, tmp_path, capsys):
     assert cli.main(["tune", f"{tmp_path}/mine.py:make", "--channels-last", "--seconds", "5"]) == 0
     said = capsys.readouterr().out
     assert "calls timed: 2, of which PyTorch's operators compute 0 faster" in said
-    assert "our kernels compute 2 that the built-in rule left to PyTorch:" in said
-    assert said.count(", on our kernels") == 2
+    assert "cnnkern's kernels compute 2 that the built-in rule dispatched to PyTorch:" in said
+    assert said.count(", on cnnkern's kernels") == 2
     assert by_library(step) == by_library(lambda: step(training=True)) == set()
     assert by_library(lambda: step(batch=3)) == set()  # of the same class of batches
     assert by_library(lambda: step(batch=4)) == {FORWARD}
     assert cli.main(["doctor"]) == 0
-    assert "and our kernels 2 that the built-in rule leaves to PyTorch: " in capsys.readouterr().out
+    assert "and cnnkern's kernels 2 that the built-in rule dispatches to PyTorch: " in capsys.readouterr().out
     monkeypatch.setenv("CNNKERN_TUNE", "0")
     tuned.load()
     assert by_library(step) == {FORWARD}

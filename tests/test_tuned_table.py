@@ -74,7 +74,7 @@ def test_the_environment_ignores_a_table(monkeypatch):
     monkeypatch.setenv("CNNKERN_TUNE", "0")
     tuned.load()
     assert is_ours()
-    assert tuned.summary("cpu").startswith("ignored, as CNNKERN_TUNE=0 says")
+    assert tuned.summary("cpu").startswith("ignored, because CNNKERN_TUNE=0 is set")
     monkeypatch.setenv("CNNKERN_TUNE", "no")
     with pytest.raises(ValueError, match="CNNKERN_TUNE must be 0, 1 or unset; got 'no'"):
         tuned.load()

@@ -51,7 +51,7 @@ def test_zoo_show_prints_the_layers(capsys):
 
 def test_zoo_says_what_it_cannot_show(capsys):
     assert cli.main(["zoo", "show", "lenet", "--input", "1,8,8"]) == 1
-    assert "cnnkern: lenet does not take an input of 1x8x8 (usual: 1x28x28)" in capsys.readouterr().err
+    assert "cnnkern: lenet does not accept an input of 1x8x8 (usual: 1x28x28)" in capsys.readouterr().err
     assert cli.main(["zoo", "show", "letnet"]) == 1
     assert "did you mean" in capsys.readouterr().err
     for wrong in ("8,8", "1,2,x", "0,8,8", "1,8,8,8"):

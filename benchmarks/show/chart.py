@@ -33,7 +33,7 @@ PANELS = (
     ("Operators, H200", "cuda-h200-operators", "operators"),
 )
 MODES = {"training": "a training step", "inference": "inference (models folded)"}
-NOTHING = "no published row stands\nclear of its noise yet"
+NOTHING = "every published row\nis too noisy so far"
 COMPILED = "torch.compile"
 # Ink, page, and a colour for each mode, of a light and a dark page.
 THEMES = {"light": ("#1f2328", "#ffffff", "#0969da", "#7fb2ee"), "dark": ("#e6edf3", "#0d1117", "#4493f8", "#1f4b86")}

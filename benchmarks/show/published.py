@@ -34,7 +34,7 @@ def _means(run: Run) -> str:
     for malloc in tables.settings(run.rows):
         header, lines = tables.summary(run.rows, malloc)
         if lines:
-            title = f"Times as fast as eager, share of memory bandwidth ({malloc} malloc)"
+            title = f"Speedup over eager, share of memory bandwidth ({malloc} malloc)"
             parts.append(f"**{title}**\n\n{tables.markdown_table(header, lines)}")
     return "\n\n".join(parts)
 
@@ -54,11 +54,11 @@ def _lost(run: Run) -> str:
     parts = [_list(tables.lost_lines(run.rows), f"{{}} of {len(counted)} rows that count are slower than eager")]
     compared = [r for r in counted if r.ratio_to_compile is not None]
     if compared:
-        head = f"{{}} rows are slower than torch.compile, which was timed beside {len(compared)} of ours"
+        head = f"{{}} rows are slower than torch.compile, which was timed for {len(compared)} of cnnkern's rows"
         parts.append(_list(tables.lost_to_compile(run.rows), head))
     noisy = tables.left_out(run.rows)
     if noisy:
-        parts.append(f"{len(noisy)} rows are left out: noise or others on the machine left nothing of their ratios.")
+        parts.append(f"{len(noisy)} rows are left out: they are too noisy, or other processes used their cores.")
     return "\n\n".join(parts)
 
 
@@ -70,7 +70,9 @@ def _origin(run: Run) -> str:
     said = f"Measured on {tables.origin(run.rows, run.created)}; {tables.bandwidth_line(run.rows)}."
     if run.out_of_place:
         names = ", ".join(run.out_of_place)
-        said += f" Older than the baseline in place: in rows of {names} eager makes a new tensor for each step."
+        said += (
+            f" Measured before eager was in place: in rows of {names} each of eager's operators returns a new tensor."
+        )
     return said
 
 
@@ -104,11 +106,11 @@ HEADINGS = {
     "slower": "Slower than eager, by operator",
     "means": "Every network",
     "every-model": "Every model",
-    "overhead": "A call on a kilobyte",
+    "overhead": "Call overhead, on a tensor of one kilobyte",
     "kinds": "Grouped convolutions by kind",
     "sizes": "Layer norms by size",
-    "malloc": "What tuned malloc is worth",
-    "roofline": "Rows below their share of bandwidth",
+    "malloc": "Effect of tuned malloc",
+    "roofline": "Roofline: rows with a low share of the bandwidth",
     "lost": "Every row that is slower",
 }
 

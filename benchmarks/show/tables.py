@@ -360,7 +360,7 @@ def sections(rows: list[Row], details: bool) -> list[tuple[str, list[str], list[
         ("Operators, every measurement", DETAILS, detail_lines(r for r in rows if r.suite == "operators")),
         ("Operators, geometric means over a network's shapes", MEANS, mean_lines(rows)),
         ("Models", *model_table(rows)),
-        ("A call on a kilobyte", OVERHEAD, overhead_lines(rows)),
+        ("Call overhead, on a tensor of one kilobyte", OVERHEAD, overhead_lines(rows)),
     ]
     return [t for t in tables[0 if details else 1 :] if t[2]]
 

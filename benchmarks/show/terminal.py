@@ -32,7 +32,7 @@ def show(rows: list[Row], created: str, console: Console, details: bool = False)
     for malloc in tables.settings(rows):
         header, lines = tables.summary(rows, malloc)
         if lines:
-            title = f"Times as fast as eager, and share of bandwidth: geometric means, {malloc} malloc"
+            title = f"Speedup over eager, and share of bandwidth: geometric means, {malloc} malloc"
             print_table(console, title, header, lines)
     for title, header, lines in tables.sections(rows, details=False):
         if title == "Models":

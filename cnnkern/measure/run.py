@@ -104,7 +104,7 @@ def _try(name: str, model: nn.Module, arguments: tuple[Any, ...], setting: Setti
         output = forward(copy.deepcopy(model), arguments, setting)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
         given = " and ".join(by_x(shape) for shape in shapes(arguments))
-        raise ModelError(f"{name} does not take an input of {given}: {one_line(error)}") from error
+        raise ModelError(f"{name} does not accept an input of {given}: {one_line(error)}") from error
     found = results_of(name, output)
     if setting.training and not any(t.requires_grad for t in found):
         raise ModelError(f"{name} has nothing to train: no output depends on a parameter that requires a gradient")

@@ -120,7 +120,7 @@ def _bound(result: BenchmarkResult) -> list[RenderableType]:
     ours = sum(result.breakdown["eager"][kind] for kind in profile.OURS) / sum(result.breakdown["eager"].values())
     lines = [
         f"At most {result.bound:.2f}x: norms, activations, additions and grouped convolutions are {ours:.0%} of "
-        "eager's step, and that is what a step would gain if they took no time at all."
+        "eager's step. That is the speedup of a step if they took no time."
     ]
     converted = next((c for c in result.contenders if c.name == "converted"), None)
     if converted is not None and converted.ratio > result.bound:

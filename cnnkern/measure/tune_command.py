@@ -84,7 +84,7 @@ def _calls_of(
         return tune.calls_of(model, arguments, setting)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
         given = " and ".join(by_x(shape) for shape in shapes(arguments))
-        raise ModelError(f"{name} does not take an input of {given}: {one_line(error)}") from error
+        raise ModelError(f"{name} does not accept an input of {given}: {one_line(error)}") from error
 
 
 def _tune(calls: list[Call], options: argparse.Namespace, seconds: float) -> list[Measured]:
@@ -97,7 +97,7 @@ def _tune(calls: list[Call], options: argparse.Namespace, seconds: float) -> lis
     print(f"{here['name']} ({here['kernels']}): {_summary(found)}")
     for m in sorted(found, key=lambda m: m.ratio):
         if m.lost or m.own:
-            print(f"  {m.ratio:.2f}x +-{m.chance:.0%}  {m.call}" + (", on our kernels" if m.own else ""))
+            print(f"  {m.ratio:.2f}x +-{m.chance:.0%}  {m.call}" + (", on cnnkern's kernels" if m.own else ""))
     if left := len(calls) - len(found):
         print(f"calls not timed: {left}, because {seconds:.0f} seconds were over: run it again or raise --seconds")
     print(f"Written to {tuned.save(here, tune.merged(before, found))}")
@@ -129,4 +129,4 @@ def _summary(found: list[Measured]) -> str:
     if not lost and not own:
         return f"{said}, none of which PyTorch's operators compute faster"
     said += f", of which PyTorch's operators compute {lost} faster, and will from now on"
-    return said + (f"; our kernels compute {own} that the built-in rule left to PyTorch:" if own else ":")
+    return said + (f"; cnnkern's kernels compute {own} that the built-in rule dispatched to PyTorch:" if own else ":")

@@ -53,7 +53,7 @@ def _(x, normalized_shape, weight, bias, eps, wide=False):
     for name, vector in (("weight", weight), ("bias", bias)):
         torch._check(
             vector is None or (vector.device == x.device and tuple(vector.shape) == tuple(normalized_shape)),
-            lambda name=name: f"{op}: expected {name} to be of the same shape as normalized_shape, beside the input",
+            lambda name=name: f"{op}: expected {name} of shape normalized_shape, on the input's device",
         )
     dtype = fake.wide_type(x) if wide else x.dtype
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)

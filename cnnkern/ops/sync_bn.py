@@ -57,7 +57,9 @@ def sync_batch_norm_act(
     alone = torch.compiler.is_exporting() or torch.jit.is_tracing()
     alone = alone or route.is_pytorchs(inputs, (running_mean, running_var, weight, bias))
     if alone and over.size > 1 and training:
-        raise NotImplementedError("sync_batch_norm_act: over processes it takes plain tensors, and is not exported")
+        raise NotImplementedError(
+            "sync_batch_norm_act: with several processes it accepts plain tensors only, and cannot be exported"
+        )
     if not training or transformed or alone:
         vectors = (running_mean, running_var, weight, bias)
         average = float(momentum)

@@ -309,8 +309,9 @@ def summary(device: str) -> str:
     except StaleTable as error:
         return f"ignored: {error}: `cnnkern tune` makes a new one"
     said = f"calls: {len(measured)}, of which PyTorch's operators compute {sum(m.lost for m in measured)}"
-    said += f" and our kernels {sum(m.own for m in measured)} that the built-in rule leaves to PyTorch: {path}"
-    return f"ignored, as CNNKERN_TUNE=0 says: {said}" if ignored() else said
+    own = sum(m.own for m in measured)
+    said += f" and cnnkern's kernels {own} that the built-in rule dispatches to PyTorch: {path}"
+    return f"ignored, because CNNKERN_TUNE=0 is set: {said}" if ignored() else said
 
 
 def load() -> None:
