@@ -24,9 +24,9 @@ class PoolSizes(NamedTuple):
     """Bytes of the pool of CPU results.
 
     Attributes:
-        used: Bytes of results that exist.
-        kept: Bytes of blocks that are kept for the next results.
-        most: The most bytes that were in use at one time.
+        used: Bytes that existing results need.
+        kept: Bytes that the pool holds in addition.
+        most: The most bytes that results have needed at one time.
     """
 
     used: int
@@ -44,8 +44,9 @@ def empty_cache() -> None:
 
     CPU results of cnnkern's operators of 256 KiB or more are allocated from a pool of blocks, like GPU tensors from
     torch.cuda's caching allocator. Without it the system would clear new memory page by page, which often takes longer
-    than the kernel that writes it. The pool never holds more than the most that was in use at one time. A block that
-    was unused for ten seconds is freed in the next call, and all unused blocks when the system has no memory left.
+    than the kernel that writes it. The pool holds at most 1.5 times the most that results have needed at one time, and
+    at most 512 MiB more than that. A block that was unused for ten seconds is freed in the next call, and all unused
+    blocks when the system has no memory left.
     ``CNNKERN_POOL=0`` in the environment, or :func:`use_pool`, switches the pool off.
     """
     if extension is not None:

@@ -25,9 +25,10 @@ using Clock = std::chrono::steady_clock;
 
 constexpr size_t kLeast = size_t{1} << 18;      // bytes of a block
 constexpr size_t kHugePage = size_t{1} << 21;   // of x86-64 and arm64 Linux
-constexpr auto kIdle = std::chrono::seconds(10);  // after which a block that is kept is freed
+constexpr size_t kMostSlack = size_t{512} << 20;
+constexpr auto kIdle = std::chrono::seconds(10);  // after which a block that is kept is given back
 
-// The distance between size classes is an eighth of a power of two.
+// Classes are eighths of a power of two apart.
 size_t class_of(size_t bytes) {
   size_t step = kLeast / 8;
   while (step * 16 <= bytes) step *= 2;
@@ -37,7 +38,7 @@ size_t class_of(size_t bytes) {
 void* from_system(size_t bytes) {
   void* const data = c10::alloc_cpu(bytes);
 #ifdef MADV_HUGEPAGE
-  // Fewer pages to clear one by one. It is only advice: if the system ignores it, results are the same.
+  // Fewer pages to clear one by one. Advice: where it is not taken nothing is lost.
   const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
   const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
@@ -54,11 +55,10 @@ class Pool {
     most_ = std::max(most_, needed_);
     size_t block = kept_block(needed);
     void* data = nullptr;
-    if (!same.empty()) {
-      data = same.back()->data;  // the newest: it may still be in cache
-      kept_ -= block;
-      kept_in_order_.erase(same.back());
-      same.pop_back();
+    if (block > 0) {
+      const auto latest = kept_of_[block].back();  // the last one that was left: it may still be in cache
+      data = latest->data;
+      forget(latest);
     } else {
       block = needed;
       make_room(block);
@@ -72,7 +72,7 @@ class Pool {
     return data;
   }
 
-  // False for memory that is not from the pool.
+  // False for memory that is not the pool's.
   bool leave(void* data) {
     std::vector<void*> given_back;
     {
@@ -127,16 +127,40 @@ class Pool {
     Clock::time_point since;
   };
 
-  void* drop_oldest() {
-    const Kept oldest = kept_in_order_.front();
-    auto& same = kept_of_[oldest.block];
-    same.erase(same.begin());  // the oldest of its class
-    kept_in_order_.pop_front();
-    kept_ -= oldest.block;
-    return oldest.data;
+  struct InUse {
+    size_t block, needed;  // bytes of the block, and of the class of its result
+  };
+
+  // How much may be held beyond the most that results have needed at once.
+  size_t slack() const { return std::min(most_ / 2, kMostSlack); }
+
+  // The size of a kept block for a result of this class, 0 if there is none. One of its class; where another may not be added, a
+  // larger one.
+  size_t kept_block(size_t needed) const {
+    const auto at_least = kept_of_.lower_bound(needed);
+    if (at_least == kept_of_.end()) return 0;
+    const size_t block = at_least->first;
+    if (block == needed) return block;
+    const bool full = held_ + needed > most_ + slack();
+    return full && wasted_ + block - needed <= slack() ? block : 0;
   }
 
-  // Before a block of these bytes is added: frees kept blocks beyond the most that was in use at one time.
+  void forget(std::list<Kept>::iterator kept) {
+    const auto same = kept_of_.find(kept->block);
+    same->second.erase(std::find(same->second.begin(), same->second.end(), kept));
+    if (same->second.empty()) kept_of_.erase(same);
+    kept_in_order_.erase(kept);
+  }
+
+  // A kept block, which the caller gives back.
+  void* drop(std::list<Kept>::iterator kept) {
+    void* const data = kept->data;
+    held_ -= kept->block;
+    forget(kept);
+    return data;
+  }
+
+  // Before a block of these bytes is added: gives back the smallest one that is enough, or the largest ones.
   void make_room(size_t block) {
     while (!kept_of_.empty() && held_ + block > most_ + slack()) {
       const auto enough = kept_of_.lower_bound(held_ + block - most_ - slack());
@@ -199,14 +223,14 @@ c10::DataPtr taken(size_t bytes) {
 
 bool serves(size_t bytes) { return bytes >= kLeast && pool().is_on(); }
 
-// For results of cnnkern's operators.
+// Of results of ours.
 class PoolAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override { return serves(bytes) ? taken(bytes) : c10::GetCPUAllocator()->allocate(bytes); }
   void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
 };
 
-// For PyTorch: its previous allocator, except within a Scope.
+// Of PyTorch: the one that it had before, but within a Scope.
 class ScopedAllocator final : public c10::Allocator {
  public:
   explicit ScopedAllocator(c10::Allocator* before) { before_ = before; }
