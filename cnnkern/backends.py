@@ -1,12 +1,12 @@
 """Which kernels compute CUDA tensors: the extension's, Triton's or PyTorch's own operators.
 
 Every operator has one name in PyTorch's dispatcher. A backend is the implementation under that name on the CUDA
-dispatch key. Nothing else in the package asks which one it is, and switching needs no GPU.
+dispatch key. Nothing else in the package depends on which one it is, and switching needs no GPU.
 
-The kernel on that key is registered once and stays, because the dispatcher must not free a kernel while a thread is
-inside it. Without the extension's kernels it is a function that looks the launcher up in a table when it is called.
-With them it is theirs (csrc/register_cuda.cpp), which ask a flag, and call the operator of the same name in
-torch.ops.cnnkern_launchers where it is set, behind which there is the same function.
+The kernel on that key is registered once and stays, because the dispatcher must not free a kernel while a thread runs
+it. Without CUDA C++ kernels it is a function that looks up the launcher in a table. With them it is the CUDA C++ kernel
+(csrc/register_cuda.cpp), which reads a flag: if that is set, it calls the operator of the same name in
+torch.ops.cnnkern_launchers, which is the same function.
 """
 
 import importlib

@@ -1,9 +1,8 @@
-"""Converts a model that someone else wrote to the fused layers, in place or as a copy that shares its parameters.
+"""Converts an existing model to the fused layers, in place or as a copy that shares its parameters.
 
-Only layers are replaced, by giving a module another class, so that it keeps its parameters, its place and its hooks.
-No forward pass but theirs changes: the model's own code runs every time. A converted batch norm returns a tensor whose
-values are computed when something asks for them, by one operator with the activation or the addition that does
-(csrc/deferred).
+A layer is replaced by giving its module another class, so that it keeps its parameters, its place and its hooks. The
+model's own code is unchanged and runs in every call. A converted batch norm returns a tensor whose values are computed
+when they are used. If an activation or an addition uses them, one kernel computes both (csrc/deferred).
 """
 
 import copy
