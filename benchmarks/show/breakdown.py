@@ -193,7 +193,7 @@ def models(rows: Iterable[Row]) -> Table:
 
     def cell(found: dict[tuple[str, str], str], contender: str) -> str:
         both = [found.get((contender, layout), "-") for layout in ("contiguous", "channels_last")]
-        return "-" if both == ["-", "-"] else " / ".join(both)
+        return "-" if both == ["-", "-"] else "\u00a0/\u00a0".join(both)  # on one line, however narrow the column
 
     table = [[*key, *(cell(found, c) for c in contenders)] for key, found in lines.items()]
     return ["model", "input", "mode", *contenders], table

@@ -174,54 +174,62 @@ def page(
     sheets = " and ".join(f"{name} ({m / 1e9:.0f} GB/s, {a / 1e12:.1f} TFLOP/s)" for name, (m, a) in GPUS.items())
     return f"""# GPU kernels: what is known without a GPU
 
-`make gpu-report` writes this page and needs no GPU. **Nothing on it was timed.** Registers, spills, shared memory,
-occupancy and the widths of accesses are read from machine code. Sectors and bytes are counted while the kernels run on
-the emulator ([emulator.md](emulator.md)). Bounds are arithmetic on data sheets. What a GPU took stands in
+`make gpu-report` writes this page and needs no GPU. **Nothing on it was timed.** Times are in
 [{timed.partition("#")[0]}]({timed}).
 
-Every kernel here keeps the thresholds of `tests/gpu_gate/thresholds.py`, which also has each exception with its
-reason; this command and `make prove` fail otherwise. `make prove` judges all kernels in the built extension and a part
-of them for the other architectures, this command all of them for all.
+- Registers, spills, shared memory, occupancy and access widths are read from machine code.
+- Sectors and bytes are counted while the kernels run on [the emulator](emulator.md).
+- Bounds are computed from data sheets.
+
+Every kernel is within the limits of `tests/gpu_gate/thresholds.py`, which also lists the exceptions with their reasons.
+Otherwise this command and `make prove` fail. `make prove` checks all kernels in the built extension, and a part of them
+for the other architectures. This command checks all kernels for all architectures.
 
 ## CUDA C++: every kernel that ships
 
-All {count} instantiations in the built extension; for architectures that it holds no machine code for, compiled from
-its PTX, as a driver does. Spills are accesses to local memory; stack and shared memory are in bytes (static shared
-memory of a block). Occupancy is what registers, shared memory and threads of a block allow of the threads of a
-multiprocessor; what layer norms and convolutions ask for at launch, as their shapes need it, is left out. Three values
-are those for {" · ".join(cuda_kernels)}; from sm_90 on shared memory has the 1024 bytes of every block that the system
-keeps. "Not aligned" are the instantiations for tensors that do not begin, or whose planes do not end, with whole
-vectors of 16 bytes.
+All {count} instantiations in the built extension. For architectures without machine code in it they are compiled from
+its PTX, as a driver does. Three values are those for {" · ".join(cuda_kernels)}.
+
+- **Spills** are accesses to local memory.
+- **Stack** and **shared** are in bytes. Shared memory is the static one of a block; from sm_90 on it includes the 1024
+  bytes per block that the system reserves.
+- **Occupancy** is the share of a multiprocessor's threads that registers, shared memory and threads of a block allow.
+  It leaves out the dynamic shared memory of layer norms and convolutions, which depends on the shape.
+- **Not aligned** are the instantiations for tensors that do not begin, or whose planes do not end, with whole vectors
+  of 16 bytes.
 
 {table(usage, family_rows(cuda_kernels, "cuda"))}
 ## CUDA C++: the hot loops
 
-Aligned kernels of float32 and bfloat16, with ReLU, in training. The last column has loads / stores of global
-memory in one round of the loop that moves most, by number and width in bits; the loads of a round are under way
-together. 8-bit accesses are bytes of a ReLU's mask.
+Aligned kernels of float32 and bfloat16, with ReLU, in training. The last column has the loads / stores of global
+memory in one iteration of the loop that moves most: their number and their width in bits. The loads of an iteration
+are in flight together. 8-bit accesses are bytes of a ReLU's mask.
 
-{table(("kernel", "registers", "occupancy", "loads / stores of a round"), shown_rows(cuda_kernels))}
+{table(("kernel", "registers", "occupancy", "loads / stores of an iteration"), shown_rows(cuda_kernels))}
 ## Triton: registers and occupancy
 
-Compiled ahead of time for a few shapes in float32, bfloat16 and float16: the range of registers, the least occupancy,
-spills if any. On gfx942 they are vector registers, and waves of a SIMD.
+Compiled ahead of time for a few shapes in float32, bfloat16 and float16: the range of registers, the lowest
+occupancy, and spills if there are any. On gfx942 these are vector registers, and waves of a SIMD.
 
 {table(("kernel", *triton_kernels), triton_rows(triton_kernels))}
 ## CUDA C++: memory traffic
 
-Float32 on the emulator. *Asked for* are the 32-byte sectors that all warps touch, in bytes an element of x, caches
-left out; *least* is what any implementation has to move, each tensor once. A second sweep over a tensor that is still
-in L2 is asked for twice and moved once. *Sectors* are those that a request touches over those that its bytes fill: of
-16-byte accesses in the kernel that does worst, and of all accesses together. On these aligned shapes a test holds
-16-byte accesses to 1.1, and all accesses of every kernel with a tenth of the call's bytes, but for what
-`thresholds.py` excepts.
+Float32 on the emulator, without caches.
 
-{table(("operator", "call", "asked for", "least", "sectors, 16 bytes", "sectors, all"), traffic_rows(calls), 2)}
+- **Requested** are the 32-byte sectors that all warps touch, in bytes per element of x. A second pass over a tensor
+  that is still in L2 is requested twice and moved once.
+- **Least** is what any implementation has to move: each tensor once.
+- **Sectors** is the number of sectors that a request touches, divided by the number that its bytes fill: of 16-byte
+  accesses in the worst kernel, and of all accesses together. On these aligned shapes a test limits it to 1.1 for
+  16-byte accesses, and for all accesses of every kernel with a tenth of the call's bytes, except those that
+  `thresholds.py` lists.
+
+{table(("operator", "call", "requested", "least", "sectors, 16 bytes", "sectors, all"), traffic_rows(calls), 2)}
 ## Bounds
 
-Training (forward and backward) in float32: the least bytes, and the microseconds below which nothing gets that moves
-them from and to memory, for {sheets}; and what sets the bound. Where a tensor stays in L2 from forward to backward,
-less is moved.
+Training (forward and backward) in float32: the least bytes, and the least microseconds in which a GPU can move them
+from and to memory or do the arithmetic, for {sheets}; and which of the two is the
+bound. If a tensor stays in L2 from forward to backward, less is moved.
 
 {table(("operator", "layer", "MB", *GPUS), bound_rows(calls), 2)}
 {stamp()}
