@@ -190,7 +190,7 @@ FAULTS = [
         "layer_norm",
         "no barrier before shared memory is used again",
         "reduce.cuh",
-        "  __syncthreads();  // the caller may come back at once, and write scratch\n",
+        "  __syncthreads();  // the caller may call again immediately, and write scratch\n",
         "",
         tool="thread",  # which sees the race; the emulated threads' order hides it from the results
     ),
