@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cnnkern import _C, __version__, cli
+from cnnkern import _C, __version__, cli, doctor
 from cnnkern.testing import CASES
 from tests.child import run_child
 
@@ -32,28 +32,28 @@ def test_doctor_names_versions_kernels_and_instruction_set(capsys):
     assert ["torch", torch.__version__.partition("+")[0]] in [line[:2] for line in lines]
     assert ["cnnkern", importlib.metadata.version("cnnkern")] in [line[:2] for line in lines]
     assert importlib.metadata.version("cnnkern").partition("+")[0] == __version__
-    assert f"{_C.cpu_capability()} in use; the CPU has {cli.capability_of_cpu()}" in said
+    assert f"{_C.cpu_capability()} in use; the CPU has {doctor.capability_of_cpu()}" in said
     for operator in CASES:
-        assert any(line[:2] == [operator, "cpu"] and cli.CORRECT in " ".join(line) for line in lines), operator
+        assert any(line[:2] == [operator, "cpu"] and doctor.CORRECT in " ".join(line) for line in lines), operator
     assert "\x1b" not in said
     cuda = [line for line in lines if line[1:2] == ["cuda"]]
     assert len(cuda) >= 2 * len(CASES)
     for line in cuda:  # a status in every row, and a kernel that was built is told from one that stands in for it
         status = " ".join(line)
         if torch.cuda.is_available():
-            assert cli.CORRECT in status
+            assert doctor.CORRECT in status
         else:
             assert status.endswith("built, not run: no GPU" if "CUDA C++" in status else "not run: no GPU")
             assert ("built" in status) == ("CUDA C++" in status)
 
 
 def test_a_kernel_of_the_gpu_is_run_where_there_is_one(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "devices", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr(doctor, "devices", lambda: ["cpu", "cuda"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cli, "gpus", lambda: [("a GPU",)])
-    monkeypatch.setattr(cli, "tables", list)
-    found = {"cpu": {"bn_act": cli.CORRECT}, "cuda": {"bn_act": "wrong on cuda"}}
-    monkeypatch.setattr(cli, "check_kernels", found.get)
+    monkeypatch.setattr(doctor, "gpus", lambda: [("a GPU",)])
+    monkeypatch.setattr(doctor, "tables", list)
+    found = {"cpu": {"bn_act": doctor.CORRECT}, "cuda": {"bn_act": "wrong on cuda"}}
+    monkeypatch.setattr(doctor, "check_kernels", found.get)
     assert cli.main(["doctor"]) == 1
     said, errors = capsys.readouterr()
     assert errors == "cnnkern: the GPU kernels do not work: bn_act: wrong on cuda\n"
@@ -68,22 +68,22 @@ def test_a_built_cuda_kernel_that_was_not_run_says_so(monkeypatch, capsys):
         "add_relu": {"cpu": "C++ AVX2", "cuda": "Triton: none"},
     }
     monkeypatch.setattr("cnnkern.backends.status", lambda: status)
-    assert [row[3] for row in cli.kernels({"cpu": {"bn_act": cli.CORRECT, "add_relu": cli.CORRECT}})] == [
-        *(cli.CORRECT, "built, not run: no GPU"),
-        *(cli.CORRECT, "not run: no GPU"),
+    assert [row[3] for row in doctor.kernels({"cpu": {"bn_act": doctor.CORRECT, "add_relu": doctor.CORRECT}})] == [
+        *(doctor.CORRECT, "built, not run: no GPU"),
+        *(doctor.CORRECT, "not run: no GPU"),
     ]
 
 
 @pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])
 def test_the_environment_selects_the_instruction_set(capability):
-    if capability not in _C.build_info()["cpu_capabilities"].split() or cli.capability_of_cpu() == "DEFAULT":
+    if capability not in _C.build_info()["cpu_capabilities"].split() or doctor.capability_of_cpu() == "DEFAULT":
         pytest.skip(f"this CPU has no choice of instruction sets with {capability} among them")
     code = "import sys; from cnnkern import _C, cli; print(_C.cpu_capability()); sys.exit(cli.main(['doctor']))"
     done = run("-c", code, folder=PACKAGE.parent, ATEN_CPU_CAPABILITY=capability.lower())
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == capability
     assert f"{capability} in use" in done.stdout
-    if capability != cli.capability_of_cpu():
+    if capability != doctor.capability_of_cpu():
         assert f"ATEN_CPU_CAPABILITY={capability.lower()} is set: unset it" in done.stdout
 
 
@@ -97,13 +97,13 @@ def test_the_environment_selects_the_instruction_set(capability):
     ],
 )
 def test_capability_of_cpu(monkeypatch, flags, capability):
-    monkeypatch.setattr(cli, "cpu_flags", lambda: set(flags.split()))
-    assert cli.capability_of_cpu() == capability
+    monkeypatch.setattr(doctor, "cpu_flags", lambda: set(flags.split()))
+    assert doctor.capability_of_cpu() == capability
 
 
 def test_doctor_fails_where_a_cpu_kernel_is_wrong(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "check_kernels", lambda device: {"bn_act": "output: error 1.0"})
-    monkeypatch.setattr(cli, "devices", lambda: ["cpu"])
+    monkeypatch.setattr(doctor, "check_kernels", lambda device: {"bn_act": "output: error 1.0"})
+    monkeypatch.setattr(doctor, "devices", lambda: ["cpu"])
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().err == "cnnkern: the CPU kernels do not work: bn_act: output: error 1.0\n"
 
@@ -117,7 +117,7 @@ def test_a_check_reports_a_wrong_kernel_and_a_missing_one(monkeypatch):
     case = CASES["bn_act"]
     wrong = replace(case, function=lambda **arguments: case.function(**arguments) + 1)
     monkeypatch.setattr("cnnkern.testing.CASES", {"wrong": wrong, "missing": replace(case, function=missing)})
-    results = cli.check_kernels("cpu")
+    results = doctor.check_kernels("cpu")
     assert results["wrong"].startswith("output: error")
     assert results["missing"] == "Could not run 'cnnkern::bn_act'"
 
@@ -170,7 +170,7 @@ def checkout(tmp_path) -> Path:
     """The command line alone beside a benchmark suite that writes down its arguments and ends with status 3."""
     (tmp_path / "cnnkern").mkdir()
     (tmp_path / "benchmarks").mkdir()
-    for name in ("cli.py", "__main__.py", "extension.py"):
+    for name in ("cli.py", "doctor.py", "__main__.py", "extension.py"):
         shutil.copy(PACKAGE / name, tmp_path / "cnnkern")
     for name in ("cnnkern/__init__.py", "cnnkern/_C.py", "pyproject.toml"):
         (tmp_path / name).touch()

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import cnnkern
-from cnnkern.cli import CORRECT
+from cnnkern.doctor import CORRECT
 
 from ..suite import files, machine
 from ..suite.options import Options

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cnnkern import cli
+from cnnkern import doctor
 from cnnkern.testing import CASES, Layer
 
 from ..studies import gpu_kernels, steps
@@ -59,7 +59,7 @@ def timed(plan: list[Group], scale: Scale, seconds: float) -> Found:
 
 def check(scale: Scale, seconds: float) -> Found:
     """Every operator once, forward and backward, against the reference."""
-    return Found(checks=cli.check_kernels(scale.device))
+    return Found(checks=doctor.check_kernels(scale.device))
 
 
 def measure_bandwidth(scale: Scale, seconds: float) -> Found:
