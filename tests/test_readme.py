@@ -7,6 +7,7 @@ import re
 import shlex
 from importlib import metadata
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -106,6 +107,17 @@ def test_there_are_no_blocks_without_a_language_that_hold_python():
 def test_links_between_documents_lead_somewhere(path):
     for target, _ in LINK.findall(path.read_text()):
         assert (path.parent / target).exists(), target
+
+
+FIGURES = sorted((ROOT / "docs" / "images").glob("*.svg"))
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda path: path.stem)
+def test_a_figure_is_shown_named_and_has_colours_for_light_and_dark(figure):
+    root = ElementTree.parse(figure).getroot()
+    assert root.findtext("{*}title")
+    assert "prefers-color-scheme: dark" in root.findtext("{*}style", "")
+    assert any(f"(images/{figure.name})" in path.read_text() for path in DOCUMENTS)
 
 
 def test_the_version_stands_in_one_place():
