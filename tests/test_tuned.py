@@ -289,7 +289,7 @@ def test_a_planted_wrong_rule_is_put_right(monkeypatch, tmp_path, capsys):
 def test_a_second_run_adds_to_the_table_and_forget_does_not(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "SAMPLE_SECONDS", 1e-4)
     (tmp_path / "mine.py").write_text(MODEL)
-    command = ["tune", f"{tmp_path}/mine.py:make", "--seconds", "5"]
+    command = ["tune", f"{tmp_path}/mine.py:make", "--seconds", "60"]
     machine = tuned.this_machine("cpu")
     for more, count in (["--train"], 2), (["--infer"], 4), (["--infer"], 4), (["--train", "--forget"], 2):
         assert cli.main([*command, *more]) == 0
