@@ -100,11 +100,18 @@ def of_activations(*activations: str) -> list[tuple]:
     return [(shape, layout, variant) for variant in variants for shape, layout, _ in SHAPES]
 
 
-# The residual alone begins where no vector does: the gradient of silu reads it beside tensors that begin with one.
+# The residual alone begins where no vector does: the gradients of silu and PReLU read it beside tensors that begin with one.
 RESIDUAL_OFF_A_VECTOR = [((4, 16, 10, 12), "residual off a vector", {"act": act}) for act in ("silu", "gelu", "relu")]
 EVERY_KERNEL = {
     "bn_act": of_activations("relu", "none", "silu", "relu6", "gelu"),
     "bn_add_act": [*of_activations("relu", "none", "silu"), *RESIDUAL_OFF_A_VECTOR],
+    "bn_prelu": [
+        (shape, layout, {"residual": residual, "training": training, "slopes": slopes})
+        for residual, slopes in ((False, "one"), (True, "one per channel"))
+        for training in (True, False)
+        for shape, layout, _ in (*SHAPES, ((2, 128, 4, 4), "channels_last", {}))  # more sums than threads
+    ]
+    + [((4, 16, 10, 12), "residual off a vector", {"residual": True})],
     "sync_bn": [
         (shape, layout, variant)
         for variant in (*({"act": act} for act in ("relu", "none", "silu")), {"residual": True})
