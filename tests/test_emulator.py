@@ -100,7 +100,7 @@ def of_activations(*activations: str) -> list[tuple]:
     return [(shape, layout, variant) for variant in variants for shape, layout, _ in SHAPES]
 
 
-# The residual alone begins where no vector does: the gradients of silu and PReLU read it beside tensors that begin with one.
+# The residual alone begins off a vector: the gradients of silu and PReLU read it beside tensors that begin with one.
 RESIDUAL_OFF_A_VECTOR = [((4, 16, 10, 12), "residual off a vector", {"act": act}) for act in ("silu", "gelu", "relu")]
 EVERY_KERNEL = {
     "bn_act": of_activations("relu", "none", "silu", "relu6", "gelu"),

@@ -88,7 +88,8 @@ reduce_rows_kernel(P p, RowCut cut, Partial<P::kSums> partial) {
   __syncthreads();
 #pragma unroll
   for (int turn = 0; turn < divup(kSums * kTileChannels, kThreads); ++turn) {
-    const int cell = turn * kThreads + threadIdx.x, which = cell / width, j = cell % width;
+    const unsigned cell = turn * kThreads + threadIdx.x;
+    const int which = cell / width, j = cell % width;
     if (which >= kSums || j >= place.channels) continue;
     double sum = 0;
 #pragma unroll 8
