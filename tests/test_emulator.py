@@ -20,8 +20,6 @@ from tests import wide_layer_norms
 from tests.child import run_child
 from tests.slow import proved
 
-CUDA_CASES = [case for case in CASES.values() if "cuda" in case.devices]
-
 # ---- the battery ------------------------------------------------------------------------------------------------
 
 # What of the battery runs with which tool: with sanitizers all that reads or writes memory in a way of its own.
@@ -191,7 +189,7 @@ def drawn(case: testing.Case, shape, layout: str, variant: dict, dtype: torch.dt
     [torch.float32, torch.float64, torch.bfloat16, torch.float16],
     ids=lambda d: str(d).removeprefix("torch."),
 )
-@pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_every_kernel(case, dtype, generator, device, pytestconfig):
     if pytestconfig.getoption("--device") != "emulator":
         pytest.skip("test_battery runs this with each tool")
@@ -208,7 +206,7 @@ def test_every_kernel(case, dtype, generator, device, pytestconfig):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_results_do_not_depend_on_the_order_of_blocks_and_threads(case, dtype, generator, monkeypatch):
     with emulator.Emulator():
         for shape, layout, variant in EVERY_KERNEL[case.name]:
@@ -222,7 +220,7 @@ def test_results_do_not_depend_on_the_order_of_blocks_and_threads(case, dtype, g
                     assert torch.equal(value, other[name]), f"{shape} {layout} {variant}: {name}"
 
 
-@pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_saved_tensors_come_back_in_another_layout(case, generator):
     for layout, other in (("channels_last", "contiguous"), ("contiguous", "channels_last")):
         inputs, dy = drawn(case, (3, 16, 4, 5), layout, next(iter(case.variants.values())), torch.float32, generator)
