@@ -91,6 +91,14 @@ FAULTS = [
         "turn < 1;",
     ),
     fault(
+        "bn_prelu",
+        "a residual off a vector that is read in vectors",
+        "batch_norm/bn_prelu.cuh",
+        "const T* reads() const { return residual; }",
+        "const T* reads() const { return nullptr; }",
+        tool="address+undefined",
+    ),
+    fault(
         "bn_add_act",
         "no residual",
         "batch_norm/bn_add_act.cuh",
