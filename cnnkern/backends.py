@@ -25,7 +25,16 @@ _LABELS = {"triton": "Triton", "eager": "eager PyTorch"}
 # Modules of cnnkern.triton_kernels, and the operators that each has the launchers of.
 _TRITON_KERNELS = {
     name: (name, f"{name}_backward")
-    for name in ("bn_act", "bn_add_act", "add_relu", "grouped_conv2d", "layer_norm", "layer_norm2d", "max_pool2d")
+    for name in (
+        "bn_act",
+        "bn_add_act",
+        "bn_prelu",
+        "add_relu",
+        "grouped_conv2d",
+        "layer_norm",
+        "layer_norm2d",
+        "max_pool2d",
+    )
 } | {"sync_bn": ("sync_bn_stats", "sync_bn", "sync_bn_sums", "sync_bn_backward")}
 _WITHOUT_CUDA = (
     "the extension was built without CUDA; `CNNKERN_CUDA=1 pip install --no-build-isolation .` builds it with, given "
@@ -47,7 +56,7 @@ def _launchers(name: str) -> dict[str, Launcher]:
         return eager.LAUNCHERS
     if not _has_triton():
         raise RuntimeError("cnnkern: backend 'triton' needs the package triton, which is not installed")
-    launchers = dict(eager.LAUNCHERS)  # of what there is no Triton kernel for
+    launchers = {}
     for kernel, operators in _TRITON_KERNELS.items():
         module = importlib.import_module(f"cnnkern.triton_kernels.{kernel}")
         launchers |= {operator: getattr(module, operator) for operator in operators}
@@ -80,7 +89,7 @@ def _default_launchers() -> tuple[str, dict[str, Launcher]]:
     if not _has_triton():
         return "eager", eager.LAUNCHERS
     pairs = [(module, operator) for module, operators in _TRITON_KERNELS.items() for operator in operators]
-    return "triton", eager.LAUNCHERS | {operator: _imported_when_called(module, operator) for module, operator in pairs}
+    return "triton", {operator: _imported_when_called(module, operator) for module, operator in pairs}
 
 
 _default_name, _defaults = _default_launchers()
@@ -96,21 +105,19 @@ def _looked_up(operator: str) -> Launcher:
     return launch
 
 
-def _register() -> tuple[torch.library.Library, ...]:
-    unanswered = torch.library.Library("cnnkern", "IMPL")
+def _register() -> torch.library.Library:
+    if _BUILT_WITH_CUDA:
+        library = torch.library.Library("cnnkern_launchers", "DEF")
+        for operator in _operators():
+            library.define(str(getattr(torch.ops.cnnkern, operator).default._schema).removeprefix("cnnkern::"))
+    else:
+        library = torch.library.Library("cnnkern", "IMPL")
     for operator in _operators():
-        if not _has_kernel(operator, "CUDA"):  # where the extension was built without CUDA, each of them
-            unanswered.impl(operator, _looked_up(operator), "CUDA")
-    if not _BUILT_WITH_CUDA:
-        return (unanswered,)
-    launchers = torch.library.Library("cnnkern_launchers", "DEF")
-    for operator in _operators():
-        launchers.define(str(getattr(torch.ops.cnnkern, operator).default._schema).removeprefix("cnnkern::"))
-        launchers.impl(operator, _looked_up(operator), "CUDA")
-    return unanswered, launchers
+        library.impl(operator, _looked_up(operator), "CUDA")
+    return library
 
 
-_libraries = _register()  # for as long as they live, they keep what they registered
+_library = _register()  # for as long as it lives, it keeps what it registered
 
 
 def _switch(name: str | None) -> None:
@@ -161,9 +168,7 @@ class backend:
         return f"backend({self.name!r})"
 
 
-def _cuda_kernel(operator: str) -> str:
-    if not any(operator in operators for operators in _TRITON_KERNELS.values()):
-        return f"{_LABELS['eager']}: this operator has no kernel for a GPU yet"
+def _cuda_kernel() -> str:
     if _active is not None:
         return _LABELS[_active]
     if _BUILT_WITH_CUDA:
@@ -192,4 +197,4 @@ def status() -> dict[str, dict[str, str]]:
     are followed by ``": "`` and a reason if they are used for lack of another; ``"none: "`` and a reason if there is
     none.
     """
-    return {operator: {"cpu": _cpu_kernel(operator), "cuda": _cuda_kernel(operator)} for operator in _operators()}
+    return {operator: {"cpu": _cpu_kernel(operator), "cuda": _cuda_kernel()} for operator in _operators()}

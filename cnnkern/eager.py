@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from cnnkern import reference
-from cnnkern.ops import prelu_check
 from cnnkern.triton_kernels import check
 from cnnkern.triton_kernels.layout import (
     Strides,
@@ -194,13 +193,13 @@ def bn_add_act_backward(
 def bn_prelu(x, residual, weight, bias, slope, running_mean, running_var, training, momentum, eps):
     op = "cnnkern::bn_prelu"
     check.batch_norm(op, x, weight, bias, running_mean, running_var, training, eps)
-    prelu_check.slope(op, slope, x)
+    check.slope(op, slope, x)
     if residual is not None:
         check.same_shape(op, "residual", residual, x)
     pre, mean, rstd = _batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps)
     if residual is None:
         return torch.prelu(pre, slope.to(x.dtype)), mean, rstd
-    strides = strides_of_sum(pre, residual, "none")  # those of PReLU too
+    strides = strides_of_sum(pre, residual, "prelu")
     return with_strides(torch.prelu(pre.add_(residual), slope.to(x.dtype)), strides), mean, rstd
 
 
@@ -208,7 +207,7 @@ def bn_prelu_backward(
     dy, x, residual, weight, bias, slope, mean, rstd, channels_last, training, output_mask: Sequence[bool]
 ):
     op = "cnnkern::bn_prelu_backward"
-    prelu_check.backward(op, dy, x, residual, weight, bias, slope, mean, rstd, channels_last, output_mask)
+    check.bn_prelu_backward(op, dy, x, residual, weight, bias, slope, mean, rstd, channels_last, output_mask)
     wants_dx, wants_dresidual, *wants, wants_dslope = output_mask
     x = laid_out(x, channels_last)
     g, dslope = in_layout_of(dy, x), slope.new_zeros(slope.shape) if wants_dslope else x.new_empty(0)

@@ -10,11 +10,10 @@
 #include "check.h"
 
 // f(op) for every operator of ops.cpp.
-#define CNNKERN_OPERATORS(f) CNNKERN_CUDA_OPERATORS(f) f(bn_prelu) f(bn_prelu_backward)
-// Those that csrc/cuda has kernels for.
-#define CNNKERN_CUDA_OPERATORS(f)                   \
+#define CNNKERN_OPERATORS(f)                        \
   f(bn_act) f(bn_act_backward)                      \
   f(bn_add_act) f(bn_add_act_backward)              \
+  f(bn_prelu) f(bn_prelu_backward)                  \
   f(sync_bn_stats) f(sync_bn)                       \
   f(sync_bn_sums) f(sync_bn_backward)               \
   f(add_relu) f(add_relu_backward)                  \

@@ -44,12 +44,12 @@ struct OnCudaKey<launcher_name, kernel> {
 };
 
 #define NAME(op) constexpr char op##_launcher[] = "cnnkern_launchers::" #op;
-CNNKERN_CUDA_OPERATORS(NAME)
+CNNKERN_OPERATORS(NAME)
 
 }  // namespace
 
 #define DECLARE(op) signature::op op##_cuda;
-CNNKERN_CUDA_OPERATORS(DECLARE)
+CNNKERN_OPERATORS(DECLARE)
 
 void let_launchers_answer(bool do_so) { launchers_answer = do_so; }
 
@@ -57,7 +57,7 @@ void let_launchers_answer(bool do_so) { launchers_answer = do_so; }
 
 TORCH_LIBRARY_IMPL(cnnkern, CUDA, m) {
 #define REGISTER(op) m.impl(#op, &cnnkern::OnCudaKey<cnnkern::op##_launcher, &cnnkern::op##_cuda>::call);
-  CNNKERN_CUDA_OPERATORS(REGISTER)
+  CNNKERN_OPERATORS(REGISTER)
 }
 
 #endif

@@ -26,7 +26,7 @@ import torch
 
 
 class Device(NamedTuple):
-    """The kernels under test, as in Case.devices, where their tensors are, and how large at most."""
+    """The kernels under test ("cpu", "cuda" or "triton"), where their tensors are, and how large at most."""
 
     kernels: str
     tensors: str

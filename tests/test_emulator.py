@@ -20,8 +20,6 @@ from tests import wide_layer_norms
 from tests.child import run_child
 from tests.slow import proved
 
-CUDA_CASES = [case for case in CASES.values() if "cuda" in case.devices]
-
 # ---- the battery ------------------------------------------------------------------------------------------------
 
 # What of the battery runs with which tool: with sanitizers all that reads or writes memory in a way of its own.
@@ -100,11 +98,18 @@ def of_activations(*activations: str) -> list[tuple]:
     return [(shape, layout, variant) for variant in variants for shape, layout, _ in SHAPES]
 
 
-# The residual alone begins where no vector does: the gradient of silu reads it beside tensors that begin with one.
+# The residual alone begins off a vector: the gradients of silu and PReLU read it beside tensors that begin with one.
 RESIDUAL_OFF_A_VECTOR = [((4, 16, 10, 12), "residual off a vector", {"act": act}) for act in ("silu", "gelu", "relu")]
 EVERY_KERNEL = {
     "bn_act": of_activations("relu", "none", "silu", "relu6", "gelu"),
     "bn_add_act": [*of_activations("relu", "none", "silu"), *RESIDUAL_OFF_A_VECTOR],
+    "bn_prelu": [
+        (shape, layout, {"residual": residual, "training": training, "slopes": slopes})
+        for residual, slopes in ((False, "one"), (True, "one per channel"))
+        for training in (True, False)
+        for shape, layout, _ in (*SHAPES, ((2, 128, 4, 4), "channels_last", {}))  # more sums than threads
+    ]
+    + [((4, 16, 10, 12), "residual off a vector", {"residual": True})],
     "sync_bn": [
         (shape, layout, variant)
         for variant in (*({"act": act} for act in ("relu", "none", "silu")), {"residual": True})
@@ -184,7 +189,7 @@ def drawn(case: testing.Case, shape, layout: str, variant: dict, dtype: torch.dt
     [torch.float32, torch.float64, torch.bfloat16, torch.float16],
     ids=lambda d: str(d).removeprefix("torch."),
 )
-@pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_every_kernel(case, dtype, generator, device, pytestconfig):
     if pytestconfig.getoption("--device") != "emulator":
         pytest.skip("test_battery runs this with each tool")
@@ -201,7 +206,7 @@ def test_every_kernel(case, dtype, generator, device, pytestconfig):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_results_do_not_depend_on_the_order_of_blocks_and_threads(case, dtype, generator, monkeypatch):
     with emulator.Emulator():
         for shape, layout, variant in EVERY_KERNEL[case.name]:
@@ -215,7 +220,7 @@ def test_results_do_not_depend_on_the_order_of_blocks_and_threads(case, dtype, g
                     assert torch.equal(value, other[name]), f"{shape} {layout} {variant}: {name}"
 
 
-@pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_saved_tensors_come_back_in_another_layout(case, generator):
     for layout, other in (("channels_last", "contiguous"), ("contiguous", "channels_last")):
         inputs, dy = drawn(case, (3, 16, 4, 5), layout, next(iter(case.variants.values())), torch.float32, generator)

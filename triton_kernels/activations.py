@@ -54,12 +54,12 @@ def softplus_parts(v):
 
 @triton.jit
 def act_value(pre, param, ACT: tl.constexpr):
-    """The activation of pre. `param` is its number, where it takes one."""
+    """The activation of pre. `param` is its number, where it takes one; of "prelu" a slope a channel."""
     if ACT == "relu":
         return tl.where(pre <= 0.0, 0.0, pre)
     elif ACT == "relu6":
         return clamp6(pre)
-    elif ACT == "leaky_relu":
+    elif ACT == "leaky_relu" or ACT == "prelu":
         return tl.where(pre <= 0.0, pre * param, pre)
     elif ACT == "sigmoid":
         return sigmoid(pre)
@@ -101,7 +101,7 @@ def act_grad(dy, pre, param, ACT: tl.constexpr, dtype: tl.constexpr):
             return tl.where((pre > bound) & (pre < 6.0), dy, 0.0)
         else:
             return tl.where(pre <= bound, 0.0, dy)
-    elif ACT == "leaky_relu":
+    elif ACT == "leaky_relu" or ACT == "prelu":
         return tl.where(pre > 0.0, dy, dy * param)
     elif ACT == "sigmoid":
         s = sigmoid(pre)

@@ -62,6 +62,15 @@ def parameter_type(op: str, name: str, v: Tensor, x: Tensor, wide: bool = False)
         )
 
 
+def slope(op: str, v: Tensor, x: Tensor) -> None:
+    """That of a PReLU."""
+    if v.dim() > 1 or v.numel() not in (1, x.shape[1]):
+        raise RuntimeError(
+            f"{op}: slope should contain 1 element or {x.shape[1]} (one per channel); got shape {list(v.shape)}"
+        )
+    parameter_type(op, "slope", v, x)
+
+
 def same_shape(op: str, name: str, t: Tensor, x: Tensor, wide: bool = False) -> None:
     if t.shape != x.shape:
         raise RuntimeError(f"{op}: {name} must have the input's shape {list(x.shape)}; got {list(t.shape)}")
@@ -168,6 +177,29 @@ def batch_norm_backward(
         raise RuntimeError(
             f"{op}: output_mask asks for dbias behind an activation, which reads the bias, but bias is None"
         )
+
+
+def bn_prelu_backward(
+    op: str,
+    dy: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    slope_: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    rows: bool,
+    output_mask: Sequence[bool],
+) -> None:
+    wanted = [output_mask[0], *output_mask[2:4]]
+    batch_norm_backward(op, dy, x, weight, bias, True, mean, rstd, wanted)
+    slope(op, slope_, x)
+    if residual is not None:
+        same_shape(op, "residual", residual, x)
+    elif output_mask[1]:
+        raise RuntimeError(f"{op}: output_mask asks for dresidual, but residual is None")
+    channels_last(op, x, rows)
 
 
 def fp64(op: str, name: str, t: Tensor, shape: Sequence[int], x: Tensor) -> None:

@@ -60,7 +60,7 @@ def in_batch_norm_layout(x: Tensor) -> Tensor:
 
 def keeps_strides(act: str) -> bool:
     """Whether PyTorch's activation has the strides of its input."""
-    return act in ("none", "relu6")
+    return act in ("none", "relu6", "prelu")
 
 
 def batch_norm_result(x: Tensor, act: str) -> Tensor:

@@ -153,7 +153,7 @@ def sync_bn_sums(
     residual = None if residual is None else laid_out(residual, channels_last)
     with on_device_of(x):
         backward_sums_kernel[cut.grid](
-            *(dy, x, mask, residual, None, None, partial, mean, rstd, weight, bias, *cut.sizes),
+            *(dy, x, mask, residual, None, None, partial, mean, rstd, weight, bias, None, *cut.sizes),
             **constants(act if mask is None else "none", act_param),
             **cut.constants,
         )
@@ -194,7 +194,7 @@ def sync_bn_backward(
                 sums, count, mean, rstd, weight, table, C, S=arithmetic(x), BLOCK=128
             )
             backward_apply_kernel[cut.grid](
-                *(dy, x, mask, residual, dx, dresidual, mean, rstd, weight, bias, table, *cut.sizes),
+                *(dy, x, mask, residual, dx, dresidual, mean, rstd, weight, bias, None, table, *cut.sizes),
                 **constants(act if mask is None else "none", act_param),
                 **cut.constants,
             )

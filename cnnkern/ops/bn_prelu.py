@@ -1,9 +1,9 @@
-"""Batch norm, residual and PReLU in one operator. Kernels: csrc/cpu; autograd: csrc/autograd."""
+"""Batch norm, residual and PReLU in one operator. Kernels: csrc, triton_kernels; autograd: csrc/autograd."""
 
 import torch
 from torch import Tensor
 
-from cnnkern.ops import fake, prelu_check, route
+from cnnkern.ops import fake, route
 from cnnkern.triton_kernels import check
 
 _bn_prelu = torch.ops.cnnkern.bn_prelu.default
@@ -36,13 +36,11 @@ def batch_norm_prelu(
     Raises ValueError for one value per channel in training or an invalid ``eps``, RuntimeError for shapes, dtypes or
     devices that do not match; running statistics are then unchanged.
 
-    On a GPU it is PyTorch's operators.
-
     Source: He et al., Delving Deep into Rectifiers, 2015 (arXiv:1502.01852), section 2.1.
     """
     inputs = (input,) if residual is None else (input, residual)
     vectors = (running_mean, running_var, slope, weight, bias)
-    if route.is_pytorchs(inputs, vectors, fuses=True, training=training) or input.is_cuda:  # no kernel there yet
+    if route.is_pytorchs(inputs, vectors, fuses=True, training=training):
         return route.by_pytorch(batch_norm_prelu, input, *vectors, training, momentum, eps, residual)
     arguments = (residual, weight, bias, slope, running_mean, running_var, training, momentum, eps)
     return _bn_prelu(input, *arguments)[0]
@@ -53,14 +51,14 @@ def _(x, residual, weight, bias, slope, running_mean, running_var, training, mom
     op = "cnnkern::bn_prelu"
     if fake.is_meta(x):
         check.batch_norm(op, x, weight, bias, running_mean, running_var, training, eps)
-        prelu_check.slope(op, slope, x)
+        check.slope(op, slope, x)
     fake.check_channel_vectors(op, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     fake.check_slope(op, x, slope)
     if residual is not None:
         fake.check_residual(op, x, residual)
     stats = x.new_empty(x.shape[1], dtype=torch.float64)
-    y = fake.batch_norm_of(x)  # PyTorch's PReLU keeps strides
-    return y if residual is None else fake.sum_of(y, residual, "none"), stats, torch.empty_like(stats)
+    y = fake.batch_norm_of(x, "prelu")
+    return y if residual is None else fake.sum_of(y, residual, "prelu"), stats, torch.empty_like(stats)
 
 
 @torch.library.register_fake("cnnkern::bn_prelu_backward")

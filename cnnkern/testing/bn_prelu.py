@@ -88,5 +88,4 @@ BN_PRELU = Case(
     bench_others=("one slope",),
     forward_traffic=(1, 1),
     backward_traffic=(2, 1),
-    devices=("cpu",),
 )

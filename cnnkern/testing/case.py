@@ -46,7 +46,6 @@ class Case:
     # Tensors that the least possible memory traffic (read, written) consists of; of x's size but for y and dy.
     forward_traffic: tuple[int, int]
     backward_traffic: tuple[int, int]
-    devices: tuple[str, ...] = ("cpu", "cuda", "triton")  # whose kernels there are
     ranks: tuple[int, ...] = (2, 3, 4, 5)  # numbers of dimensions that the input may have
     empty_shapes: tuple[Shape, ...] = ((0, 3, 4, 5), (0, 3), (2, 3, 0, 4))
     keeps_layout: bool = True  # whether results have the input's memory format; else they are contiguous

@@ -16,17 +16,17 @@ constexpr int64_t kSmallChannel = 8192;     // elements below which further laun
 
 // Adds the sums of a channel's slices or strips.
 template <typename P>
-__global__ void __launch_bounds__(kFinishThreads) finish_kernel(P p, Partial partial) {
+__global__ void __launch_bounds__(kFinishThreads) finish_kernel(P p, Partial<P::kSums> partial) {
   wait_for_previous();
   let_next_start();
   const int64_t c = blockIdx.x;
-  double sums[2] = {0, 0};
+  double sums[P::kSums] = {};
   for (int64_t i = threadIdx.x; i < partial.slices; i += blockDim.x) {
-    sums[0] += partial.sum(c, i, 0);
-    sums[1] += partial.sum(c, i, 1);
+#pragma unroll
+    for (int k = 0; k < P::kSums; ++k) sums[k] += partial.sum(c, i, k);
   }
   block_sum(sums);
-  p.finish(c, sums[0], sums[1], partial.center(c));
+  p.finish(c, sums, partial.center(c));
 }
 
 // How a tensor is cut. may_own: both sweeps are made, so one block may make them. pointers: what they access, or null;
@@ -84,9 +84,10 @@ struct Cut {
   }
 
   // Doubles of scratch memory that a reduction needs.
+  template <typename R>
   int64_t workspace() const {
-    if (by_rows) return Partial::doubles(sums.C, sums.strips);
-    return planes.owned ? 0 : Partial::doubles(planes.C, planes.slices);
+    if (by_rows) return Partial<R::kSums>::doubles(sums.C, sums.strips);
+    return planes.owned ? 0 : Partial<R::kSums>::doubles(planes.C, planes.slices);
   }
 };
 
@@ -104,14 +105,15 @@ void map(const P& p, const Cut<typename P::Scalar>& cut, Stream stream, bool beh
     start(cut.planes.ragged ? map_planes_kernel<P, true> : map_planes_kernel<P, false>, cut.planes.C * cut.planes.slices, cut.planes);
 }
 
-// The first sweep by slices or strips that share a channel. workspace: cut.workspace() doubles.
+// The first sweep by slices or strips that share a channel. workspace: cut.workspace<R>() doubles.
 template <typename R>
 void reduce_shared(const R& p, const Cut<typename R::Scalar>& cut, double* workspace, Stream stream) {
   constexpr int V = kVector<typename R::Scalar>;
-  const Partial partial = cut.by_rows ? Partial{workspace, cut.sums.C, cut.sums.strips} : Partial{workspace, cut.planes.C, cut.planes.slices};
+  const auto partial = cut.by_rows ? Partial<R::kSums>{workspace, cut.sums.C, cut.sums.strips}
+                                   : Partial<R::kSums>{workspace, cut.planes.C, cut.planes.slices};
   if (cut.by_rows) {
     const dim3 grid(static_cast<unsigned>(cut.sums.tiles * partial.slices));
-    const int sums = 2 * cut.sums.columns * (cut.sums.vector ? V : 1) * cut.sums.thread_rows;
+    const int sums = R::kSums * cut.sums.columns * (cut.sums.vector ? V : 1) * cut.sums.thread_rows;
     launch(cut.sums.vector ? reduce_rows_kernel<R, V> : reduce_rows_kernel<R, 1>, grid, dim3(kThreads), sizeof(typename R::S) * sums,
            stream, p, cut.sums, partial);
   } else {

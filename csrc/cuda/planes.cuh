@@ -52,7 +52,7 @@ __device__ __forceinline__ void for_planes(const PlaneCut& cut, int64_t c, int64
 
 // keep(center) is called by one thread before the sweep, so that no register holds it through that.
 template <bool kRagged, typename P, typename Keep>
-__device__ __forceinline__ void reduce_planes(const P& p, const PlaneCut& cut, int64_t c, int64_t slice, double (&sums)[2],
+__device__ __forceinline__ void reduce_planes(const P& p, const PlaneCut& cut, int64_t c, int64_t slice, double (&sums)[P::kSums],
                                               const Keep& keep) {
   constexpr int V = kVector<typename P::Scalar>;
   GPU_SHARED(typename P::Before, shared, 1);
@@ -66,7 +66,8 @@ __device__ __forceinline__ void reduce_planes(const P& p, const PlaneCut& cut, i
   for_planes<kRagged, V>(cut, c, slice,
                          [&](const auto& at, Lanes lanes) { mine.template add<kRagged>(p, at, lanes, constants); });
   mine.flush();
-  sums[0] = mine.wide[0], sums[1] = mine.wide[1];
+#pragma unroll
+  for (int i = 0; i < P::kSums; ++i) sums[i] = mine.wide[i];
   block_sum(sums);
 }
 
@@ -81,14 +82,15 @@ __device__ __forceinline__ void map_planes(const P& p, const PlaneCut& cut, int6
 
 // What writes results in this sweep may have as many registers as it takes; of the others nvcc chooses the number.
 template <typename P, bool kRagged>
-__global__ void __launch_bounds__(kThreads, P::kWritesWhileReducing ? 1 : 0) reduce_planes_kernel(P p, PlaneCut cut, Partial partial) {
+__global__ void __launch_bounds__(kThreads, P::kWritesWhileReducing ? 1 : 0)
+reduce_planes_kernel(P p, PlaneCut cut, Partial<P::kSums> partial) {
   let_next_start();
   const int64_t c = blockIdx.x / cut.slices, slice = blockIdx.x % cut.slices;
-  double sums[2];
+  double sums[P::kSums];
   reduce_planes<kRagged>(p, cut, c, slice, sums, [&](double center) {
     if (blockIdx.x == c * cut.slices) partial.keep_center(c, center);
   });
-  if (threadIdx.x == 0) partial.keep_of_block(blockIdx.x, sums[0], sums[1]);
+  if (threadIdx.x == 0) partial.keep_of_block(blockIdx.x, sums);
 }
 
 // Blocks go backwards through memory: what the first sweep read last is still in L2.
@@ -102,24 +104,24 @@ __global__ void __launch_bounds__(kThreads) map_planes_kernel(P p, PlaneCut cut)
 // The first sweep of a channel.
 template <typename P, bool kRagged>
 __global__ void __launch_bounds__(kOwnerThreads, 1) own_sums_kernel(P p, PlaneCut cut) {
-  double sums[2];
+  double sums[P::kSums];
   GPU_SHARED(double, center, 1);
   reduce_planes<kRagged>(p, cut, blockIdx.x, 0, sums, [&](double of_channel) {
     center[0] = of_channel;
   });
-  p.finish(blockIdx.x, sums[0], sums[1], center[0]);
+  p.finish(blockIdx.x, sums, center[0]);
 }
 
 // Both sweeps of a channel.
 template <typename P, bool kRagged>
 __global__ void __launch_bounds__(kOwnerThreads, 1) own_planes_kernel(P p, PlaneCut cut, bool maps) {
   const typename P::Reduction& reduction = p;
-  double sums[2];
+  double sums[P::Reduction::kSums];
   GPU_SHARED(double, center, 1);
   reduce_planes<kRagged>(reduction, cut, blockIdx.x, 0, sums, [&](double of_channel) {
     center[0] = of_channel;
   });
-  p.finish(blockIdx.x, sums[0], sums[1], center[0]);
+  p.finish(blockIdx.x, sums, center[0]);
   if (maps) map_planes<kRagged>(p, cut, blockIdx.x, 0);
 }
 

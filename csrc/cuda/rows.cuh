@@ -55,10 +55,11 @@ __device__ __forceinline__ void for_rows(const RowCut& cut, const RowPlace<V>& p
 
 template <typename P, int V>
 __global__ void __launch_bounds__(kThreads, P::kCostly || P::kWritesWhileReducing ? 2 : kSumsPerProcessor)
-reduce_rows_kernel(P p, RowCut cut, Partial partial) {
+reduce_rows_kernel(P p, RowCut cut, Partial<P::kSums> partial) {
   let_next_start();
   using S = typename P::S;
-  GPU_DYN_SHARED(S, rows);  // (thread_rows, 2, width)
+  constexpr int kSums = P::kSums;
+  GPU_DYN_SHARED(S, rows);  // (thread_rows, kSums, width)
   GPU_SHARED(typename P::Before, shared, kTileChannels);
   const RowPlace<V> place(cut, blockIdx.x);
   const int width = cut.columns * V;
@@ -74,21 +75,27 @@ reduce_rows_kernel(P p, RowCut cut, Partial partial) {
     constexpr int kReads = sizeof(typename P::template Input<V>) / (V * sizeof(S)), kMost = 2 * kUnroll / kReads;
     constexpr int kFewer = kMost >> (int{P::kWritesWhileReducing} + int{P::kCostly}), kLeast = kReads > 2 ? 2 : 1;
     constexpr int kVectors = V < 8 ? kMost : kFewer < kLeast ? kLeast : kFewer;
-    S sums[2 * V] = {};  // of a strip's rows, which are few
+    S sums[V][kSums] = {};  // of a strip's rows, which are few
     for_rows<V, kVectors>(cut, place, [&](const auto& at, int64_t) {
-      add_batch<false, V>(p, at, Lanes{}, constants, [&](const auto& in, int k) { p.term(in, k, constants[k], sums[k], sums[V + k]); });
+      add_batch<false, V>(p, at, Lanes{}, constants, [&](const auto& in, int k) { p.term(in, k, constants[k], sums[k]); });
     });
-    S* const mine = rows + place.row * 2 * width + place.column * V;
+    S* const mine = rows + place.row * kSums * width + place.column * V;
 #pragma unroll
-    for (int k = 0; k < V; ++k) mine[k] = sums[k], mine[width + k] = sums[V + k];
+    for (int k = 0; k < V; ++k)
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) mine[i * width + k] = sums[k][i];
   }
   __syncthreads();
-  const int which = threadIdx.x / width, j = threadIdx.x % width;
-  if (which > 1 || j >= place.channels) return;
-  double sum = 0;
+#pragma unroll
+  for (int turn = 0; turn < divup(kSums * kTileChannels, kThreads); ++turn) {
+    const unsigned cell = turn * kThreads + threadIdx.x;
+    const int which = cell / width, j = cell % width;
+    if (which >= kSums || j >= place.channels) continue;
+    double sum = 0;
 #pragma unroll 8
-  for (int row = 0; row < cut.thread_rows; ++row) sum += static_cast<double>(rows[(row * 2 + which) * width + j]);
-  partial.keep(place.first + j, place.strip, which, sum);
+    for (int row = 0; row < cut.thread_rows; ++row) sum += static_cast<double>(rows[(row * kSums + which) * width + j]);
+    partial.keep(place.first + j, place.strip, which, sum);
+  }
 }
 
 template <typename P, int V>

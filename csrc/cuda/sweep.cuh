@@ -1,8 +1,8 @@
-// What both memory layouts share of the two sweeps over a tensor: the first adds up two sums a channel, the second maps.
+// What both memory layouts share of the two sweeps over a tensor: the first adds up kSums sums a channel, the second maps.
 //
 // A policy says what is computed. `Reduction` is its part in the first sweep: `before(c)`, the constants of a channel,
 // with a `center` that stands in for elements that do not exist; `Input` and `load`, what is read; `term`, an element's
-// part in the two sums; `finish`, called by a whole block, which turns a channel's sums, and the center that they were taken
+// part in the sums; `finish`, called by a whole block, which turns a channel's sums, and the center that they were taken
 // around, into what `after` reads. The
 // second sweep has `after(c)`, its constants, an `Input` and `load` of its own, and `store`, which writes results.
 // With kWritesWhileReducing there is no second sweep: the first one stores, from the constants of `before`. kCostly:
@@ -60,38 +60,43 @@ __device__ __forceinline__ void add_batch(const P& p, const int64_t (&at)[U], La
     if (p.writes()) store_batch<kRagged, V>(p, in, at, lanes, constants);
 }
 
-// A thread's two sums over the vectors of a channel: kept in the arithmetic type for kFlush batches.
+// A thread's sums over the vectors of a channel: kept in the arithmetic type for kFlush batches.
 template <typename P, int V>
 struct ThreadSums {
   using S = typename P::S;
-  double wide[2] = {};
-  S s1 = 0, s2 = 0;
+  static constexpr int kSums = P::kSums;
+  double wide[kSums] = {};
+  S sums[kSums] = {};
   int pending = 0;
 
   template <bool kRagged, int U>
   __device__ __forceinline__ void add(const P& p, const int64_t (&at)[U], Lanes lanes, const typename P::Before (&constants)[1]) {
-    add_batch<kRagged, V>(p, at, lanes, constants, [&](const auto& in, int k) { p.term(in, k, constants[0], s1, s2); });
+    add_batch<kRagged, V>(p, at, lanes, constants, [&](const auto& in, int k) { p.term(in, k, constants[0], sums); });
     if (++pending == kFlush) flush();
   }
 
   __device__ __forceinline__ void flush() {
-    wide[0] += s1, wide[1] += s2;
-    s1 = s2 = 0;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) wide[i] += sums[i], sums[i] = 0;
     pending = 0;
   }
 };
 
-// The sums of a channel's slices or strips, in memory: (C, slices, 2), and behind them the channels' centers.
+// The sums of a channel's slices or strips, in memory: (C, slices, kSums), and behind them the channels' centers.
+template <int kSums>
 struct Partial {
   double* memory;
   int64_t C, slices;
-  static constexpr int64_t doubles(int64_t C, int64_t slices) { return C * (2 * slices + 1); }
-  __device__ void keep(int64_t c, int64_t slice, int which, double sum) const { memory[2 * (c * slices + slice) + which] = sum; }
+  static constexpr int64_t doubles(int64_t C, int64_t slices) { return C * (kSums * slices + 1); }
+  __device__ void keep(int64_t c, int64_t slice, int which, double sum) const { memory[kSums * (c * slices + slice) + which] = sum; }
   // The same of a block, of which each has a slice, in their order.
-  __device__ void keep_of_block(int64_t block, double s1, double s2) const { memory[2 * block] = s1, memory[2 * block + 1] = s2; }
-  __device__ double sum(int64_t c, int64_t slice, int which) const { return memory[2 * (c * slices + slice) + which]; }
-  __device__ void keep_center(int64_t c, double center) const { memory[2 * C * slices + c] = center; }
-  __device__ double center(int64_t c) const { return memory[2 * C * slices + c]; }
+  __device__ void keep_of_block(int64_t block, const double (&sums)[kSums]) const {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) memory[kSums * block + i] = sums[i];
+  }
+  __device__ double sum(int64_t c, int64_t slice, int which) const { return memory[kSums * (c * slices + slice) + which]; }
+  __device__ void keep_center(int64_t c, double center) const { memory[kSums * C * slices + c] = center; }
+  __device__ double center(int64_t c) const { return memory[kSums * C * slices + c]; }
 };
 
 // The constants of `channels` channels, computed by a thread each, then read by all.

@@ -190,10 +190,10 @@ Tensor& gelu_(Keys keys, Tensor& t, c10::string_view approximate) {
   return activate_("gelu", t, gelu_of(approximate), [&] { at::redispatch::gelu_(below(keys), t, approximate); });
 }
 
-// PyTorch's PReLU with this slope as one that our kernels compute, on a CPU: not where it would refuse the slope, or autocast give
-// another dtype to its result.
+// PyTorch's PReLU with this slope as one that our kernels compute: not where it would refuse the slope, or autocast give another
+// dtype to its result.
 std::optional<Activation> prelu_of(const Tensor& t, const Tensor& slope) {
-  if (!t.is_cpu() || !is_plain(slope) || !slope.is_cpu() || has_tangent(slope)) return std::nullopt;
+  if (!is_plain(slope) || slope.device() != t.device() || has_tangent(slope)) return std::nullopt;
   if (slope.is_inference() && !c10::InferenceMode::is_enabled()) return std::nullopt;
   if (slope.dim() > 1 || (slope.numel() != 1 && slope.numel() != t.size(1))) return std::nullopt;
   const auto device = t.device().type();

@@ -78,6 +78,20 @@ FAULTS = [
         "columns = B",
     ),
     fault(
+        "bn_prelu",
+        "no residual",
+        "bn_prelu.py",
+        "z += tl.load(residual + at, mask, other=0.0).to(S)",
+        "z += 0.0",
+    ),
+    fault(
+        "bn_prelu",
+        "positive numbers in the slope's gradient",
+        "batch_norm_backward.py",
+        "tl.where(pre > 0.0, 0.0, g * pre)",
+        "g * pre",
+    ),
+    fault(
         "bn_add_act",
         "no residual",
         "bn_add_act.py",
@@ -102,9 +116,8 @@ FAULTS = [
         "bn_add_act",
         "the residual's gradient scaled as x's",
         "batch_norm_backward.py",
-        "s2 = tl.fma(g, centered, s2)\n        if dresidual is not None:\n            tl.store(dresidual + at, g.to(",
-        "s2 = tl.fma(g, centered, s2)\n        if dresidual is not None:\n"
-        "            tl.store(dresidual + at, (g * scale).to(",
+        "s3 += below\n        if dresidual is not None:\n            tl.store(dresidual + at, g.to(",
+        "s3 += below\n        if dresidual is not None:\n            tl.store(dresidual + at, (g * scale).to(",
     ),
     fault(
         "sync_bn",

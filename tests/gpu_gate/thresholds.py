@@ -72,6 +72,7 @@ RULES = (
     cuda("^map_.*<BnActForward", "four vectors of x, four of y", round=(4, 4)),
     cuda("^own_.*<BnActForward", "four vectors of x, four of y", round=(4, 4)),
     cuda("^(?:map|own)_.*<BnAddActForward", "four vectors of x and of the residual, four of y", round=(8, 4)),
+    cuda("^(?:map|own)_.*<BnPReluForward", "the same", round=(8, 4)),
     cuda("^reduce_.*<BatchNormBackward", "four vectors of x and of dy", round=(8, 0)),
     cuda("^(?:map|own)_.*<BatchNormBackward", "four vectors of x, of dy and of dx", round=(8, 4)),
     cuda("^(?:map|own)_.*<BatchNormBackward<.*Through(?:Mask|Nothing)", "of the residual's gradient too", round=(8, 8)),
@@ -99,11 +100,22 @@ RULES = (
         "a quarter as many vectors, for the same reason",
         round=(2, 1),
     ),
+    cuda(
+        "^(?:map|own)_.*<BatchNormBackward<.*ThroughPRelu", "four vectors of three tensors, and results", round=(12, 8)
+    ),
+    cuda("^reduce_planes_.*<BatchNormBackward<.*ThroughPRelu.*, true>, false>$", "the same", round=(12, 0)),
+    cuda("^reduce_planes_.*<BatchNormBackward<.*ThroughPRelu.*, false>, false>$", "and results", round=(12, 8)),
+    cuda(
+        "^reduce_rows_.*<BatchNormBackward<.*ThroughPRelu.*, true>, [248]>$",
+        "two vectors of three tensors",
+        round=(6, 0),
+    ),
+    cuda("^reduce_rows_.*<BatchNormBackward<.*ThroughPRelu.*, false>, [248]>$", "the same, and results", round=(6, 4)),
     # ---- batch norms: what their loops may hold ----
     cuda("OtherActivation|Silu", "activations with an exponential and a division", divisions=ANY, functions=ANY),
     cuda("OtherActivation", "a slope, or alpha, is a float64 that the switch narrows where it is used", fp64=ANY),
     cuda(
-        "^map_rows_kernel<.*ThroughActivationOfSum<.*, 8>$",
+        "^map_rows_kernel<.*Through(?:ActivationOfSum|PRelu)<.*, 8>$",
         "four vectors of three tensors and of two results, of eight lanes each: one block a multiprocessor",
         registers=168,
         occupancy=0.12,
@@ -142,6 +154,14 @@ RULES = (
         spills=14,
         stack=16,
     ),
+    cuda(
+        "^map_planes_kernel<BatchNormBackward<c10::.*ThroughPRelu<.*, true>, true>$",
+        "planes without whole vectors: ptxas keeps one value of 4 bytes on the stack",
+        "sm_90a",
+        "sm_100",
+        spills=3,
+        stack=8,
+    ),
     cuda(f"{SWEEPS}.*ThroughMask", "a byte of the mask for each vector", narrow=4),
     cuda(
         "^(?:map|own)_.*<(?:BnAddActForward<.*Relu|SyncForward<.*Relu, true>)",
@@ -151,11 +171,12 @@ RULES = (
     ),
     cuda("^(?:reduce|own)_", "sums of a few hundred elements are added up in float64", fp64=ANY),
     cuda(
-        "^(?:own_planes_kernel<Bn(?:Add)?ActForward|own_sums_kernel<SyncMoments)",
+        "^(?:own_planes_kernel<Bn(?:(?:Add)?Act|PRelu)Forward|own_sums_kernel<SyncMoments)",
         "the exact second look at statistics after a bad shift",
         narrow=4,
     ),
     cuda("^finish_kernel", "sums of slices, in float64; the exact second look at statistics", narrow=2, fp64=4),
+    cuda("^finish_kernel<BatchNormBackward<.*ThroughPRelu", "a third sum, of the slope's gradient", narrow=3),
     cuda(
         f"{SWEEPS}.*, (?:true|1)>$",
         "for tensors that are not aligned: elements one by one, where they are not in whole vectors",
@@ -165,6 +186,7 @@ RULES = (
     ),
     # ---- what launches ask for at most ----
     cuda("^reduce_rows", "two sums a channel of each thread", dynamic_shared=16 << 10),
+    cuda("^reduce_rows_.*ThroughPRelu", "three of them", dynamic_shared=24 << 10),
     cuda("^ln_rows_bwd_kernel<.*, 8>", "two sums an element of half a block's threads", dynamic_shared=8 << 10),
     cuda("^ln_rows_bwd_kernel<.*, 4>", "the same", dynamic_shared=4 << 10),
     cuda("^ln_rows_bwd_kernel<.*, [12]>", "the same", dynamic_shared=2 << 10),

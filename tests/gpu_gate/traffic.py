@@ -12,7 +12,7 @@ from cnnkern import testing
 # By operator: (layout, shape, what else Case.inputs is told), each cut into blocks in a way of its own.
 CALLS: dict[str, tuple[tuple[str, tuple[int, ...], dict[str, object]], ...]] = {
     **dict.fromkeys(
-        ("bn_act", "bn_add_act", "sync_bn"),
+        ("bn_act", "bn_add_act", "bn_prelu", "sync_bn"),
         (
             ("contiguous", (4, 128, 16, 16), {}),  # a block a channel
             ("contiguous", (2, 8, 96, 96), {}),  # slices of a channel

@@ -43,13 +43,14 @@ class Launch(NamedTuple):
 
 def of_batch_norms(rows: bool) -> dict[str, Launch]:
     """For ResNet-50's (32, 64, 56, 56)."""
-    from cnnkern.triton_kernels import batch_norm, batch_norm_backward, bn_act, bn_add_act, layout
+    from cnnkern.triton_kernels import batch_norm, batch_norm_backward, bn_act, bn_add_act, bn_prelu, layout
 
     x = torch.empty((32, 64, 56, 56), device="meta")
     cut = layout.Cut.of(x.to(memory_format=torch.channels_last) if rows else x)
     relu, tile = cut.constants | {"ACT": "relu", "PARAM": 0.0}, cut.R * cut.B
-    masked = cut.constants | {"ACT": "none", "PARAM": 0.0, "residual": None}
-    unmasked = {"bits": None, "residual": None, "dresidual": None}
+    masked = cut.constants | {"ACT": "none", "PARAM": 0.0, "residual": None, "slopes": None}
+    unmasked = {"bits": None, "residual": None, "dresidual": None, "slopes": None}
+    prelu = cut.constants | {"ACT": "prelu", "PARAM": 0.0, "bits": None}
     return {
         "moments": Launch(batch_norm.moments_kernel, cut.constants, tile, 2),  # the first tile stands before the loop
         "bn_act": Launch(bn_act.bn_act_apply_kernel, relu, tile, 1, 1),
@@ -62,6 +63,9 @@ def of_batch_norms(rows: bool) -> dict[str, Launch]:
         "bn_add_act backward": Launch(
             batch_norm_backward.backward_apply_kernel, masked | {"dresidual": None}, tile, 2, 1
         ),
+        "bn_prelu": Launch(bn_prelu.bn_prelu_apply_kernel, cut.constants, tile, 2, 1),
+        "bn_prelu backward sums": Launch(batch_norm_backward.backward_sums_kernel, prelu | {"dx": None}, tile, 3, 1),
+        "bn_prelu backward": Launch(batch_norm_backward.backward_apply_kernel, prelu | {"dresidual": None}, tile, 3, 1),
     }
 
 
@@ -140,7 +144,20 @@ def launches(dtype: str) -> dict[str, Launch]:
     return found
 
 
-TENSORS = ("x", "y", "dy", "dx", "residual", "dresidual", "weight", "bias", "running_mean", "running_var", "out")
+TENSORS = (
+    "x",
+    "y",
+    "dy",
+    "dx",
+    "residual",
+    "dresidual",
+    "weight",
+    "bias",
+    "slopes",
+    "running_mean",
+    "running_var",
+    "out",
+)
 
 
 def compile_kernel(launch: Launch, name: str, dtype: str, architecture: str):
@@ -153,7 +170,7 @@ def compile_kernel(launch: Launch, name: str, dtype: str, architecture: str):
     finalises = "finalise" in name
     types = dict.fromkeys(TENSORS, f"*{dtype}")
     types |= {"mean": statistics, "rstd": statistics, "partial": "*fp64", "table": "*fp32", "sums": "*fp32"}
-    types |= dict.fromkeys(("dweight", "dbias"), f"*{dtype}" if finalises else "*fp64")
+    types |= dict.fromkeys(("dweight", "dbias"), f"*{dtype}" if finalises else "*fp64") | {"dslopes": "*fp64"}
     types |= dict.fromkeys(("bits", "mask", "positions"), "*u8") | {"momentum": "fp64", "eps": "fp64"}
     signature = {n: "constexpr" if n in launch.constants else types.get(n, "i32") for n in names}
     constexprs = {(names.index(n),): value for n, value in launch.constants.items()}

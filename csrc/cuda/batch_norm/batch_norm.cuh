@@ -25,6 +25,7 @@ struct Statistics {
     S x[V];
   };
   static constexpr bool kWritesWhileReducing = false, kCostly = false;
+  static constexpr int kSums = 2;
 
   const T* x;
   double *mean, *rstd;
@@ -59,13 +60,14 @@ struct Statistics {
   }
 
   template <int V>
-  __device__ __forceinline__ void term(const Input<V>& in, int k, const Before& b, S& s1, S& s2) const {
+  __device__ __forceinline__ void term(const Input<V>& in, int k, const Before& b, S (&sums)[kSums]) const {
     const S d = in.x[k] - b.center;
-    s1 += d;
-    s2 = fma(d, d, s2);
+    sums[0] += d;
+    sums[1] = fma(d, d, sums[1]);
   }
 
-  __device__ void finish(int64_t c, double s1, double s2, double center) const {
+  __device__ void finish(int64_t c, const double (&sums)[kSums], double center) const {
+    const double s1 = sums[0], s2 = sums[1];
     GPU_SHARED(int, sound, 1);
     if (threadIdx.x == 0) {
       const double n = static_cast<double>(view.count()), delta = s1 / n, moment = (s2 - s1 * delta) / n;
@@ -145,9 +147,19 @@ struct ResidualToo {
 };
 
 // What lets dy through to the batch norm: an activation, computed again from x, or from x and the residual; a mask; nothing
-// that stops it. `close` is called when dy has been read, the call operator when the pre-activation is known.
+// that stops it. `close` is called when dy has been read, the call operator when the pre-activation is known. bn_prelu.cuh has
+// one with constants a channel and a sum of its own, which these lack.
+struct OfAnyChannel {
+  static constexpr int kSums = 0;
+  template <typename S>
+  using Constants = Affine<S>;
+  template <typename S>
+  __device__ Affine<S> constants(int64_t, const Affine<S>& a) const { return a; }
+  template <typename T>
+  const T* reads() const { return nullptr; }  // beside x and dy
+};
 template <typename T, typename Act>
-struct ThroughActivation {
+struct ThroughActivation : OfAnyChannel {
   static constexpr bool kResidual = false;  // whether there is one, with a gradient of its own
   static constexpr bool kCostly = std::is_same_v<Act, OtherActivation>;  // takes many registers
   template <typename S, int V>
@@ -156,27 +168,29 @@ struct ThroughActivation {
   template <bool kRagged, typename S, int V>
   __device__ __forceinline__ void close(S (&)[V], NothingElse<S, V>&, int64_t, Lanes) const {}
   template <typename S, int V>
-  __device__ __forceinline__ S operator()(S dy, S pre, const NothingElse<S, V>&, int) const {
+  __device__ __forceinline__ S operator()(S dy, S pre, const NothingElse<S, V>&, int, const Affine<S>&) const {
     return act.template grad<T>(dy, pre);
   }
 };
 template <typename T, typename Act>
-struct ThroughActivationOfSum {
+struct ThroughActivationOfSum : OfAnyChannel {
   static constexpr bool kResidual = true, kCostly = true;
   template <typename S, int V>
   using Else = ResidualToo<S, V>;
   Act act;
   const T* residual;
+  template <typename>
+  const T* reads() const { return residual; }
   template <bool kRagged, typename S, int V>
   __device__ __forceinline__ void close(S (&)[V], ResidualToo<S, V>& in, int64_t at, Lanes lanes) const {
     gpu::load<kRagged>(residual + at, lanes, [](int) { return S(0); }, in.residual);
   }
   template <typename S, int V>
-  __device__ __forceinline__ S operator()(S dy, S pre, const ResidualToo<S, V>& in, int k) const {
+  __device__ __forceinline__ S operator()(S dy, S pre, const ResidualToo<S, V>& in, int k, const Affine<S>&) const {
     return act.template grad<T>(dy, pre + in.residual[k]);
   }
 };
-struct ThroughMask {
+struct ThroughMask : OfAnyChannel {
   static constexpr bool kResidual = true, kCostly = false;
   template <typename S, int V>
   using Else = NothingElse<S, V>;
@@ -188,18 +202,18 @@ struct ThroughMask {
     for (int k = 0; k < V; ++k) dy[k] = bits >> k & 1 ? dy[k] : S(0);
   }
   template <typename S, int V>
-  __device__ __forceinline__ S operator()(S dy, S, const NothingElse<S, V>&, int) const {
+  __device__ __forceinline__ S operator()(S dy, S, const NothingElse<S, V>&, int, const Affine<S>&) const {
     return dy;
   }
 };
-struct ThroughNothing {
+struct ThroughNothing : OfAnyChannel {
   static constexpr bool kResidual = true, kCostly = false;
   template <typename S, int V>
   using Else = NothingElse<S, V>;
   template <bool kRagged, typename S, int V>
   __device__ __forceinline__ void close(S (&)[V], NothingElse<S, V>&, int64_t, Lanes) const {}
   template <typename S, int V>
-  __device__ __forceinline__ S operator()(S dy, S, const NothingElse<S, V>&, int) const {
+  __device__ __forceinline__ S operator()(S dy, S, const NothingElse<S, V>&, int, const Affine<S>&) const {
     return dy;
   }
 };
@@ -210,10 +224,11 @@ struct BatchNormBackward {
   using Scalar = T;
   using S = compute_t<T>;
   using Reduction = BatchNormBackward;
-  using Before = Affine<S>;
-  struct After : Affine<S> {
+  using Before = typename Gate::template Constants<S>;
+  struct After : Before {
     S slope, constant;
   };
+  static constexpr int kSums = 2 + Gate::kSums;
   template <int V>
   struct Input {
     S x[V], dy[V];
@@ -233,7 +248,7 @@ struct BatchNormBackward {
 
   __host__ __device__ bool writes() const { return dx != nullptr || (Gate::kResidual && dresidual != nullptr); }
   bool maps() const { return kTraining && writes(); }
-  __device__ Before before(int64_t c) const { return affine(parameters, c, mean[c], rstd[c]); }
+  __device__ Before before(int64_t c) const { return gate.constants(c, affine(parameters, c, mean[c], rstd[c])); }
   __device__ After after(int64_t c, bool) const { return {before(c), coefficients[2 * c], coefficients[2 * c + 1]}; }
 
   template <bool kRagged, int V, typename Fill>
@@ -244,15 +259,16 @@ struct BatchNormBackward {
   }
 
   template <int V>
-  __device__ __forceinline__ S gradient(const Input<V>& in, int k, const Affine<S>& a) const {
-    return gate(in.dy[k], a.pre(in.x[k]), in.others, k);
+  __device__ __forceinline__ S gradient(const Input<V>& in, int k, const Before& a) const {
+    return gate(in.dy[k], a.pre(in.x[k]), in.others, k, a);
   }
 
   template <int V>
-  __device__ __forceinline__ void term(const Input<V>& in, int k, const Before& b, S& s1, S& s2) const {
+  __device__ __forceinline__ void term(const Input<V>& in, int k, const Before& b, S (&sums)[kSums]) const {
     const S g = gradient(in, k, b);
-    s1 += g;
-    s2 = fma(g, in.x[k] - b.center, s2);
+    sums[0] += g;
+    sums[1] = fma(g, in.x[k] - b.center, sums[1]);
+    if constexpr (Gate::kSums > 0) sums[2] += gate.own_term(in.dy[k], b.pre(in.x[k]), in.others, k);
   }
 
   // dx of an element: in eval, and in training.
@@ -275,9 +291,10 @@ struct BatchNormBackward {
       if (dresidual != nullptr) gpu::store<kRagged>(dresidual + at, lanes, g);
   }
 
-  __device__ void finish(int64_t c, double s1, double s2, double) const {
+  __device__ void finish(int64_t c, const double (&sums)[kSums], double) const {
     if (threadIdx.x != 0) return;
-    const double n = static_cast<double>(count), r = rstd[c];
+    const double s1 = sums[0], s2 = sums[1], n = static_cast<double>(count), r = rstd[c];
+    if constexpr (Gate::kSums > 0) gate.finish(c, sums[2]);
     const double lost = lost_by_rounding<S>(mean[c]);
     const double centered_sum = s2 - lost * s1;  // of g * (x - mean)
     if (dbias.data != nullptr) dbias.set(c, s1);

@@ -39,7 +39,7 @@ gpu::BatchNormForward<T> batch_norm_forward(const Tensor& x, const OptionalTenso
 
 template <typename T, typename P>
 void reduce_and_map(const P& p, const gpu::Cut<T>& cut, const Tensor& x) {
-  const Tensor workspace = aten::empty({cut.workspace()}, x.options().dtype(at::kDouble));
+  const Tensor workspace = aten::empty({cut.template workspace<typename P::Reduction>()}, x.options().dtype(at::kDouble));
   gpu::reduce_and_map(p, cut, workspace.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream());
 }
 
@@ -64,16 +64,6 @@ void launch_forward(const P& p, const Tensor& x, const Pointers*... pointers) {
   else
     gpu::map(p, cut, c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-// What a gate reads of x's shape, which may begin off a vector as the others may: the residual, where the gradient needs it.
-template <typename T, typename Gate>
-const T* read_by(const Gate&) {
-  return nullptr;
-}
-template <typename T, typename Act>
-const T* read_by(const gpu::ThroughActivationOfSum<T, Act>& gate) {
-  return gate.residual;
 }
 
 struct BatchNormGradients {
@@ -103,7 +93,8 @@ void launch_backward(const Gate& gate, const Tensor& dy, const Tensor& x, const 
         .dbias = channel_vector<T>(gradients.dbias),
         .coefficients = coefficients.mutable_data_ptr<S>(),
         .gate = gate};
-    reduce_and_map(backward, gpu::Cut<T>(layout, training, backward.dy, backward.x, backward.dx, backward.dresidual, read_by<T>(gate)), x);
+    const gpu::Cut<T> cut(layout, training, gate.template reads<T>(), backward.dy, backward.x, backward.dx, backward.dresidual);
+    reduce_and_map(backward, cut, x);
   };
   if (training)
     run(std::true_type{});

@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_backward_cuda(const Tensor& dy, const 
   } else {
     AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "bn_act_backward", [&] {
       with_device_activation("cnnkern::bn_act_backward", {act, act_param}, [&](auto activation) {
-        const gpu::ThroughActivation<scalar_t, decltype(activation)> gate{activation};
+        const gpu::ThroughActivation<scalar_t, decltype(activation)> gate{{}, activation};
         launch_backward<scalar_t>(gate, dy_, x_, weight, bias, mean, rstd, training, gradients);
       });
     });

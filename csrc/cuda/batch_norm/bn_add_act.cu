@@ -64,11 +64,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward_cuda(const Tensor
         launch_backward<scalar_t>(gate, dy_, x_, weight, bias, mean, rstd, training, gradients);
       };
       if (act == "relu")
-        through(gpu::ThroughMask{{mask.const_data_ptr<uint8_t>()}});
+        through(gpu::ThroughMask{{}, {mask.const_data_ptr<uint8_t>()}});
       else if (act == "none")
         through(gpu::ThroughNothing{});
       else
-        through(gpu::ThroughActivationOfSum<scalar_t, OtherActivation>{other_activation(op, {act, act_param}),
+        through(gpu::ThroughActivationOfSum<scalar_t, OtherActivation>{{}, other_activation(op, {act, act_param}),
                                                                        residual_.const_data_ptr<scalar_t>()});
     });
   }

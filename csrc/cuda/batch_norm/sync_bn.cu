@@ -11,7 +11,7 @@ namespace {
 template <typename T, typename R, typename... Pointers>
 void launch_reduction(const R& reduction, const Tensor& x, const Pointers*... pointers) {
   const gpu::Cut<T> cut(layout_of(x), true, pointers...);
-  const Tensor workspace = aten::empty({cut.workspace()}, x.options().dtype(at::kDouble));
+  const Tensor workspace = aten::empty({cut.template workspace<R>()}, x.options().dtype(at::kDouble));
   gpu::reduce(reduction, cut, workspace.mutable_data_ptr<double>(), c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -50,13 +50,13 @@ void with_gate(const char* op, const Tensor& x, const OptionalTensor& mask, cons
                const F& f) {
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, x.scalar_type(), "sync_bn_backward", [&] {
     if (tensor_or_undefined(mask).defined())
-      f(scalar_t{}, gpu::ThroughMask{{mask->const_data_ptr<uint8_t>()}});
+      f(scalar_t{}, gpu::ThroughMask{{}, {mask->const_data_ptr<uint8_t>()}});
     else if (residual.defined())
-      f(scalar_t{}, gpu::ThroughActivationOfSum<scalar_t, OtherActivation>{other_activation(op, act),
+      f(scalar_t{}, gpu::ThroughActivationOfSum<scalar_t, OtherActivation>{{}, other_activation(op, act),
                                                                            residual.const_data_ptr<scalar_t>()});
     else
       with_activation(op, act, [&](auto activation) {
-        f(scalar_t{}, gpu::ThroughActivation<scalar_t, decltype(activation)>{activation});
+        f(scalar_t{}, gpu::ThroughActivation<scalar_t, decltype(activation)>{{}, activation});
       });
   });
 }
@@ -136,7 +136,7 @@ Tensor sync_bn_sums_cuda(const Tensor& dy, const Tensor& x, const OptionalTensor
     using Gate = std::decay_t<decltype(gate)>;
     const gpu::SyncSums<T, Gate> reduction{backward_of<T>(gate, {dy_, x_, weight, bias, mean, rstd}),
                                            sums.mutable_data_ptr<double>(), x.size(1)};
-    launch_reduction<T>(reduction, x_, reduction.dy, reduction.x, read_by<T>(gate));
+    launch_reduction<T>(reduction, x_, gate.template reads<T>(), reduction.dy, reduction.x);
   });
   return sums;
 }
@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor> sync_bn_backward_cuda(const Tensor& dy, const Tensor&
                                           count.const_data_ptr<double>(), x.size(1)};
       if (output_mask[0]) backward.dx = dx.mutable_data_ptr<T>();
       if (output_mask[1]) backward.dresidual = dresidual.mutable_data_ptr<T>();
-      launch_map<T>(backward, x_, backward.dy, backward.x, backward.dx, backward.dresidual, read_by<T>(gate));
+      launch_map<T>(backward, x_, gate.template reads<T>(), backward.dy, backward.x, backward.dx, backward.dresidual);
     });
   return {or_empty(dx, x), or_empty(dresidual, x)};
 }

@@ -19,8 +19,8 @@ struct SyncMoments : Statistics<T> {
   using Reduction = SyncMoments;
   double* elements;
 
-  __device__ void finish(int64_t c, double s1, double s2, double center) const {
-    Statistics<T>::finish(c, s1, s2, center);
+  __device__ void finish(int64_t c, const double (&s)[2], double center) const {
+    Statistics<T>::finish(c, s, center);
     if (c == 0 && threadIdx.x == 0) *elements = static_cast<double>(this->view.count());
   }
 };
@@ -75,10 +75,10 @@ struct SyncSums : BatchNormBackward<T, Gate, true> {
   double* sums;  // (2, C)
   int64_t channels;
 
-  __device__ void finish(int64_t c, double s1, double s2, double) const {
+  __device__ void finish(int64_t c, const double (&s)[2], double) const {
     if (threadIdx.x != 0) return;
-    sums[c] = s1;
-    sums[channels + c] = (s2 - lost_by_rounding<typename Base::S>(this->mean[c]) * s1) * this->rstd[c];
+    sums[c] = s[0];
+    sums[channels + c] = (s[1] - lost_by_rounding<typename Base::S>(this->mean[c]) * s[0]) * this->rstd[c];
   }
 };
 
