@@ -30,6 +30,17 @@ void announce(const Pointer& node) {
   if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
 }
 
+// Makes a node that of a tensor which was written to. From 2.14 on PyTorch says which node stands there then: of a view it is another.
+template <typename Pointer>
+void rebase(const at::Tensor& t, const Pointer& node) {
+  node->add_input_metadata(t);
+  const auto put = [&] { return torch::autograd::impl::rebase_history(t, {node, 0}); };
+  if constexpr (std::is_void_v<decltype(put())>)
+    put();
+  else
+    announce(put());
+}
+
 // Whether a storage's object in Python is held by nobody but the storage. 2.9 does not count it, so that the
 // answer is no, and a convolution whose weight Python has seen the memory of is not folded. Goes when 2.11 is the oldest.
 template <typename Slot>

@@ -45,6 +45,9 @@ using bn_add_act_backward = Four(const Tensor& dy, const Tensor& x, Optional wei
                                  const Tensor& rstd, const Tensor& mask, bool channels_last, bool training,
                                  c10::string_view act, std::array<bool, 4> output_mask, Optional residual, Number act_param);
 
+using bn_add_into = Two(const Tensor& x, const Tensor& residual, Optional weight, Optional bias, Optional running_mean,
+                        Optional running_var, bool training, double momentum, double eps);
+
 using bn_prelu = Three(const Tensor& x, Optional residual, Optional weight, Optional bias, const Tensor& slope, Optional running_mean,
                        Optional running_var, bool training, double momentum, double eps);
 using bn_prelu_backward = Five(const Tensor& dy, const Tensor& x, Optional residual, Optional weight, Optional bias,
@@ -84,6 +87,10 @@ using max_pool2d_backward = One(const Tensor& dy, const Tensor& positions, Sizes
 }  // namespace cnnkern::signature
 
 namespace cnnkern {
+
+// No operator, but the end of one of PyTorch's: residual += batch_norm(x), written to the residual's memory, whose elements have to
+// lie as those of x do. Gives mean and rstd. On CPU tensors; who calls it sees to versions and gradients.
+signature::bn_add_into bn_add_into;
 
 // Whether the launchers of cnnkern/backends.py answer for CUDA tensors in the place of the kernels of csrc/cuda.
 void let_launchers_answer(bool do_so);

@@ -342,7 +342,7 @@ WRITTEN = {
         lambda: Residual(lambda self, y, x: F.relu(x[:1] + 2 * x) * y),
         {"BatchNorm": 1},
     ),
-    "in place on the residual": (lambda: Residual(in_place_on_the_residual), {"BatchNorm": 1}),
+    "in place on the residual": (lambda: Residual(in_place_on_the_residual), {"BatchNorm + add": 1}),
     "residual overwritten after the add": (
         lambda: Residual(residual_overwritten_after_the_add),
         {"BatchNorm + add": 1},

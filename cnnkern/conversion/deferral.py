@@ -28,7 +28,9 @@ FOLDED_SITE = "_cnnkern_folded_site"  # in a batch norm behind a folded convolut
 NAMES = {"relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "sigmoid": "Sigmoid", "silu": "SiLU"}
 NAMES |= {"hardswish": "Hardswish", "elu": "ELU", "gelu": "GELU", "gelu_tanh": "GELU(tanh)", "mish": "Mish"}
 NAMES |= {"hardsigmoid": "Hardsigmoid", "prelu": "PReLU"}
-NAMES |= {"add": "add", "BatchNorm": "BatchNorm"} | {f"add + {act}": f"add + {name}" for act, name in NAMES.items()}
+NAMES |= {"add": "add", "0": "0", "BatchNorm": "BatchNorm"} | {
+    f"add + {act}": f"add + {name}" for act, name in NAMES.items()
+}
 
 
 def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ def _usual(site: Any) -> tuple[str, str]:
     name = max(fused, key=lambda name: fused[name]) if fused else "none"
     if name.startswith("add"):
         return "batch_norm_add_act", "none" if name == "add" else name.removeprefix("add + ")
-    return "batch_norm_act", name
+    return "batch_norm_act", "none" if name == "0" else name
 
 
 def _is_captured_unseen(input: Tensor) -> bool:

@@ -41,7 +41,7 @@ _DERIVATIVES = (
     "mish",
     "_prelu_kernel",
 )
-_FUSED = ("bn_act", "bn_add_act", "bn_prelu", "add_relu", "sync_bn", "sync_bn_stats", "sync_bn_sums")
+_FUSED = ("bn_act", "bn_add_act", "bn_add_into", "bn_prelu", "add_relu", "sync_bn", "sync_bn_stats", "sync_bn_sums")
 KIND_OF = {
     **{f"aten::{name}": NORM for name in (*_ACTIVATIONS, "batch_norm", "native_batch_norm_backward")},
     **{f"aten::{name}_batch_norm_backward": NORM for name in ("cudnn", "miopen")},

@@ -172,9 +172,7 @@ bool Deferred::conflicts_with(const c10::StorageImpl* memory, bool writes) {
   return std::any_of(reads.begin(), reads.end(), [&](const Tensor& t) { return memory_of(t) == memory; });
 }
 
-Result Deferred::compute(const Activation& act) {
-  TORCH_CHECK(!residual_.defined() || residual_was_.holds(residual_), "cnnkern: what was added to a batch norm's output was changed "
-              "by other means than PyTorch's operators, or by another thread, before the sum was used");
+Result Deferred::compute_by(const std::function<Result(bool again)>& kernel, bool reads_bias) {
   TORCH_CHECK(capture_of(stream_) == capture_ && capture_of(stream_of(device())) == capture_, "cnnkern: a batch norm was called ",
               capture_ == 0 ? "before" : "in", " the capture of a CUDA graph, and its output is used for the first time ",
               capture_ == 0 ? "in it" : "behind its end", ". Use it on the same side, or leave this batch norm unconverted.");
@@ -182,21 +180,30 @@ Result Deferred::compute(const Activation& act) {
   Result result = [&] {
     const OnStream on(stream_);
     const Below below(inference_);
-    return source_->compute(residual_, act, again);
+    return kernel(again);
   }();
-  if (norm_) norm_->fill(*source_->norm(), result.mean, result.rstd, residual_.defined() ? recomputes_sum(act.name) : act.name != "none");
+  if (norm_) norm_->fill(*source_->norm(), result.mean, result.rstd, reads_bias);
   return result;
+}
+
+Result Deferred::compute(const Activation& act) {
+  TORCH_CHECK(!residual_.defined() || residual_was_.holds(residual_), "cnnkern: what was added to a batch norm's output was changed "
+              "by other means than PyTorch's operators, or by another thread, before the sum was used");
+  return compute_by([&](bool again) { return source_->compute(residual_, act, again); },
+                    residual_.defined() ? recomputes_sum(act.name) : act.name != "none");
+}
+
+Tensor Deferred::in_own_strides(const Tensor& value) const {
+  const Strides own(strides().begin(), strides().end());
+  if (value.strides() == at::IntArrayRef(own)) return value;
+  const OnStream on(stream_);
+  const Below below(inference_);
+  return restrided(value, own);
 }
 
 // As of now this is `value`, in its own strides.
 void Deferred::become(const Tensor& value) {
-  const Strides own(strides().begin(), strides().end());
-  Tensor laid = value;
-  if (value.strides() != at::IntArrayRef(own)) {
-    const OnStream on(stream_);
-    const Below below(inference_);
-    laid = restrided(value, own);
-  }
+  const Tensor laid = in_own_strides(value);
   state_ = kReal;
   forget();
   TensorImpl::shallow_copy_from(laid.getIntrusivePtr());
@@ -238,8 +245,8 @@ void Deferred::forget() {
 void Deferred::make_real() { make_real_for("its memory is read"); }
 
 void Deferred::report(const std::string& reason) {
-  if (state_ == kOpen && residual_.defined())
-    where_.site->fused(where_.mode, "add");
+  if (state_ == kOpen && is_sum())
+    where_.site->fused(where_.mode, adds_zero_ ? "0" : "add");
   else if (state_ == kOpen)
     where_.site->missed(where_.mode, reason);
   else if (!fused_with_.empty())
@@ -258,6 +265,19 @@ void Deferred::make_real_for(const std::string& reason) {
   become(result.value);
   const Tensor self = tensor_of(c10::intrusive_ptr<Deferred>::reclaim_copy(this));
   if (has_node && is_where_it_was_put(self)) keep_recipe(self, *source->norm(), residual, result, Activation());
+}
+
+// The value of a sum, which is `self`, as a tensor that has its place in the graph: `self` is to be another sum.
+Tensor Deferred::moved_out(const Tensor& self) {
+  report("another addition follows");
+  const Result result = compute(Activation());
+  const Tensor value = source_->has_any_strides() ? result.value : in_own_strides(result.value);
+  if (put_ == nullptr) return value;
+  const auto edge = torch::autograd::impl::gradient_edge(self);
+  static_cast<SumNode&>(*edge.function).result.reset();
+  torch::autograd::impl::set_gradient_edge(value, edge);
+  keep_recipe(value, *source_->norm(), residual_, result, Activation());
+  return value;
 }
 
 void Deferred::drop() noexcept {
@@ -304,7 +324,7 @@ bool Deferred::is_observed(const Tensor& self) const {
 
 std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& act, bool in_place) {
   const Lock lock(mutex_);
-  if (!takes(self) || (in_place && is_observed(self))) return std::nullopt;
+  if (!takes(self) || adds_zero_ || (in_place && is_observed(self))) return std::nullopt;
   if (act.slope.defined() && !norm_ && grad_mode_ && act.slope.requires_grad()) return std::nullopt;
   const bool sum = residual_.defined();
   const Result result = compute(act);
@@ -352,50 +372,6 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& a
   any_strides ? keep_laid(result.value) : become(result.value);
   if (!inference_) bump_version();
   return put_in_graph(self);
-}
-
-std::optional<Tensor> Deferred::add(const Tensor& self, const Tensor& other, Term term, bool in_place) {
-  const Lock lock(mutex_);
-  if (!takes(self) || residual_.defined() || other.is_same(self) || !is_plain(other) || other.sizes() != sizes() ||
-      other.dtype() != dtype() || other.device() != device() || has_tangent(other) || other.is_inference() != inference_)
-    return std::nullopt;
-  if (!norm_ && grad_mode_ && other.requires_grad()) return std::nullopt;
-  const Strides strides = elementwise_strides(sizes(), this->strides(), other.strides());
-  // An activation behind the sum lays it out with the batch norm as the first term.
-  if (term == kSecond && strides != elementwise_strides(sizes(), other.strides(), this->strides())) return std::nullopt;
-  if (in_place && is_observed(self)) return std::nullopt;
-  Tensor residual = other;
-  if (Deferred* second = of(other)) {
-    if (source_->has_any_strides()) residual = second->as_computed("the sum with another follows");
-    if (!residual.defined() || residual.is_same(other)) second->make_real_for("the sum with another follows"), residual = other;
-  }
-  if (!is_seen(residual)) return std::nullopt;
-  decltype(make_node<SumNode>()) node{};
-  if (norm_) {
-    node = make_node<SumNode>();
-    node->set_next_edges({torch::autograd::impl::gradient_edge(self), torch::autograd::impl::gradient_edge(other)});
-  }
-  // The sum waits in its turn, for an activation behind it.
-  if (in_place) {
-    residual_ = residual;
-    residual_was_.remember(residual);
-    if (!inference_) bump_version();
-    if (node) {
-      norm_->result.reset();
-      put(self, node);
-      node->result = c10::weak_intrusive_ptr<c10::TensorImpl>(self.getIntrusivePtr());
-    }
-    return self;
-  }
-  const auto impl = make(source_, self.options(), sizes(), strides, norm_, where_, residual);
-  const Tensor sum = tensor_of(impl);
-  state_ = kSpent;
-  again_ = true;  // the sum's computation is the first
-  if (node) {
-    impl->put(sum, node);
-    node->result = c10::weak_intrusive_ptr<c10::TensorImpl>(impl);
-  }
-  return sum;
 }
 
 void make_real(c10::TensorImpl* result) { static_cast<Deferred*>(result)->make_real(); }

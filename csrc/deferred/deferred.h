@@ -13,6 +13,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/Stream.h>
 
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -50,7 +51,7 @@ class Deferred final : public c10::TensorImpl {
   // Before this operator: the report names it as what the result was needed for.
   void make_real_for(const std::string& reason);
   // What it is to be computed by, of one that waits for what uses it.
-  const Source* waiting_source() const { return state_ == kOpen && !residual_.defined() ? source_.get() : nullptr; }
+  const Source* waiting_source() const { return state_ == kOpen && !is_sum() ? source_.get() : nullptr; }
   bool has_any_strides() const { return state_ == kLaid || (state_ == kOpen && source_->has_any_strides()); }
   // Something else computes what this was to be part of: it is computed only if somebody asks for it after all.
   void take_over(const std::string& by);
@@ -61,6 +62,12 @@ class Deferred final : public c10::TensorImpl {
   // What an activation, an addition of this, gives in one kernel; nothing where it has to be the plain operator.
   std::optional<at::Tensor> activate(const at::Tensor& self, const Activation& act, bool in_place);
   std::optional<at::Tensor> add(const at::Tensor& self, const at::Tensor& other, Term term, bool in_place);
+  // As Python's `out = 0; out += y` begins: a tensor of its own, which waits for the next addition.
+  std::optional<at::Tensor> add_zero(const at::Tensor& self);
+  // r += self in one kernel, which is false where it has to be the plain operator. r is a tensor like any other, whose memory is
+  // written to at once; or a sum that waits, which goes on waiting.
+  bool add_into(const at::Tensor& self, const at::Tensor& r);
+  bool add_onto(const at::Tensor& self, const at::Tensor& r);
 
   // Whether an operator that is given this memory, and writes to it or not, has to wait until this is real.
   bool conflicts_with(const c10::StorageImpl* memory, bool writes);
@@ -89,7 +96,14 @@ class Deferred final : public c10::TensorImpl {
   bool takes(const at::Tensor& self) const;
   bool is_where_it_was_put(const at::Tensor& self) const;
   bool is_observed(const at::Tensor& self) const;
+  // Whether other, or what may be added to it, is like this as an addition in one kernel needs it.
+  bool may_add(const at::Tensor& self, const at::Tensor& other) const;
+  bool is_sum() const { return residual_.defined() || adds_zero_; }
+  void put_sum(const at::Tensor& self, const at::Tensor& sum, const at::Tensor& other);
+  at::Tensor moved_out(const at::Tensor& self);
   Result compute(const Activation& act);
+  Result compute_by(const std::function<Result(bool again)>& kernel, bool reads_bias);
+  at::Tensor in_own_strides(const at::Tensor& value) const;
   void become(const at::Tensor& value);
   void report(const std::string& reason);
   void keep_laid(const at::Tensor& value);
@@ -107,6 +121,7 @@ class Deferred final : public c10::TensorImpl {
   std::shared_ptr<Waiting> waiting_;
   State state_ = kOpen;
   bool again_ = false;  // it was computed before: the statistics have had this batch
+  bool adds_zero_ = false;  // a sum with the number 0, which changes no value
   std::string fused_with_;
   Remembered residual_was_;
   int passed_ = 0;

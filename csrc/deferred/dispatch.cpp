@@ -212,22 +212,37 @@ Tensor prelu(Keys keys, const Tensor& t, const Tensor& slope) {
   return past([&] { return at::redispatch::prelu(below(keys), t, slope); });
 }
 
+// A number in Python's code that is 0: a tensor of no dimensions, which is read without an operator that a mode would see.
+bool is_zero(const Tensor& t) {
+  if (!t.defined() || !t.unsafeGetTensorImpl()->is_wrapped_number() || !is_plain(t) || !t.is_cpu()) return false;
+  return (t.scalar_type() == at::kLong && *t.const_data_ptr<int64_t>() == 0) ||
+         (t.scalar_type() == at::kDouble && *t.const_data_ptr<double>() == 0);
+}
+
+std::optional<Tensor> sum_of(Deferred& norm, const Tensor& self, const Tensor& other, Deferred::Term term) {
+  return is_zero(other) ? norm.add_zero(self) : norm.add(self, other, term, /*in_place=*/false);
+}
+
 Tensor add(Keys keys, const Tensor& a, const Tensor& b, const at::Scalar& alpha) {
   if (is(alpha, 1)) {
     for (const auto& [norm, residual, term] : {std::tuple(a, b, Deferred::kFirst), std::tuple(b, a, Deferred::kSecond)})
       if (Deferred* deferred = Deferred::of(norm))
-        if (auto sum = deferred->add(norm, residual, term, /*in_place=*/false)) return *sum;
+        if (auto sum = sum_of(*deferred, norm, residual, term)) return *sum;
   }
   Arguments visited("add");
   visited.visit(a, /*writes=*/false), visited.visit(b, /*writes=*/false);
   return past([&] { return at::redispatch::add(below(keys), a, b, alpha); });
 }
 Tensor& add_(Keys keys, Tensor& a, const Tensor& b, const at::Scalar& alpha) {
+  Deferred* const norm = is(alpha, 1) ? Deferred::of(b) : nullptr;
   if (is(alpha, 1))
     if (Deferred* deferred = Deferred::of(a))
       if (deferred->add(a, b, Deferred::kFirst, /*in_place=*/true)) return a;
+  if (norm != nullptr && norm->add_onto(b, a)) return a;
   Arguments visited("add");
-  visited.visit(a, /*writes=*/true), visited.visit(b, /*writes=*/false);
+  visited.visit(a, /*writes=*/true);
+  if (norm != nullptr && norm->add_into(b, a)) return a;
+  visited.visit(b, /*writes=*/false);
   past([&] { at::redispatch::add_(below(keys), a, b, alpha); });
   return a;
 }

@@ -1,6 +1,7 @@
 #include "deferred/source.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
 
 #include "autograd/composite.h"
 #include "deferred/memory.h"
@@ -29,6 +30,8 @@ const c10::TypedOperatorHandle<NormOperator>& norm_operator() {
   static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("cnnkern::bn_act", "").typed<NormOperator>();
   return op;
 }
+
+Result Source::add_into(const Tensor&, bool) { TORCH_INTERNAL_ASSERT(false, "nothing of this kind adds to memory that is there"); }
 
 void Remembered::remember(const Tensor& t) {
   memory_ = memory_of(t);
@@ -94,12 +97,16 @@ void BatchNorm::check_unchanged(bool statistics) const {
   }
 }
 
+std::pair<OptionalTensor, OptionalTensor> BatchNorm::statistics(bool again) const {
+  const bool of_batch_only = arguments_.training && again;
+  check_unchanged(!of_batch_only);
+  if (of_batch_only) return {};
+  return {optional_of(running_mean_), optional_of(running_var_)};
+}
+
 Result BatchNorm::compute(const Tensor& residual, const Activation& act, bool again) {
   const auto& [x, weight, bias, training] = arguments_;
-  const bool of_batch_only = training && again;  // the running statistics have had this batch
-  check_unchanged(!of_batch_only);
-  const OptionalTensor mean = of_batch_only ? OptionalTensor() : optional_of(running_mean_);
-  const OptionalTensor var = of_batch_only ? OptionalTensor() : optional_of(running_var_);
+  const auto [mean, var] = statistics(again);
   Result result;
   if (act.slope.defined())
     std::tie(result.value, result.mean, result.rstd) =
@@ -113,7 +120,23 @@ Result BatchNorm::compute(const Tensor& residual, const Activation& act, bool ag
     std::tie(result.value, result.mean, result.rstd) =
         norm_operator().call(x, optional_of(weight), optional_of(bias), mean, var, training, momentum_, eps_, act.name,
                            act.param);
-  if (training && !again) bump_version(mean), bump_version(var);
+  if (training) bump_version(mean), bump_version(var);
+  return result;
+}
+
+bool BatchNorm::adds_into(const Tensor& r) const {
+  const Tensor& x = arguments_.x;
+  return x.is_cpu() && lie_alike(x.sizes(), r.strides(), plain_strides(x.sizes(), batch_norm_in_rows(x)));
+}
+
+Result BatchNorm::add_into(const Tensor& r, bool again) {
+  RECORD_FUNCTION("cnnkern::bn_add_into", std::vector<c10::IValue>());
+  const auto& [x, weight, bias, training] = arguments_;
+  const auto [mean, var] = statistics(again);
+  Result result;
+  std::tie(result.mean, result.rstd) =
+      bn_add_into(x, r, optional_of(weight), optional_of(bias), mean, var, training, momentum_, eps_);
+  if (training) bump_version(mean), bump_version(var);
   return result;
 }
 

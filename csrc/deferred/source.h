@@ -28,6 +28,9 @@ class Source {
   virtual ~Source() = default;
   // act(result + residual), the residual being optional, below autograd. Where `again` it was computed before.
   virtual Result compute(const at::Tensor& residual, const Activation& act, bool again) = 0;
+  // Whether result + r can be written to r's memory in one pass; and that, which leaves no value.
+  virtual bool adds_into(const at::Tensor& /*r*/) const { return false; }
+  virtual Result add_into(const at::Tensor& r, bool again);
   virtual std::vector<at::Tensor> reads() const = 0;
   virtual const NormArguments* norm() const { return nullptr; }  // whose gradients are ours to compute
   // Whether it changes or reads a running statistic in this memory: nobody else is to touch one before it does.
@@ -60,6 +63,8 @@ class BatchNorm final : public Source {
   bool can_wait() const;
 
   Result compute(const at::Tensor& residual, const Activation& act, bool again) override;
+  bool adds_into(const at::Tensor& r) const override;
+  Result add_into(const at::Tensor& r, bool again) override;
   std::vector<at::Tensor> reads() const override;
   const NormArguments* norm() const override { return &arguments_; }
   bool keeps_statistic(const c10::StorageImpl* memory) const override;
@@ -71,6 +76,8 @@ class BatchNorm final : public Source {
     return {&arguments_.x, &arguments_.weight, &arguments_.bias, &running_mean_, &running_var_};
   }
   void check_unchanged(bool statistics) const;
+  // The running statistics that a kernel is given: none where they have had this batch. All arguments have to be what they were.
+  std::pair<OptionalTensor, OptionalTensor> statistics(bool again) const;
 
   NormArguments arguments_;
   at::Tensor running_mean_, running_var_;

@@ -7,6 +7,7 @@ from meanings import (  # noqa: F401  (they add to CASES)
     libraries,
     nodes,
     objects,
+    onto,
     prelu,
     settings,
     state,

@@ -4,6 +4,7 @@
 // it is recomputed from x and the residual, which are saved. Nothing is saved of y.
 // Traffic in tensors read or written, while a channel (planes) or the tensor (rows) stays in cache: 3 forward, 4 backward;
 // rows beyond the last-level cache 4 and 6. Where the residual is read backward: 5, and 8. A thread owns blocks of channels, or pieces of rows.
+// bn_add_into: pre + residual written to the residual's memory, by the same passes.
 // Accumulators: the arithmetic type for 64 additions, then double (see sweep.h).
 
 #include <array>
@@ -43,6 +44,30 @@ struct BnAddActForward : BatchNormForward<T> {
   }
 };
 
+// Into y, which may be the residual itself: a vector of it is read before that is written, and by nobody else.
+std::tuple<Tensor, Tensor, Tensor> computed_into(Tensor& y, const char* op, const Tensor& x, const Tensor& residual,
+                                                 const OptionalTensor& weight, const OptionalTensor& bias,
+                                                 const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,
+                                                 double momentum, double eps, const ActivationName& act) {
+  const Layout layout = layout_of(x);
+  Tensor mean = aten::empty({layout.C}, x.options().dtype(at::kDouble)), rstd = aten::empty_like(mean);
+  Tensor mask = aten::zeros({act.name == "relu" ? mask_bytes(x.numel()) : 0}, x.options().dtype(at::kByte));
+  if (x.numel() == 0) return {mean.zero_(), rstd.fill_(1), mask};
+  with_type(x, [&](auto scalar) {
+    using T = decltype(scalar);
+    with_activation(op, act, [&](auto activation) {
+      using Forward = BnAddActForward<T, decltype(activation)>;
+      run(Forward{batch_norm_forward<T>(x, layout, weight, bias, running_mean, running_var, training, momentum, eps,
+                                        y, mean, rstd),
+                  residual.const_data_ptr<T>(),
+                  activation,
+                  {mask.mutable_data_ptr<uint8_t>()}},
+          layout);
+    });
+  });
+  return {mean, rstd, mask};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_cpu(const Tensor& x, const Tensor& residual,
@@ -51,28 +76,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_cpu(const Tensor& x, const
                                                           const OptionalTensor& running_var, bool training,
                                                           double momentum, double eps, c10::string_view act,
                                                           std::optional<double> act_param) {
-  check_batch_norm("cnnkern::bn_add_act", x, weight, bias, running_mean, running_var, training, eps);
-  check_same_shape("cnnkern::bn_add_act", "residual", residual, x);
-  check_activation("cnnkern::bn_add_act", {act, act_param});
+  const char* op = "cnnkern::bn_add_act";
+  check_batch_norm(op, x, weight, bias, running_mean, running_var, training, eps);
+  check_same_shape(op, "residual", residual, x);
+  check_activation(op, {act, act_param});
   const Tensor x_ = in_batch_norm_layout(x), residual_ = in_layout_of(residual, x_);
-  const Layout layout = layout_of(x_);
   Tensor y = aten::empty_like(x_);
-  Tensor mean = aten::empty({layout.C}, x.options().dtype(at::kDouble)), rstd = aten::empty_like(mean);
-  Tensor mask = aten::zeros({act == "relu" ? mask_bytes(x.numel()) : 0}, x.options().dtype(at::kByte));
-  if (x.numel() == 0) return {y, mean.zero_(), rstd.fill_(1), mask};
-  with_type(x_, [&](auto scalar) {
-    using T = decltype(scalar);
-    with_activation("cnnkern::bn_add_act", {act, act_param}, [&](auto activation) {
-      using Forward = BnAddActForward<T, decltype(activation)>;
-      run(Forward{batch_norm_forward<T>(x_, layout, weight, bias, running_mean, running_var, training, momentum, eps,
-                                        y, mean, rstd),
-                  residual_.const_data_ptr<T>(),
-                  activation,
-                  {mask.mutable_data_ptr<uint8_t>()}},
-          layout);
-    });
-  });
+  const auto [mean, rstd, mask] = computed_into(y, op, x_, residual_, weight, bias, running_mean, running_var, training, momentum, eps,
+                                                {act, act_param});
   return {in_strides_of_sum(y, x_, residual, act), mean, rstd, mask};
+}
+
+std::tuple<Tensor, Tensor> bn_add_into_cpu(const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
+                                           const OptionalTensor& bias, const OptionalTensor& running_mean,
+                                           const OptionalTensor& running_var, bool training, double momentum, double eps) {
+  const char* op = "cnnkern::bn_add_into";
+  check_batch_norm(op, x, weight, bias, running_mean, running_var, training, eps);
+  check_same_shape(op, "residual", residual, x);
+  const Tensor x_ = in_batch_norm_layout(x);
+  TORCH_CHECK(lie_alike(x.sizes(), residual.strides(), x_.strides()), op, ": the residual has to lie in memory as the input does, with "
+              "strides ", x_.strides(), "; got ", residual.strides());
+  Tensor y = residual;
+  const auto [mean, rstd, mask] =
+      computed_into(y, op, x_, residual, weight, bias, running_mean, running_var, training, momentum, eps, {"none", std::nullopt});
+  return {mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bn_add_act_backward_cpu(const Tensor& dy, const Tensor& x,
