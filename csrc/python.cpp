@@ -57,7 +57,7 @@ PYBIND11_MODULE(_C, m) {
            "A batch norm that waits, where it can, for the activation or the addition behind it.");
   pybind11::class_<cnnkern::FoldedConv::Settings>(m, "ConvSettings", "What a folded convolution is beside its weights.")
       .def(pybind11::init<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, int64_t, std::vector<int64_t>, std::string,
-                          int64_t, std::vector<at::ScalarType>>());
+                          std::string, int64_t, int64_t, std::vector<at::ScalarType>>());
   pybind11::class_<cnnkern::FoldedConv, std::shared_ptr<cnnkern::FoldedConv>>(m, "FoldedConv", pybind11::dynamic_attr(),
                                                                               "The convolution of a folded model.")
       .def(pybind11::init<const at::Tensor&, const std::optional<at::Tensor>&, cnnkern::FoldedConv::Settings, cnnkern::FoldedConv::Pack,
