@@ -16,6 +16,7 @@
 #include "deferred/concatenation.h"
 #include "deferred/folded_conv.h"
 #include "deferred/memory.h"
+#include "deferred/snapshot.h"
 #include "kernels.h"
 #include "own_convolutions.h"
 
@@ -57,7 +58,7 @@ PYBIND11_MODULE(_C, m) {
            "A batch norm that waits, where it can, for the activation or the addition behind it.");
   pybind11::class_<cnnkern::FoldedConv::Settings>(m, "ConvSettings", "What a folded convolution is beside its weights.")
       .def(pybind11::init<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, int64_t, std::vector<int64_t>, std::string,
-                          int64_t, std::vector<at::ScalarType>>());
+                          std::string, int64_t, int64_t, std::vector<at::ScalarType>>());
   pybind11::class_<cnnkern::FoldedConv, std::shared_ptr<cnnkern::FoldedConv>>(m, "FoldedConv", pybind11::dynamic_attr(),
                                                                               "The convolution of a folded model.")
       .def(pybind11::init<const at::Tensor&, const std::optional<at::Tensor>&, cnnkern::FoldedConv::Settings, cnnkern::FoldedConv::Pack,
@@ -69,6 +70,11 @@ PYBIND11_MODULE(_C, m) {
            pybind11::call_guard<pybind11::gil_scoped_release>(), "The convolution and an activation at once.")
       .def("take_over", &cnnkern::FoldedConv::take_over, pybind11::call_guard<pybind11::gil_scoped_release>(),
            "The same in place of another one, whose result waits.");
+  pybind11::class_<cnnkern::Snapshot>(m, "Snapshot", "What modules hold and what calling them looks up, by identity.")
+      .def(pybind11::init<const pybind11::list&, const pybind11::list&, const pybind11::list&>(), pybind11::arg("modules"),
+           pybind11::arg("empty"), pybind11::arg("kept"),
+           "Of modules, beside dictionaries that are to be empty. Whoever makes one keeps the list `kept`, to which it adds.")
+      .def("holds", &cnnkern::Snapshot::holds, "Whether nothing has changed.");
   m.def("pool_sizes", [] { const auto s = cnnkern::block_pool::sizes(); return std::tuple(s.used, s.kept, s.most); },
         "Bytes that CPU results need, those held beyond that, and the most that results have needed at once.");
   m.def("empty_pool", &cnnkern::block_pool::give_back, "Gives the blocks that are kept back to the system.");

@@ -29,12 +29,21 @@ def test_battery_on(capability):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
-def test_grouped_convolutions_on_avx2():
+@pytest.mark.parametrize(
+    ("module", "wanted"),
+    [
+        (
+            "test_grouped_conv2d.py",
+            "every_width or large_and_uneven or in_place or subset or reruns or (past_the_caches and float32)",
+        ),
+        ("test_fold_own.py", ""),
+    ],
+)
+def test_convolutions_on_avx2(module, wanted):
     if _C.cpu_capability() != "AVX512":
         pytest.skip(f"this process runs {_C.cpu_capability()} kernels itself, or the CPU lacks avx2")
-    wanted = "every_width or large_and_uneven or in_place or subset or reruns or (past_the_caches and float32)"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", wanted]
-    command.append(str(Path(__file__).parent / "test_grouped_conv2d.py"))
+    command.append(str(Path(__file__).parent / module))
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2"}
     done = run_child(command, env=environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

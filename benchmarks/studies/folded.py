@@ -2,15 +2,14 @@
 
 `python -m benchmarks.studies.folded [MODEL ...] [--batch N[,N]] [--contenders NAME[,NAME]] [--threads N] [--seconds S]
 [--bfloat16] [--default-malloc]` prints milliseconds and the ratio to eager in the same layout, on photographs, after
-outputs have been compared. `folded-by-layer` is folded without runs of layers (docs/deferred.md). `--grouped` times
-the grouped convolutions of six networks instead, each on oneDNN's kernel with its ReLU and on ours with a ReLU
-behind it, and says which of them `cnnkern.fold` takes.
+outputs have been compared. `folded-by-layer` is folded without runs of layers (docs/deferred.md). `--layers` times the
+models' 1x1 and depthwise convolutions instead, each with its ReLU on oneDNN's kernel and on ours, and says which of
+them `cnnkern.fold` takes. `--grouped` does that for the grouped convolutions of six networks.
 """
 
 import argparse
 import copy
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 import cnnkern
 from cnnkern.conversion.sequential import FoldingSequential
-from cnnkern.nn.folded_conv import folded_conv, prefers_own
+from cnnkern.nn.folded_conv import folded_conv, own_kernel, prefers_own
 from cnnkern.testing import with_layout
 
 from ..suite import timing
@@ -75,6 +74,23 @@ def model_rows(name: str, batch: int, arguments: argparse.Namespace) -> None:
         print(f"| {name} | {batch}x3x{SIZE}x{SIZE} | {layout} | {contender} | {ms:.1f} | {ratio:.2f}x |", flush=True)
 
 
+def kernel_row(
+    label: str, conv: nn.Conv2d, weight: Tensor, bias: Tensor, x: Tensor, arguments: argparse.Namespace
+) -> None:
+    steps = {}
+    for name in ("oneDNN", "ours"):
+        folded = folded_conv(conv, weight, bias, [], own=name == "ours")
+        steps[name] = lambda folded=folded: run(lambda t: folded.run(t, "relu"), x)
+    close = 1e-4
+    torch.testing.assert_close(steps["ours"](), steps["oneDNN"](), rtol=close, atol=close)
+    deadline = time.perf_counter() + arguments.seconds
+    samples = timing.interleave(steps, deadline=deadline, min_rounds=5, max_rounds=200)
+    theirs, mine = (statistics.median(samples[n]) * 1e3 for n in ("oneDNN", "ours"))
+    taken = "ours" if prefers_own(conv, x.dtype, x.shape) else "oneDNN"
+    verdict = "" if (taken == "ours") == (mine < theirs) else " (the slower)"
+    print(f"| {label} | {theirs:.3f} | {mine:.3f} | {theirs / mine:.2f}x | {taken}{verdict} |", flush=True)
+
+
 def grouped_rows(batch: int, arguments: argparse.Namespace) -> None:
     dtype = torch.float32  # in which ours is chosen at all
     generator = torch.Generator().manual_seed(0)
@@ -91,20 +107,32 @@ def grouped_rows(batch: int, arguments: argparse.Namespace) -> None:
             inputs["dilation"],
             inputs["groups"],
         )
-        steps = {}
-        for name in ("oneDNN", "ours"):
-            folded = folded_conv(conv, weight, bias, [], own=name == "ours")
-            steps[name] = lambda folded=folded, x=x: run(lambda t: folded.run(t, "relu"), x)
-        close = 1e-4
-        torch.testing.assert_close(steps["ours"](), steps["oneDNN"](), rtol=close, atol=close)
-        deadline = time.perf_counter() + arguments.seconds
-        samples = timing.interleave(steps, deadline=deadline, min_rounds=5, max_rounds=200)
-        theirs, mine = (statistics.median(samples[n]) * 1e3 for n in ("oneDNN", "ours"))
-        taken = "ours" if prefers_own(weight, conv.groups, dtype, math.prod(x.shape[2:])) else "oneDNN"
-        verdict = "" if (taken == "ours") == (mine < theirs) else " (the slower)"
-        print(
-            f"| {passes.kind(layer)}: {layer} | {theirs:.3f} | {mine:.3f} | {theirs / mine:.2f}x | {taken}{verdict} |"
-        )
+        kernel_row(f"{passes.kind(layer)}: {layer}", conv, weight, bias, x, arguments)
+
+
+def layers_of(name: str) -> dict[str, tuple[nn.Conv2d, tuple[int, ...]]]:
+    """The different convolutions of a model that a kernel of ours computes, and the shapes of their images."""
+    found: dict[str, tuple[nn.Conv2d, tuple[int, ...]]] = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+        if isinstance(module, nn.Conv2d) and own_kernel(module) in ("pointwise", "depthwise"):
+            shape = tuple(inputs[0].shape[1:])
+            stride = f", stride {module.stride[0]}" if module.stride[0] > 1 else ""
+            kernel = f"{'depthwise ' * (module.groups > 1)}{module.kernel_size[0]}x{module.kernel_size[1]}"
+            label = f"{kernel}{stride}, {'x'.join(map(str, shape))} to {module.out_channels} channels"
+            found.setdefault(label, (module, shape))
+
+    model = build(name).eval()
+    for module in model.modules():
+        module.register_forward_hook(note)
+    run(model, photographs(1))
+    return found
+
+
+def layer_rows(name: str, batch: int, arguments: argparse.Namespace) -> None:
+    for label, (conv, shape) in layers_of(name).items():
+        x = torch.randn(batch, *shape).to(memory_format=torch.channels_last)
+        kernel_row(f"{label}, batch {batch}", conv, conv.weight.detach(), torch.randn(conv.out_channels), x, arguments)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,19 +165,25 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--bfloat16", action="store_true", help="run the models in bfloat16")
     parser.add_argument("--grouped", action="store_true", help="time grouped convolutions by themselves")
+    parser.add_argument(
+        "--layers", action="store_true", help="time the models' 1x1 and depthwise convolutions by themselves"
+    )
     parser.add_argument("--default-malloc", action="store_true", help="do not call cnnkern.tune_malloc()")
     arguments = parser.parse_args(argv)
     if "eager" not in arguments.contenders:
         arguments.contenders = ["eager", *arguments.contenders]
     if arguments.seconds is None:
-        arguments.seconds = 1.0 if arguments.grouped else 30.0
+        arguments.seconds = 1.0 if arguments.grouped or arguments.layers else 30.0
     torch.set_num_threads(arguments.threads)
     malloc = "malloc's defaults" if arguments.default_malloc else cnnkern.tune_malloc()
     print(f"threads: {arguments.threads}; {malloc}; {passes.PEAK}: {passes.peak_gflops():.0f} GFLOP/s\n")
-    if arguments.grouped:
+    if arguments.grouped or arguments.layers:
         print("| layer, channels_last | oneDNN (ms) | ours (ms) | ratio | taken |\n|---|---:|---:|---:|---|")
         for batch in arguments.batch:
-            grouped_rows(batch, arguments)
+            if arguments.grouped:
+                grouped_rows(batch, arguments)
+            for name in arguments.models if arguments.layers else ():
+                layer_rows(name, batch, arguments)
         return 0
     print("| model | input | layout | contender | ms | to eager |\n|---|---|---|---|---:|---:|")
     for name, batch in itertools.product(arguments.models, arguments.batch):

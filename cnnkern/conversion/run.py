@@ -4,9 +4,7 @@ Everything that their calls would read in Python is compared with what it was wh
 differs, the layers have to be called.
 """
 
-import operator
-from collections.abc import Callable, Iterable
-from itertools import chain
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +12,13 @@ from torch import Tensor, nn
 
 from cnnkern.conversion.deferral import FOLDED_SITE, SITE
 from cnnkern.conversion.folding_conv import FoldingConv, sources
+from cnnkern.extension import extension
 
 _GLOBAL_HOOKS = [
     value
     for name, value in vars(nn.modules.module).items()
     if name.startswith("_global_") and name.endswith("_hooks") and isinstance(value, dict)
 ]
-_CALLED = operator.attrgetter("__call__", "_wrapped_call_impl", "_call_impl", "forward", "__getattr__")  # of a class
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -31,44 +29,6 @@ def is_plain(layer: nn.Module) -> bool:
         and not any(value for name, value in held.items() if isinstance(value, dict) and name.endswith("_hooks"))
         and not any(callable(getattr(type(layer), name, None)) for name in held)
     )
-
-
-class _Snapshot:
-    """What modules hold, by identity: attributes, and what is in those that are dictionaries or lists."""
-
-    def __init__(self, modules: list[nn.Module]) -> None:
-        self.modules = modules
-        self.types = [type(m) for m in modules]
-        self.attributes = [vars(m) for m in modules]
-        inner = [v for held in self.attributes for v in held.values()]
-        self.dicts = [*self.attributes, *(v for v in inner if isinstance(v, dict) and v)]
-        self.lists = [v for v in inner if isinstance(v, list)]
-        self.empty = [v for v in inner if isinstance(v, dict) and not v]
-        self.kinds = list(dict.fromkeys(self.types))
-        self.called = list(map(_CALLED, self.kinds))
-        self.lengths = list(map(len, chain(self.dicts, self.lists)))
-        self.keys = list(chain.from_iterable(self.dicts))
-        self.values = [*_values(self.dicts), *chain.from_iterable(self.lists)]
-
-    def holds(self) -> bool:
-        values = chain(_values(self.dicts), chain.from_iterable(self.lists))
-        return (
-            not any(self.empty)
-            and _same(map(type, self.modules), self.types)
-            and _same(map(vars, self.modules), self.attributes)
-            and list(map(len, chain(self.dicts, self.lists))) == self.lengths
-            and _same(chain.from_iterable(self.dicts), self.keys)
-            and _same(values, self.values)
-            and list(map(_CALLED, self.kinds)) == self.called
-        )
-
-
-def _values(dicts: list[dict]) -> Iterable[Any]:
-    return chain.from_iterable(map(dict.values, dicts))
-
-
-def _same(objects: Iterable[Any], others: list[Any]) -> bool:
-    return all(map(operator.is_, objects, others))
 
 
 class Run:
@@ -88,15 +48,12 @@ class Run:
             folded, site = layer.folded(norm), vars(norm)[FOLDED_SITE] if norms else vars(layer)[SITE]
             self.folded.append((folded, sources(layer, norm)))
             self.steps.append(lambda x, call=folded.call, site=site: call(site, x))
-        self.snapshot = _Snapshot(modules)  # behind what folding keeps in them
+        self.kept: list[Any] = []  # what the snapshot points to
+        self.snapshot = extension.Snapshot(modules, _GLOBAL_HOOKS, self.kept)  # behind what folding keeps in modules
 
     def holds(self) -> bool:
         """Whether the layers would still compute what it does."""
-        return (
-            not any(_GLOBAL_HOOKS)
-            and self.snapshot.holds()
-            and all(folded.holds(made_of) for folded, made_of in self.folded)
-        )
+        return self.snapshot.holds() and all(folded.holds(made_of) for folded, made_of in self.folded)
 
     def call(self, x: Tensor) -> Tensor | None:
         """What the layers compute; None where they have to be called."""

@@ -1,8 +1,9 @@
 """The convolution of a folded model, as csrc/deferred/folded_conv.cpp computes it: what Python knows of oneDNN."""
 
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +13,61 @@ from cnnkern.extension import extension
 _mkldnn = torch.ops.mkldnn
 
 
-def prefers_own(weight: Tensor, groups: int, dtype: torch.dtype, pixels: int) -> bool:
-    """Whether our kernel of grouped convolution, followed by the activation, beats oneDNN's with the activation in it.
+# Up to which results a kernel of ours is faster: pixels of a batch, and elements. Beyond oneDNN uses the caches better.
+_POINTWISE_PIXELS, _DEPTHWISE_ELEMENTS = 2**12, 2**18
 
-    ``weight`` is (out_channels, C / groups, kH, kW), ``pixels`` the number of pixels of an input image. Both run in
-    channels_last. ``python -m benchmarks.studies.folded`` times both for the grouped layers of six networks.
+
+class _Own(NamedTuple):
+    """A kernel of ours, "" for none; for images from so many pixels, and results up to so many elements."""
+
+    kernel: str = ""
+    from_pixels: int = 0
+    to_elements: int = 2**62
+
+
+def prefers_own(conv: nn.modules.conv._ConvNd, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether a kernel of ours, and not oneDNN's, computes a folded convolution of an input of this shape.
+
+    Both run in channels_last. ``python -m benchmarks.studies.folded --layers`` times both for the layers of networks.
     """
-    least = _own_from_pixels(weight, groups)
-    return dtype == torch.float32 and 0 <= least <= pixels
+    own, (padding, _) = _own(conv), _padding(conv)
+    sizes = zip(shape[2:], padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)
+    pixels = math.prod((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes)
+    return (
+        own.kernel != ""
+        and dtype == torch.float32
+        and own.from_pixels <= math.prod(shape[2:])
+        and shape[0] * conv.out_channels * pixels <= own.to_elements
+    )
 
 
-def _own_from_pixels(weight: Tensor, groups: int) -> int:
-    width = weight.shape[1]
-    if weight.dim() != 4 or groups == 1 or weight.shape[0] != groups * width:
-        return -1
-    return 0 if width in (2, 4, 8) else 28 * 28 if width == 16 else -1
+def own_kernel(conv: nn.modules.conv._ConvNd) -> str:
+    """Which kernel of ours can compute a folded convolution in float32; "" for none."""
+    return _own(conv).kernel
+
+
+def _own(conv: nn.modules.conv._ConvNd) -> _Own:
+    if not isinstance(conv, nn.Conv2d):
+        return _Own()
+    width, channels, (k, other) = conv.weight.shape[1], conv.in_channels, conv.kernel_size
+    stride, (padding, pad) = conv.stride, _padding(conv)
+    if extension.cpu_capability() != "DEFAULT" and stride[0] == stride[1] and not pad:
+        if (k, other) == (1, 1) and conv.groups == 1 and padding == (0, 0):
+            return _Own("pointwise", to_elements=_POINTWISE_PIXELS * conv.out_channels)
+        is_depthwise = width == 1 and conv.groups == channels == conv.out_channels and conv.dilation == (1, 1)
+        if is_depthwise and k == other and k in (3, 5) and stride[0] in (1, 2) and padding[0] == padding[1] < k:
+            return _Own("depthwise", to_elements=_DEPTHWISE_ELEMENTS)
+    if conv.groups == 1 or conv.out_channels != channels or width not in (2, 4, 8, 16):
+        return _Own()
+    return _Own("grouped", from_pixels=28 * 28 if width == 16 else 0)
+
+
+def _padding(conv: nn.modules.conv._ConvNd) -> tuple[tuple[int, ...], list[int]]:
+    """How far each dimension is padded with zeros on either side; and what is padded before, as F.pad has it."""
+    around = list(conv._reversed_padding_repeated_twice)  # of the last dimension first, both sides of each
+    if conv.padding_mode == "zeros" and around[::2] == around[1::2]:
+        return tuple(around[::-2]), []
+    return (0,) * len(conv.kernel_size), around
 
 
 def folded_conv(
@@ -39,18 +80,15 @@ def folded_conv(
     """``conv`` with another weight and bias, made of ``sources``, which notes whether these change.
 
     It computes ``act(conv(x) + residual)`` in one pass where oneDNN has kernels, and keeps weights in oneDNN's order,
-    which depends on the input's shape. `own` says which kernel computes grouped convolutions, for who times both.
+    which depends on the input's shape. `own` says whether a kernel of ours, where there is one, computes it instead,
+    for who times both.
     """
-    padding: tuple[int, ...] = (0,) * len(conv.kernel_size)
-    pad: list[int] = []  # what is padded before
-    around = list(conv._reversed_padding_repeated_twice)  # of the last dimension first, both sides of each
-    if conv.padding_mode == "zeros" and around[::2] == around[1::2]:
-        padding = tuple(around[::-2])
-    else:
-        pad = around
-    least = _own_from_pixels(weight, conv.groups) if own is None else 0 if own else -1
+    padding, pad = _padding(conv)
+    chosen = _own(conv)
+    if own is not None:
+        chosen = _Own(chosen.kernel if own else "")
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    settings = extension.ConvSettings(conv.stride, padding, conv.dilation, conv.groups, pad, mode, least, _dtypes())
+    settings = extension.ConvSettings(conv.stride, padding, conv.dilation, conv.groups, pad, mode, *chosen, _dtypes())
     known: dict[torch.dtype, list[Tensor]] = {}
 
     def pack(shape: list[int], dtype: torch.dtype) -> Tensor:

@@ -9,12 +9,19 @@
 
 #include <algorithm>
 
+#include "aten.h"
 #include "block_pool.h"
 #include "check.h"
 #include "deferred/deferred.h"
 #include "deferred/memory.h"
+#include "folded_kernels.h"
+#include "for_this_cpu.h"
 
 namespace cnnkern {
+
+#define DECLARE(kernel) folded_signature::kernel kernel##_cpu;
+CNNKERN_DECLARE_FOR_EACH_CPU(CNNKERN_FOLDED_KERNELS, DECLARE)
+#undef DECLARE
 
 namespace {
 
@@ -98,7 +105,7 @@ at::ScalarType FoldedConv::computed_in(const Tensor& t) const {
 }
 
 std::vector<int64_t> FoldedConv::output_sizes(const Tensor& x) const {
-  const auto& [stride, padding, dilation, groups, pad, pad_mode, own_from_pixels, dtypes] = settings_;
+  const auto& [stride, padding, dilation, groups, pad, pad_mode, own, own_from_pixels, own_to_elements, dtypes] = settings_;
   std::vector<int64_t> sizes = {x.size(0), weight_.size(0)};
   for (size_t d = 0; d < stride.size(); ++d) {
     const size_t last = 2 * (stride.size() - 1 - d);
@@ -155,14 +162,19 @@ Tensor FoldedConv::defer(const std::shared_ptr<Site>& site, const Tensor& x, con
 Tensor FoldedConv::run(const Tensor& x, const Tensor& residual, const Activation& act, at::ScalarType dtype) {
   const Tensor padded = (settings_.pad.empty() ? x : at::pad(x, settings_.pad, settings_.pad_mode)).to(dtype);
   if (!is_librarys(padded, dtype)) return by_parts(padded, residual, act);
-  const int64_t from = settings_.own_from_pixels;
-  const bool own = from >= 0 && dtype == at::kFloat && padded.size(-1) * padded.size(-2) >= from;
-  return own ? by_own(padded, residual, act) : by_library(padded, residual, act);
+  if (!is_own(padded, dtype)) return by_library(padded, residual, act);
+  return settings_.own == "grouped" ? by_grouped(padded, residual, act) : by_own(padded, residual, act);
+}
+
+bool FoldedConv::is_own(const Tensor& x, at::ScalarType dtype) const {
+  return !settings_.own.empty() && dtype == at::kFloat && weight_.scalar_type() == dtype &&
+         x.size(-1) * x.size(-2) >= settings_.own_from_pixels &&
+         c10::multiply_integers(output_sizes(x)) <= settings_.own_to_elements;
 }
 
 // By PyTorch's convolution with the folded weights, and what follows it.
 Tensor FoldedConv::by_parts(const Tensor& x, const Tensor& residual, const Activation& act) {
-  const auto& [stride, padding, dilation, groups, pad, pad_mode, own_from_pixels, dtypes] = settings_;
+  const auto& [stride, padding, dilation, groups, pad, pad_mode, own, own_from_pixels, own_to_elements, dtypes] = settings_;
   const OptionalTensor bias = bias_.defined() ? OptionalTensor(bias_.to(x.scalar_type())) : std::nullopt;
   const std::vector<int64_t> none(stride.size(), 0);
   Tensor y = at::convolution(x, weight_.to(x.scalar_type()), bias, stride, padding, dilation, /*transposed=*/false, none, groups);
@@ -173,7 +185,7 @@ Tensor FoldedConv::by_parts(const Tensor& x, const Tensor& residual, const Activ
 Tensor FoldedConv::by_library(const Tensor& x, const Tensor& residual, const Activation& act) {
   static const auto pointwise = operator_of<Pointwise>("mkldnn::_convolution_pointwise");
   static const auto binary = operator_of<Binary>("mkldnn::_convolution_pointwise", "binary");
-  const auto& [stride, padding, dilation, groups, pad, pad_mode, own_from_pixels, dtypes] = settings_;
+  const auto& [stride, padding, dilation, groups, pad, pad_mode, own, own_from_pixels, own_to_elements, dtypes] = settings_;
   const OptionalTensor bias = bias_.defined() ? OptionalTensor(bias_.to(x.scalar_type())) : std::nullopt;
   const Tensor weight = packed(x);
   const block_pool::Scope pooled;
@@ -190,13 +202,41 @@ Tensor FoldedConv::by_library(const Tensor& x, const Tensor& residual, const Act
 }
 
 // By our grouped convolution, and what follows it.
-Tensor FoldedConv::by_own(const Tensor& x, const Tensor& residual, const Activation& act) {
+Tensor FoldedConv::by_grouped(const Tensor& x, const Tensor& residual, const Activation& act) {
   static const auto grouped = operator_of<Grouped>("cnnkern::grouped_conv2d");
-  const auto& [stride, padding, dilation, groups, pad, pad_mode, own_from_pixels, dtypes] = settings_;
+  const auto& [stride, padding, dilation, groups, pad, pad_mode, own, own_from_pixels, own_to_elements, dtypes] = settings_;
   Tensor y = grouped.call(x.contiguous(at::MemoryFormat::ChannelsLast), weight_.to(x.scalar_type()), optional_of(bias_), stride, padding,
                           dilation, groups);
   if (residual.defined()) y.add_(residual);
   return act.name == "relu" ? y.relu_() : activated(y, act);
+}
+
+// By a kernel of ours that has all of it in one pass over memory.
+Tensor FoldedConv::by_own(const Tensor& x, const Tensor& residual, const Activation& act) {
+  static auto* const pack_pointwise = CNNKERN_FOR_THIS_CPU(pack_pointwise);
+  static auto* const pointwise = CNNKERN_FOR_THIS_CPU(pointwise);
+  static auto* const pack_depthwise = CNNKERN_FOR_THIS_CPU(pack_depthwise);
+  static auto* const depthwise = CNNKERN_FOR_THIS_CPU(depthwise);
+  constexpr auto kRows = at::MemoryFormat::ChannelsLast;
+  const bool is_pointwise = settings_.own == "pointwise";
+  std::call_once(packs_own_, [&] { own_packed_ = (is_pointwise ? pack_pointwise : pack_depthwise)(weight_, bias_); });
+  const int64_t stride = settings_.stride[0], channels = weight_.size(0);
+  const bool strides = is_pointwise && stride > 1;
+  const Tensor from = (strides ? x.slice(2, 0, std::nullopt, stride).slice(3, 0, std::nullopt, stride) : x).contiguous(kRows);
+  const Tensor added = residual.defined() ? residual.contiguous(kRows) : residual;
+  const auto sizes = output_sizes(x);
+  const Tensor y = aten::empty(sizes, x.options().memory_format(kRows));
+  const bool is_fused = act.name != "prelu" || act.slope.numel() == 1;
+  const Activation fused = !is_fused ? Activation() : act.name == "prelu" ? Activation{"leaky_relu", act.slope.item<double>()} : act;
+  const Behind behind{added.defined() ? added.const_data_ptr<float>() : nullptr, fused};
+  const float *const in = from.const_data_ptr<float>(), *const packed = own_packed_.const_data_ptr<float>();
+  float* const out = y.mutable_data_ptr<float>();
+  const ImageSizes image{x.size(0), x.size(2), x.size(3), sizes[2], sizes[3], stride};
+  if (is_pointwise)
+    pointwise(in, packed, out, x.size(1), channels, y.numel() / channels, behind);
+  else
+    depthwise(in, packed, out, channels, weight_.size(2), settings_.padding[0], image, behind);
+  return is_fused ? y : activated(y, act);
 }
 
 Tensor FoldedConv::packed(const Tensor& x) {

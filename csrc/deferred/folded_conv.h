@@ -25,8 +25,10 @@ class FoldedConv : public std::enable_shared_from_this<FoldedConv> {
     int64_t groups;
     std::vector<int64_t> pad;  // what is padded before, as at::pad has it; may be empty
     std::string pad_mode;
-    // From how many pixels of an image on our grouped convolution computes it; below 0 oneDNN's always does.
-    int64_t own_from_pixels;
+    // Which kernel of ours computes it in float32: "grouped", "pointwise" or "depthwise", or "" for none. `pad` is empty for the
+    // last two. It does where an image has at least so many pixels, and the result at most so many elements.
+    std::string own;
+    int64_t own_from_pixels, own_to_elements;
     std::vector<at::ScalarType> dtypes;  // that oneDNN has kernels for
   };
   // The weight in oneDNN's order for an input of these sizes and dtype.
@@ -54,6 +56,8 @@ class FoldedConv : public std::enable_shared_from_this<FoldedConv> {
   bool is_librarys(const at::Tensor& x, at::ScalarType dtype) const;
   at::Tensor by_parts(const at::Tensor& x, const at::Tensor& residual, const Activation& act);
   at::Tensor by_library(const at::Tensor& x, const at::Tensor& residual, const Activation& act);
+  bool is_own(const at::Tensor& x, at::ScalarType dtype) const;
+  at::Tensor by_grouped(const at::Tensor& x, const at::Tensor& residual, const Activation& act);
   at::Tensor by_own(const at::Tensor& x, const at::Tensor& residual, const Activation& act);
   at::Tensor packed(const at::Tensor& x);
 
@@ -63,6 +67,8 @@ class FoldedConv : public std::enable_shared_from_this<FoldedConv> {
   Seal seal_;
   std::mutex mutex_;
   std::map<std::pair<at::ScalarType, std::vector<int64_t>>, at::Tensor> packed_;
+  std::once_flag packs_own_;
+  at::Tensor own_packed_;  // for the kernel of ours
 };
 
 // The convolution whose result this is, where it waits.

@@ -1,0 +1,34 @@
+// Convolutions of folded models in float32 on images with channels innermost, with what follows them: for each instruction set.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "check.h"
+
+namespace cnnkern {
+
+struct Behind {
+  const float* residual;  // laid out as the output; null for none
+  ActivationName act;
+};
+
+struct ImageSizes {
+  int64_t N, H, W, OH, OW, stride;
+};
+
+// f(kernel) for each of them. The packed ones hold the bias too.
+#define CNNKERN_FOLDED_KERNELS(f) f(pack_pointwise) f(pointwise) f(pack_depthwise) f(depthwise)
+
+namespace folded_signature {
+
+// weight (outputs, inputs, 1, 1), bias (outputs), which may be undefined.
+using pack_pointwise = at::Tensor(const at::Tensor& weight, const at::Tensor& bias);
+using pointwise = void(const float* x, const float* packed, float* y, int64_t inputs, int64_t outputs, int64_t pixels,
+                       const Behind& behind);
+// weight (channels, 1, k, k) with k 3 or 5, padding at most k - 1.
+using pack_depthwise = at::Tensor(const at::Tensor& weight, const at::Tensor& bias);
+using depthwise = void(const float* x, const float* packed, float* y, int64_t channels, int64_t k, int64_t padding,
+                       const ImageSizes& sizes, const Behind& behind);
+
+}  // namespace folded_signature
+}  // namespace cnnkern
