@@ -133,6 +133,19 @@ def test_nan_passes_and_infinities_stay():
                 torch.testing.assert_close(cnnkern.fold(model)(values), model(values), equal_nan=True)
 
 
+def test_weights_of_other_shapes_than_the_layer_says():
+    """PyTorch's convolutions compute with the weight that there is."""
+    for conv, shape in (
+        (nn.Conv2d(8, 8, 3, padding=1, groups=8), (16, 1, 3, 3)),
+        (nn.Conv2d(8, 8, 3, padding=1, groups=8), (8, 1, 5, 5)),
+        (nn.Conv2d(8, 16, 1), (16, 8, 3, 3)),
+        (nn.Conv2d(8, 16, 3), (24, 8, 1, 1)),
+    ):
+        conv.weight, conv.bias = nn.Parameter(torch.randn(shape)), None
+        model = nn.Sequential(conv, nn.ReLU()).eval()
+        judged(cnnkern.fold(model), model, torch.randn(2, 8, 9, 7))
+
+
 def test_the_rule():
     def own(conv: nn.Module, *shape: int, dtype: torch.dtype = torch.float32) -> bool:
         return prefers_own(conv, dtype, (shape[0], conv.in_channels, *shape[1:]))

@@ -13,7 +13,7 @@ from cnnkern.extension import extension
 _mkldnn = torch.ops.mkldnn
 
 
-# Up to which results a kernel of ours is faster: pixels of a batch, and elements. Beyond oneDNN uses the caches better.
+# The largest results for which our kernels are faster: pixels over the batch, and elements.
 _POINTWISE_PIXELS, _DEPTHWISE_ELEMENTS = 2**12, 2**18
 
 
@@ -30,34 +30,34 @@ def prefers_own(conv: nn.modules.conv._ConvNd, dtype: torch.dtype, shape: Sequen
 
     Both run in channels_last. ``python -m benchmarks.studies.folded --layers`` times both for the layers of networks.
     """
-    own, (padding, _) = _own(conv), _padding(conv)
-    sizes = zip(shape[2:], padding, conv.dilation, conv.kernel_size, conv.stride, strict=True)
+    own, (padding, _) = _own(conv, conv.weight), _padding(conv)
+    sizes = zip(shape[2:], padding, conv.dilation, conv.weight.shape[2:], conv.stride, strict=True)
     pixels = math.prod((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, p, d, k, s in sizes)
     return (
         own.kernel != ""
         and dtype == torch.float32
         and own.from_pixels <= math.prod(shape[2:])
-        and shape[0] * conv.out_channels * pixels <= own.to_elements
+        and shape[0] * conv.weight.shape[0] * pixels <= own.to_elements
     )
 
 
 def own_kernel(conv: nn.modules.conv._ConvNd) -> str:
     """Which kernel of ours can compute a folded convolution in float32; "" for none."""
-    return _own(conv).kernel
+    return _own(conv, conv.weight).kernel
 
 
-def _own(conv: nn.modules.conv._ConvNd) -> _Own:
-    if not isinstance(conv, nn.Conv2d):
+def _own(conv: nn.modules.conv._ConvNd, weight: Tensor) -> _Own:
+    if not isinstance(conv, nn.Conv2d) or weight.dim() != 4:
         return _Own()
-    width, channels, (k, other) = conv.weight.shape[1], conv.in_channels, conv.kernel_size
+    outputs, width, k, other = weight.shape  # which the layer's attributes need not fit: weights may be replaced
     stride, (padding, pad) = conv.stride, _padding(conv)
     if extension.cpu_capability() != "DEFAULT" and stride[0] == stride[1] and not pad:
         if (k, other) == (1, 1) and conv.groups == 1 and padding == (0, 0):
-            return _Own("pointwise", to_elements=_POINTWISE_PIXELS * conv.out_channels)
-        is_depthwise = width == 1 and conv.groups == channels == conv.out_channels and conv.dilation == (1, 1)
+            return _Own("pointwise", to_elements=_POINTWISE_PIXELS * outputs)
+        is_depthwise = width == 1 and conv.groups == outputs and conv.dilation == (1, 1)
         if is_depthwise and k == other and k in (3, 5) and stride[0] in (1, 2) and padding[0] == padding[1] < k:
             return _Own("depthwise", to_elements=_DEPTHWISE_ELEMENTS)
-    if conv.groups == 1 or conv.out_channels != channels or width not in (2, 4, 8, 16):
+    if conv.groups == 1 or outputs != conv.groups * width or width not in (2, 4, 8, 16):
         return _Own()
     return _Own("grouped", from_pixels=28 * 28 if width == 16 else 0)
 
@@ -84,7 +84,7 @@ def folded_conv(
     for who times both.
     """
     padding, pad = _padding(conv)
-    chosen = _own(conv)
+    chosen = _own(conv, weight)
     if own is not None:
         chosen = _Own(chosen.kernel if own else "")
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
