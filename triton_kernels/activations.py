@@ -54,7 +54,7 @@ def softplus_parts(v):
 
 @triton.jit
 def act_value(pre, param, ACT: tl.constexpr):
-    """The activation of pre. `param` is its number, where it takes one; of "prelu" a slope a channel."""
+    """The activation of pre. `param` is its number, where it takes one; of "prelu" a slope per channel."""
     if ACT == "relu":
         return tl.where(pre <= 0.0, 0.0, pre)
     elif ACT == "relu6":

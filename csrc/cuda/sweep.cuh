@@ -1,4 +1,4 @@
-// What both memory layouts share of the two sweeps over a tensor: the first adds up kSums sums a channel, the second maps.
+// What both memory layouts share of the two sweeps over a tensor: the first adds up kSums sums per channel, the second maps.
 //
 // A policy says what is computed. `Reduction` is its part in the first sweep: `before(c)`, the constants of a channel,
 // with a `center` that stands in for elements that do not exist; `Input` and `load`, what is read; `term`, an element's

@@ -340,6 +340,12 @@ RULES = (
     # ---- Triton ----
     triton("^bn_add_act", "the bytes of a mask, a few to a thread", narrow=32),
     triton("^bn_add_act planes", "the number of a tile is divided into plane and place, once a round", divisions=1),
+    triton(
+        "^bn_prelu backward sums rows",
+        "tiles of three tensors and of three sums, in registers",
+        registers=168,
+        occupancy=0.18,
+    ),
     triton("^width", "loops unrolled: a program's number is divided, once, into image, place and group", divisions=5),
     triton(
         "^layer norm",

@@ -148,7 +148,7 @@ struct ResidualToo {
 
 // What lets dy through to the batch norm: an activation, computed again from x, or from x and the residual; a mask; nothing
 // that stops it. `close` is called when dy has been read, the call operator when the pre-activation is known. bn_prelu.cuh has
-// one with constants a channel and a sum of its own, which these lack.
+// one with constants per channel and its own sum, which these lack.
 struct OfAnyChannel {
   static constexpr int kSums = 0;
   template <typename S>

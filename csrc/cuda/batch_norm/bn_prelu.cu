@@ -1,4 +1,4 @@
-// bn_prelu and bn_prelu_backward on CUDA tensors. The kernels stand in bn_prelu.cuh.
+// bn_prelu and bn_prelu_backward on CUDA tensors. The kernels are in bn_prelu.cuh.
 #include "aten.h"
 #include "cuda/batch_norm/batch_norm.h"
 #include "cuda/batch_norm/bn_prelu.cuh"
@@ -6,7 +6,7 @@
 namespace cnnkern {
 namespace {
 
-// A slope a channel; a single one is read with a stride of 0.
+// A slope per channel; a single one is read with a stride of 0.
 template <typename T>
 gpu::ChannelVector<T> slopes_of(const Tensor& slope, int64_t channels) {
   return channel_vector<T>(slope.expand({channels}));
