@@ -24,8 +24,8 @@ class PoolSizes(NamedTuple):
     """Bytes of the pool of CPU results.
 
     Attributes:
-        used: Bytes that existing results need.
-        kept: Bytes that the pool holds in addition.
+        used: Bytes of the blocks of existing results.
+        kept: Bytes of blocks that wait for the next results.
         most: The most bytes that results have needed at one time.
     """
 

@@ -114,7 +114,8 @@ class Pool {
 
   Sizes sizes() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return {static_cast<int64_t>(needed_), static_cast<int64_t>(held_ - needed_), static_cast<int64_t>(most_)};
+    const size_t used = needed_ + wasted_;
+    return {static_cast<int64_t>(used), static_cast<int64_t>(held_ - used), static_cast<int64_t>(most_)};
   }
 
   void lock() { mutex_.lock(); }

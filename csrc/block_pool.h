@@ -32,7 +32,7 @@ class Scope {
 void use_for_pytorch();
 
 struct Sizes {
-  int64_t used, kept, most;  // bytes that results need now, what is held beyond that, the most that they have needed at once
+  int64_t used, kept, most;  // bytes of blocks in use, of blocks that are kept; the most that results have needed at once
 };
 Sizes sizes();
 

@@ -76,7 +76,7 @@ PYBIND11_MODULE(_C, m) {
            "Of modules, beside dictionaries that are to be empty. Whoever makes one keeps the list `kept`, to which it adds.")
       .def("holds", &cnnkern::Snapshot::holds, "Whether nothing has changed.");
   m.def("pool_sizes", [] { const auto s = cnnkern::block_pool::sizes(); return std::tuple(s.used, s.kept, s.most); },
-        "Bytes that CPU results need, those held beyond that, and the most that results have needed at once.");
+        "Bytes of the CPU results' blocks in use, of blocks that are kept, and the most that results have needed at once.");
   m.def("empty_pool", &cnnkern::block_pool::give_back, "Gives the blocks that are kept back to the system.");
   m.def("set_pool", &cnnkern::block_pool::set_on, "Whether CPU results of our operators come from blocks that are kept.");
   m.def("set_own_convolutions", &cnnkern::set_own_convolutions,

@@ -1,7 +1,11 @@
 """`cnnkern.tune_malloc`: fewer page faults where the C library is glibc, a clear sentence where it is not; no leaks."""
 
 import ctypes
+import gc
 import sys
+import weakref
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -90,3 +94,40 @@ def test_ten_thousand_calls_of_a_folded_model_leak_nothing():
     inputs = [torch.randn(1, 8, n, n) for n in range(8, 20)]
     with torch.no_grad():
         assert leaked_by_ten_thousand(lambda i: folded(inputs[i % len(inputs)])) < MAY_STAY
+
+
+class Residual(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(
+            *(torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.ReLU()),
+            *(torch.nn.Conv2d(8, 8, 1), torch.nn.BatchNorm2d(8)),
+        )
+        self.norm = torch.nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.body(x) + x) + self.norm(x)
+
+
+@pytest.mark.parametrize(
+    ("by", "training"),
+    [
+        (cnnkern.fold, False),
+        (cnnkern.convert, False),
+        (cnnkern.convert, True),
+        (partial(cnnkern.convert, recompute=True), True),
+    ],
+    ids=["folded", "converted, eval", "converted, training", "recomputed"],
+)
+def test_a_model_that_nothing_holds_is_freed(by: Callable[[torch.nn.Module], torch.nn.Module], training: bool):
+    """What the extension holds of it is out of sight of Python's collector, which could not free a cycle through it."""
+    model = by(Residual().train(training))
+    held = [weakref.ref(part) for part in (*model.modules(), *model.parameters(), *model.buffers())]
+    for _ in range(3):
+        with torch.set_grad_enabled(training):
+            y = model(torch.randn(2, 8, 12, 12))
+        if training:
+            y.sum().backward()
+    del model, y
+    gc.collect()
+    assert not [part() for part in held if part() is not None]

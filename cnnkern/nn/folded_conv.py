@@ -88,14 +88,16 @@ def folded_conv(
     if own is not None:
         chosen = _Own(chosen.kernel if own else "")
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    settings = extension.ConvSettings(conv.stride, padding, conv.dilation, conv.groups, pad, mode, *chosen, _dtypes())
+    stride, dilation, groups = conv.stride, conv.dilation, conv.groups
+    settings = extension.ConvSettings(stride, padding, dilation, groups, pad, mode, *chosen, _dtypes())
     known: dict[torch.dtype, list[Tensor]] = {}
 
     def pack(shape: list[int], dtype: torch.dtype) -> Tensor:
-        """The weight in oneDNN's order for an input of this shape: in another it would be reordered in every call."""
-        packed = _mkldnn._reorder_convolution_weight(
-            weight.to(dtype), padding, conv.stride, conv.dilation, conv.groups, shape
-        )
+        """The weight in oneDNN's order for an input of this shape: in another it would be reordered in every call.
+
+        It does not hold the layer, which holds it through the extension, where Python's collector sees no cycle.
+        """
+        packed = _mkldnn._reorder_convolution_weight(weight.to(dtype), padding, stride, dilation, groups, shape)
         order, others = _order(packed), known.setdefault(dtype, [])
         for other in others:  # shapes that want one order share it
             if _order(other) == order:
