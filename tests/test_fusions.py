@@ -57,6 +57,22 @@ def test_it_tells_what_follows_a_batch_norm():
     }  # fmt: skip
 
 
+def test_a_number_added_in_place_is_nothing_that_follows_if_it_is_zero():
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.zero, self.one = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            zero, one = self.zero(x), self.one(x)
+            zero += 0
+            one += 1
+            return [F.relu(zero), F.relu(one)]
+
+    census = census_of(Added(), torch.randn(2, 4, 5, 5))
+    assert dict(census.kinds()) == {("zero", "relu"): 1, ("one", "another add"): 1}
+
+
 def test_it_counts_what_was_fused_and_what_was_not():
     def unfused() -> nn.Module:
         model = Known()
@@ -93,6 +109,7 @@ def test_it_notices_another_result():
 
 TIMM = ["resnet10t", "mobilenetv3_small_050", "efficientnet_lite0", "regnetx_002", "densenet121"]
 TIMM += ["hardcorenas_a", "mixnet_s", "fbnetc_100", "spnasnet_100", "semnasnet_050", "tinynet_e", "lcnet_035"]
+TIMM += ["repvgg_a0", "fastvit_t8"]  # which add in place onto other tensors
 TORCHVISION = ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "mnasnet0_5", "shufflenet_v2_x0_5", "regnet_y_400mf"]
 
 

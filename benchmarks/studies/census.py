@@ -116,6 +116,8 @@ class Census(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
+        if name == "add_" and is_zero(args[1]):
+            return func(*args, **kwargs)  # which changes nothing
         if name != "detach":  # which autograd makes of what it saves
             self._note(name, args, kwargs)
         result = func(*args, **kwargs)
@@ -167,6 +169,11 @@ def is_of_alike(args: tuple, result: Tensor) -> bool:
     a, b = args[:2]
     both = isinstance(a, Tensor) and isinstance(b, Tensor) and a is not b
     return both and a.shape == b.shape and a.dtype == b.dtype == result.dtype
+
+
+def is_zero(term: object) -> bool:
+    """Whether an addition is of the number 0, as one is of a branch that a block does not have."""
+    return not isinstance(term, Tensor) and term == 0
 
 
 def is_fusible(kind: str) -> bool:
