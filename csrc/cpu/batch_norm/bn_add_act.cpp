@@ -33,7 +33,8 @@ struct BnAddActForward : BatchNormForward<T> {
   void map(const At& at, int64_t i, bool stream) const {
     if (stream) __builtin_prefetch(residual + i + kAhead / sizeof(T), 0, 2);
     const V v = pre(at, vload(this->x + i), vload(residual + i));
-    vput(this->y + i, act.template value<T>(v), stream);
+    // What was just read is in the cache: a store past it would have it written out first.
+    vput(this->y + i, act.template value<T>(v), stream && this->y != residual);
     if constexpr (kMasks) mask.set(i, bits_above(v, V(rounds_to_zero<T>())), V::size());
   }
   template <typename At>
