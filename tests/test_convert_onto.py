@@ -367,6 +367,8 @@ def test_blocks_with_branches_are_fused_and_stay_so(change):
     for model, counts in (
         (Branches(), {"BatchNorm": 1, add: 2, relu: 1}),
         (Branches(3, scale=False), {"BatchNorm + 0": 1, add: 2, relu: 1}),
+        (Branches(2, scale=False, skip=False), {"BatchNorm + 0": 1, relu: 1}),
+        (Branches(1, skip=False), {"BatchNorm": 1, relu: 1}),
         (ScaleAndSkipFirst(2), {"BatchNorm": 1, add: 2, relu: 1}),
     ):
         converted = change(copy.deepcopy(model.double()))

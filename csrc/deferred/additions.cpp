@@ -53,9 +53,13 @@ std::optional<Tensor> Deferred::add(const Tensor& self, const Tensor& other, Ter
   return sum;
 }
 
-std::optional<Tensor> Deferred::add_zero(const Tensor& self) {
+std::optional<Tensor> Deferred::add_zero(const Tensor& self, bool in_place) {
   const Lock lock(mutex_);
-  if (!takes(self) || is_sum()) return std::nullopt;
+  if (!takes(self) || (in_place ? is_observed(self) : is_sum())) return std::nullopt;
+  if (in_place) {
+    if (!inference_) bump_version();
+    return self;
+  }
   const auto impl = make(source_, self.options(), sizes(), Strides(strides().begin(), strides().end()), norm_, where_);
   impl->adds_zero_ = true;
   const Tensor sum = tensor_of(impl);

@@ -62,8 +62,8 @@ class Deferred final : public c10::TensorImpl {
   // What an activation, an addition of this, gives in one kernel; nothing where it has to be the plain operator.
   std::optional<at::Tensor> activate(const at::Tensor& self, const Activation& act, bool in_place);
   std::optional<at::Tensor> add(const at::Tensor& self, const at::Tensor& other, Term term, bool in_place);
-  // As Python's `out = 0; out += y` begins: a tensor of its own, which waits for the next addition.
-  std::optional<at::Tensor> add_zero(const at::Tensor& self);
+  // The same of the number 0. As `out = 0; out += y` begins in Python, a tensor of its own, which waits for the next addition.
+  std::optional<at::Tensor> add_zero(const at::Tensor& self, bool in_place);
   // r += self in one kernel, which is false where it has to be the plain operator. r is a tensor like any other, whose memory is
   // written to at once; or a sum that waits, which goes on waiting.
   bool add_into(const at::Tensor& self, const at::Tensor& r);

@@ -219,15 +219,15 @@ bool is_zero(const Tensor& t) {
          (t.scalar_type() == at::kDouble && *t.const_data_ptr<double>() == 0);
 }
 
-std::optional<Tensor> sum_of(Deferred& norm, const Tensor& self, const Tensor& other, Deferred::Term term) {
-  return is_zero(other) ? norm.add_zero(self) : norm.add(self, other, term, /*in_place=*/false);
+std::optional<Tensor> sum_of(Deferred& norm, const Tensor& self, const Tensor& other, Deferred::Term term, bool in_place) {
+  return is_zero(other) ? norm.add_zero(self, in_place) : norm.add(self, other, term, in_place);
 }
 
 Tensor add(Keys keys, const Tensor& a, const Tensor& b, const at::Scalar& alpha) {
   if (is(alpha, 1)) {
     for (const auto& [norm, residual, term] : {std::tuple(a, b, Deferred::kFirst), std::tuple(b, a, Deferred::kSecond)})
       if (Deferred* deferred = Deferred::of(norm))
-        if (auto sum = sum_of(*deferred, norm, residual, term)) return *sum;
+        if (auto sum = sum_of(*deferred, norm, residual, term, /*in_place=*/false)) return *sum;
   }
   Arguments visited("add");
   visited.visit(a, /*writes=*/false), visited.visit(b, /*writes=*/false);
@@ -237,7 +237,7 @@ Tensor& add_(Keys keys, Tensor& a, const Tensor& b, const at::Scalar& alpha) {
   Deferred* const norm = is(alpha, 1) ? Deferred::of(b) : nullptr;
   if (is(alpha, 1))
     if (Deferred* deferred = Deferred::of(a))
-      if (deferred->add(a, b, Deferred::kFirst, /*in_place=*/true)) return a;
+      if (sum_of(*deferred, a, b, Deferred::kFirst, /*in_place=*/true)) return a;
   if (norm != nullptr && norm->add_onto(b, a)) return a;
   Arguments visited("add");
   visited.visit(a, /*writes=*/true);
