@@ -341,7 +341,7 @@ RULES = (
     triton("^bn_add_act", "the bytes of a mask, a few to a thread", narrow=32),
     triton("^bn_add_act planes", "the number of a tile is divided into plane and place, once a round", divisions=1),
     triton(
-        "^bn_prelu backward sums rows",
+        "^bn_prelu backward sums (rows|planes)",
         "tiles of three tensors and of three sums, in registers",
         registers=168,
         occupancy=0.18,
