@@ -168,10 +168,12 @@ def step():
 
 for _ in range(3):
     step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+counted = []
 for _ in range(10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    counted.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(counted))  # a system that is short of memory takes pages away, and adds faults to some steps
 used, kept, most = memory.pool_sizes()
 assert used + kept <= 1.5 * most
 """
@@ -183,14 +185,15 @@ def test_large_results_cost_no_page_faults(sides):
     """With malloc's defaults: each call would fault thousands of times. Where results shrink, a block for each size
     would be twice what is needed at once."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("GLIBC_TUNABLES", "MALLOC_"))}
-    environment["GLIBC_TUNABLES"] = "glibc.malloc.mmap_threshold=262144"  # fixed, so that it does not adapt
+    # Fixed, so that they do not adapt: large blocks are new memory, and what is small, such as masks, costs no faults.
+    environment["GLIBC_TUNABLES"] = f"glibc.malloc.mmap_threshold={2**18}:glibc.malloc.trim_threshold={2**28}"
     faults = {}
     for pool in ("0", "1"):
         code = FAULTS.replace("SIDES", str(sides))
         done = run_child([sys.executable, "-c", code], env=environment | {"CNNKERN_POOL": pool}, cwd="/", check=True)
         faults[pool] = int(done.stdout)
-    assert faults["1"] < 100
-    assert faults["0"] > 10 * 1000
+    assert faults["1"] < 10
+    assert faults["0"] > 1000
 
 
 def test_the_environment_is_checked():
