@@ -51,8 +51,6 @@ class Pool {
   void* take(size_t bytes) {
     const size_t needed = class_of(bytes);
     std::unique_lock<std::mutex> lock(mutex_);
-    needed_ += needed;
-    most_ = std::max(most_, needed_);
     size_t block = kept_block(needed);
     void* data = nullptr;
     if (block > 0) {
@@ -62,11 +60,13 @@ class Pool {
     } else {
       block = needed;
       make_room(block);
-      held_ += block;
       lock.unlock();
-      data = allocate(block, needed);
+      data = allocate(block);
       lock.lock();
+      held_ += block;
     }
+    needed_ += needed;
+    most_ = std::max(most_, needed_);
     wasted_ += block - needed;
     in_use_[data] = {block, needed};
     return data;
@@ -132,8 +132,15 @@ class Pool {
     size_t block, needed;  // bytes of the block, and of the class of its result
   };
 
-  // How much may be held beyond the most that results have needed at once.
-  size_t slack() const { return std::min(most_ / 2, kMostSlack); }
+  // The most that results have needed at once, with one more of this size; and how much may be held beyond that.
+  size_t most_with(size_t needed) const { return std::max(most_, needed_ + needed); }
+  size_t slack_with(size_t needed) const { return std::min(most_with(needed) / 2, kMostSlack); }
+
+  // How much has to go back before a block of this size is added.
+  size_t excess_with(size_t block) const {
+    const size_t limit = most_with(block) + slack_with(block);
+    return held_ + block > limit ? held_ + block - limit : 0;
+  }
 
   // The size of a kept block for a result of this class, 0 if there is none. One of its class; where another may not be added, a
   // larger one.
@@ -142,8 +149,7 @@ class Pool {
     if (at_least == kept_of_.end()) return 0;
     const size_t block = at_least->first;
     if (block == needed) return block;
-    const bool full = held_ + needed > most_ + slack();
-    return full && wasted_ + block - needed <= slack() ? block : 0;
+    return excess_with(needed) > 0 && wasted_ + block - needed <= slack_with(needed) ? block : 0;
   }
 
   void forget(std::list<Kept>::iterator kept) {
@@ -163,14 +169,14 @@ class Pool {
 
   // Before a block of these bytes is added: gives back the smallest one that is enough, or the largest ones.
   void make_room(size_t block) {
-    while (!kept_of_.empty() && held_ + block > most_ + slack()) {
-      const auto enough = kept_of_.lower_bound(held_ + block - most_ - slack());
+    for (size_t excess; !kept_of_.empty() && (excess = excess_with(block)) > 0;) {
+      const auto enough = kept_of_.lower_bound(excess);
       const auto& same = (enough == kept_of_.end() ? std::prev(enough) : enough)->second;
       c10::free_cpu(drop(same.front()));
     }
   }
 
-  void* allocate(size_t block, size_t needed) {
+  void* allocate(size_t block) {
     try {
       return from_system(block);
     } catch (const c10::Error&) {  // no memory: not while the pool keeps some
@@ -180,9 +186,6 @@ class Pool {
       return from_system(block);
     } catch (const c10::Error&) {
       c10::profiledCPUMemoryReporter().OutOfMemory(block);
-      std::lock_guard<std::mutex> lock(mutex_);
-      held_ -= block;
-      needed_ -= needed;
       throw;
     }
   }

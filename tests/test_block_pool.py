@@ -256,6 +256,14 @@ def test_it_gives_back_what_it_keeps_before_there_is_no_memory():
     assert int(done.stdout) < 10 * MIB  # the mask of this call
 
 
+def test_a_result_that_finds_no_memory_changes_nothing():
+    before = memory.pool_sizes()
+    x = torch.zeros(1, 1, 1, 1).expand(2**14, 2**14, 128, 128)  # 16 TiB of results
+    with torch.no_grad(), pytest.raises(RuntimeError, match="can't allocate memory"):
+        functional.batch_norm_act(x, torch.zeros(2**14), torch.ones(2**14), act="relu")
+    assert memory.pool_sizes()[::2] == before[::2]  # in use, and the most, by which it judges how much to keep
+
+
 @pytest.mark.slow
 def test_blocks_that_nothing_uses_go_back():
     code = f"""

@@ -14,6 +14,7 @@ import cnnkern
 from cnnkern import functional, testing
 from cnnkern.nn import GroupedConv1d, LazyGroupedConv1d
 from tests.test_grouped_conv1d import CASE, arguments, called
+from tests.twins import assert_as_good_as_twin
 
 SETTINGS = [
     {"kernel_size": 3, "padding": 1, "groups": 8},
@@ -27,21 +28,6 @@ SETTINGS = [
     {"kernel_size": 4, "padding": "same", "groups": 2, "padding_mode": "circular"},
     {"kernel_size": 3},
 ]
-
-
-def output_and_gradients(module, x, dy):
-    """By name."""
-    x = x.detach().requires_grad_()
-    y = module(x)
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(y, [x, *parameters], dy)
-    return {"output": y.detach(), **dict(zip(("input", *names), gradients, strict=True))}
-
-
-def assert_as_good_as_twin(ours, theirs, x):
-    dy = torch.randn(theirs(x).shape)
-    truth = output_and_gradients(copy.deepcopy(theirs).double(), x.double(), dy.double())
-    testing.assert_as_good_as(output_and_gradients(ours, x, dy), output_and_gradients(theirs, x, dy), truth)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -15,6 +15,7 @@ from torch import nn
 import cnnkern
 from cnnkern import functional, testing
 from cnnkern.nn import GroupedConv2d, LazyGroupedConv2d
+from tests.twins import assert_as_good_as_twin
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # torch's own
@@ -137,22 +138,6 @@ SETTINGS = [
     {"kernel_size": 3, "padding": "valid", "groups": 8, "padding_mode": "replicate"},
     {"kernel_size": 1},
 ]
-
-
-def output_and_gradients(module, x, dy):
-    """By name."""
-    x = x.detach().requires_grad_()
-    y = module(x)
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    gradients = torch.autograd.grad(y, [x, *parameters], dy)
-    return {"output": y.detach(), **dict(zip(("input", *names), gradients, strict=True))}
-
-
-def assert_as_good_as_twin(ours, theirs, x):
-    """Output and gradients of a module and of its nn.Conv2d, whose parameters are equal."""
-    dy = torch.randn(theirs(x).shape)
-    truth = output_and_gradients(copy.deepcopy(theirs).double(), x.double(), dy.double())
-    testing.assert_as_good_as(output_and_gradients(ours, x, dy), output_and_gradients(theirs, x, dy), truth)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

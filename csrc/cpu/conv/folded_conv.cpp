@@ -213,7 +213,7 @@ void depthwise_cpu(const float* x, const float* packed, float* y, int64_t channe
                                   .out_pixel = channels,
                                   .columns = s.OW,
                                   .channels = pieces.size(piece),
-                                         .stream = false};
+                                  .stream = false};
         if (k == 5)
           s.stride == 2 ? row_in_place<2, 5>(r) : row_in_place<1, 5>(r);
         else
