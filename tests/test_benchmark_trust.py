@@ -232,6 +232,16 @@ def test_a_mask_of_bool_is_found_in_what_inductor_generates():
     assert not reasons.MASK.search(code)
 
 
+def test_loads_of_single_elements_are_found_in_what_inductor_generates():
+    x = torch.randn(2, 4, 32, 32)
+    with torch.no_grad():
+        pooled = torch.compile(lambda: torch.nn.functional.max_pool2d(x, 3, 2, 1), dynamic=False)
+        _, code = reasons.compiling(pooled)
+        assert "loaded element by element" in reasons.why_slow(pooled, pooled, code)
+        _, code = reasons.compiling(torch.compile(lambda: x.relu() + 1, dynamic=False))
+    assert not reasons.SCATTERED.search(code)
+
+
 def test_reasons_are_read_off_a_call():
     x = torch.randn(8, 16, 32, 32)
 

@@ -10,6 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 SLOW = 0.5  # of eager's speed, below which a reason is looked for
 # A mask is stored and loaded element by element: `VecMask::from(const bool*)` and its `store` are no vector code.
 MASK = re.compile(r"bool ?\*")
+# A vector whose elements lie apart, or partly in the padding, is filled one element at a time.
+SCATTERED = re.compile(r"tmpbuf\[\w+\] = in_ptr")
 COPIES = ("aten::copy_", "aten::clone", "aten::contiguous")
 
 
@@ -36,6 +38,8 @@ def why_slow(step: Callable[[], object], eager: Callable[[], object], code: str)
         )
     if MASK.search(code):
         found.append("what ReLU's backward pass needs is kept as a tensor of bool, written and read element by element")
+    if SCATTERED.search(code):
+        found.append("inputs with a stride or padding are loaded element by element")
     return "slow because " + "; ".join(found) if found else "slow for none of the reasons that are looked for"
 
 
