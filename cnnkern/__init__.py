@@ -40,6 +40,8 @@ try:
 except ImportError as error:
     # The command line has to start where this fails: it says itself what is wrong.
     if Path(sys.argv[0]).name != "cnnkern" and ("-m", "cnnkern") not in itertools.pairwise(sys.orig_argv):
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch":
+            raise ImportError("cnnkern: PyTorch is not installed; `pip install torch` installs it") from None
         raise ImportError(
             f"cnnkern: the compiled extension cannot be loaded ({error}). It has to be built against the installed "
             "torch: install the wheel that names its release (+torch2.14, say), or run `make` in the repository, or "

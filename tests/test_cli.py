@@ -165,6 +165,12 @@ def test_the_library_refuses_a_broken_extension(broken):
     assert done.stderr.splitlines()[-1].startswith("ImportError: cnnkern: the compiled extension cannot be loaded")
 
 
+def test_the_library_says_that_torch_is_missing():
+    code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import cnnkern"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith("cnnkern: PyTorch is not installed; `pip install torch` installs it")
+
+
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """The command line alone beside a benchmark suite that writes down its arguments and ends with status 3."""
