@@ -7,7 +7,7 @@ and all of it in `make gpu-report`. What was read is kept in build/gpu_gate whil
 import re
 
 import pytest
-from gpu_gate import cuda, gate, machine_code, report, triton_code
+from gpu_gate import cuda, gate, machine_code, predicted, report, triton_code
 from gpu_gate.thresholds import RULES, Rule
 
 FULL = next(name for name, types in cuda.SAMPLES.items() if types is None)
@@ -138,6 +138,13 @@ def test_occupancy():
 
 
 # ---- the page ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_predicted_of_batch_norms_in_channels_last_was_measured():
+    rows = [r for r in predicted.rows() if r.operator == "bn_act" and r.layout == "channels_last"]
+    assert len(rows) >= 8
+    for row in rows:
+        assert row.median_ms == pytest.approx(1e3 * predicted.seconds(row), rel=0.25), row.shape
 
 
 def test_the_report_is_of_these_sources():

@@ -245,6 +245,42 @@ FAULTS = [
         "for (int w = 0; w < warps; ++w)\n",
         "for (int w = 1; w < warps; ++w)\n",
     ),
+    fault(
+        "layer_norm2d",
+        "small images: the next channel's weight left out",
+        "layer_norm/layer_norm_images.cuh",
+        "if (both) p.load(channel + 1, otherwise, value), out[1] = value[0];",
+        "",
+    ),
+    fault(
+        "layer_norm2d",
+        "small images: one group's part left out of a pixel's sums",
+        "layer_norm/layer_norm_images.cuh",
+        "for (int g = 0; g < groups; ++g)",
+        "for (int g = 1; g < groups; ++g)",
+    ),
+    fault(
+        "layer_norm2d",
+        "small images: vectors of the last rounds not read again",
+        "layer_norm/layer_norm_images.cuh",
+        "if (p.dx == nullptr || cut.rounds > U) read(round);",
+        "if (p.dx == nullptr) read(round);",
+    ),
+    fault(
+        "layer_norm2d",
+        "small images: a channel's last vector left out of its gradient",
+        "layer_norm/layer_norm_images.cuh",
+        "for (int v = begin; v < end; ++v) {",
+        "for (int v = begin; v < end - 1; ++v) {",
+    ),
+    fault(
+        "layer_norm2d",
+        "small images: no barrier before a channel's sums are read",
+        "layer_norm/layer_norm_images.cuh",
+        "    if (partial == nullptr) continue;\n    __syncthreads();\n",
+        "    if (partial == nullptr) continue;\n",
+        tool="thread",
+    ),
     # ---- grouped_conv2d
     fault(
         "grouped_conv2d",

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from cnnkern import testing
-from gpu_gate import cuda, gate, traffic, triton_code
+from gpu_gate import cuda, gate, predicted, traffic, triton_code
 from gpu_gate.cache import ROOT
 from gpu_gate.machine_code import Kernel
 
@@ -174,8 +174,8 @@ def page(
     sheets = " and ".join(f"{name} ({m / 1e9:.0f} GB/s, {a / 1e12:.1f} TFLOP/s)" for name, (m, a) in GPUS.items())
     return f"""# GPU kernels: what is known without a GPU
 
-`make gpu-report` writes this page and needs no GPU. **Nothing on it was timed.** Times are in
-[{timed.partition("#")[0]}]({timed}).
+`make gpu-report` writes this page and needs no GPU. **Nothing on it was timed, except the
+last table's measured column.** Times are in [{timed.partition("#")[0]}]({timed}).
 
 - Registers, spills, shared memory, occupancy and access widths are read from machine code.
 - Sectors and bytes are counted while the kernels run on [the emulator](emulator.md).
@@ -232,6 +232,16 @@ from and to memory or do the arithmetic, for {sheets}; and which of the two is t
 bound. If a tensor stays in L2 from forward to backward, less is moved.
 
 {table(("operator", "layer", "MB", *GPUS), bound_rows(calls), 2)}
+## Predicted and measured
+
+**Predicted**: the bytes that the kernels move, at the rate of a copy in the measured run, and
+{predicted.LAUNCH * 1e6:.0f} us for each launch. Batch norms read what they sum twice. A pass of a convolution moves its
+input and its result. A tensor that is still in L2 when it is read again takes less than predicted.
+**Measured**: the published run `{predicted.MEASURED}` ({predicted.origin()}).
+Times are in microseconds. "training" is forward and backward. Kernels may be newer than the measurement: those of
+`layer_norm2d` on contiguous 7x7 planes are.
+
+{table(("operator", "call", "layout", "predicted", "measured", "ratio"), predicted.table_rows(), 3)}
 {stamp()}
 """
 

@@ -290,6 +290,23 @@ RULES = (
         spills=7,
         stack=8,
     ),
+    cuda(
+        "^ln_images_fwd",
+        "weight and bias of a vector's two channels; the exact second look at statistics after a bad shift",
+        narrow=64,
+        fp64=3,
+        dynamic_shared=32 << 10,
+    ),
+    cuda(r"^ln_images_fwd_kernel<(?:float|double), ", "eight vectors of x and of y", round=(8, 8)),
+    cuda(r"^ln_images_fwd_kernel<c10::(\w+), c10::", "six vectors of x and of y", round=(6, 6)),
+    cuda(r"^ln_images_fwd_kernel<c10::\w+, float>", "eight vectors of y", round=(0, 8)),
+    cuda("^ln_images_bwd", "the weights of a vector's two channels", narrow=16, dynamic_shared=32 << 10),
+    cuda(
+        r"^ln_images_bwd_kernel<(?:float|c10::\w+, c10::)",
+        "four vectors of x, of dy and of dx",
+        round=(8, 0),
+        whole=(16, 4),
+    ),
     # ---- layer norms of 16 bits with a result of float32, which autocast asks for ----
     cuda(r"^ln_\w+<c10::\w+, float, 4>", "x and dx in vectors of 8 bytes beside 16 of float32", narrow=24),
     cuda(r"^ln_rows_fwd_kernel<c10::\w+, float, 4>", "four vectors of two parameters and of y", whole=(8, 4)),

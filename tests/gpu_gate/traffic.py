@@ -29,7 +29,7 @@ CALLS: dict[str, tuple[tuple[str, tuple[int, ...], dict[str, object]], ...]] = {
         *(("contiguous", (2, 64, 32, 32), more) for more in ({}, {"kernel": 7, "padding": 3}, {"width": 8})),
         *(("channels_last", (2, 64, 32, 32), more) for more in ({}, {"kernel": 7, "padding": 3})),
     ),
-    "layer_norm2d": (("contiguous", (2, 96, 32, 32), {}), ("channels_last", (2, 96, 32, 32), {})),
+    "layer_norm2d": (*(("contiguous", (2, 96, n, n), {}) for n in (32, 7)), ("channels_last", (2, 96, 32, 32), {})),
     "max_pool2d": (
         *(("channels_last", (2, 64, 32, 32), more) for more in ({}, {"kernel": 2, "padding": 0})),
         *(("contiguous", (2, 64, 32, 32), more) for more in ({}, {"kernel": 2, "padding": 0})),

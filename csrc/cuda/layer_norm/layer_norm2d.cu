@@ -42,9 +42,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm2d_backward_cuda(const Tensor& dy, 
   }
   with_layer_norm_types(x, dy, [&](auto types) {
     const auto backward = layer_norm_backward(types, dy_, x_, w, mean, rstd, gradients.dx);
-    const gpu::PixelCut cut = gpu::layer_norm2d_backward_cut(backward, layout);
+    const auto cut = gpu::layer_norm2d_backward_cut(backward, layout);
     const bool sums = gradients.of_parameters();
-    const Tensor workspace = aten::empty({sums ? 2 * cut.C * cut.strips : 0}, mean.options());
+    const Tensor workspace = aten::empty({sums ? 2 * layout.C * cut.parts() : 0}, mean.options());
     gpu::layer_norm2d_backward(backward, parameter_gradients(types, gradients), cut,
                                sums ? workspace.mutable_data_ptr<typename decltype(backward)::S>() : nullptr,
                                c10::cuda::getCurrentCUDAStream());

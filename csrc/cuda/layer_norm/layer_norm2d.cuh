@@ -1,5 +1,5 @@
-// layer_norm2d: layer norm of (N, C, H, W) over C, with the formulas of layer_norm.cuh. channels_last is its rows; this
-// file has the planes.
+// layer_norm2d: layer norm of (N, C, H, W) over C, with the formulas of layer_norm.cuh. channels_last is its rows;
+// layer_norm_images.cuh has small images, and this file all other planes.
 // A block owns tiles of vectors of pixels by all of C: its threads are (slices, columns), a slice takes every slices-th
 // channel. They keep their part of a tile in registers; channels that do not fit come in chunks, which are read again,
 // from L2, for each of a pixel's sums and for the result. Backward goes through a strip of tiles, and keeps the sums for
@@ -8,7 +8,7 @@
 // Accumulators: the arithmetic type for at most 32 elements of a pixel, or 128 pixels, then double.
 #pragma once
 
-#include "cuda/layer_norm/layer_norm_terms.cuh"
+#include "cuda/layer_norm/layer_norm_images.cuh"
 
 namespace cnnkern::gpu {
 
@@ -133,21 +133,6 @@ __device__ __forceinline__ void for_pixels(const PixelCut& cut, const double* sc
     f(i, sums);
   }
   __syncthreads();
-}
-
-// Statistics of n elements, `step` apart, in double, by one thread: for data that hardly ever occurs.
-template <typename T, typename S = compute_t<T>>
-__device__ __forceinline__ Moments exact_moments(const T* x, int64_t n, int64_t step) {
-  Moments m{0, 0};
-#pragma unroll 1
-  for (int64_t j = 0; j < n; ++j) m.mean += static_cast<double>(static_cast<S>(x[j * step]));
-  m.mean /= n;
-#pragma unroll 1
-  for (int64_t j = 0; j < n; ++j) {
-    const double d = static_cast<double>(static_cast<S>(x[j * step])) - m.mean;
-    m.squares = fma(d, d, m.squares);
-  }
-  return m;
 }
 
 // With four lanes a thread needs few enough registers for three blocks of 256 on a multiprocessor.
@@ -327,6 +312,7 @@ __global__ void __launch_bounds__(kMostPixelThreads)
 template <typename X, typename T>
 void layer_norm2d_forward(const LayerNormForward<X, T>& p, const Layout& s, Stream stream) {
   constexpr int V = kVector<T>;
+  if (const auto images = ImageCut::cut<T>(s, p.x, p.y)) return layer_norm_images_forward(p, *images, stream);
   const auto cut = PixelCut::cut<T, 1>(s, p.x, p.y);
   const auto kernel = cut.lanes == V  ? ln_planes_fwd_kernel<X, T, V>
                       : cut.lanes > 1 ? ln_planes_fwd_kernel<X, T, kHalfVector<T>>
@@ -334,21 +320,33 @@ void layer_norm2d_forward(const LayerNormForward<X, T>& p, const Layout& s, Stre
   launch(kernel, dim3(static_cast<unsigned>(cut.tiles)), dim3(cut.block), cut.scratch_bytes(2 * cut.lanes), stream, p, cut);
 }
 
+// How planes are cut in the backward pass: as small images, or else as pixels.
+struct PlanesBackwardCut {
+  std::optional<ImageCut> images;
+  PixelCut pixels;
+  int64_t parts() const { return images ? images->N : pixels.strips; }  // of the sums for the parameters' gradients
+};
+
 template <typename X, typename T>
-PixelCut layer_norm2d_backward_cut(const LayerNormBackward<X, T>& p, const Layout& s) {
-  return PixelCut::cut<T, 2>(s, p.dy, p.x, p.dx, p.mean, p.rstd);
+PlanesBackwardCut layer_norm2d_backward_cut(const LayerNormBackward<X, T>& p, const Layout& s) {
+  return {ImageCut::cut<T>(s, p.dy, p.x, p.dx), PixelCut::cut<T, 2>(s, p.dy, p.x, p.dx, p.mean, p.rstd)};
 }
 
-// partial: 2 * C * cut.strips elements, null if no parameter needs a gradient.
+// partial: 2 * C * cut.parts() elements, null if no parameter needs a gradient.
 template <typename X, typename T>
-void layer_norm2d_backward(const LayerNormBackward<X, T>& p, const LayerNormParameterGradients<T>& gradients, const PixelCut& cut,
-                           compute_t<T>* partial, Stream stream) {
+void layer_norm2d_backward(const LayerNormBackward<X, T>& p, const LayerNormParameterGradients<T>& gradients,
+                           const PlanesBackwardCut& planes, compute_t<T>* partial, Stream stream) {
   constexpr int V = kVector<T>;
-  const auto kernel = cut.lanes == V  ? ln_planes_bwd_kernel<X, T, V>
-                      : cut.lanes > 1 ? ln_planes_bwd_kernel<X, T, kHalfVector<T>>
-                                      : ln_planes_bwd_kernel<X, T, 1>;
-  launch(kernel, dim3(static_cast<unsigned>(cut.strips)), dim3(cut.block), cut.scratch_bytes(2 * cut.lanes), stream, p, cut, partial);
-  if (partial != nullptr) layer_norm_finish(gradients, partial, cut.strips, cut.C, stream);
+  const PixelCut& cut = planes.pixels;
+  if (planes.images) {
+    layer_norm_images_backward(p, *planes.images, partial, stream);
+  } else {
+    const auto kernel = cut.lanes == V  ? ln_planes_bwd_kernel<X, T, V>
+                        : cut.lanes > 1 ? ln_planes_bwd_kernel<X, T, kHalfVector<T>>
+                                        : ln_planes_bwd_kernel<X, T, 1>;
+    launch(kernel, dim3(static_cast<unsigned>(cut.strips)), dim3(cut.block), cut.scratch_bytes(2 * cut.lanes), stream, p, cut, partial);
+  }
+  if (partial != nullptr) layer_norm_finish(gradients, partial, planes.parts(), cut.C, stream);
 }
 
 }  // namespace cnnkern::gpu

@@ -109,6 +109,21 @@ __device__ __forceinline__ Normalizer<S> normalizer(const Moments& m, double per
   return {static_cast<S>(m.mean), rstd, static_cast<S>(-lost_by_rounding<S>(m.mean) * rstd)};
 }
 
+// Statistics of n elements, `step` apart, in double, by one thread: for data that hardly ever occurs.
+template <typename T, typename S = compute_t<T>>
+__device__ __forceinline__ Moments exact_moments(const T* x, int64_t n, int64_t step) {
+  Moments m{0, 0};
+#pragma unroll 1
+  for (int64_t j = 0; j < n; ++j) m.mean += static_cast<double>(static_cast<S>(x[j * step]));
+  m.mean /= n;
+#pragma unroll 1
+  for (int64_t j = 0; j < n; ++j) {
+    const double d = static_cast<double>(static_cast<S>(x[j * step])) - m.mean;
+    m.squares = fma(d, d, m.squares);
+  }
+  return m;
+}
+
 // The terms of backward that are common to a row or pixel: dx = rstd * (g - level - xhat * slope).
 template <typename S>
 struct Means {
