@@ -14,7 +14,7 @@ from torch import Tensor
 from cnnkern import testing
 from cnnkern.testing import Case, Layer
 
-from . import reasons, timing
+from . import operator_peers, reasons, timing
 from .groups import (
     AGAIN,
     LAYOUTS,
@@ -58,7 +58,7 @@ def groups(options: Options, compiled: bool) -> list[Group]:
                 for mode in modes:
                     with_compile = compiled and not options.quick and variant == case.bench_variant
                     with_compile &= layer == middle or options.compile_shapes == "all"
-                    column.append(group(network, mode, drawn, with_compile, options.max_autotune))
+                    column.append(group(network, mode, drawn, with_compile, options.max_autotune, options.peers))
             columns.append(column)
     longest = max(map(len, columns), default=0)
     shapes = range(0, longest, len(modes))  # the modes of a shape share their inputs, and stay together
@@ -73,7 +73,9 @@ def _columns(case: Case, everything: bool) -> Iterator[tuple[str, tuple[Layer, .
         yield "resnet50", (Layer((32, 256, 28, 28)), Layer((1, 256, 28, 28))), variant
 
 
-def group(network: str, mode: str, drawn: "Drawn", with_compile: bool, max_autotune: bool) -> Group:
+def group(
+    network: str, mode: str, drawn: "Drawn", with_compile: bool, max_autotune: bool, peers: bool = False
+) -> Group:
     case, layer = drawn.case, drawn.layer
     itemsize = drawn.dtype.itemsize
     layouts = LAYOUTS if len(layer.shape) in (4, 5) else LAYOUTS[:1]
@@ -81,7 +83,7 @@ def group(network: str, mode: str, drawn: "Drawn", with_compile: bool, max_autot
     compiled += (MAX_AUTOTUNE,) * (with_compile and max_autotune)
     # "eager" is the reference in place where it has that form, and the reference otherwise.
     forms = tuple(OUT_OF_PLACE if form == IN_PLACE else form for form in case.bench_forms)
-    names = ("eager", AGAIN, "ours", *forms, *compiled)
+    names = ("eager", AGAIN, "ours", *forms, *compiled, *(operator_peers.of(case.name) if peers else ()))
     numel = math.prod(layer.shape)
     read, written = case.elements(layer, training=mode in ("training", "backward"))
     if mode == "backward":
@@ -168,13 +170,36 @@ class OperatorBench:
                     _, self.code[contender] = reasons.compiling(_run, function, case, inputs, dy)
             except torch._dynamo.exc.BackendCompilerFailed as error:  # no C++ compiler, for one
                 raise Unavailable(first_line(error)) from error
+        if peer := operator_peers.PEERS.get(contender.name):
+            return self._of_peer(contender.name, peer, inputs, dy, verify)
         if verify:
             if contender.layout not in self.eager:
                 self.eager[contender.layout] = _run(case.reference, case, inputs, dy)
             out = _run(function, case, inputs, dy)
             assert_as_good_as(out, self.eager[contender.layout], self.reference64)
-        step = timed(function, case, inputs, dy, self.mode)
+        return self._timed(function, inputs, dy)
+
+    def _timed(
+        self, function: Callable[..., Tensor], inputs: dict[str, Any], dy: Tensor | None
+    ) -> Callable[[], object]:
+        step = timed(function, self.case, inputs, dy, self.mode)
         return timing.captured(step) if self.device == "cuda" else step
+
+    def _of_peer(
+        self, name: str, peer: operator_peers.Peer, inputs: dict[str, Any], dy: Tensor | None, verify: bool
+    ) -> Callable[[], object]:
+        given, same = peer.inputs(inputs)
+        function = operator_peers.load(name, self.case, given, training=dy is not None)
+        if verify:
+            eager = _run(self.case.reference, self.case, same, dy)
+            double = testing.run(
+                self.case.reference, self.case, testing.to_float64(same), None if dy is None else dy.double()
+            )
+            with peer.around():
+                out = _run(function, self.case, given, dy)
+            assert_as_good_as(out, eager, double)
+        with peer.around():  # which a graph that is captured in it needs no more
+            return self._timed(function, given, dy)
 
 
 def _run(function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], dy: Tensor | None) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ class Options:
     compile_seconds: float = 60.0  # of those, for torch.compile
     compile_shapes: str = "one"  # of the operators': one of a network, or "all"
     max_autotune: bool = False  # whether torch.compile is timed with that mode as well
-    peers: bool = False  # only inference of few models, beside other ways to run it
+    peers: bool = False  # only beside other packages: inference of few models on a CPU, operators on a GPU
     modes: str = "usual"  # of the operators: training and inference, or "all": forward and backward as well
     # Contenders whose results this run has checked already, on the same inputs under the other malloc setting.
     verified: tuple[str, ...] = ()
