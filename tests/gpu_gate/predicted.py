@@ -16,7 +16,7 @@ OWN_WIDTHS = (1, 4, 8, 16, 24)  # of convolutions in channels_last; cuDNN comput
 def rows() -> list[Row]:
     """cnnkern's rows of that run, as far as cnnkern's kernels computed them, in channels_last and contiguous."""
     (path,) = (path for path in files.published() if path.stem == MEASURED)
-    found = [row for row in files.load(path).rows if row.contender in ("ours", "cnnkern") and row.status == "ok"]
+    found = [row for row in files.load(path).rows if row.contender == "cnnkern" and row.status == "ok"]
     return [row for row in found if row.bytes or (row.layout == "channels_last" and width(row) in OWN_WIDTHS)]
 
 
