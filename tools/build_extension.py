@@ -125,7 +125,8 @@ def extension():
     cxx += ["-Wno-unknown-pragmas", "-Wno-unused-function"]
     if os.environ.get("CNNKERN_WERROR") == "1":
         cxx.append("-Werror")
-    nvcc = ["-O3", "-std=c++20", "--fmad=false", "-lineinfo", "--threads=2", "-Xfatbin", "-compress-all"]
+    # Lines of source for a profiler would double the size: NVCC_APPEND_FLAGS=-lineinfo builds with them.
+    nvcc = ["-O3", "-std=c++20", "--fmad=false", "--threads=2", "-Xfatbin", "-compress-all"]
     macros = [("CNNKERN_X86", int("AVX2" in CPU_CAPABILITIES))]
     include_dirs, libraries, library_dirs = [str(ROOT / "csrc")], [], []
     files = sources("*.cpp") + sources("autograd/*.cpp") + sources("deferred/*.cpp")
