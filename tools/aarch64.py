@@ -29,9 +29,9 @@ DEBIAN = (f"python{PYTHON}", f"libpython{PYTHON}-dev", "libgomp1", "libstdc++6",
 PROGRAMS = {
     "qemu-aarch64-static": "qemu-user-static",
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
-    "uv": "uv, from PyPI",
+    "uv": "uv, of PyPI",
     "ninja": "ninja-build",
-    "apt-get": "apt, of Debian or Ubuntu",
+    "apt-get": "apt",
 }
 # Small shapes and few, for an emulated machine is slow.
 TESTS = "arrive_in_any_layout or memory_format or empty_batch or reruns_are_bit_equal"

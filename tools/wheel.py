@@ -28,7 +28,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from elsewhere import BUILD, ROOT, RUN, Failed, build_wheel, copy_sources, install_wheel, run, say, with_torch
+from elsewhere import BUILD, ROOT, RUN, Failed, build_wheel, copy_sources, install_wheel, nvcc_for, run, say, with_torch
 
 DIST = ROOT / "dist"
 LARGEST = 100_000_000  # bytes
@@ -222,7 +222,8 @@ def make_for(torch: str, python: str) -> None:
     """The wheel for another torch and Python, built and tried in an environment of its own. Raises as make() does."""
     with tempfile.TemporaryDirectory(prefix="cnnkern-wheel-") as scratch:
         say(f"Installing torch {torch} for Python {python}")
-        there = with_torch(Path(scratch) / "venv", torch, python, *BUILD, *RUN, *TRIES)
+        nvcc = () if os.environ.get("CNNKERN_CUDA") == "0" else nvcc_for(torch)
+        there = with_torch(Path(scratch) / "venv", torch, python, *BUILD, *RUN, *TRIES, *nvcc)
         say("Building the wheel (minutes)")
         begin = time.monotonic()
         wheel = build_wheel(there, copy_sources(Path(scratch) / "source"), Path(scratch) / "dist", **architectures())
