@@ -19,4 +19,4 @@ def test_what_is_missing_is_said(name, said, monkeypatch, tmp_path, capsys):
     tool = from_tools(name)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert tool.main([]) == 1
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err.endswith(said)  # torch may have said that it finds no GPU
