@@ -11,6 +11,7 @@ import torch
 
 import cnnkern
 from tests.child import run_child
+from tests.programs import from_tools
 
 ROOT = Path(__file__).parent.parent
 RELEASE = ".".join(torch.__version__.split(".")[:2])
@@ -172,3 +173,16 @@ def test_pip_takes_the_wheel_for_the_torch_that_is_there_or_none(two_wheels, tmp
     else:
         assert done.returncode == 1
         assert "cnnkern 0.1.0+torch2.13 depends on torch==2.13.*" in done.stdout + done.stderr
+
+
+def test_a_build_takes_all_cores_within_memory(monkeypatch):
+    jobs = from_tools("build_extension").jobs
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    assert jobs(2, 24 << 30) == 2
+    assert jobs(64, 12 << 30) == 8
+    assert jobs(4, 1 << 30) == 1
+    monkeypatch.setenv("MAX_JOBS", "5")
+    assert jobs(2, 1 << 30) == 5
+    monkeypatch.setenv("MAX_JOBS", "all")
+    with pytest.raises(SystemExit, match="MAX_JOBS must be a whole number from 1 on, or unset; got 'all'"):
+        jobs(2, 24 << 30)

@@ -45,6 +45,13 @@ def test_a_release_that_cannot_be_had_is_a_sentence_and_no_row(document, monkeyp
     assert document.read_text() == DOCUMENT
 
 
+def test_cuda_kernels_are_built_where_the_package_index_has_their_compiler(document, capsys):
+    assert tool.main(["--cuda", "2.10"]) == 1
+    assert capsys.readouterr().err == "cnnkern: torch 2.10: PyPI has no CUDA compiler for it\n"
+    assert tool.nvcc_for("2.11") == tool.nvcc_for("2.15") != ()
+    assert document.read_text() == DOCUMENT
+
+
 @pytest.mark.parametrize(
     ("said", "verdict"), [("9 passed, 2 skipped in 1.0s", "9 pass"), ("3 failed, 9 passed in 1.0s", "3 of 12 fail")]
 )

@@ -45,6 +45,12 @@ def test_a_wheel_with_more_than_the_package_is_refused(stray, tmp_path):
         tool.check_wheel(wheel(tmp_path, (*PACKAGE, stray)))
 
 
+def test_a_wheel_that_is_too_large_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "LARGEST", 500)
+    with pytest.raises(tool.Failed, match="and PyPI takes 0 MB: build several, each with"):
+        tool.check_wheel(wheel(tmp_path, PACKAGE))
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     root = tmp_path / "checkout"

@@ -3,6 +3,7 @@
 import itertools
 import os
 import platform
+import re
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,26 @@ def cuda_architectures() -> str:
 
 
 CUDA = wants_cuda()
+MEMORY = 3 << 29  # bytes for a compiler: the largest sources of csrc take more than 1 GB
+
+
+def available_memory() -> int:
+    """Bytes: the machine's, or what a container may have of it."""
+    (kilobytes,) = re.findall(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    limits = re.findall(r"^\d+$", limit.read_text()) if limit.exists() else []  # "max" where there is none
+    return min([int(kilobytes) << 10, *map(int, limits)])
+
+
+def jobs(cores: int, memory: int) -> int:
+    """Compilers at a time: what MAX_JOBS says, or one a core, fewer where there is no memory for so many."""
+    asked = os.environ.get("MAX_JOBS", "")
+    if asked and not (asked.isdigit() and int(asked)):
+        raise SystemExit(f"cnnkern: MAX_JOBS must be a whole number from 1 on, or unset; got {asked!r}")
+    return int(asked) if asked else max(1, min(cores, memory // MEMORY))
+
+
+JOBS = jobs(len(os.sched_getaffinity(0)), available_memory())
 
 
 class BuildExtension(cpp_extension.BuildExtension):
@@ -72,9 +93,12 @@ class BuildExtension(cpp_extension.BuildExtension):
         # A function that several objects carry (an inline one of the standard library, say) is taken from the
         # first object that has it, so objects are linked in rising order of instruction set: whoever calls it
         # gets a copy that needs no more than the caller does.
-        with ThreadPoolExecutor() as pool:
+        at_once = min(JOBS, len(CPU_CAPABILITIES))
+        os.environ["MAX_JOBS"] = str(JOBS // at_once)  # of each ninja that torch starts
+        with ThreadPoolExecutor(at_once) as pool:
             objects = pool.map(lambda item: self.compile_cpu(ext, *item), CPU_CAPABILITIES.items())
             ext.extra_objects += itertools.chain.from_iterable(objects)
+        os.environ["MAX_JOBS"] = str(JOBS)
         super().build_extension(ext)
 
     def compile_cpu(self, ext, capability: str, flags: list[str]) -> list[str]:
@@ -101,7 +125,8 @@ def extension():
     cxx += ["-Wno-unknown-pragmas", "-Wno-unused-function"]
     if os.environ.get("CNNKERN_WERROR") == "1":
         cxx.append("-Werror")
-    nvcc = ["-O3", "-std=c++20", "--fmad=false", "-lineinfo", "--threads=2", "-Xfatbin", "-compress-all"]
+    # Lines of source for a profiler would double the size: NVCC_APPEND_FLAGS=-lineinfo builds with them.
+    nvcc = ["-O3", "-std=c++20", "--fmad=false", "--threads=2", "-Xfatbin", "-compress-all"]
     macros = [("CNNKERN_X86", int("AVX2" in CPU_CAPABILITIES))]
     include_dirs, libraries, library_dirs = [str(ROOT / "csrc")], [], []
     files = sources("*.cpp") + sources("autograd/*.cpp") + sources("deferred/*.cpp")

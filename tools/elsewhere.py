@@ -14,6 +14,12 @@ BUILD = ("setuptools>=77", "wheel", "ninja", "pybind11", "numpy")
 RUN = ("numpy", "rich")
 
 
+def nvcc_for(torch: str) -> tuple[str, ...]:
+    """What to install beside PyPI's torch of this release ("2.11") to compile CUDA kernels: torch pins which version of
+    it. Nothing for releases before 2.11: they are built with CUDA 12, whose compiler PyPI does not have."""
+    return ("cuda-toolkit[nvcc,crt,nvvm,cccl]",) if [int(part) for part in torch.split(".")[:2]] >= [2, 11] else ()
+
+
 class Failed(Exception):
     """What is wrong, in a line or with the output that says so."""
 

@@ -3,12 +3,13 @@
     python3 tools/matrix.py                     every release below
     python3 tools/matrix.py 2.9 2.11:3.12       these alone, the second with another Python; other rows stay
     python3 tools/matrix.py --pure              the wheel without an extension alone, which needs no compiler
+    python3 tools/matrix.py --cuda 2.11 2.15    builds the CUDA kernels too, from 2.11 on; they are not run
 
 For each release a new environment outside the repository. In it, in a process each, a model that is converted,
 compiled, exported, trained for an epoch: first with the wheel that has no extension, then with the extension, built
-there without CUDA from a copy of the checkout, together with operators' tests. That takes minutes and about 5 GB of
-disk a release, which are given back; uv, where it is on the path, shares the files between them. Prints what failed,
-and ends with status 1 if anything did.
+there from a copy of the checkout, together with operators' tests. That takes minutes and about 5 GB of disk a release,
+which are given back; uv, where it is on the path, shares the files between them. Prints what failed, and ends with
+status 1 if anything did.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from elsewhere import BUILD, ROOT, RUN, Failed, build_wheel, copy_sources, install_wheel, run, say, with_torch
+from elsewhere import BUILD, ROOT, RUN, Failed, build_wheel, copy_sources, install_wheel, nvcc_for, run, say, with_torch
 
 DOCUMENT = ROOT / "docs" / "install.md"
 BEGIN, END = "<!-- matrix: written by tools/matrix.py -->", "<!-- end of matrix -->"
@@ -136,12 +137,12 @@ def steps(python: Path, eager: bool) -> str:
     return f"{', '.join(fail)} {'fails' if len(fail) == 1 else 'fail'}" if fail else "works"
 
 
-def built(python: Path, scratch: Path) -> list[str]:
+def built(python: Path, scratch: Path, cuda: bool) -> list[str]:
     """What the table says of the extension."""
     begin = time.monotonic()
     try:
         sources = copy_sources(scratch / "source")
-        wheel = build_wheel(python, sources, scratch / "dist", CNNKERN_CUDA="0", CNNKERN_EXTENSION="1")
+        wheel = build_wheel(python, sources, scratch / "dist", CNNKERN_CUDA=str(int(cuda)), CNNKERN_EXTENSION="1")
     except Failed as error:
         say(str(error))
         return ["fails", "", ""]
@@ -153,21 +154,24 @@ def built(python: Path, scratch: Path) -> list[str]:
     except Failed as error:
         say(str(error))
         tests = "fail"
-    return [f"{seconds:.0f} s", tests, steps(python, eager=False)]
+    return [f"{seconds:.0f} s{', with CUDA' if cuda else ''}", tests, steps(python, eager=False)]
 
 
-def row(release: str, python: str, pure: bool, old: list[str]) -> list[str]:
+def row(release: str, python: str, pure: bool, cuda: bool, old: list[str]) -> list[str]:
     """A line of the table; what is not tried is as it was. Raises Failed where there is no environment to try it in."""
+    if cuda and not nvcc_for(release):
+        raise Failed("PyPI has no CUDA compiler for it")
     with tempfile.TemporaryDirectory(prefix=f"cnnkern-torch-{release}-") as folder:
         scratch = Path(folder)
         say(f"torch {release}, Python {python}: installing")
-        there = with_torch(scratch / "venv", release, python, *BUILD, *RUN, *NEEDED)
+        nvcc = nvcc_for(release) if cuda else ()
+        there = with_torch(scratch / "venv", release, python, *BUILD, *RUN, *NEEDED, *nvcc)
         versions = run(there, "-c", VERSIONS, cwd=scratch).stdout.split()
         wheel = build_wheel(there, copy_sources(scratch / "pure"), scratch / "pure-dist", CNNKERN_EXTENSION="0")
         install_wheel(there, wheel)
         say("  trying the wheel without an extension")
         without = steps(there, eager=True)
-        return [*versions, without, *(old[4:] or ["not tried"] * 3 if pure else built(there, scratch))]
+        return [*versions, without, *(old[4:] or ["not tried"] * 3 if pure else built(there, scratch, cuda))]
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
@@ -195,14 +199,16 @@ def with_rows(text: str, rows: dict[str, list[str]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("torch", nargs="*", metavar="TORCH[:PYTHON]", help=f"of {', '.join(RELEASES)}")
-    parser.add_argument("--pure", action="store_true", help="try the wheel without an extension alone")
+    built = parser.add_mutually_exclusive_group()
+    built.add_argument("--pure", action="store_true", help="try the wheel without an extension alone")
+    built.add_argument("--cuda", action="store_true", help="build the CUDA kernels too, which takes much longer")
     options = parser.parse_args(argv)
     asked = {t.partition(":")[0]: t.partition(":")[2] for t in options.torch} or dict.fromkeys(RELEASES, "")
     failed = False
     for release, python in asked.items():
         chosen = python or RELEASES.get(release, ".".join(platform.python_version_tuple()[:2]))
         try:
-            made = row(release, chosen, options.pure, rows_of(DOCUMENT.read_text()).get(release, []))
+            made = row(release, chosen, options.pure, options.cuda, rows_of(DOCUMENT.read_text()).get(release, []))
             text = DOCUMENT.read_text()  # others write into it meanwhile
             DOCUMENT.write_text(with_rows(text, {**rows_of(text), release: made}))
         except (Failed, OSError) as error:

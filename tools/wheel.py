@@ -24,12 +24,14 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
-from elsewhere import BUILD, ROOT, RUN, Failed, build_wheel, copy_sources, install_wheel, run, say, with_torch
+from elsewhere import BUILD, ROOT, RUN, Failed, build_wheel, copy_sources, install_wheel, nvcc_for, run, say, with_torch
 
 DIST = ROOT / "dist"
+LARGEST = 100_000_000  # bytes
 PURE = DIST / "pure"  # apart, as pip would take it without a word where it finds no wheel for the torch that is there
 TRIES = ("torchvision", "scikit-learn", "matplotlib", "jinja2", "pytest", "pytest-benchmark")  # of `cnnkern bench`
 NOT_SHIPPED = (".ci/", ".gitignore")
@@ -98,7 +100,16 @@ def build(source: Path, kind: str, out: Path) -> Path:
     return made
 
 
+def say_built(wheel: Path, begin: float) -> None:
+    say(f"  {wheel.stat().st_size / 1e6:.1f} MB, built in {time.monotonic() - begin:.0f} s")
+
+
 def check_wheel(wheel: Path) -> None:
+    if (size := wheel.stat().st_size) > LARGEST:
+        raise Failed(
+            f"{wheel.name} has {size / 1e6:.0f} MB, and PyPI takes {LARGEST / 1e6:.0f} MB: build several, each with "
+            "a part of the GPUs in TORCH_CUDA_ARCH_LIST"
+        )
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     for wanted in PARTS:
@@ -211,9 +222,12 @@ def make_for(torch: str, python: str) -> None:
     """The wheel for another torch and Python, built and tried in an environment of its own. Raises as make() does."""
     with tempfile.TemporaryDirectory(prefix="cnnkern-wheel-") as scratch:
         say(f"Installing torch {torch} for Python {python}")
-        there = with_torch(Path(scratch) / "venv", torch, python, *BUILD, *RUN, *TRIES)
+        nvcc = () if os.environ.get("CNNKERN_CUDA") == "0" else nvcc_for(torch)
+        there = with_torch(Path(scratch) / "venv", torch, python, *BUILD, *RUN, *TRIES, *nvcc)
         say("Building the wheel (minutes)")
+        begin = time.monotonic()
         wheel = build_wheel(there, copy_sources(Path(scratch) / "source"), Path(scratch) / "dist", **architectures())
+        say_built(wheel, begin)
         check_wheel(wheel)
         install_wheel(there, wheel)
         found = try_it(there, own_version())
@@ -244,7 +258,9 @@ def make(options: argparse.Namespace) -> None:
         old.unlink()
     with tempfile.TemporaryDirectory(prefix="cnnkern-wheel-") as scratch:
         say("Building the wheel")
+        begin = time.monotonic()
         wheel = build(ROOT, "wheel", DIST)
+        say_built(wheel, begin)
         check_wheel(wheel)
         python = environment(Path(scratch) / "wheel", wheel)
         found = try_it(python, version)

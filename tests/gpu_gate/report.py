@@ -209,7 +209,7 @@ are in flight together. 8-bit accesses are bytes of a ReLU's mask.
 ## Triton: registers and occupancy
 
 Compiled ahead of time for a few shapes in float32, bfloat16 and float16: the range of registers, the lowest
-occupancy, and spills if there are any. On gfx942 these are vector registers, and waves of a SIMD.
+occupancy, and spills if there are any. On gfx942 and gfx90a these are vector registers, and waves of a SIMD.
 
 {table(("kernel", *triton_kernels), triton_rows(triton_kernels))}
 ## CUDA C++: memory traffic

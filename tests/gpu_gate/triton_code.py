@@ -1,7 +1,7 @@
 """The machine code of the Triton kernels, compiled ahead of time as their launchers would for a few shapes.
 
 `python -m gpu_gate.triton_code 90 fp32` compiles for compute capability 9.0 and prints what the code holds; gfx942 is
-AMD's MI300. Triton reads its environment when it is imported, so kernels() does its work in a process of its own.
+AMD's MI300, and gfx90a its MI200. Triton reads its environment when it is imported, so kernels() does its work in a process of its own.
 """
 
 import json
@@ -17,9 +17,9 @@ import torch
 from gpu_gate.cache import ROOT, fingerprint, kept
 from gpu_gate.machine_code import Kernel, read_amd, read_cubin, version
 
-ARCHITECTURES = {"sm_80": "80", "sm_90": "90", "sm_100": "100", "gfx942": "gfx942"}
+ARCHITECTURES = {"sm_80": "80", "sm_90": "90", "sm_100": "100", "gfx942": "gfx942", "gfx90a": "gfx90a"}
 DTYPES = ("fp32", "bf16", "fp16")
-# What `make test` compiles; `make gpu-report` compiles every type for every architecture.
+# What `make prove` compiles; `make gpu-report` compiles every type for every architecture.
 SAMPLES = {"sm_80": ("fp32",), "sm_90": ("bf16",), "sm_100": ("fp16",), "gfx942": ("fp32",)}
 IN_128_BITS = {"fp32": 4, "bf16": 8, "fp16": 8}
 
