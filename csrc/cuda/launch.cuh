@@ -66,8 +66,10 @@ struct Cut {
       PlaneCut& cut = planes;
       cut.C = s.C, cut.HW = s.HW;
       cut.misaligned = misaligned, cut.aligned = same;
-      cut.ragged = !same || misaligned != 0 || s.HW % V != 0;
-      cut.vectors = cut.ragged ? divup(s.HW + V - 1, V) : s.HW / V;
+      const auto whole = [&](int lanes) { return same && misaligned % lanes == 0 && s.HW % lanes == 0; };
+      cut.halves = sizeof(T) == 2 && !whole(V) && whole(V / 2);
+      cut.ragged = !whole(V) && !cut.halves;
+      cut.vectors = cut.ragged ? divup(s.HW + V - 1, V) : s.HW / (cut.halves ? V / 2 : V);
       cut.total = s.N * cut.vectors;
       const int64_t count = s.N * s.HW, bytes = count * static_cast<int64_t>(sizeof(T));
       cut.owned = may_own && (count <= kSmallChannel || (s.C >= kOwnerBlocks && bytes <= kOwnerBytes));
@@ -91,18 +93,29 @@ struct Cut {
   }
 };
 
+// f(policy, whether planes are ragged) as types.
+template <typename P, typename F>
+void of_planes(const P& p, const PlaneCut& cut, const F& f) {
+  if (cut.ragged) return f(p, std::true_type{});
+  if constexpr (sizeof(typename P::Scalar) == 2)
+    if (cut.halves) return f(InHalves<P>(p), std::false_type{});
+  f(p, std::false_type{});
+}
+
 // The second sweep; `behind`: right behind the first one on the stream.
 template <typename P>
 void map(const P& p, const Cut<typename P::Scalar>& cut, Stream stream, bool behind = false) {
   constexpr int V = kVector<typename P::Scalar>;
-  const auto start = [&](auto kernel, int64_t blocks, const auto& piece) {
+  const auto start = [&](auto kernel, int64_t blocks, const auto& policy, const auto& piece) {
     const dim3 grid(static_cast<unsigned>(blocks)), block(kThreads);
-    behind ? launch_next(kernel, grid, block, 0, stream, p, piece) : launch(kernel, grid, block, 0, stream, p, piece);
+    behind ? launch_next(kernel, grid, block, 0, stream, policy, piece) : launch(kernel, grid, block, 0, stream, policy, piece);
   };
   if (cut.by_rows)
-    start(cut.rows.vector ? map_rows_kernel<P, V> : map_rows_kernel<P, 1>, cut.rows.tiles * cut.rows.strips, cut.rows);
-  else
-    start(cut.planes.ragged ? map_planes_kernel<P, true> : map_planes_kernel<P, false>, cut.planes.C * cut.planes.slices, cut.planes);
+    return start(cut.rows.vector ? map_rows_kernel<P, V> : map_rows_kernel<P, 1>, cut.rows.tiles * cut.rows.strips, p, cut.rows);
+  of_planes(p, cut.planes, [&](const auto& policy, auto ragged) {
+    using Policy = std::decay_t<decltype(policy)>;
+    start(map_planes_kernel<Policy, decltype(ragged)::value>, cut.planes.C * cut.planes.slices, policy, cut.planes);
+  });
 }
 
 // The first sweep by slices or strips that share a channel. workspace: cut.workspace<R>() doubles.
@@ -117,8 +130,11 @@ void reduce_shared(const R& p, const Cut<typename R::Scalar>& cut, double* works
     launch(cut.sums.vector ? reduce_rows_kernel<R, V> : reduce_rows_kernel<R, 1>, grid, dim3(kThreads), sizeof(typename R::S) * sums,
            stream, p, cut.sums, partial);
   } else {
-    launch(cut.planes.ragged ? reduce_planes_kernel<R, true> : reduce_planes_kernel<R, false>,
-           dim3(static_cast<unsigned>(partial.C * partial.slices)), dim3(kThreads), 0, stream, p, cut.planes, partial);
+    of_planes(p, cut.planes, [&](const auto& policy, auto ragged) {
+      using Policy = std::decay_t<decltype(policy)>;
+      launch(reduce_planes_kernel<Policy, decltype(ragged)::value>, dim3(static_cast<unsigned>(partial.C * partial.slices)),
+             dim3(kThreads), 0, stream, policy, cut.planes, partial);
+    });
   }
   launch_next(finish_kernel<R>, dim3(static_cast<unsigned>(partial.C)), dim3(kFinishThreads), 0, stream, p, partial);
 }
@@ -127,8 +143,11 @@ void reduce_shared(const R& p, const Cut<typename R::Scalar>& cut, double* works
 template <typename R>
 void reduce(const R& p, const Cut<typename R::Scalar>& cut, double* workspace, Stream stream) {
   if (cut.by_rows || !cut.planes.owned) return reduce_shared(p, cut, workspace, stream);
-  launch(cut.planes.ragged ? own_sums_kernel<R, true> : own_sums_kernel<R, false>, dim3(static_cast<unsigned>(cut.planes.C)),
-         dim3(cut.threads()), 0, stream, p, cut.planes);
+  of_planes(p, cut.planes, [&](const auto& policy, auto ragged) {
+    using Policy = std::decay_t<decltype(policy)>;
+    launch(own_sums_kernel<Policy, decltype(ragged)::value>, dim3(static_cast<unsigned>(cut.planes.C)), dim3(cut.threads()), 0,
+           stream, policy, cut.planes);
+  });
 }
 
 // Both sweeps.
@@ -136,8 +155,11 @@ template <typename P>
 void reduce_and_map(const P& p, const Cut<typename P::Scalar>& cut, double* workspace, Stream stream) {
   if constexpr (!P::kWritesWhileReducing)
     if (!cut.by_rows && cut.planes.owned)
-      return launch(cut.planes.ragged ? own_planes_kernel<P, true> : own_planes_kernel<P, false>,
-                    dim3(static_cast<unsigned>(cut.planes.C)), dim3(cut.threads()), 0, stream, p, cut.planes, p.maps());
+      return of_planes(p, cut.planes, [&](const auto& policy, auto ragged) {
+        using Policy = std::decay_t<decltype(policy)>;
+        launch(own_planes_kernel<Policy, decltype(ragged)::value>, dim3(static_cast<unsigned>(cut.planes.C)), dim3(cut.threads()), 0,
+               stream, policy, cut.planes, p.maps());
+      });
   const typename P::Reduction& reduction = p;
   reduce_shared(reduction, cut, workspace, stream);
   if constexpr (!P::kWritesWhileReducing)

@@ -11,6 +11,16 @@ constexpr int kOwnerThreads = 512;  // of a block that owns its channel
 // aligned vectors: a plane's vectors are then the aligned ones that contain an element of it, and both ends of it may
 // have elements of other planes, which do not exist for this channel.
 
+// A policy in half as long vectors, for planes of 16-bit elements that end with half a vector, as 14x14 do.
+template <typename P>
+struct InHalves : P {
+  explicit InHalves(const P& p) : P(p) {}
+};
+template <typename P>
+constexpr int kLanes = kVector<typename P::Scalar>;
+template <typename P>
+constexpr int kLanes<InHalves<P>> = kLanes<P> / 2;
+
 struct PlaneCut {
   int64_t C, HW;
   int64_t vectors;                  // of a plane
@@ -18,7 +28,7 @@ struct PlaneCut {
   int64_t step_planes, step_vectors;  // from a thread's vector to its next
   int misaligned;                   // elements by which the pointers exceed a multiple of 16 bytes
   bool aligned;                     // it is the same for all of them
-  bool ragged, owned;
+  bool ragged, halves, owned;
 };
 
 template <bool kRagged, int V, typename F>
@@ -51,10 +61,9 @@ __device__ __forceinline__ void for_planes(const PlaneCut& cut, int64_t c, int64
 }
 
 // keep(center) is called by one thread before the sweep, so that no register holds it through that.
-template <bool kRagged, typename P, typename Keep>
+template <bool kRagged, int V, typename P, typename Keep>
 __device__ __forceinline__ void reduce_planes(const P& p, const PlaneCut& cut, int64_t c, int64_t slice, double (&sums)[P::kSums],
                                               const Keep& keep) {
-  constexpr int V = kVector<typename P::Scalar>;
   GPU_SHARED(typename P::Before, shared, 1);
   share(shared, 1, [&](int) {
     const typename P::Before before = p.before(c);
@@ -71,9 +80,8 @@ __device__ __forceinline__ void reduce_planes(const P& p, const PlaneCut& cut, i
   block_sum(sums);
 }
 
-template <bool kRagged, typename P>
+template <bool kRagged, int V, typename P>
 __device__ __forceinline__ void map_planes(const P& p, const PlaneCut& cut, int64_t c, int64_t slice) {
-  constexpr int V = kVector<typename P::Scalar>;
   GPU_SHARED(typename P::After, shared, 1);
   share(shared, 1, [&](int) { return p.after(c, slice == 0); });
   const typename P::After constants[1] = {shared[0]};
@@ -87,7 +95,7 @@ reduce_planes_kernel(P p, PlaneCut cut, Partial<P::kSums> partial) {
   let_next_start();
   const int64_t c = blockIdx.x / cut.slices, slice = blockIdx.x % cut.slices;
   double sums[P::kSums];
-  reduce_planes<kRagged>(p, cut, c, slice, sums, [&](double center) {
+  reduce_planes<kRagged, kLanes<P>>(p, cut, c, slice, sums, [&](double center) {
     if (blockIdx.x == c * cut.slices) partial.keep_center(c, center);
   });
   if (threadIdx.x == 0) partial.keep_of_block(blockIdx.x, sums);
@@ -98,7 +106,7 @@ template <typename P, bool kRagged>
 __global__ void __launch_bounds__(kThreads) map_planes_kernel(P p, PlaneCut cut) {
   wait_for_previous();
   const int64_t b = gridDim.x - 1 - blockIdx.x;
-  map_planes<kRagged>(p, cut, b / cut.slices, b % cut.slices);
+  map_planes<kRagged, kLanes<P>>(p, cut, b / cut.slices, b % cut.slices);
 }
 
 // The first sweep of a channel.
@@ -106,7 +114,7 @@ template <typename P, bool kRagged>
 __global__ void __launch_bounds__(kOwnerThreads, 1) own_sums_kernel(P p, PlaneCut cut) {
   double sums[P::kSums];
   GPU_SHARED(double, center, 1);
-  reduce_planes<kRagged>(p, cut, blockIdx.x, 0, sums, [&](double of_channel) {
+  reduce_planes<kRagged, kLanes<P>>(p, cut, blockIdx.x, 0, sums, [&](double of_channel) {
     center[0] = of_channel;
   });
   p.finish(blockIdx.x, sums, center[0]);
@@ -118,11 +126,11 @@ __global__ void __launch_bounds__(kOwnerThreads, 1) own_planes_kernel(P p, Plane
   const typename P::Reduction& reduction = p;
   double sums[P::Reduction::kSums];
   GPU_SHARED(double, center, 1);
-  reduce_planes<kRagged>(reduction, cut, blockIdx.x, 0, sums, [&](double of_channel) {
+  reduce_planes<kRagged, kLanes<P>>(reduction, cut, blockIdx.x, 0, sums, [&](double of_channel) {
     center[0] = of_channel;
   });
   p.finish(blockIdx.x, sums, center[0]);
-  if (maps) map_planes<kRagged>(p, cut, blockIdx.x, 0);
+  if (maps) map_planes<kRagged, kLanes<P>>(p, cut, blockIdx.x, 0);
 }
 
 }  // namespace cnnkern::gpu

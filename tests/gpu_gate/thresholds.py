@@ -184,6 +184,12 @@ RULES = (
         atomics=4,
         round=(0, 0),
     ),
+    cuda(
+        "_planes_kernel<InHalves<|own_sums_kernel<InHalves<",
+        "planes of 16-bit elements that end with half a vector: four vectors of 8 bytes",
+        narrow=ANY,
+        round=(0, 0),
+    ),
     # ---- what launches ask for at most ----
     cuda("^reduce_rows", "two sums per channel of each thread", dynamic_shared=16 << 10),
     cuda("^reduce_rows_.*ThroughPRelu", "three of them", dynamic_shared=24 << 10),
