@@ -257,7 +257,7 @@ def test_pytest_saves_and_compares_as_pytest_benchmark_does(tmp_path):
     assert {(b["extra_info"]["contender"], len(b["stats"]["data"]) >= 5) for b in found} == {
         ("eager", True),
         ("eager, again", True),
-        ("ours", True),
+        ("cnnkern", True),
     }
     second = run_pytest(chosen, "--bench-seconds=0", "--benchmark-compare=0001", folder=tmp_path)
     assert second.returncode == 0, second.stdout + second.stderr
@@ -292,7 +292,7 @@ def test_sequences_have_a_row_each(arguments, row, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(row)]
     assert len(lines) == 1
     assert lines[0].count("x ± ") == 3
-    assert lines[0].endswith("| ours |")
+    assert lines[0].endswith("| cnnkern |")
 
 
 def test_sequences_take_the_processors_time_of_one_thread_alone(capsys):
@@ -305,9 +305,9 @@ def test_accuracy_is_ours_against_float64(monkeypatch):
     monkeypatch.setattr(accuracy, "SHAPE", (4, 3, 8, 8))
     monkeypatch.setattr(torch, "compile", lambda function: function)  # what is compiled is another test's matter
     found = accuracy.errors(testing.CASES["bn_act"], "mean of 1e4 deviations")
-    assert list(found) == ["ours", "eager", "torch.compile"]
+    assert list(found) == ["cnnkern", "eager", "torch.compile"]
     assert found["torch.compile"] == found["eager"]
-    assert max(found["ours"]) < 1e-6 < max(found["eager"])
+    assert max(found["cnnkern"]) < 1e-6 < max(found["eager"])
 
 
 def test_accuracy_prints_two_rows_for_every_case_and_number(monkeypatch, capsys):
@@ -332,7 +332,7 @@ def test_batch_norm_over_processes_is_timed_beside_the_formula(capfd, monkeypatc
     assert sync.main(["--seconds", "0.01"]) == 0
     lines = [line.strip("| ").split(" | ") for line in capfd.readouterr().out.splitlines() if "|---" not in line]
     names, *table = [line for line in lines if len(line) == 8]
-    assert names[2:6] == ["ours", "written out", "alone", "sent"]
+    assert names[2:6] == ["cnnkern", "written out", "alone", "sent"]
     assert [row[:2] for row in table] == [
         ["x".join(map(str, shape)), layout] for shape in sync.SHAPES for layout in sync.LAYOUTS
     ]
@@ -394,8 +394,10 @@ def test_passes_print_a_row_a_layer_and_the_lost_ones(monkeypatch, capsys):
     assert {passes.kind(each) for each in passes.other_widths(2)} == {f"width {n}" for n in (2, 12, 20, 24, 40, 48)}
     monkeypatch.setattr(passes, "peak_gflops", lambda: 100.0)
     monkeypatch.setattr(passes.bandwidth, "measure", lambda *_, **limits: [Bandwidth("copy", 2**20, 0.01)])
-    clock = {key: [2e-3 if key[0] == "eager" else 1e-3] for key in itertools.product(("eager", "ours"), passes.PASSES)}
-    clock["ours", "dx"] = [4e-3]
+    clock = {
+        key: [2e-3 if key[0] == "eager" else 1e-3] for key in itertools.product(("eager", "cnnkern"), passes.PASSES)
+    }
+    clock["cnnkern", "dx"] = [4e-3]
     monkeypatch.setattr(passes.timing, "interleave", lambda steps, **limits: {key: clock[key] for key in steps})
     assert passes.main(["--threads", str(torch.get_num_threads())]) == 0
     out = capsys.readouterr().out

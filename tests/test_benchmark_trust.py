@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.show import tables
+from benchmarks.show import figures, means, remarks, tables
 from benchmarks.studies import disturbed
 from benchmarks.suite import groups, load, reasons, rows, timing
 from benchmarks.suite.groups import AGAIN, Contender, Group
@@ -43,7 +43,7 @@ def test_the_interval_holds_the_median_as_often_as_it_says():
 def of_rounds(**rounds: list[float]) -> dict[str, rows.Row]:
     """Rows by contender; `again` is eager's second timing."""
     names = {"again": AGAIN}
-    found = timed({"eager": 1.0, "ours": 1.0})  # what is the same of all
+    found = timed({"eager": 1.0, "cnnkern": 1.0})  # what is the same of all
     what = {n: getattr(found[0], n) for n in (*rows.TOGETHER, "dtype")} | {"bytes_read": 0, "bytes_written": 0}
     records = [
         {"extra_info": what | {"contender": names.get(name, name)}, "stats": {"data": samples}}
@@ -57,14 +57,14 @@ def of_rounds(**rounds: list[float]) -> dict[str, rows.Row]:
 
 
 def test_noise_is_the_wider_of_the_row_s_own_and_of_eager_against_itself():
-    quiet = of_rounds(eager=[1.0] * 5, again=[1.0] * 5, ours=[0.5] * 5)
-    assert set(quiet) == {"eager", "ours"}, "eager's second timing is no row"
-    assert quiet["ours"].noise == 0
-    own = of_rounds(eager=[1.0] * 5, again=[1.0] * 5, ours=[0.4, 0.5, 0.5, 0.5, 0.625])
-    assert own["ours"].noise == pytest.approx(1.25**0.5 * 1.25**0.5 - 1, rel=0.01)
-    floor = of_rounds(eager=[1.0] * 5, again=[1.0, 1.0, 1.0, 1.0, 0.5], ours=[0.5] * 5)
-    assert floor["ours"].noise == floor["eager"].noise == pytest.approx(1.0)
-    assert of_rounds(eager=[1.0], ours=[0.5])["ours"].noise is None
+    quiet = of_rounds(eager=[1.0] * 5, again=[1.0] * 5, cnnkern=[0.5] * 5)
+    assert set(quiet) == {"eager", "cnnkern"}, "eager's second timing is no row"
+    assert quiet["cnnkern"].noise == 0
+    own = of_rounds(eager=[1.0] * 5, again=[1.0] * 5, cnnkern=[0.4, 0.5, 0.5, 0.5, 0.625])
+    assert own["cnnkern"].noise == pytest.approx(1.25**0.5 * 1.25**0.5 - 1, rel=0.01)
+    floor = of_rounds(eager=[1.0] * 5, again=[1.0, 1.0, 1.0, 1.0, 0.5], cnnkern=[0.5] * 5)
+    assert floor["cnnkern"].noise == floor["eager"].noise == pytest.approx(1.0)
+    assert of_rounds(eager=[1.0], cnnkern=[0.5])["cnnkern"].noise is None
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,9 @@ def test_several_threads_beside_others_do_not_count(threads, others, device, cro
     ours = replace(row()[1], threads=threads, others=others, device=device, cores=cores, ratio=1000.0, noise=0.0)
     assert ours.is_crowded == crowded
     assert ours.counts != crowded
-    assert tables.to_eager(ours) == "1000.00x" + " crowded" * crowded
+    assert figures.to_eager(ours) == "1000.00x" + " crowded" * crowded
     assert (
-        tables.noisy_lines([ours])
+        remarks.noisy_lines([ours])
         == [f"bn_act net 2x2 training contiguous tuned malloc: 1000.00x within 0%, beside {others} busy cores"]
         * crowded
     )
@@ -116,20 +116,20 @@ def test_what_does_not_count_is_in_no_mean_and_no_list_but_is_counted():
     good, bad = row(seconds=1e-3), row(seconds=8e-3, shape="4x4")
     bad = [replace(r, noise=0.9, ratio_to_compile=0.5) for r in bad]
     found = good + bad
-    (mean,) = (m for m in tables.means(found) if m.contender == "ours")
+    (mean,) = (m for m in means.means(found) if m.contender == "cnnkern")
     assert (mean.shapes, mean.counted, mean.ratio) == (2, 1, pytest.approx(2.0))
-    assert tables.ours(found) == [good[1]]
-    assert tables.lost_lines(found) == tables.lost_to_compile(found) == []
-    assert tables.verdict(found).endswith(
+    assert means.ranked(found) == [good[1]]
+    assert remarks.lost_lines(found) == remarks.lost_to_compile(found) == []
+    assert remarks.verdict(found).endswith(
         "faster than eager in 1 of 1 rows; left out for noise or others on the machine: 1 rows"
     )
-    assert tables.noisy_lines(found) == ["bn_act net 4x4 training contiguous tuned malloc: 0.25x within 90%"]
+    assert remarks.noisy_lines(found) == ["bn_act net 4x4 training contiguous tuned malloc: 0.25x within 90%"]
     _, ((*_, cell),) = tables.summary(found, "tuned")
     assert cell.startswith("2.00x~ ")
     better = found + [replace(r, shape=shape) for r in good for shape in ("6x6", "8x8")]
     assert tables.summary(better, "tuned")[1][0][-1].startswith("2.00x ")
     assert tables.summary(bad, "tuned")[1][0][-1] == "noisy"
-    assert tables.verdict(bad) == "none of our 1 rows is clear of noise and of others on the machine"
+    assert remarks.verdict(bad) == "none of the 1 rows is clear of noise and of others on the machine"
 
 
 def test_every_group_times_eager_twice():
@@ -164,7 +164,7 @@ def test_what_comes_last_is_left_its_time(monkeypatch):
 
             return call
 
-    contenders = (Contender("eager", "contiguous"), Contender("ours", "contiguous"))
+    contenders = (Contender("eager", "contiguous"), Contender("cnnkern", "contiguous"))
 
     def group(suite, name, weight, last=False):
         bench = Slow(3 * weight / 14)  # seven rounds of two contenders, with the calls before them
@@ -173,14 +173,15 @@ def test_what_comes_last_is_left_its_time(monkeypatch):
     plan = [group("operators", i, 2.0) for i in range(50)] + [group("models", i, 4.0, last=True) for i in range(3)]
     measured, _ = measure(plan, Options(seconds=60.0))
     statuses = {
-        suite: [r.status for r in measured if r.suite == suite and r.contender == "ours"]
+        suite: [r.status for r in measured if r.suite == suite and r.contender == "cnnkern"]
         for suite in ("operators", "models")
     }
     assert statuses["models"] == ["ok"] * 3
     assert 0 < statuses["operators"].count("ok") < 50
     assert now[0] < 100
     measured, _ = measure(plan, Options(seconds=0.5))  # the first group alone takes more
-    assert [r.status for r in measured if r.suite == "models" and r.contender == "ours"] == ["ok", *["out of time"] * 2]
+    status = [r.status for r in measured if r.suite == "models" and r.contender == "cnnkern"]
+    assert status == ["ok", *["out of time"] * 2]
 
 
 def test_a_busy_machine_is_said(monkeypatch, tmp_path):
@@ -206,10 +207,10 @@ def test_a_busy_machine_is_said(monkeypatch, tmp_path):
 
 def test_the_table_begins_with_what_the_machine_did():
     quiet = [replace(r, others=0.05) for r in row()]
-    assert tables.load_line(quiet) == "the machine was quiet: others kept at most 0.05 cores busy"
-    assert tables.load_line(row()) == "how busy the machine was is not known"
+    assert remarks.load_line(quiet) == "the machine was quiet: others kept at most 0.05 cores busy"
+    assert remarks.load_line(row()) == "how busy the machine was is not known"
     busy = [replace(r, others=1.5) for r in row()]
-    assert tables.load_line(busy).startswith("THE MACHINE WAS BUSY: while 2 of 2 rows were timed")
+    assert remarks.load_line(busy).startswith("THE MACHINE WAS BUSY: while 2 of 2 rows were timed")
 
 
 def test_this_machine_says_what_it_does():
@@ -263,7 +264,7 @@ def test_notes_of_slow_compilations_are_listed_once_a_reason():
         for n in (1, 2)
         for r in row()[1:]
     ]
-    assert tables.slow_compiles(found) == [
+    assert remarks.slow_compiles(found) == [
         "bn_act, training: 0.10x at worst, 2 rows, slow because 1 us of a call",
     ]
 

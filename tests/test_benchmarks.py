@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as driver
-from benchmarks.show import tables
+from benchmarks.show import remarks, tables
 from benchmarks.suite import files, judge, machine, operators, overhead
 from benchmarks.suite.groups import AGAIN, MAX_AUTOTUNE, OUT_OF_PLACE, Contender, Group, Unavailable, select
 from benchmarks.suite.options import Options
@@ -68,7 +68,7 @@ def test_plan_has_both_layouts_and_both_modes(tiny_case):
     ]
     assert {c for g in plan for c in g.contenders} == {
         Contender(name, layout)
-        for name in ("eager", AGAIN, "ours", "torch.compile")
+        for name in ("eager", AGAIN, "cnnkern", "torch.compile")
         for layout in ("contiguous", "channels_last")
     }
     training = plan[0]
@@ -109,14 +109,14 @@ def test_all_modes_time_the_halves_of_a_training_step(tiny_case):
     options = Options(modes="all", seconds=60.0, filter="2x8x4x4", max_autotune=True, compile_seconds=0.0)
     plan = select(operators.groups(options, compiled=True), options.filter, "tuned")
     assert [g.mode for g in plan] == ["training", "inference", "forward", "backward"]
-    assert {c.name for c in plan[0].contenders} == {"eager", AGAIN, "ours", "torch.compile", MAX_AUTOTUNE}
+    assert {c.name for c in plan[0].contenders} == {"eager", AGAIN, "cnnkern", "torch.compile", MAX_AUTOTUNE}
     moved = {g.mode: (g.bytes_read, g.bytes_written) for g in plan}
     assert moved["forward"] == moved["inference"]
     assert moved["training"] == tuple(a + b for a, b in zip(moved["forward"], moved["backward"], strict=True))
     measured, _ = measure(plan, options)
-    assert {(r.mode, r.status) for r in measured if r.contender in ("eager", "ours")} == {
+    assert {(r.mode, r.status) for r in measured if r.contender in ("eager", "cnnkern")} == {
         (g.mode, "ok") for g in plan
-    }, tables.refused_lines(measured)
+    }, remarks.refused_lines(measured)
     assert {r.status for r in measured if r.contender == MAX_AUTOTUNE} == {"out of time"}
 
 
@@ -147,9 +147,9 @@ def test_a_half_does_what_it_says(tiny_case, monkeypatch):
 
 def test_filter_keeps_the_baseline_of_what_it_finds(tiny_case):
     plan = operators.groups(Options(), compiled=True)
-    (group, *others) = select(plan, "toy 2x3x5x7 TRAINING functional channels_last ours", "tuned")
+    (group, *others) = select(plan, "toy 2x3x5x7 TRAINING functional channels_last cnnkern", "tuned")
     assert not others
-    assert set(group.contenders) == {Contender(name, "channels_last") for name in ("ours", "eager", AGAIN)}
+    assert set(group.contenders) == {Contender(name, "channels_last") for name in ("cnnkern", "eager", AGAIN)}
     assert len(select(plan, "default malloc", "default")) == len(plan)
     assert select(plan, "default malloc", "tuned") == []
     assert len(select(plan, "default malloc, toy", "tuned")) == len(plan)
@@ -161,7 +161,7 @@ def test_quick_run_on_a_tiny_case_from_plan_to_files(tiny_case, tmp_path, monkey
     options = Options(quick=True, filter="toy", seconds=60.0)
     plan = select(operators.groups(options, compiled=True), options.filter, "tuned")
     measured, events = measure(plan, options)
-    assert {r.status for r in measured} == {"ok"}, tables.refused_lines(measured)
+    assert {r.status for r in measured} == {"ok"}, remarks.refused_lines(measured)
     assert len(measured) == 2 * 2 * 2 * 2  # shapes, modes, layouts, contenders
     assert [e["start"] for e in events if "start" in e] == [g.label for g in plan]
     for row in measured:
@@ -172,7 +172,7 @@ def test_quick_run_on_a_tiny_case_from_plan_to_files(tiny_case, tmp_path, monkey
         assert row.ratio > 0
         assert row.noise >= 0
         assert row.others >= 0
-        assert row.lost == (row.contender == "ours" and row.counts and row.ratio < 1)
+        assert row.lost == (row.contender == "cnnkern" and row.counts and row.ratio < 1)
 
     assert driver.write(measured, "today", tmp_path, None, quick=True) == []
     stem = f"some-machine_1threads_torch-{torch.__version__}_float32_channels_last+contiguous_tuned-malloc"
@@ -188,13 +188,13 @@ def test_a_wrong_contender_is_reported_and_not_timed(monkeypatch, tiny_case):
     monkeypatch.setattr(testing, "CASES", {"bn_act": wrong})
     plan = select(operators.groups(Options(), compiled=False), "2x8x4x4", "tuned")
     measured, events = measure(plan)
-    ours = [r for r in measured if r.contender == "ours"]
+    ours = [r for r in measured if r.contender == "cnnkern"]
     assert {(r.status, r.median_ms, r.rounds) for r in ours} == {("wrong", None, 0)}
     assert all("output: error" in r.note for r in ours)
     assert {r.status for r in measured if r.contender == "eager"} == {"ok"}
-    assert not any("ours" in e["verified"] for e in events if "verified" in e)
-    (line,) = {re.sub(r"error .*", "", line) for line in tables.refused_lines(measured)}
-    assert line.startswith("ours wrong: output: ")
+    assert not any("cnnkern" in e["verified"] for e in events if "verified" in e)
+    (line,) = {re.sub(r"error .*", "", line) for line in remarks.refused_lines(measured)}
+    assert line.startswith("cnnkern wrong: output: ")
 
 
 def test_verified_contenders_are_not_compared_again(monkeypatch, tiny_case):
@@ -208,7 +208,7 @@ def test_verified_contenders_are_not_compared_again(monkeypatch, tiny_case):
     measured, _ = measure(plan, Options(seconds=60.0, verified=names))
     assert {r.status for r in measured} == {"ok"}
     measured, _ = measure(plan, Options(seconds=60.0))
-    assert {r.note for r in measured if r.contender == "ours"} == {"compared"}
+    assert {r.note for r in measured if r.contender == "cnnkern"} == {"compared"}
 
 
 class Failing:
@@ -249,7 +249,7 @@ def test_a_compilation_that_does_not_end_is_out_of_time():
     ],
 )
 def test_what_fails_is_a_row_with_one_line(error, status, note, capsys):
-    contender = Contender("ours", "contiguous")
+    contender = Contender("cnnkern", "contiguous")
     plan = [Group("models", "m", "m", "1", "training", "module", (contender,), lambda: Failing(error), 1.0)]
     (row,), _ = measure(plan)
     assert (row.status, row.note) == (status, note)
@@ -268,11 +268,11 @@ def test_a_group_that_fails_is_a_row_for_each_contender(when, capsys):
         def step(self, contender, verify):
             return lambda: fails(after=3)  # as on a GPU, where an error shows some calls later
 
-    contenders = (Contender("eager", "contiguous"), Contender("ours", "contiguous"))
+    contenders = (Contender("eager", "contiguous"), Contender("cnnkern", "contiguous"))
     bench = fails if when == "opened" else FailsWhenTimed
     plan = [Group("models", "m", "m", "1", "training", "module", contenders, bench, 1.0) for _ in range(2)]
     measured, events = measure(plan)
-    assert [r.contender for r in measured] == ["eager", "ours"] * 2
+    assert [r.contender for r in measured] == ["eager", "cnnkern"] * 2
     assert {(r.status, r.note) for r in measured} == {("failed", "RuntimeError: no memory")}
     assert capsys.readouterr().err.count("Traceback") == 2  # a group is tried once
     assert not any("verified" in e for e in events)
@@ -281,7 +281,7 @@ def test_a_group_that_fails_is_a_row_for_each_contender(when, capsys):
 def test_groups_without_time_left_are_listed(tiny_case):
     measured, _ = measure(operators.groups(Options(), compiled=False), Options(seconds=0.0))
     assert {r.status for r in measured} == {"out of time"}
-    assert len(tables.refused_lines(measured)) == 2  # eager and ours, with the number of measurements
+    assert len(remarks.refused_lines(measured)) == 2  # eager and ours, with the number of measurements
 
 
 def test_overhead_is_timed_for_functions_modules_and_converted_layers():
@@ -290,7 +290,7 @@ def test_overhead_is_timed_for_functions_modules_and_converted_layers():
         (api, mode, contender, "ok")
         for api in ("functional", "module", "converted")
         for mode in ("training", "inference")
-        for contender in ("eager", "ours")
+        for contender in ("eager", "cnnkern")
     }
     assert len(tables.overhead_lines(measured)) == 6
 

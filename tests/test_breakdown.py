@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as driver
-from benchmarks.show import breakdown, page, published, report, tables
+from benchmarks.show import breakdown, page, published, remarks, report, tables
 from benchmarks.suite import files, machine, rows
 from benchmarks.suite.groups import AGAIN, CONVERTED_AND_COMPILED
 from tests.results import BANDWIDTHS, WHERE, assert_one_line, row
@@ -34,22 +34,22 @@ def timed(seconds, **setting):
     return rows.from_records(records, [], BANDWIDTHS, "tuned", WHERE)
 
 
-def test_what_tuned_malloc_is_worth_to_eager_and_to_ours():
+def test_what_tuned_malloc_is_worth_to_eager_and_to_cnnkern():
     found = [
         replace(r, malloc=malloc)
         for malloc, eager, ours in (("tuned", 2.0, 1.0), ("default", 3.0, 4.0))
         for shape, factor in (("2x2", 1), ("4x4", 10))
-        for r in timed({"eager": factor * eager, "ours": factor * ours}, shape=shape)
+        for r in timed({"eager": factor * eager, "cnnkern": factor * ours}, shape=shape)
     ]
-    found += timed({"eager": 1.0, "ours": 1.0}, shape="8x8")  # under one setting alone
+    found += timed({"eager": 1.0, "cnnkern": 1.0}, shape="8x8")  # under one setting alone
     header, (line,) = breakdown.malloc(found)
     assert dict(zip(header, line, strict=True)) == {
         "operator": "bn_act",
         "shapes and layouts": "2",
         "eager, training": "1.50x",
-        "ours, training": "4.00x",
+        "cnnkern, training": "4.00x",
         "eager, inference": "-",
-        "ours, inference": "-",
+        "cnnkern, inference": "-",
     }
 
 
@@ -70,64 +70,64 @@ def of_compile(found):
 
 
 def test_the_fastest_compiled_form_of_the_reference_is_what_is_compared_with():
-    found = timed({"eager": 4.0, "torch.compile": 3.0, "torch.compile, written out": 2.0, "ours": 1.0})
+    found = timed({"eager": 4.0, "torch.compile": 3.0, "torch.compile, written out": 2.0, "cnnkern": 1.0})
     assert of_compile(found) == {
         "eager": 0.5,
         "torch.compile": None,
         "torch.compile, written out": None,
-        "ours": 2.0,
+        "cnnkern": 2.0,
     }
-    assert of_compile(timed({"eager": 4.0, "ours": 1.0})) == {"eager": None, "ours": None}
+    assert of_compile(timed({"eager": 4.0, "cnnkern": 1.0})) == {"eager": None, "cnnkern": None}
 
 
 def test_a_compiled_model_of_ours_is_compared_with_the_reference_compiled():
-    seconds = {"eager": 4.0, "torch.compile": 3.0, CONVERTED_AND_COMPILED: 1.5, "ours": 6.0}
+    seconds = {"eager": 4.0, "torch.compile": 3.0, CONVERTED_AND_COMPILED: 1.5, "cnnkern": 6.0}
     found = timed(seconds, suite="models", operator="resnet18", network="resnet18", shape="8x3x224x224")
-    assert of_compile(found) == {"eager": 0.75, "torch.compile": None, CONVERTED_AND_COMPILED: 2.0, "ours": 0.5}
+    assert of_compile(found) == {"eager": 0.75, "torch.compile": None, CONVERTED_AND_COMPILED: 2.0, "cnnkern": 0.5}
     assert [r.images_s for r in found] == [2.0, 8 / 3, 8 / 1.5, 8 / 6.0]
     header, (line,) = tables.model_table(found)
     cells = dict(zip(header, line, strict=True))
-    assert cells["to torch.compile"] == "0.50x"
+    assert cells["vs torch.compile"] == "0.50x"
     assert (cells["images/s"], cells["noise"]) == ("1.3", "0%")
     assert not any("4000" in cell for cell in line), "no median of eager beside a ratio that is none of medians"
-    assert cells["others to eager"] == ("torch.compile 1.33x; torch.compile, converted 2.67x, 2.00x to torch.compile")
-    (lost,) = tables.lost_to_compile(found)
-    assert lost == "resnet18 8x3x224x224 training contiguous tuned malloc: 6000.0 ms, 0.50x to torch.compile"
+    assert cells["others vs eager"] == ("torch.compile 1.33x; torch.compile, converted 2.67x, 2.00x vs torch.compile")
+    (lost,) = remarks.lost_to_compile(found)
+    assert lost == "resnet18 8x3x224x224 training contiguous tuned malloc: 6000.0 ms, 0.50x vs torch.compile"
     assert "<td>torch.compile, converted</td>" in page.render(found, "today").replace(' class=""', "")
 
 
 def test_the_summary_has_our_means_against_torch_compile_and_over_all_networks():
-    found = timed({"eager": 4.0, "torch.compile": 2.0, "ours": 1.0})
-    found += timed({"eager": 4.0, "ours": 4.0}, network="other")
-    found += timed({"eager": 1.0, "torch.compile": 1.0, "ours": 2.0}, network="net batch 1")
-    found += timed({"eager": 1.0, "ours": 4.0}, network="widths")
+    found = timed({"eager": 4.0, "torch.compile": 2.0, "cnnkern": 1.0})
+    found += timed({"eager": 4.0, "cnnkern": 4.0}, network="other")
+    found += timed({"eager": 1.0, "torch.compile": 1.0, "cnnkern": 2.0}, network="net batch 1")
+    found += timed({"eager": 1.0, "cnnkern": 4.0}, network="widths")
     _, lines = tables.summary(found, "tuned")
     assert lines == [
-        ["bn_act", "net (1)", "ours", "4.00x"],
+        ["bn_act", "net (1)", "cnnkern", "4.00x"],
         ["bn_act", "net (1)", "torch.compile", "2.00x"],
-        ["bn_act", "net (1)", "ours, to torch.compile", "2.00x"],
-        ["bn_act", "other (1)", "ours", "1.00x"],
-        ["bn_act", "net batch 1 (1)", "ours", "0.50x"],
+        ["bn_act", "net (1)", "cnnkern, vs torch.compile", "2.00x"],
+        ["bn_act", "other (1)", "cnnkern", "1.00x"],
+        ["bn_act", "net batch 1 (1)", "cnnkern", "0.50x"],
         ["bn_act", "net batch 1 (1)", "torch.compile", "1.00x"],
-        ["bn_act", "net batch 1 (1)", "ours, to torch.compile", "0.50x"],
-        ["bn_act", "widths (1)", "ours", "0.25x"],
-        ["bn_act", "all networks (2)", "ours", "2.00x"],
-        ["bn_act", "all networks (1)", "ours, to torch.compile", "2.00x"],
+        ["bn_act", "net batch 1 (1)", "cnnkern, vs torch.compile", "0.50x"],
+        ["bn_act", "widths (1)", "cnnkern", "0.25x"],
+        ["bn_act", "all networks (2)", "cnnkern", "2.00x"],
+        ["bn_act", "all networks (1)", "cnnkern, vs torch.compile", "2.00x"],
     ]
-    assert tables.lost_to_compile(found) == [
-        "bn_act net batch 1 2x2 training contiguous tuned malloc: 2000.0 ms, 0.50x to torch.compile"
+    assert remarks.lost_to_compile(found) == [
+        "bn_act net batch 1 2x2 training contiguous tuned malloc: 2000.0 ms, 0.50x vs torch.compile"
     ]
     text = published.PARTS["lost"](files.Run(found, "today"))
     assert "2 of 4 rows that count are slower than eager:" in text
     assert "1 rows are slower than torch.compile, which was timed for 2 of cnnkern's rows:" in text
-    assert "to torch.compile: operators 1.00x" in tables.verdict(found)
+    assert "vs torch.compile: operators 1.00x" in remarks.verdict(found)
 
 
 def test_layer_norms_by_size():
     found = []
     for shape, seconds in (("312x32", 1.0), ("78x128", 4.0), ("2x4096", 1.0), ("31250x32", 4.0), ("312500x32", 1.0)):
-        found += timed({"eager": 4.0, "ours": seconds}, operator="layer_norm", network="widths", shape=shape)
-    header, lines = breakdown.sizes(found + timed({"eager": 4.0, "ours": 9.0}))
+        found += timed({"eager": 4.0, "cnnkern": seconds}, operator="layer_norm", network="widths", shape=shape)
+    header, lines = breakdown.sizes(found + timed({"eager": 4.0, "cnnkern": 9.0}))
     assert header == ["operator", "size", "malloc", "shapes", "training contiguous"]
     assert [line[1:] for line in lines] == [
         ["elements 10^4", "tuned", "3", "2.52x"],  # 4, 1 and 4
@@ -143,8 +143,8 @@ def test_grouped_convolutions_by_kind():
         shape = f"16x32x9x9 width {width} kernel {kernel} padding 1 bias False stride 1"
         return timed({"eager": 4.0} | seconds, operator="grouped_conv2d", network=network, shape=shape)
 
-    found = conv(16, 3, "one", ours=2.0) + conv(1, 7, "one", ours=1.0) + conv(1, 7, "two", ours=4.0)
-    found += conv(1, 7, "one batch 1", ours=8.0)
+    found = conv(16, 3, "one", cnnkern=2.0) + conv(1, 7, "one", cnnkern=1.0) + conv(1, 7, "two", cnnkern=4.0)
+    found += conv(1, 7, "one batch 1", cnnkern=8.0)
     assert breakdown.kinds(found)[1] == [
         ["depthwise 7x7", "larger", "tuned", "2", "2.00x"],
         ["width 16", "larger", "tuned", "1", "2.00x"],
@@ -206,8 +206,8 @@ def two_runs(tmp_path):
 def test_two_runs_are_said_to_agree_on_a_share_of_their_rows(command, two_runs, capsys):
     assert command([str(path) for path in two_runs]) == 0
     printed = capsys.readouterr().out
-    assert "Ratios to eager of two runs agree within 10% in 1 of 2 rows (50%)" in printed
-    line = next(line for line in printed.splitlines() if line.startswith(" bn_act"))
+    assert "Speedups over eager in two runs agree within 10% in 1 of 2 rows (50%)" in printed
+    line = next(line for line in printed.splitlines() if line.startswith("bn_act"))
     assert line.split() == ["bn_act", "training", "2", "50%", "2.00x", "1.38x", "-31.0%"]
     first = printed.index("Furthest apart:")
     assert "4x4 training contiguous tuned malloc: 2.00x and 1.00x" in printed[first:].splitlines()[1]
@@ -217,6 +217,6 @@ def test_runs_without_a_row_in_common_are_one_line(two_runs, tmp_path, capsys):
     other = tmp_path / "other.csv"
     other.write_text(files.dumps(files.Run(row(operator="add_relu"), "today")))
     assert report.agree(two_runs[0], other) == 1
-    assert_one_line(capsys.readouterr().err, "no measurement of ours is in both")
+    assert_one_line(capsys.readouterr().err, "no measurement of cnnkern is in both")
     assert report.agree(two_runs[0], tmp_path / "none.csv") == 1
     assert_one_line(capsys.readouterr().err, "cannot read")

@@ -50,7 +50,7 @@ addEventListener("load", () => {
   const texts = all.filter(e => says(e) && e.tagName !== "title");
   const paint = e => numbers(getComputedStyle(e)[e instanceof SVGElement ? "fill" : "color"]);
   const bars = [...document.querySelectorAll(".track i")];
-  const marks = [...document.querySelectorAll(".track i, .legend i, circle.ours, circle.compile")].filter(seen);
+  const marks = [...document.querySelectorAll(".track i, .legend i, circle.cnnkern, circle.compile")].filter(seen);
   const markPaint = e => {
     const style = getComputedStyle(e), colour = numbers(e instanceof SVGElement ? style.fill : style.backgroundColor);
     return e instanceof SVGElement ? [...colour.slice(0, 3), Number(style.fillOpacity)] : colour;

@@ -50,7 +50,7 @@ def test_every_section_leaves_a_file_with_rows(dry_run):
         if name not in ("check", "bandwidth"):
             assert content["records"], name
     contenders = {r["extra_info"]["contender"] for r in found["compile"]["records"]}
-    assert {"eager", "eager, again", "ours", "torch.compile", "torch.compile, converted"} == contenders
+    assert {"eager", "eager, again", "cnnkern", "torch.compile", "torch.compile, converted"} == contenders
 
 
 def test_what_came_back_is_published(dry_run, tmp_path, monkeypatch, capsys):
@@ -66,7 +66,7 @@ def test_what_came_back_is_published(dry_run, tmp_path, monkeypatch, capsys):
     assert set(runs) == {"card-models", "card-operators", "card-kernels"}
     measured = [r for r in runs["card-models"].rows if r.suite == "models"]
     assert {r.dtype for r in measured} == {"bfloat16"}
-    assert {r.contender for r in measured} == {"eager", "ours", "torch.compile", "torch.compile, converted"}
+    assert {r.contender for r in measured} == {"eager", "cnnkern", "torch.compile", "torch.compile, converted"}
     assert all(r.peak_bytes for r in measured)
     for name, run in runs.items():
         published.block.cache_clear()

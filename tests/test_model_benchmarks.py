@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cnnkern
-from benchmarks.show import tables
+from benchmarks.show import remarks, tables
 from benchmarks.studies import steps
 from benchmarks.suite import models
 from benchmarks.suite.groups import Contender
@@ -42,8 +42,8 @@ def test_models_are_compared_with_eager_before_they_are_timed(monkeypatch):
     options = Options(quick=True)
     measured, _ = measure(models.groups(options), options)
     assert {(r.mode, r.contender, r.status) for r in measured} == set(
-        itertools.product(("training", "inference"), ("eager", "ours"), ("ok",))
-    ), tables.refused_lines(measured)
+        itertools.product(("training", "inference"), ("eager", "cnnkern"), ("ok",))
+    ), remarks.refused_lines(measured)
     header, lines = tables.model_table(measured)
     assert header == [*tables.MODELS, "MiB"]
     assert len(lines) == 2
@@ -52,7 +52,7 @@ def test_models_are_compared_with_eager_before_they_are_timed(monkeypatch):
 
     monkeypatch.setattr(models.cnnkern, "convert", lambda model: torch.nn.Sequential(model, torch.nn.Softplus()))
     measured, _ = measure(models.groups(options), options)
-    assert {r.status for r in measured if r.contender == "ours"} == {"wrong"}
+    assert {r.status for r in measured if r.contender == "cnnkern"} == {"wrong"}
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -68,7 +68,7 @@ def test_bfloat16_is_autocast_in_training_and_the_type_in_inference(training, mo
     monkeypatch.setattr(models, "build", lambda name: Watched())
     monkeypatch.setattr(models, "photographs", lambda batch: torch.rand(batch, 3, 32, 32))
     bench = models.ModelBench("m", 2, training, "cpu", torch.bfloat16)
-    steps = [bench.step(Contender(name, "contiguous"), verify=name == "ours") for name in ("eager", "ours")]
+    steps = [bench.step(Contender(name, "contiguous"), verify=name == "cnnkern") for name in ("eager", "cnnkern")]
     seen.clear()
     for step in steps:
         step()
@@ -123,7 +123,7 @@ def test_large_models_have_more_contenders(monkeypatch):
     measured, _ = measure(models.groups(options), options)
     both = {
         ("eager", "ok"),
-        ("ours", "ok"),
+        ("cnnkern", "ok"),
         ("torch.compile", "out of time"),
         (models.CONVERTED_AND_COMPILED, "out of time"),
     }
@@ -133,7 +133,7 @@ def test_large_models_have_more_contenders(monkeypatch):
         ("inference", {(models.FOLDED, "ok")}, {"1x3x224x224", "16x3x224x224"}),
     ):
         found = [r for r in measured if r.mode == mode]
-        assert {(r.contender, r.status) for r in found} == both | more, tables.refused_lines(measured)
+        assert {(r.contender, r.status) for r in found} == both | more, remarks.refused_lines(measured)
         assert {r.shape for r in found} == shapes
     header, lines = tables.model_table([r for r in measured if r.mode == "training"])
     assert header == [*tables.MODELS, "MiB", tables.OTHERS]
@@ -149,7 +149,7 @@ def test_without_scikit_learn_models_are_not_available(monkeypatch):
     monkeypatch.setattr(models, "build", lambda name: ConvReLU())
     measured, _ = measure(models.groups(Options(quick=True)))
     assert {r.status for r in measured} == {"not available"}
-    lines = tables.refused_lines(measured)
+    lines = remarks.refused_lines(measured)
     assert len(lines) == 2
     assert all("scikit-learn" in line and "\n" not in line for line in lines)
 
@@ -163,7 +163,7 @@ def test_where_the_time_of_a_step_goes(monkeypatch, capsys):
     monkeypatch.setattr(models, "build", lambda name: Both())
     monkeypatch.setattr(models, "photographs", lambda batch: torch.rand(batch, 3, 64, 64))
     bench = models.ModelBench("both", 3, training=True, device="cpu")
-    for who in ("eager", "ours"):
+    for who in ("eager", "cnnkern"):
         found = steps.milliseconds(bench, Contender(who, "contiguous"), 1)
         kinds = (profile.DENSE, profile.GROUPED, profile.NORM, profile.OPTIMIZER, profile.REST)
         assert all(found[kind] > 0 for kind in kinds)
@@ -171,7 +171,7 @@ def test_where_the_time_of_a_step_goes(monkeypatch, capsys):
     assert steps.main(["both", "--batch", "2", "--steps", "1", "--default-malloc"]) == 0
     header, _, *lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[:3] for line in lines] == [
-        ["| both", layout, who] for layout in ("contiguous", "channels_last") for who in ("eager", "ours")
+        ["| both", layout, who] for layout in ("contiguous", "channels_last") for who in ("eager", "cnnkern")
     ]
     assert all(line.count("|") == header.count("|") for line in lines)
 

@@ -123,7 +123,7 @@ def test_on_a_gpu_their_rows_are_operators():
     assert {g.suite for g in plan} == {"operators"}
     named = {c.name for g in plan for c in g.contenders}
     assert operator_peers.PEERS.keys() <= named
-    assert {"eager", "ours"} <= named or {"eager", "cnnkern"} <= named
+    assert {"eager", "cnnkern"} <= named
 
 
 def test_the_documents_say_what_each_needs():

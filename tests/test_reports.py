@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import __main__ as driver
-from benchmarks.show import chart, comparison, gains, page, published, report, tables, terminal
+from benchmarks.show import chart, comparison, figures, gains, means, page, published, remarks, report, tables, terminal
 from benchmarks.suite import files, rows
 from tests.results import assert_one_line, row, some_rows
 
@@ -19,15 +19,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_means_are_geometric_per_network_and_layout():
-    found = {(m.contender, m.layout): m for m in tables.means(some_rows())}
-    assert found["ours", "contiguous"].ratio == pytest.approx(1.0)  # 2x and 0.5x
-    assert found["ours", "contiguous"].shapes == 2
-    assert found["ours", "channels_last"].ratio == pytest.approx(4.0)
+    found = {(m.contender, m.layout): m for m in means.means(some_rows())}
+    assert found["cnnkern", "contiguous"].ratio == pytest.approx(1.0)  # 2x and 0.5x
+    assert found["cnnkern", "contiguous"].shapes == 2
+    assert found["cnnkern", "channels_last"].ratio == pytest.approx(4.0)
     assert found["eager", "contiguous"].ratio == 1.0
 
 
 def test_rows_that_are_lost_are_marked_and_listed():
-    (line,) = tables.lost_lines(some_rows())
+    (line,) = remarks.lost_lines(some_rows())
     assert line == "bn_act net 4x4 training contiguous tuned malloc: 4.0 ms, 0.50x"
     assert sum(cells[-1].endswith("lost") for cells in tables.detail_lines(some_rows())) == 1
 
@@ -37,8 +37,8 @@ def test_markdown_is_made_of_the_saved_rows(tmp_path, capsys):
     file.write_text(files.dumps(files.Run(some_rows(), "2000-01-01 00:00 UTC")))
     assert report.main([str(file), "--markdown"]) == 0
     text = capsys.readouterr().out
-    assert "| bn_act | net | 2 | training | contiguous | tuned | ours | " in text
-    assert "| bn_act | net | 1 | training | channels_last | tuned | ours | 84% | 4.00x |" in text
+    assert "| bn_act | net | 2 | training | contiguous | tuned | cnnkern | " in text
+    assert "| bn_act | net | 1 | training | channels_last | tuned | cnnkern | 84% | 4.00x |" in text
     assert "| resnet18 | 2x2 | training | contiguous | tuned | 2.0 ms | 1000.0 | 1.00x | 0% |" in text
     assert "- bn_act net 4x4 training contiguous tuned malloc: 4.0 ms, 0.50x" in text
     assert "- torch.compile not available: no compiler (bn_act net 2x2" in text
@@ -66,7 +66,8 @@ def test_published_tables_fit_into_100_columns(file, capsys):
     assert report.main([str(file)]) == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= terminal.WIDTH
-    many = len(tables.ours(files.load(file).rows)) > 2 * terminal.RANKED
+    assert not re.search(r"x~? +\d+$", printed, re.MULTILINE), "a share without its %: the table is cropped"
+    many = len(means.ranked(files.load(file).rows)) > 2 * terminal.RANKED
     ranked = ("Best rows", "Worst rows") if many else ()
     for words in (*ranked, "left out for noise", "memory bandwidth"):
         assert words in " ".join(printed.split()), words
@@ -74,23 +75,23 @@ def test_published_tables_fit_into_100_columns(file, capsys):
 
 def test_summary_has_a_line_for_each_contender_and_a_column_for_each_mode_and_layout():
     header, lines = tables.summary(some_rows(), "tuned")
-    assert header == ["operator", "network (shapes)", "contender", "training contiguous", "training channels last"]
+    assert header == ["operator", "network (shapes)", "implementation", "training contiguous", "training channels last"]
     assert lines == [
-        ["bn_act", "net (2)", "ours", "1.00x 21%", tables.MISSING],
-        ["bn_act", "net (1)", "ours", tables.MISSING, "4.00x 84%"],
+        ["bn_act", "net (2)", "cnnkern", "1.00x 21%", figures.MISSING],
+        ["bn_act", "net (1)", "cnnkern", figures.MISSING, "4.00x 84%"],
     ]
     assert tables.summary(some_rows(), "default")[1] == []
 
 
 def test_the_picture_shows_means_of_what_counts_and_is_in_place():
-    noisy = [replace(r, noise=0.5) if r.contender == "ours" else r for r in row(seconds=1e-4, shape="4x4")]
+    noisy = [replace(r, noise=0.5) if r.contender == "cnnkern" else r for r in row(seconds=1e-4, shape="4x4")]
     found = (
         row(seconds=1e-3) + row(seconds=1e-3, operator="add_relu") + noisy + row(network="net batch 1", seconds=9e-3)
     )
     run = files.Run(found, "today", out_of_place=("add_relu",))
-    assert chart.bars(run, "operators") == {"bn_act": {"ours": {"training": 2.0}}}
+    assert chart.bars(run, "operators") == {"bn_act": {"cnnkern": {"training": 2.0}}}
     image = chart.draw({title: chart.bars(run, suite) for title, _, suite in chart.PANELS}, "dark")
-    assert chart.described(image)["Operators, CPU"] == {"bn_act": {"ours": {"training": 2.0}}}
+    assert chart.described(image)["Operators, CPU"] == {"bn_act": {"cnnkern": {"training": 2.0}}}
 
 
 @pytest.mark.parametrize("theme", chart.THEMES)
@@ -187,7 +188,7 @@ def test_the_page_is_whole_and_needs_no_network():
         assert remote not in text
     assert "prefers-color-scheme: dark" in text
     assert found.count("div", **{"class": "bar"}) == 3
-    assert found.count("circle", **{"class": "ours"}) == 3
+    assert found.count("circle", **{"class": "cnnkern"}) == 3
     assert found.count("circle", **{"class": "other"}) == 3
     assert found.count("path", **{"class": "band"}) == 1
     for words in ("some-machine", "torch.compile not available: no compiler", "MALLOC_TOP_PAD_", "streaming copy"):
@@ -198,8 +199,8 @@ def test_bars_of_a_page_end_where_the_ratio_says():
     (tuned,) = page._operator_bars(some_rows())
     (bars,) = tuned.groups.values()
     assert [(b.label, b.ratio) for b in bars] == [
-        ("contiguous, ours", pytest.approx(1.0)),
-        ("channels_last, ours", pytest.approx(4.0)),
+        ("contiguous, cnnkern", pytest.approx(1.0)),
+        ("channels_last, cnnkern", pytest.approx(4.0)),
     ]
     assert tuned.width(bars[1]) == pytest.approx(4 * tuned.one)
     assert tuned.width(bars[1]) < 100
@@ -274,7 +275,7 @@ def test_rows_of_unknown_noise_are_not_judged():
 
 def test_a_row_that_became_wrong_is_a_regression():
     before = row(seconds=1e-3)
-    after = [replace(r, status="wrong", note="output", ratio=None) if r.contender == "ours" else r for r in before]
+    after = [replace(r, status="wrong", note="output", ratio=None) if r.contender == "cnnkern" else r for r in before]
     found = comparison.compare(before, after)
     assert found.is_regression
     (line,) = found.broken
@@ -288,7 +289,7 @@ def test_comparison_names_what_the_runs_do_not_share():
     assert "not the same machine: some-machine before, other now" in notes
     assert "not the same torch" in notes
     assert "rows timed before only: 1" in notes
-    with pytest.raises(ValueError, match="no measurement of ours is in both"):
+    with pytest.raises(ValueError, match="no measurement of cnnkern is in both"):
         comparison.compare(before, [replace(r, threads=7) for r in before])
 
 

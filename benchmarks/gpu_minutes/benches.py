@@ -108,7 +108,7 @@ class PassBench:
         self.code: dict[Contender, str] = {}
 
     def step(self, contender: Contender, verify: bool) -> Callable[[], object]:
-        who = "ours" if contender.name == "ours" else "eager"
+        who = "cnnkern" if contender.name == "cnnkern" else "eager"
         step = steps_of(self.of, contender.layout)[who, self.name]
         if self.device != "cuda":
             return step

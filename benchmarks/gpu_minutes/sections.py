@@ -90,21 +90,21 @@ def model_group(
 
 
 def models_in_eager(scale: Scale, seconds: float) -> Found:
-    names = ("eager", AGAIN, "ours")
+    names = ("eager", AGAIN, "cnnkern")
     plan = [model_group(m, batch, "channels_last", names, scale, 6.0) for batch in scale.batches for m in scale.models]
     return timed(plan, scale, seconds)
 
 
 def models_graphed(scale: Scale, seconds: float) -> Found:
     """Whole steps as CUDA graphs: the kernels without the host, for which models of many small layers wait."""
-    names = ("eager", AGAIN, "ours")
+    names = ("eager", AGAIN, "cnnkern")
     batch = scale.batches[-1]
     plan = [model_group(m, batch, "channels_last", names, scale, 8.0, graphed=True) for m in scale.models]
     return timed(plan, scale, seconds)
 
 
 def models_compiled(scale: Scale, seconds: float) -> Found:
-    names = ("eager", AGAIN, "ours", "torch.compile", CONVERTED_AND_COMPILED)
+    names = ("eager", AGAIN, "cnnkern", "torch.compile", CONVERTED_AND_COMPILED)
     first = [m for m in ("resnet50", "regnety_032") if m in scale.models]
     order = [(m, layout) for m in first for layout in reversed(LAYOUTS)]
     order += [(m, "channels_last") for m in scale.models if m not in first]
@@ -119,7 +119,7 @@ def kernels_by_kind(scale: Scale, seconds: float) -> Found:
         if time.perf_counter() > end:
             break
         bench = AutocastBench(name, scale.batches[-1], scale)
-        for who in ("eager", "ours"):
+        for who in ("eager", "cnnkern"):
             contender = Contender(who, "channels_last")
             rounds = steps.rounds(bench, contender, scale.repeats, scale.device)
             group = model_group(name, scale.batches[-1], "channels_last", (who,), scale, 0.0)
@@ -143,7 +143,9 @@ def convolution_groups(layers: list[tuple[Layer, tuple[str, ...]]], scale: Scale
             shape=str(layer),
             mode=name,
             api="functional",
-            contenders=tuple(Contender(each, layout) for layout in layouts for each in ("eager", AGAIN, TUNED, "ours")),
+            contenders=tuple(
+                Contender(who, layout) for layout in layouts for who in ("eager", AGAIN, TUNED, "cnnkern")
+            ),
             open=lambda of=of, name=name: PassBench(of, name),
             weight=0.7,
             dtype="bfloat16",

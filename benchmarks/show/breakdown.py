@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable
 from ..suite.groups import AGAIN
 from ..suite.rows import Row, is_spoilt
 from ..suite.timing import geometric_mean
-from .tables import NO_NETWORKS, NOISY, percent, times
+from .figures import NOISY, percent, times
+from .means import NO_NETWORKS
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -58,17 +59,17 @@ def _elements(row: Row) -> int:
 
 
 def _by(rows: Iterable[Row], key: Callable[[Row], tuple[str, ...]], noisy: bool = False) -> Groups:
-    """Our rows that count, or all with a ratio, by what `key` says of them."""
+    """cnnkern's rows that count, or all with a ratio, by what `key` says of them."""
     groups: Groups = {}
     for r in rows:
-        if r.suite == "operators" and r.contender == "ours" and (r.counts or (noisy and r.ratio is not None)):
+        if r.suite == "operators" and r.contender == "cnnkern" and (r.counts or (noisy and r.ratio is not None)):
             groups.setdefault(key(r), []).append(r)
     return groups
 
 
 def _table(header: list[str], groups: Groups) -> Table:
-    """A line per group, with a column for each mode and layout: the ratio to eager, that to torch.compile where it was
-    timed, and the share of bandwidth."""
+    """A line per group, with a column for each mode and layout: the speedup over eager, that over torch.compile where
+    it was timed, and the share of bandwidth."""
     columns = list(dict.fromkeys((r.mode, r.layout) for rows in groups.values() for r in rows))
     lines = []
     for key, rows in groups.items():
@@ -87,7 +88,7 @@ def _cell(rows: list[Row]) -> str:
         return "-"
     parts = [times(geometric_mean(ratios))]
     if to_compile:
-        parts.append(f"{times(geometric_mean(to_compile))} to torch.compile")
+        parts.append(f"{times(geometric_mean(to_compile))} vs torch.compile")
     if shares:
         parts.append(percent(geometric_mean(shares)))
     return ", ".join(parts)
@@ -95,10 +96,10 @@ def _cell(rows: list[Row]) -> str:
 
 def malloc(rows: Iterable[Row]) -> Table:
     """(header, lines): for each operator, the time with malloc's defaults over that with malloc tuned, of eager and of
-    ours; geometric means over the shapes that have both. The two settings were timed one after the other."""
+    cnnkern; geometric means over the shapes that have both. The two settings were timed one after the other."""
     times_of: dict[tuple[str | None, ...], dict[str, float]] = {}
     for r in rows:
-        if r.suite == "operators" and r.contender in ("eager", "ours") and r.status == "ok" and r.median_ms:
+        if r.suite == "operators" and r.contender in ("eager", "cnnkern") and r.status == "ok" and r.median_ms:
             key = (r.operator, r.contender, r.mode, r.network, r.shape, r.layout, r.api)
             times_of.setdefault(key, {})[r.malloc] = r.median_ms
     gains: dict[str, dict[tuple[str | None, ...], list[float]]] = {}
@@ -106,7 +107,7 @@ def malloc(rows: Iterable[Row]) -> Table:
         if found.keys() == {"tuned", "default"}:
             ratios = gains.setdefault(str(operator), {}).setdefault((contender, mode), [])
             ratios.append(found["default"] / found["tuned"])
-    columns = [(contender, mode) for mode in ("training", "inference") for contender in ("eager", "ours")]
+    columns = [(contender, mode) for mode in ("training", "inference") for contender in ("eager", "cnnkern")]
     lines = [
         [operator, str(max(map(len, of.values()))), *(_gain(of.get(column, [])) for column in columns)]
         for operator, of in gains.items()
@@ -156,7 +157,7 @@ def _usual(rows: Iterable[Row]) -> list[Row]:
 
 
 def operators(rows: Iterable[Row], out_of_place: Iterable[str] = ()) -> Table:
-    """(header, lines): one per operator, geometric means of our ratios to eager over all networks' shapes that count;
+    """(header, lines): one per operator, geometric means of speedup over eager over all networks' shapes that count;
     single images, shapes that are no network's and other variants have lines of their own."""
 
     def part(r: Row) -> tuple[str, ...]:
@@ -182,7 +183,7 @@ def _mean(rows: Iterable[Row], way: tuple[str, str]) -> str:
 
 
 def models(rows: Iterable[Row]) -> Table:
-    """(header, lines): a line a model, input and mode, a column per contender; a cell has the ratios to eager of its
+    """(header, lines): a line a model, input and mode, a column per contender; a cell has the speedup over eager of its
     contiguous and its channels_last row, each in the layout of eager's."""
     rows = [r for r in _usual(rows) if r.suite == "models" and r.ratio is not None and r.contender != "eager"]
     contenders = list(dict.fromkeys(r.contender for r in rows))
@@ -203,7 +204,7 @@ def slower(rows: Iterable[Row]) -> Table:
     """(header, lines): a line per operator or model and mode that has rows slower than eager, with the slowest."""
     groups: Groups = {}
     for r in rows:
-        if r.contender == "ours" and r.counts:
+        if r.contender == "cnnkern" and r.counts:
             groups.setdefault((r.suite, r.operator, r.mode), []).append(r)
     lines = []
     for (_, operator, mode), found in groups.items():
@@ -219,8 +220,8 @@ ROOFLINE = ["operator", "network", "below 85 % beyond the cache", "below 70 % in
 
 
 def roofline(rows: Iterable[Row]) -> Table:
-    """(header, lines): for each operator and network, how many of our rows move their bytes at less than the share of
-    the measured bandwidth that they are held to, and the worst of them.
+    """(header, lines): for each operator and network, how many of cnnkern's rows move their bytes at less than the
+    share of the measured bandwidth that they are held to, and the worst of them.
 
     A row is beyond the cache where its least traffic is more than the last-level cache holds. Convolutions whose
     arithmetic takes longer than their bytes are left out: all but depthwise ones of 3x3.

@@ -1,7 +1,7 @@
-"""The picture of the front page: how many times as fast as eager models and operators are, on a CPU and on a GPU.
+"""The chart of README.md: the speedup over eager PyTorch of models and operators, on a CPU and on a GPU.
 
-`python -m benchmarks.show.chart` makes it from the published results, for light and dark pages. What it shows stands in
-the picture too, as its description, so that a test can say whether it is current.
+`python -m benchmarks.show.chart` makes it from the published results, for light and dark pages. The numbers
+that it shows are also stored in the PNG, as its description, so that a test can tell whether it is current.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from ..suite.files import Run
 from ..suite.models import FOLDED
 from ..suite.place import ROOT
 from ..suite.timing import geometric_mean
-from .tables import NO_NETWORKS
+from .means import NO_NETWORKS
 
 # Title, published run, suite.
 PANELS = (
@@ -33,6 +33,7 @@ PANELS = (
     ("Operators, H200", "cuda-h200-operators", "operators"),
 )
 MODES = {"training": "a training step", "inference": "inference (models folded)"}
+TITLE = "Speedup over eager PyTorch: longer bars are faster, the vertical line is eager"
 NOTHING = "every published row\nis too noisy so far"
 COMPILED = "torch.compile"
 # Ink, page, and a colour for each mode, of a light and a dark page.
@@ -40,7 +41,7 @@ THEMES = {"light": ("#1f2328", "#ffffff", "#0969da", "#7fb2ee"), "dark": ("#e6ed
 SIZE, DPI = (12, 7), 100  # 1200 by 700 pixels
 FOLDER = "docs/images"
 
-Bars = dict[str, dict[str, dict[str, float]]]  # model or operator -> contender -> mode -> times as fast as eager
+Bars = dict[str, dict[str, dict[str, float]]]  # model or operator -> contender -> mode -> speedup over eager
 
 
 def bars(run: Run, suite: str) -> Bars:
@@ -53,11 +54,11 @@ def bars(run: Run, suite: str) -> Bars:
             found.setdefault((r.operator, r.contender, r.mode), []).append(r.ratio or 1.0)
     result: Bars = {}
     for (operator, contender, mode), ratios in found.items():
-        ours = FOLDED if (suite, mode) == ("models", "inference") else "ours"
-        name = "ours" if contender == ours else contender
-        if contender in (ours, COMPILED) and mode in MODES and (suite == "models" or contender == ours):
+        shown = FOLDED if (suite, mode) == ("models", "inference") else "cnnkern"
+        name = "cnnkern" if contender == shown else contender
+        if contender in (shown, COMPILED) and mode in MODES and (suite == "models" or contender == shown):
             result.setdefault(operator, {}).setdefault(name, {})[mode] = round(geometric_mean(ratios), 2)
-    return {name: of for name, of in result.items() if "ours" in of and "(" not in name}
+    return {name: of for name, of in result.items() if "cnnkern" in of and "(" not in name}
 
 
 def everything() -> dict[str, Bars]:
@@ -74,25 +75,27 @@ def draw(found: dict[str, Bars], theme: str) -> bytes:
         heights = [max(1, *(len(found[PANELS[i][0]]) for i in pair)) for pair in ((0, 1), (2, 3))]
         figure, axes = plt.subplots(2, 2, figsize=SIZE, layout="constrained", height_ratios=heights)
         for panel, (title, of) in zip(axes.flat, found.items(), strict=True):
-            _panel(panel, title, of, ink, dict(zip(MODES, colours, strict=True)))
+            _panel(panel, title, of, ink, dict(zip(MODES, zip(colours, (paper, ink), strict=True), strict=True)))
         key = [Patch(color=c, label=f"cnnkern, {m}") for c, m in zip(colours, MODES.values(), strict=True)]
-        key.append(Line2D([], [], color=ink, marker="D", linestyle="", markersize=5, label=f"{COMPILED}, the same"))
+        key.append(Line2D([], [], color=ink, marker="D", linestyle="", markersize=5, label=COMPILED))
         figure.legend(handles=key, loc="outside lower center", ncols=3, frameon=False)
-        figure.suptitle("Times as fast as eager PyTorch (the line: 1x)", x=0.01, ha="left", fontsize=14, weight="bold")
+        figure.suptitle(TITLE, x=0.01, ha="left", fontsize=14, weight="bold")
         image = io.BytesIO()
         figure.savefig(image, format="png", dpi=DPI, metadata={"Description": json.dumps(found), "Software": None})
         plt.close(figure)
     return image.getvalue()
 
 
-def _panel(axes: Axes, title: str, of: Bars, ink: str, colours: dict[str, str]) -> None:
+def _panel(axes: Axes, title: str, of: Bars, ink: str, colours: dict[str, tuple[str, str]]) -> None:
+    """`colours` has for each mode those of its bars and of the figures in them."""
     for i, contenders in enumerate(of.values()):
-        modes = [m for m in MODES if m in contenders["ours"]]
+        modes = [m for m in MODES if m in contenders["cnnkern"]]
         for j, mode in enumerate(modes):
             y, height = i - 0.4 + 0.8 * (j + 0.5) / len(modes), 0.8 / len(modes)
-            ratio, other = contenders["ours"][mode], contenders.get(COMPILED, {}).get(mode)
-            axes.barh(y, ratio, height * 0.92, color=colours[mode])
-            axes.text(max(ratio, other or 0.0) + 0.04, y, f"{ratio:.2f}x", va="center", fontsize=10)
+            ratio, other = contenders["cnnkern"][mode], contenders.get(COMPILED, {}).get(mode)
+            bar, figure = colours[mode]
+            axes.barh(y, ratio, height * 0.92, color=bar)
+            axes.text(0.02, y, f"{ratio:.2f}x", va="center", fontsize=10, color=figure)
             if other is not None:
                 axes.plot(other, y, "D", color=ink, markersize=4)
     if of:
@@ -101,7 +104,7 @@ def _panel(axes: Axes, title: str, of: Bars, ink: str, colours: dict[str, str]) 
         axes.text(0.5, 0.5, NOTHING, transform=axes.transAxes, ha="center", va="center", style="italic")
     axes.set_yticks(range(len(of)), list(of))
     axes.set_ylim(len(of) - 0.4, -0.6)
-    axes.set_xlim(0, max((r for c in of.values() for m in c.values() for r in m.values()), default=1.0) * 1.15)
+    axes.set_xlim(0, max((r for c in of.values() for m in c.values() for r in m.values()), default=1.0) * 1.05)
     axes.set_title(title, loc="left", fontsize=12, weight="bold")
     axes.tick_params(length=0)
     axes.spines[["top", "right", "bottom"]].set_visible(False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..suite.rows import Row
 from ..suite.timing import geometric_mean
-from .tables import name, times
+from .figures import name, times
 
 # Two runs of the same code differ by about this much where rounds hardly spread.
 LEAST_NOISE = 0.05
@@ -22,7 +22,7 @@ CONDITIONS = ("machine", "cpu_capability", "torch")  # a difference in these is 
 
 @dataclass(frozen=True)
 class Change:
-    """Our ratio to eager in two runs. The ratio, not the time: both contenders share the run's conditions."""
+    """cnnkern's speedup over eager in two runs. The ratio, not the time: both contenders share the run's conditions."""
 
     old: Row
     new: Row
@@ -51,7 +51,7 @@ class Change:
 @dataclass(frozen=True)
 class Comparison:
     changes: tuple[Change, ...]
-    broken: tuple[str, ...]  # a line for each of our rows that had a time and has none any more, for a fault
+    broken: tuple[str, ...]  # a line for each of cnnkern's rows that had a time and has none any more, for a fault
     notes: tuple[str, ...]  # what the two runs do not share
 
     @property
@@ -77,15 +77,15 @@ class Comparison:
     def verdict(self) -> str:
         same = len(self.changes) - len(self.slower) - len(self.faster)
         return (
-            f"rows compared by their ratio to eager: {len(self.slower)} slower, {len(self.faster)} faster, "
+            f"rows compared by their speedup over eager: {len(self.slower)} slower, {len(self.faster)} faster, "
             f"{same} within the noise of their rounds (at least {LEAST_NOISE:.0%})"
         )
 
 
 def compare(old: list[Row], new: list[Row]) -> Comparison:
-    """Our rows in `new` beside the same measurements in `old`. Raises ValueError where no measurement is in both."""
+    """cnnkern's rows in `new` beside the same measurements in `old`. Raises ValueError if they share none."""
     before, now = _by_key(old), _by_key(new)
-    shared = [key for key, row in now.items() if row.contender == "ours" and key in before]
+    shared = [key for key, row in now.items() if row.contender == "cnnkern" and key in before]
     timed = [key for key in shared if before[key].ratio is not None and now[key].ratio is not None]
     broken = [
         f"{name(now[key])}: {now[key].status}, had {times(before[key].ratio)}: {now[key].note}"
@@ -93,7 +93,7 @@ def compare(old: list[Row], new: list[Row]) -> Comparison:
         if before[key].ratio is not None and now[key].status in ("wrong", "failed")
     ]
     if not timed and not broken:
-        raise ValueError("no measurement of ours is in both")
+        raise ValueError("no measurement of cnnkern is in both")
     changes = [Change(before[key], now[key], _noise(before[key], now[key])) for key in timed]
     return Comparison(tuple(changes), tuple(broken), tuple(_notes(old, new, len(timed))))
 
@@ -118,7 +118,7 @@ def _notes(old: list[Row], new: list[Row], shared: int) -> Iterator[str]:
         if values[0] != values[1]:
             yield f"not the same {column.replace('_', ' ')}: {values[0]} before, {values[1]} now"
     for rows, where in ((old, "before"), (new, "now")):
-        alone = sum(r.contender == "ours" and r.ratio is not None for r in rows) - shared
+        alone = sum(r.contender == "cnnkern" and r.ratio is not None for r in rows) - shared
         if alone:
             yield f"rows timed {where} only: {alone}"
 
@@ -130,7 +130,7 @@ AGREEMENT = ["operator", "mode", "rows", "within 10 %", "first run", "second run
 
 @dataclass(frozen=True)
 class Agreement:
-    """Our ratios to eager in two runs of the same code, of rows that count in both."""
+    """Speedup over eager in two runs of the same code, of rows that count in both."""
 
     pairs: tuple[tuple[Row, Row], ...]
 
@@ -161,19 +161,19 @@ class Agreement:
     def verdict(self) -> str:
         count = sum(self.difference(pair) <= AGREED for pair in self.pairs)
         return (
-            f"Ratios to eager of two runs agree within {AGREED:.0%} in {count} of {len(self.pairs)} rows "
+            f"Speedups over eager in two runs agree within {AGREED:.0%} in {count} of {len(self.pairs)} rows "
             f"({self.share(self.pairs):.0%})"
         )
 
 
 def agreement(first: list[Row], second: list[Row]) -> Agreement:
-    """Our rows that have a ratio in both. Raises ValueError where there are none."""
+    """cnnkern's rows that have a ratio in both. Raises ValueError where there are none."""
     one, other = _by_key(first), _by_key(second)
     pairs = tuple(
         (row, other[key])
         for key, row in one.items()
-        if row.contender == "ours" and row.counts and key in other and other[key].counts
+        if row.contender == "cnnkern" and row.counts and key in other and other[key].counts
     )
     if not pairs:
-        raise ValueError("no measurement of ours is in both")
+        raise ValueError("no measurement of cnnkern is in both")
     return Agreement(pairs)

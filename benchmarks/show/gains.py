@@ -8,7 +8,7 @@ from ..suite.groups import LAYOUTS
 from ..suite.models import FOLDED
 from ..suite.rows import Row
 from .breakdown import Table
-from .tables import NOISY, times
+from .figures import NOISY, times
 
 NAME = "gains"
 HEADER = [
@@ -29,7 +29,7 @@ class Gain:
     operator: str
     batch: int
     mode: str
-    contender: str = "ours"
+    contender: str = "cnnkern"
 
 
 GPU, CPU = "training step, H200, bf16", "training step, CPU, float32"

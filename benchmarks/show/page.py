@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ..suite.machine import TUNED_MALLOC
 from ..suite.rows import Row
 from ..suite.timing import geometric_mean
-from . import tables
+from . import figures, means, remarks, tables
 from .comparison import Comparison
 
 RANKED = 8  # rows of the best and of the worst
@@ -20,7 +20,7 @@ RANKED = 8  # rows of the best and of the worst
 @dataclass(frozen=True)
 class Bar:
     label: str
-    kind: str  # its colour: ours, compile or other
+    kind: str  # its colour: cnnkern, compile or other
     ratio: float
     note: str = ""
 
@@ -82,11 +82,11 @@ def render(rows: list[Row], created: str, changes: Comparison | None = None) -> 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    ranked = tables.ours(rows)
+    ranked = means.ranked(rows)
     return environment.get_template("report.html.jinja").render(
         created=created,
-        origin=tables.origin(rows, created),
-        load=tables.load_line(rows),
+        origin=remarks.origin(rows, created),
+        load=remarks.load_line(rows),
         cards=_cards(rows),
         charts=[*_operator_bars(rows), *_model_bars(rows)],
         models=_models(rows),
@@ -95,7 +95,7 @@ def render(rows: list[Row], created: str, changes: Comparison | None = None) -> 
         bandwidths=_bandwidths(rows),
         best=ranked[:RANKED] if len(ranked) > 2 * RANKED else [],
         worst=ranked[-RANKED:] if len(ranked) > 2 * RANKED else [],
-        listings=tables.listings(rows),
+        listings=remarks.listings(rows),
         changes=changes,
         environment=_environment(rows[0], created),
         malloc=TUNED_MALLOC,
@@ -108,15 +108,15 @@ def render(rows: list[Row], created: str, changes: Comparison | None = None) -> 
 def _cards(rows: list[Row]) -> list[tuple[str, str, str]]:
     """(what, value, explanation) of the page's first figures."""
     cards = []
-    found = tables.ours(rows)
+    found = means.ranked(rows)
     for suite, mode in dict.fromkeys((r.suite, r.mode) for r in rows if r.suite in ("operators", "models")):
         ratios = [r.ratio for r in found if (r.suite, r.mode) == (suite, mode) and r.ratio is not None]
         if ratios:
-            mean = tables.times(geometric_mean(ratios))
-            cards.append((f"{suite}, {mode}", mean, f"geometric mean of {len(ratios)} rows, to eager"))
+            mean = figures.times(geometric_mean(ratios))
+            cards.append((f"{suite}, {mode}", mean, f"geometric mean of {len(ratios)} rows, vs eager"))
     if found:
         won = sum(not r.lost for r in found)
-        noisy = len(tables.left_out(rows))
+        noisy = len(means.left_out(rows))
         cards.append(
             (
                 "faster than eager",
@@ -132,14 +132,14 @@ def _cards(rows: list[Row]) -> list[tuple[str, str, str]]:
 
 
 def _kind(contender: str) -> str:
-    return "compile" if contender.startswith("torch.compile") else contender if contender == "ours" else "other"
+    return "compile" if contender.startswith("torch.compile") else contender if contender == "cnnkern" else "other"
 
 
 def _operator_bars(rows: list[Row]) -> list[Bars]:
     charts = []
     for malloc in tables.settings(rows):
         groups: dict[str, list[Bar]] = {}
-        for m in sorted(tables.means(rows), key=lambda m: m.contender != "ours"):
+        for m in sorted(means.means(rows), key=lambda m: m.contender != "cnnkern"):
             if m.malloc == malloc and m.contender != "eager" and m.ratio is not None:
                 label = f"{m.layout}, {m.contender}"
                 shapes = f"{m.shapes} shape{'s' * (m.shapes > 1)}"
@@ -166,9 +166,9 @@ def _models(rows: list[Row]) -> list[list[str]]:
     for r in rows:
         if r.suite == "models" and r.median_ms is not None and r.ratio is not None:
             what = [r.operator, r.shape, r.mode, r.layout, r.malloc, r.contender]
-            held = tables.mebibytes(r.peak_bytes)
-            figures = [tables.duration(r.median_ms), tables.noise(r), tables.images(r), held]
-            lines.append([*what, *figures, tables.times(r.ratio_to_compile), tables.to_eager(r)])
+            held = figures.mebibytes(r.peak_bytes)
+            timed = [figures.duration(r.median_ms), figures.noise(r), figures.images(r), held]
+            lines.append([*what, *timed, figures.times(r.ratio_to_compile), figures.to_eager(r)])
     return lines
 
 
@@ -208,15 +208,15 @@ def _roofline(rows: list[Row]) -> Roofline | None:
     points = [
         Point(x.place(r.bytes or 1), 100 - y.place(r.gb_s or 1), _kind(r.contender), _point_title(r)) for r in rated
     ]
-    return Roofline(x, y, f"M{' L'.join(upper + lower)} Z" if edges else "", _ours_last(points))
+    return Roofline(x, y, f"M{' L'.join(upper + lower)} Z" if edges else "", _cnnkern_last(points))
 
 
 def _point_title(r: Row) -> str:
-    return f"{r.contender}: {tables.name(r)}, {r.gb_s:.1f} GB/s"
+    return f"{r.contender}: {figures.name(r)}, {r.gb_s:.1f} GB/s"
 
 
-def _ours_last(points: Iterable[Point]) -> list[Point]:
-    return sorted(points, key=lambda p: ("other", "compile", "ours").index(p.kind))
+def _cnnkern_last(points: Iterable[Point]) -> list[Point]:
+    return sorted(points, key=lambda p: ("other", "compile", "cnnkern").index(p.kind))
 
 
 def _bandwidths(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -224,7 +224,7 @@ def _bandwidths(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     measured = {(r.operator, int(r.shape)): r.gb_s for r in rows if r.suite == "bandwidth" and r.gb_s is not None}
     sizes = sorted({size for _, size in measured})
     lines = [
-        [mix, *(f"{measured[mix, size]:.1f}" if (mix, size) in measured else tables.MISSING for size in sizes)]
+        [mix, *(f"{measured[mix, size]:.1f}" if (mix, size) in measured else figures.MISSING for size in sizes)]
         for mix in dict.fromkeys(mix for mix, _ in measured)
     ]
     return ["GB/s", *(_size(size) for size in sizes)], lines

@@ -22,7 +22,7 @@ from ..suite import files
 from ..suite.files import Run
 from ..suite.place import ROOT
 from ..suite.rows import Row
-from . import breakdown, gains, tables
+from . import breakdown, gains, means, remarks, tables
 
 BLOCK = re.compile(r"(<!-- results: (\S+)((?: [a-z-]+)+) -->\n)(.*?)(<!-- end of results -->)", re.DOTALL)
 OPENINGS = re.compile(r"<!-- results:")
@@ -48,15 +48,15 @@ def _overhead(run: Run) -> str:
 
 
 def _lost(run: Run) -> str:
-    counted = tables.ours(run.rows)
+    counted = means.ranked(run.rows)
     if not counted:
         return ""
-    parts = [_list(tables.lost_lines(run.rows), f"{{}} of {len(counted)} rows that count are slower than eager")]
+    parts = [_list(remarks.lost_lines(run.rows), f"{{}} of {len(counted)} rows that count are slower than eager")]
     compared = [r for r in counted if r.ratio_to_compile is not None]
     if compared:
         head = f"{{}} rows are slower than torch.compile, which was timed for {len(compared)} of cnnkern's rows"
-        parts.append(_list(tables.lost_to_compile(run.rows), head))
-    noisy = tables.left_out(run.rows)
+        parts.append(_list(remarks.lost_to_compile(run.rows), head))
+    noisy = means.left_out(run.rows)
     if noisy:
         parts.append(f"{len(noisy)} rows are left out: they are too noisy, or other processes used their cores.")
     return "\n\n".join(parts)
@@ -67,7 +67,7 @@ def _list(lines: list[str], head: str) -> str:
 
 
 def _origin(run: Run) -> str:
-    said = f"Measured on {tables.origin(run.rows, run.created)}; {tables.bandwidth_line(run.rows)}."
+    said = f"Measured on {remarks.origin(run.rows, run.created)}; {remarks.bandwidth_line(run.rows)}."
     if run.out_of_place:
         names = ", ".join(run.out_of_place)
         said += (

@@ -1,18 +1,19 @@
 """A result, or what changed between two, on a terminal: tables that fit into 100 columns."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from ..suite.rows import Row
-from . import tables
+from . import means, remarks, tables
 from .comparison import AGREEMENT, Agreement, Comparison
-from .tables import duration, name, times
+from .figures import MISSING, duration, name, times
 
 WIDTH, DETAILS_WIDTH = 100, 240
-LEAST_WIDTHS = {"contender": 13, "model": 13, "setting": 13, "to eager": 8, "to torch.compile": 13}  # to wrap by words
+NAMES = ("implementation", "model", "setting")  # columns that are broken between words only
 RANKED = 5  # rows of the best and of the worst
 LISTED = 10  # rows slower than eager, before the others are counted only
 
@@ -28,7 +29,7 @@ def show(rows: list[Row], created: str, console: Console, details: bool = False)
     if details:
         wide = Console(width=DETAILS_WIDTH, file=console.file)
         print_table(wide, "Every measurement", tables.DETAILS, tables.detail_lines(rows))
-    console.print(tables.load_line(rows), markup=False, highlight=False)
+    console.print(remarks.load_line(rows), markup=False, highlight=False)
     for malloc in tables.settings(rows):
         header, lines = tables.summary(rows, malloc)
         if lines:
@@ -40,13 +41,13 @@ def show(rows: list[Row], created: str, console: Console, details: bool = False)
                 print_table(console, *part)
         elif not header[0].startswith("operator"):
             print_table(console, title, header, lines)
-    ranked = tables.ours(rows)
+    ranked = means.ranked(rows)
     if len(ranked) > 2 * RANKED:
-        print_table(console, "Best rows", ["what", "median", "to eager"], map(_ranked, ranked[:RANKED]))
-        print_table(console, "Worst rows", ["what", "median", "to eager"], map(_ranked, ranked[-RANKED:]))
-    for title, lines in tables.listings(rows):
+        print_table(console, "Best rows", ["what", "median", "vs eager"], map(_ranked, ranked[:RANKED]))
+        print_table(console, "Worst rows", ["what", "median", "vs eager"], map(_ranked, ranked[-RANKED:]))
+    for title, lines in remarks.listings(rows):
         print_list(console, title, lines, len(lines) if details else LISTED)
-    for line in (tables.bandwidth_line(rows), tables.origin(rows, created), tables.verdict(rows)):
+    for line in (remarks.bandwidth_line(rows), remarks.origin(rows, created), remarks.verdict(rows)):
         console.print(line, markup=False, highlight=False)
 
 
@@ -54,15 +55,15 @@ def _narrow(header: list[str], lines: list[list[str]]) -> Iterator[tuple[str, li
     """The models' table with what says which model, and with what, in one column each that wrap between words, and what
     else was timed in a table of its own: (title, header, lines) of both."""
     which = [[" ".join(line[:2]), " ".join(line[2:5])] for line in lines]
-    figures = slice(5, len(header) - (header[-1] == tables.OTHERS))
+    measured = slice(5, len(header) - (header[-1] == tables.OTHERS))
     yield (
         "Models",
-        ["model", "setting", *header[figures]],
-        [w + line[figures] for w, line in zip(which, lines, strict=True)],
+        ["model", "setting", *header[measured]],
+        [w + line[measured] for w, line in zip(which, lines, strict=True)],
     )
     if header[-1] == tables.OTHERS:
-        others = [[*w, line[-1]] for w, line in zip(which, lines, strict=True) if line[-1] != tables.MISSING]
-        yield "Models, other contenders", ["model", "setting", tables.OTHERS], others
+        others = [[*w, line[-1]] for w, line in zip(which, lines, strict=True) if line[-1] != MISSING]
+        yield "Models, other implementations", ["model", "setting", tables.OTHERS], others
 
 
 def _ranked(r: Row) -> list[str]:
@@ -70,14 +71,24 @@ def _ranked(r: Row) -> list[str]:
 
 
 def print_table(console: Console, title: str, header: list[str], lines: Iterable[list[str]]) -> None:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in header:
-        number = tables.is_number(column)
-        least = LEAST_WIDTHS.get(column, 10 if number and " " in column else None)
-        table.add_column(column, justify="right" if number else "left", overflow="fold", min_width=least)
+    lines = list(lines)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for column, cells in zip(header, zip(*lines, strict=True), strict=True):
+        justify: JustifyMethod = "right" if tables.is_number(column) else "left"
+        table.add_column(column, justify=justify, overflow="fold", width=_width(column, cells))
     for line in lines:
         table.add_row(*line, style="red" if line[-1].endswith("lost") else "")
     console.print(table)
+
+
+def _width(column: str, cells: Iterable[str]) -> int | None:
+    """A number's column keeps its cells on one line, and one of names breaks them between words. None: as it fits."""
+    words = column.split()
+    if not tables.is_number(column):
+        if column not in NAMES:
+            return None
+        cells = itertools.chain.from_iterable(cell.split() for cell in cells)
+    return max(map(len, itertools.chain(words, cells)))
 
 
 def print_list(console: Console, title: str, lines: list[str], most: int) -> None:
@@ -104,6 +115,6 @@ def show_changes(found: Comparison, console: Console) -> None:
 
 def show_agreement(found: Agreement, console: Console) -> None:
     """Prints how nearly two runs agree by operator, and the rows furthest apart."""
-    print_table(console, "Our ratios to eager in two runs, geometric means", AGREEMENT, found.lines())
+    print_table(console, "Speedup over eager in two runs, geometric means", AGREEMENT, found.lines())
     print_list(console, "Furthest apart", found.worst_lines(), LISTED)
     console.print(found.verdict(), markup=False, highlight=False)

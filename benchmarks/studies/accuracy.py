@@ -39,7 +39,7 @@ def errors(case: Case, numbers: str) -> dict[str, tuple[float, float]]:
     dy = testing.randn(shape, generator, dtype)
     truth = testing.run(case.reference, case, testing.to_float64(inputs), dy.double())
     torch._dynamo.reset()
-    contenders = {"ours": case.function, "eager": case.reference, "torch.compile": torch.compile(case.reference)}
+    contenders = {"cnnkern": case.function, "eager": case.reference, "torch.compile": torch.compile(case.reference)}
 
     def error(found: dict[str, Tensor], name: str) -> float:
         largest = truth[name].abs().max().item()
@@ -55,7 +55,7 @@ def errors(case: Case, numbers: str) -> dict[str, tuple[float, float]]:
 
 def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(prog="python -m benchmarks.studies.accuracy", description=__doc__).parse_args(argv)
-    print("| operator | numbers | | ours | eager | torch.compile |\n|---|---|---|---:|---:|---:|")
+    print("| operator | numbers | | cnnkern | eager | torch.compile |\n|---|---|---|---:|---:|---:|")
     for case in CASES.values():
         for numbers in NUMBERS:
             found = errors(case, numbers)

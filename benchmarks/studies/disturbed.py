@@ -61,11 +61,11 @@ Means = dict[tuple[str, str, str], tuple[float | None, int, int]]  # operator, m
 
 
 def means(found: Records, threads: int) -> Means:
-    """Of our rows that count."""
+    """Of cnnkern's rows that count."""
     where = machine.describe(Options(threads=threads))
     grouped: dict[tuple[str, str, str], list[rows.Row]] = {}
     for row in rows.from_records(found, [], [], "tuned", where):
-        if row.contender == "ours":
+        if row.contender == "cnnkern":
             grouped.setdefault((row.operator, row.mode, row.layout), []).append(row)
     result: Means = {}
     for key, timed in grouped.items():

@@ -1,10 +1,10 @@
 """Inference of torchvision's models as they are, compiled, converted and folded; and folded grouped convolutions.
 
 `python -m benchmarks.studies.folded [MODEL ...] [--batch N[,N]] [--contenders NAME[,NAME]] [--threads N] [--seconds S]
-[--bfloat16] [--default-malloc]` prints milliseconds and the ratio to eager in the same layout, on photographs, after
-outputs have been compared. `folded-by-layer` is folded without runs of layers (docs/deferred.md). `--layers` times the
-models' 1x1 and depthwise convolutions instead, each with its ReLU on oneDNN's kernel and on ours, and says which of
-them `cnnkern.fold` takes. `--grouped` does that for the grouped convolutions of six networks.
+[--bfloat16] [--default-malloc]` prints milliseconds and the speedup over eager in the same layout, on photographs.
+Outputs are compared first. `folded-by-layer` is folded without runs of layers (docs/deferred.md). `--layers` times the
+models' 1x1 and depthwise convolutions instead, each followed by its ReLU, on oneDNN's kernel and on cnnkern's, and says
+which of them `cnnkern.fold` uses. `--grouped` does that for the grouped convolutions of six networks.
 """
 
 import argparse
@@ -78,21 +78,21 @@ def kernel_row(
     label: str, conv: nn.Conv2d, weight: Tensor, bias: Tensor, x: Tensor, arguments: argparse.Namespace
 ) -> None:
     steps = {}
-    for name in ("oneDNN", "ours"):
-        folded = folded_conv(conv, weight, bias, [], own=name == "ours")
+    for name in ("oneDNN", "cnnkern"):
+        folded = folded_conv(conv, weight, bias, [], own=name == "cnnkern")
         steps[name] = lambda folded=folded: run(lambda t: folded.run(t, "relu"), x)
     close = 1e-4
-    torch.testing.assert_close(steps["ours"](), steps["oneDNN"](), rtol=close, atol=close)
+    torch.testing.assert_close(steps["cnnkern"](), steps["oneDNN"](), rtol=close, atol=close)
     deadline = time.perf_counter() + arguments.seconds
     samples = timing.interleave(steps, deadline=deadline, min_rounds=5, max_rounds=200)
-    theirs, mine = (statistics.median(samples[n]) * 1e3 for n in ("oneDNN", "ours"))
-    taken = "ours" if prefers_own(conv, x.dtype, x.shape) else "oneDNN"
-    verdict = "" if (taken == "ours") == (mine < theirs) else " (the slower)"
+    theirs, mine = (statistics.median(samples[n]) * 1e3 for n in ("oneDNN", "cnnkern"))
+    taken = "cnnkern" if prefers_own(conv, x.dtype, x.shape) else "oneDNN"
+    verdict = "" if (taken == "cnnkern") == (mine < theirs) else " (the slower)"
     print(f"| {label} | {theirs:.3f} | {mine:.3f} | {theirs / mine:.2f}x | {taken}{verdict} |", flush=True)
 
 
 def grouped_rows(batch: int, arguments: argparse.Namespace) -> None:
-    dtype = torch.float32  # in which ours is chosen at all
+    dtype = torch.float32  # cnnkern's kernels are chosen for no other
     generator = torch.Generator().manual_seed(0)
     for layer in passes.layers(batch):
         inputs = passes.CASE.inputs(layer.shape, generator=generator, **layer.arguments)
@@ -111,7 +111,7 @@ def grouped_rows(batch: int, arguments: argparse.Namespace) -> None:
 
 
 def layers_of(name: str) -> dict[str, tuple[nn.Conv2d, tuple[int, ...]]]:
-    """The different convolutions of a model that a kernel of ours computes, and the shapes of their images."""
+    """The different convolutions of a model that a kernel of cnnkern computes, and the shapes of their images."""
     found: dict[str, tuple[nn.Conv2d, tuple[int, ...]]] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
@@ -178,14 +178,14 @@ def main(argv: list[str] | None = None) -> int:
     malloc = "malloc's defaults" if arguments.default_malloc else cnnkern.tune_malloc()
     print(f"threads: {arguments.threads}; {malloc}; {passes.PEAK}: {passes.peak_gflops():.0f} GFLOP/s\n")
     if arguments.grouped or arguments.layers:
-        print("| layer, channels_last | oneDNN (ms) | ours (ms) | ratio | taken |\n|---|---:|---:|---:|---|")
+        print("| layer, channels_last | oneDNN (ms) | cnnkern (ms) | ratio | taken |\n|---|---:|---:|---:|---|")
         for batch in arguments.batch:
             if arguments.grouped:
                 grouped_rows(batch, arguments)
             for name in arguments.models if arguments.layers else ():
                 layer_rows(name, batch, arguments)
         return 0
-    print("| model | input | layout | contender | ms | to eager |\n|---|---|---|---|---:|---:|")
+    print("| model | input | layout | implementation | ms | vs eager |\n|---|---|---|---|---:|---:|")
     for name, batch in itertools.product(arguments.models, arguments.batch):
         model_rows(name, batch, arguments)
     return 0

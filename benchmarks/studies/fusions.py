@@ -3,7 +3,7 @@
 `python -m benchmarks.studies.fusions [PACKAGE ...] [--size N] [--most N] [--check] [--list]` gives two small images to
 models of the packages that `packages.py` lists, those that are installed or named, without weights. First each model is
 run unconverted, and every operator is watched to tell which batch norms have an activation or an addition behind them
-that our kernels compute (`census.py`). Then it is converted and runs again. For each package it prints:
+that cnnkern computes (`census.py`). Then it is converted and runs again. For each package it prints:
 
 - `norms`: calls of batch norms;
 - `act`: those whose output goes to a supported activation alone, and the share of them that was fused with it;
@@ -12,7 +12,7 @@ that our kernels compute (`census.py`). Then it is converted and runs again. For
 - `several`: outputs that go to one of these and to something else too, of which none is fused;
 - `differ`: with `--check`, models whose outputs or gradients are not those of the unconverted model in float64.
 
-`--list` says why the others were not fused, what the outputs of batch norms go to that our kernels do not compute, and
+`--list` says why the others were not fused, what the outputs of batch norms go to that cnnkern does not compute, and
 which models failed.
 """
 

@@ -51,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("torch finds no CUDA device on this machine")
     cnnkern.backend("cuda")
     dtype = getattr(torch, arguments.dtype)
-    print("| operator | shape | layout | eager, us | ours, us | to eager |\n| --- | --- | --- | ---: | ---: | ---: |")
+    print(
+        "| operator | shape | layout | eager, us | cnnkern, us | vs eager |\n| --- | --- | --- | ---: | ---: | ---: |"
+    )
     for case, shape in ((CASES[operator], shape) for operator, shapes in SHAPES.items() for shape in shapes):
         bench = operators.OperatorBench(
             operators.Drawn(case, Layer(shape), dtype, case.bench_variant, "cuda"), mode="training"

@@ -83,10 +83,10 @@ def steps(
     for name, which in PASSES.items():
         if which is None:
             found["eager", name] = lambda: eager(x, weight, None, *settings, False, (0, 0), groups)
-            found["ours", name] = lambda: ours(x, weight, None, *settings, groups)
+            found["cnnkern", name] = lambda: ours(x, weight, None, *settings, groups)
         else:
             found["eager", name] = lambda which=which: backward(which, False)
-            found["ours", name] = lambda which=which: backward(which, True)
+            found["cnnkern", name] = lambda which=which: backward(which, True)
     return found
 
 
@@ -121,10 +121,10 @@ def peak_gflops(seconds: float = 1.0) -> float:
 
 
 def copy_shares(layer: Layer, ms: dict[tuple[str, str], float], bandwidths: list[Bandwidth]) -> str:
-    """Our GB/s in each pass, and their share of a copy's."""
+    """cnnkern's GB/s in each pass, and their share of a copy's."""
     cells = []
     for name, moved in traffic(layer).items():
-        gb_s = moved / ms["ours", name] / 1e6
+        gb_s = moved / ms["cnnkern", name] / 1e6
         cells.append(f"{gb_s:.1f} ({gb_s / bandwidth.at_size(bandwidths, moved)['copy']:.0%})")
     return ", ".join(cells)
 
@@ -149,8 +149,8 @@ def main(argv: list[str] | None = None) -> int:
     before, bandwidths = peak_gflops(), bandwidth.measure("cpu", arguments.threads, seconds=2.0)
     print(f"threads: {arguments.threads}; {malloc}; {PEAK}: {before:.0f} GFLOP/s")
     print("a copy: " + ", ".join(f"{b.gb_s:.1f} GB/s over {b.size >> 20} MiB" for b in bandwidths if b.mix == "copy"))
-    measured = "GFLOP/s of ours | GB/s of ours (of a copy's)"
-    print(f"\n| layer | layout | {' | '.join(f'{p}: eager, ours (ms), ratio' for p in PASSES)} | {measured} |")
+    measured = "GFLOP/s of cnnkern | GB/s of cnnkern (of a copy's)"
+    print(f"\n| layer | layout | {' | '.join(f'{p}: eager, cnnkern (ms), ratio' for p in PASSES)} | {measured} |")
     print(f"|---|---|{'---:|' * (len(PASSES) + 2)}")
     ratios: dict[tuple[str, str], list[float]] = {}
     rates: dict[tuple[str, str], list[list[float]]] = {}
@@ -164,16 +164,16 @@ def main(argv: list[str] | None = None) -> int:
         ms = {key: statistics.median(values) * 1e3 for key, values in samples.items()}
         cells = []
         for name in PASSES:
-            theirs, mine = ms["eager", name], ms["ours", name]
+            theirs, mine = ms["eager", name], ms["cnnkern", name]
             cells.append(f"{theirs:.2f}, {mine:.2f}, {theirs / mine:.2f}x")
             if theirs < mine:
                 lost.append(f"{layer} {layout} {name}: {theirs / mine:.2f}x")
-        rate = [flops(layer) / ms["ours", name] / 1e6 for name in ("forward", "dx", "dweight")]
+        rate = [flops(layer) / ms["cnnkern", name] / 1e6 for name in ("forward", "dx", "dweight")]
         rates.setdefault((kind(layer), layout), []).append(rate)
         cells += [listed(rate, ".0f"), copy_shares(layer, ms, bandwidths) if kind(layer) == "depthwise 3x3" else "-"]
         print(f"| {kind(layer)}: {layer} | {layout} | {' | '.join(cells)} |", flush=True)
         both = ("forward", "dx and dweight")
-        step = sum(ms["eager", p] for p in both) / sum(ms["ours", p] for p in both)
+        step = sum(ms["eager", p] for p in both) / sum(ms["cnnkern", p] for p in both)
         ratios.setdefault((kind(layer), layout), []).append(step)
     after = peak_gflops()
     print(f"\n{PEAK}, afterwards: {after:.0f} GFLOP/s; shares are of the larger")

@@ -20,10 +20,10 @@ from ..suite.machine import malloc_environment
 
 WAYS = {  # what is measured: the model's form, whether the pool is on, malloc's setting
     "eager": ("eager", "1", "default"),
-    "cnnkern, no pool": ("ours", "0", "default"),
-    "cnnkern": ("ours", "1", "default"),
+    "cnnkern, no pool": ("cnnkern", "0", "default"),
+    "cnnkern": ("cnnkern", "1", "default"),
     "eager, tuned malloc": ("eager", "1", "tuned"),
-    "cnnkern, tuned malloc": ("ours", "1", "tuned"),
+    "cnnkern, tuned malloc": ("cnnkern", "1", "tuned"),
 }
 
 
@@ -37,7 +37,7 @@ def measure(name: str, form: str, batch: int, training: bool, steps: int, thread
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = getattr(torchvision.models, name)().train(training)
-    if form == "ours":
+    if form == "cnnkern":
         model = cnnkern.convert(model) if training else cnnkern.fold(model)
     model = model.to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)

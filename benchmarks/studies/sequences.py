@@ -1,13 +1,12 @@
 """Grouped convolutions of sequences, which run on the kernels for images, beside PyTorch's.
 
 `python -m benchmarks.studies.sequences [--threads N] [--dtype float32|bfloat16|float16] [--seconds S] [--only TEXT]
-[--cpu-time] [--volumes]` prints for each layer PyTorch's milliseconds, and the speedup of our operator: in the forward
-pass, also of a transposed input, which either copies first, and in the forward pass with both gradients. Ratios are
-medians over interleaved rounds, with their uncertainty (:mod:`cnnkern.measure.clock`). The operator is called directly;
-the last column says which ones `cnnkern.functional.conv1d` dispatches to PyTorch. `--cpu-time`, with one thread,
-reports CPU time, for a machine that others use. `--volumes` times depthwise 3x3x3 convolutions of videos instead, which
-are PyTorch's, beside 3x3 convolutions of their frames by ours: how many times as long PyTorch takes for a
-multiplication.
+[--cpu-time] [--volumes]` prints for each layer PyTorch's milliseconds and the speedup of cnnkern's operator: in the
+forward pass, in that of a transposed input (which both copy first), and in forward and backward. Speedups are medians
+over interleaved rounds, with their uncertainty (:mod:`cnnkern.measure.clock`). The operator is called directly; the
+last column says which layers `cnnkern.functional.conv1d` dispatches to PyTorch. `--cpu-time`, with one thread, reports
+CPU time, for a machine that others use. `--volumes` compares PyTorch's depthwise 3x3x3 convolutions of videos with
+cnnkern's 3x3 convolutions of their frames, by the time per multiplication.
 """
 
 import argparse
@@ -116,7 +115,7 @@ def sequences(dtype: torch.dtype, timer: clock.Timer, seconds: float, only: str)
         transposed = x.transpose(1, 2).contiguous().transpose(1, 2)
         calls: Calls = {}
         results = []
-        for who, conv in (("eager", F.conv1d), ("ours", by_ours)):
+        for who, conv in (("eager", F.conv1d), ("cnnkern", by_ours)):
             made, y = convolved(conv, x, weight, *settings)
             calls |= {f"{who} {part}": call for part, call in made.items()}
             calls[f"{who} transposed"] = convolved(conv, transposed, weight, *settings)[0]["forward"]
@@ -124,8 +123,8 @@ def sequences(dtype: torch.dtype, timer: clock.Timer, seconds: float, only: str)
         close = 1e-4 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(*results, rtol=close, atol=close)
         ms = timed(calls, timer, seconds)
-        cells = [ratio(ms[f"eager {part}"], ms[f"ours {part}"]) for part in ("forward", "transposed", "step")]
-        answers = "PyTorch" if left_to_library(x, weight, stride) else "ours"
+        cells = [ratio(ms[f"eager {part}"], ms[f"cnnkern {part}"]) for part in ("forward", "transposed", "step")]
+        answers = "PyTorch" if left_to_library(x, weight, stride) else "cnnkern"
         print(
             f"| {row} | {statistics.median(ms['eager forward']) * 1e3:.3f} | {' | '.join(cells)} | {answers} |",
             flush=True,
@@ -147,8 +146,8 @@ def volumes(timer: clock.Timer, seconds: float, only: str) -> None:
             theirs, _ = convolved(F.conv3d, x, weight, (1, stride, stride), 1, 1, c)
             ours, _ = convolved(cnnkern.functional.conv2d, images, weight[:, :, 0].clone(), stride, 1, 1, c)
             calls = {f"eager {part}": call for part, call in theirs.items()}
-            ms = timed(calls | {f"ours {part}": call for part, call in ours.items()}, timer, seconds)
-            cells = [ratio([t / 3 for t in ms[f"eager {part}"]], ms[f"ours {part}"]) for part in ("forward", "step")]
+            ms = timed(calls | {f"cnnkern {part}": call for part, call in ours.items()}, timer, seconds)
+            cells = [ratio([t / 3 for t in ms[f"eager {part}"]], ms[f"cnnkern {part}"]) for part in ("forward", "step")]
             kind = "contiguous" if flat == torch.contiguous_format else "channels_last"
             print(
                 f"| {row} | {kind} | {statistics.median(ms['eager forward']) * 1e3:.1f} | {' | '.join(cells)} |",

@@ -1,8 +1,8 @@
 """Where the time of a model's training step goes, layer by kind of layer, and what that leaves to be gained.
 
 `python -m benchmarks.studies.steps [MODEL ...] [--batch N] [--threads N] [--steps N] [--default-malloc]` prints, for
-eager and for the converted model in both layouts, milliseconds by kind of layer, and the bound: how many times as fast
-a step would be if grouped convolutions and norms took no time at all. Times are torch.profiler's, which adds a little
+eager and for the converted model in both layouts, milliseconds by kind of layer, and the bound: the speedup
+of a step in which grouped convolutions and norms took no time at all. Times are torch.profiler's, which adds a little
 to each operator.
 """
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"|---|---|---|{'---:|' * (len(KINDS) + 2)}")
     for name, layout in itertools.product(arguments.models, LAYOUTS):
         bench = ModelBench(name, arguments.batch, training=True, device="cpu")
-        for who in ("eager", "ours"):
+        for who in ("eager", "cnnkern"):
             found = milliseconds(bench, Contender(who, layout), arguments.steps)
             whole = sum(found.values())
             bound = f"{profile.bound(found):.2f}x" if who == "eager" else ""

@@ -6,7 +6,7 @@ process's own batch. The implementations take turns, in every process in the sam
 `--cpu-time` it is the CPU time of the first process, without waiting for the others or for a core: use it on a busy
 machine.
 
-    ours        cnnkern.nn.SyncBatchNormReLU
+    cnnkern     cnnkern.nn.SyncBatchNormReLU
     written out the formula of torch.nn.SyncBatchNorm, which does not run on a CPU, in PyTorch's operators
     alone       cnnkern.nn.BatchNormReLU2d, each process for itself
     sent        the two collectives, on vectors of that size, and nothing else
@@ -95,7 +95,7 @@ def steps(shape: tuple[int, ...], layout: str) -> dict[str, Callable[[], object]
         dist.all_reduce(vectors)
 
     return {
-        "ours": training(cnnkern.nn.SyncBatchNormReLU(shape[1])),
+        "cnnkern": training(cnnkern.nn.SyncBatchNormReLU(shape[1])),
         "written out": training(SyncWrittenOut(shape[1])),
         "alone": training(cnnkern.nn.BatchNormReLU2d(shape[1])),
         "sent": send,
@@ -135,7 +135,7 @@ def work(seconds: float, clock: Callable[[], float]) -> None:
         found = timed(steps(shape, layout), seconds, clock)
         if first:
             cells = ["x".join(map(str, shape)), layout, *(f"{1e3 * found[name]:.2f}" for name in found)]
-            cells += [f"{found['written out'] / found['ours']:.2f}", f"{found['ours'] / found['alone']:.2f}"]
+            cells += [f"{found['written out'] / found['cnnkern']:.2f}", f"{found['cnnkern'] / found['alone']:.2f}"]
             print(f"| {' | '.join(cells)} |", flush=True)
     dist.destroy_process_group()
 
@@ -155,8 +155,9 @@ def main(argv: list[str] | None = None) -> int:
     if "RANK" in os.environ:
         work(arguments.seconds, time.process_time if arguments.cpu_time else time.perf_counter)
         return 0
-    print("| a process's batch | layout | ours | written out | alone | sent | written out / ours | ours / alone |")
-    print(f"|---|---|{'---:|' * 6}", flush=True)
+    header = ["batch per process", "layout", "cnnkern", "written out", "alone", "sent"]
+    header += ["written out / cnnkern", "cnnkern / alone"]
+    print(f"| {' | '.join(header)} |\n|---|---|{'---:|' * 6}", flush=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

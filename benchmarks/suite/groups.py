@@ -31,14 +31,14 @@ def is_baseline(contender: str) -> bool:
 
 
 def compiles_reference(contender: str) -> bool:
-    """Whether this is torch.compile of what eager runs, in one of its forms, and not of a model with our layers."""
-    ours = (CONVERTED_AND_COMPILED, GROUPED_AND_COMPILED)
-    return contender.startswith("torch.compile") and not contender.startswith(ours)
+    """Whether this is torch.compile of the reference, in one of its forms, and not of a model with cnnkern's layers."""
+    converted = (CONVERTED_AND_COMPILED, GROUPED_AND_COMPILED)
+    return contender.startswith("torch.compile") and not contender.startswith(converted)
 
 
 @dataclass(frozen=True)
 class Contender:
-    name: str  # ours, eager, another form of the reference, torch.compile
+    name: str  # cnnkern, eager, another form of the reference, torch.compile
     layout: str
 
 

@@ -19,11 +19,11 @@ def decisive(*results: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     """(out, eager, ref) cut down to the elements on which the judge decides."""
     cut: list[dict[str, Tensor]] = [{}, {}, {}]
     names = [list(result) for result in results]
-    assert names[0] == names[1] == names[2], f"results {names} of ours, eager and the reference"
+    assert names[0] == names[1] == names[2], f"results {names} of cnnkern, eager and the reference"
     for name in results[0]:
         whole = [result[name] for result in results]
         shapes = [tuple(t.shape) for t in whole]
-        assert len(set(shapes)) == 1, f"{name}: shapes {shapes} of ours, eager and the reference"
+        assert len(set(shapes)) == 1, f"{name}: shapes {shapes} of cnnkern, eager and the reference"
         for part, kept in zip(cut, _largest(*whole) or whole, strict=True):
             part[name] = kept
     return cut

@@ -57,7 +57,7 @@ class Watch:
 
 
 def before_a_run() -> str:
-    """A line on what the machine does while nothing of ours runs."""
+    """A line on what the machine does while nothing is timed."""
     watch = Watch()
     time.sleep(SAMPLE_SECONDS)
     others, memory = watch.rates()

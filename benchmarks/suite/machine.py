@@ -87,7 +87,7 @@ def commit() -> str:
 
 
 def kernels(options: Options) -> str:
-    """Which of our kernels answer: those for an instruction set, or on a GPU those of a backend."""
+    """Which kernels run: those for an instruction set, or on a GPU those of a backend."""
     if options.device == "cpu":
         return _C.cpu_capability()
     if options.backend == "triton":

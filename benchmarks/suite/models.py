@@ -74,10 +74,10 @@ def groups(options: Options) -> list[Group]:
 
     def contenders(name: str, mode: str) -> list[str]:
         if not everything:
-            return ["eager", AGAIN, "ours", *tuned]
+            return ["eager", AGAIN, "cnnkern", *tuned]
         groups = [GROUPED_ALONE, GROUPED_AND_COMPILED] if name in WITH_GROUPS else []
         more = groups if mode == "training" else [FOLDED]
-        return ["eager", AGAIN, "ours", "torch.compile", *tuned, CONVERTED_AND_COMPILED, *more]
+        return ["eager", AGAIN, "cnnkern", "torch.compile", *tuned, CONVERTED_AND_COMPILED, *more]
 
     def runs(name: str, batch: int) -> list[tuple[str, int]]:
         twice = [("training", TRAINED_TWICE[name])] if batch == LARGE_BATCH_SIZE and name in TRAINED_TWICE else []
@@ -112,7 +112,7 @@ def groups(options: Options) -> list[Group]:
 
 def peer_groups(options: Options) -> list[Group]:
     """Inference alone, of few models, beside other ways to run it."""
-    names = ("eager", AGAIN, "ours", FOLDED, "torch.compile", MAX_AUTOTUNE, *peers.PEERS)
+    names = ("eager", AGAIN, "cnnkern", FOLDED, "torch.compile", MAX_AUTOTUNE, *peers.PEERS)
     return [
         Group(
             suite="models",
@@ -242,7 +242,7 @@ class ModelBench:
             return with_grouped_convolutions(model)
         if contender.name == FOLDED:
             return cnnkern.fold(model)
-        return cnnkern.convert(model) if contender.name in ("ours", CONVERTED_AND_COMPILED) else model
+        return cnnkern.convert(model) if contender.name in ("cnnkern", CONVERTED_AND_COMPILED) else model
 
     @property
     def stored(self) -> torch.dtype:
@@ -296,8 +296,8 @@ class ModelBench:
         """Compares outputs and running statistics at the timed size, and in training the gradients as well.
 
         A rounding that takes one activation to the other side of a ReLU's kink moves single-precision gradients by
-        far more than roundings, in eager's two layouts as much as in ours. They are compared in float64, on
-        small patches, where ours has to come as close to eager in float64 as eager in float32 does.
+        far more than roundings, in eager's two layouts as much as in cnnkern. They are compared in float64, on
+        small patches, where cnnkern has to come as close to eager in float64 as eager in float32 does.
         """
         eager = Contender("eager", contender.layout)
 

@@ -83,7 +83,7 @@ def group(
     compiled += (MAX_AUTOTUNE,) * (with_compile and max_autotune)
     # "eager" is the reference in place where it has that form, and the reference otherwise.
     forms = tuple(OUT_OF_PLACE if form == IN_PLACE else form for form in case.bench_forms)
-    names = ("eager", AGAIN, "ours", *forms, *compiled, *(operator_peers.of(case.name) if peers else ()))
+    names = ("eager", AGAIN, "cnnkern", *forms, *compiled, *(operator_peers.of(case.name) if peers else ()))
     numel = math.prod(layer.shape)
     read, written = case.elements(layer, training=mode in ("training", "backward"))
     if mode == "backward":
@@ -157,11 +157,13 @@ class OperatorBench:
     def step(self, contender: Contender, verify: bool) -> Callable[[], object]:
         case, (inputs, dy) = self.case, self.placed(contender.layout)
         name, _, form = contender.name.partition(", ")
-        function = case.bench_forms.get(form or name, case.function if name == "ours" else case.reference)
+        function = case.bench_forms.get(form or name, case.function if name == "cnnkern" else case.reference)
         if is_baseline(contender.name):
             function = case.bench_forms.get(IN_PLACE, case.reference)
         if name == "torch.compile":
-            tuned = "max-autotune-no-cudagraphs" if contender.name == MAX_AUTOTUNE else None  # graphs are ours on a GPU
+            tuned = (
+                "max-autotune-no-cudagraphs" if contender.name == MAX_AUTOTUNE else None
+            )  # on a GPU the suite captures graphs itself
             function = torch.compile(function, dynamic=False, fullgraph=True, mode=tuned)
             # A graph that gives its buffers away cannot be run backward again and again.
             kept = torch._functorch.config.patch(donated_buffer=False) if self.mode == "backward" else nullcontext()

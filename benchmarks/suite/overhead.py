@@ -26,7 +26,7 @@ def groups(options: Options) -> list[Group]:
             shape="x".join(map(str, SHAPE)),
             mode=mode,
             api=api,
-            contenders=tuple(Contender(name, "contiguous") for name in ("eager", AGAIN, "ours")),
+            contenders=tuple(Contender(name, "contiguous") for name in ("eager", AGAIN, "cnnkern")),
             open=lambda mode=mode, api=api: OverheadBench(mode == "training", api, options.device),
             weight=0.5,
             max_rounds=30,
@@ -47,7 +47,7 @@ class OverheadBench:
 
     def layer(self, contender: Contender) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
         """The call, and the module that holds its parameters and statistics."""
-        ours, channels = contender.name == "ours", SHAPE[1]
+        ours, channels = contender.name == "cnnkern", SHAPE[1]
         if self.api != "functional":
             model = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
             if ours:

@@ -59,7 +59,7 @@ class Row:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether others kept cores busy that several threads of ours needed at once."""
+        """Whether others kept cores busy that several of this process's threads needed at once."""
         if self.others is None or self.cores is None or self.threads == 1 or self.device != "cpu":
             return False
         return self.others > max(0, self.cores - self.threads) + LACKING
@@ -76,8 +76,8 @@ class Row:
 
     @property
     def lost(self) -> bool:
-        """Ours, slower than eager, and not by noise alone."""
-        return self.contender == "ours" and self.counts and (self.ratio or 1.0) < 1
+        """cnnkern, slower than eager, and not by noise alone."""
+        return self.contender == "cnnkern" and self.counts and (self.ratio or 1.0) < 1
 
     @property
     def gb_s(self) -> float | None:
