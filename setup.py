@@ -80,6 +80,7 @@ if RELEASE:
 packages = [
     "cnnkern",
     "cnnkern.conversion",
+    "cnnkern.eager",
     "cnnkern.measure",
     "cnnkern.models",
     "cnnkern.nn",

@@ -1,6 +1,6 @@
 # What every batch-norm operator shares in Triton: the tiles of a program, the statistics of x (moments of chunks, then
 # their combination) and the affine map that follows from them.
-# The statistics read x once. Accumulators: fp32 (fp64 for fp64) for at most 16 additions a lane, then fp64.
+# The statistics read x once. Accumulators: fp32 (fp64 for fp64) for at most 16 additions per lane, then fp64.
 """Statistics and device functions of the batch-norm operators."""
 
 import torch
@@ -155,7 +155,7 @@ def moments_kernel(
 
 @triton.jit
 def exact_moments(x, c, mask, count, channel_stride, runs, run_stride, length, step, K: tl.constexpr):
-    """Mean and sum of squared deviations in fp64 and two sweeps, for channels whose partial sums are not sound."""
+    """Mean and sum of squared deviations in fp64 and two passes, for channels whose partial sums are not sound."""
     k = tl.arange(0, K)[:, None]
     lines = x + c.to(tl.int64)[None, :] * channel_stride
     total = tl.zeros_like(c).to(tl.float64)

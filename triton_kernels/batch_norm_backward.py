@@ -1,10 +1,10 @@
-# Backward of every batch norm, g being the gradient of what follows it, n elements a channel: dbias = sum(g),
+# Backward of every batch norm, g being the gradient of what follows it, n elements per channel: dbias = sum(g),
 #   dweight = sum(g * (x - mean)) * rstd,
 #   dx = weight * rstd * (g - dbias / n - (x - mean) * rstd * dweight / n)   training
 #   dx = weight * rstd * g                                                   eval
 # One kernel brings the sums of a program's chunk to scratch memory, a small one combines them in a fixed order (no
-# atomics, so reruns are bit-equal), a third writes dx, backwards, for what the L2 cache still holds of the first sweep.
-# Accumulators: fp32 (fp64 for fp64) for at most 16 additions a lane, then fp64.
+# atomics, so reruns are bit-equal), a third writes dx, backwards, for what the L2 cache still holds of the first pass.
+# Accumulators: fp32 (fp64 for fp64) for at most 16 additions per lane, then fp64.
 """The gradients of the batch-norm operators."""
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 # g = dy * act'(pre). act'(pre) is recomputed from x by the same subtraction and fma as in the forward pass, so it is
 # that of the output bit for bit, and nothing but x and two vectors of C is saved.
 # Traffic in tensors read or written: 3 forward, 5 backward (2 and 3 in eval), less what the L2 cache still holds of
-# the first sweep, for which the second runs backwards.
+# the first pass, for which the second runs backwards.
 # A program owns a chunk of one channel (planes) or of up to 64 (rows).
 """bn_act and bn_act_backward of csrc/ops.cpp in Triton."""
 

@@ -1,6 +1,6 @@
 # bn_prelu: y = z for z > 0, else slope * z; z = pre + residual, pre = (x - mean) * weight * rstd + bias, the residual
 # optional. Backward: batch_norm_backward.py, with g = dy for z > 0, else slope * dy, and dresidual = g. dslope is the
-# sum of dy * min(z, 0) over a channel, or over all of x for a single slope: a third sum of the first sweep. z is
+# sum of dy * min(z, 0) over a channel, or over all of x for a single slope: a third sum of the first pass. z is
 # computed again from x and the residual, which alone are saved.
 # Traffic in tensors read or written: 3 forward, 5 backward (2 and 3 in eval), with a residual 4 and 8, less what the L2
 # cache holds.

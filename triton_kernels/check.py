@@ -16,13 +16,13 @@ ACTIVATIONS += ("elu", "gelu", "gelu_tanh", "mish", "hardsigmoid")
 PARAMETERS = {"leaky_relu": 0.01, "elu": 1.0}  # the number that an activation takes, and its default
 
 
-def _type_name(t: Tensor) -> str:  # as C++ prints it: Float, BFloat16
+def type_name(t: Tensor) -> str:  # as C++ prints it: Float, BFloat16
     return t.type().rpartition(".")[2].removesuffix("Tensor")
 
 
 def floating(op: str, x: Tensor) -> None:
     if x.dtype not in DTYPES:
-        raise NotImplementedError(f"{op}: input must be float32, float64, bfloat16 or float16; got {_type_name(x)}")
+        raise NotImplementedError(f"{op}: input must be float32, float64, bfloat16 or float16; got {type_name(x)}")
 
 
 def image(op: str, x: Tensor) -> None:
@@ -54,11 +54,11 @@ def parameter_type(op: str, name: str, v: Tensor, x: Tensor, wide: bool = False)
         raise RuntimeError(f"{op}: expected {name} on {x.device} like the input; got {v.device}")
     if wide and v.dtype != wide_type(x):
         wanted = "Double" if wide_type(x) == torch.float64 else "Float"
-        raise RuntimeError(f"{op}: expected {name} in {wanted} beside a result in that dtype; got {_type_name(v)}")
+        raise RuntimeError(f"{op}: expected {name} in {wanted} beside a result in that dtype; got {type_name(v)}")
     if v.dtype != x.dtype and not (v.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
         alternative = "" if x.dtype == torch.float64 else " or float32"
         raise RuntimeError(
-            f"{op}: expected {name} in the input's dtype ({_type_name(x)}){alternative}; got {_type_name(v)}"
+            f"{op}: expected {name} in the input's dtype ({type_name(x)}){alternative}; got {type_name(v)}"
         )
 
 
@@ -75,7 +75,7 @@ def same_shape(op: str, name: str, t: Tensor, x: Tensor, wide: bool = False) -> 
     if t.shape != x.shape:
         raise RuntimeError(f"{op}: {name} must have the input's shape {list(x.shape)}; got {list(t.shape)}")
     if t.dtype != (wide_type(x) if wide else x.dtype):
-        raise RuntimeError(f"{op}: {name} must have the input's dtype {_type_name(x)}; got {_type_name(t)}")
+        raise RuntimeError(f"{op}: {name} must have the input's dtype {type_name(x)}; got {type_name(t)}")
     if t.device != x.device:
         raise RuntimeError(f"{op}: {name} must be on {x.device}; got {t.device}")
 
@@ -108,7 +108,7 @@ def mask(op: str, mask: Tensor, size: int, x: Tensor) -> None:
     if not fits:
         raise RuntimeError(
             f"{op}: mask must be the one that the forward operator returned: uint8, {size} bytes, on {x.device}; "
-            f"got {_type_name(mask)} {list(mask.shape)} on {mask.device}"
+            f"got {type_name(mask)} {list(mask.shape)} on {mask.device}"
         )
 
 
@@ -170,7 +170,7 @@ def batch_norm_backward(
         if not (fits and t.is_contiguous() and t.device == x.device):
             raise RuntimeError(
                 f"{op}: mean and rstd must be the vectors that the forward operator returned: float64, {x.shape[1]} "
-                f"elements, on {x.device}; got {_type_name(t)} {list(t.shape)} on {t.device}"
+                f"elements, on {x.device}; got {type_name(t)} {list(t.shape)} on {t.device}"
             )
     wanted_weight(op, output_mask, weight)
     if output_mask[2] and reads_bias and bias is None:
@@ -208,7 +208,7 @@ def fp64(op: str, name: str, t: Tensor, shape: Sequence[int], x: Tensor) -> None
     if not (fits and t.is_contiguous() and t.device == x.device):
         raise RuntimeError(
             f"{op}: {name} must be float64, contiguous, of shape {list(shape)}, on {x.device}; "
-            f"got {_type_name(t)} {list(t.shape)} on {t.device}"
+            f"got {type_name(t)} {list(t.shape)} on {t.device}"
         )
 
 
@@ -358,7 +358,7 @@ def layer_norm_saved(
             wanted = "Double" if dtype == torch.float64 else "Float"
             raise RuntimeError(
                 f"{op}: mean and rstd must be those that the forward operator returned: {wanted}, of shape "
-                f"{list(shape)}, on {x.device}; got {_type_name(t)} {list(t.shape)} on {t.device}"
+                f"{list(shape)}, on {x.device}; got {type_name(t)} {list(t.shape)} on {t.device}"
             )
     wanted_weight(op, output_mask, weight)
 
@@ -373,88 +373,3 @@ def parameter_gradient(wanted: bool, v: Tensor | None, shape: Sequence[int], x: 
     if not wanted:
         return x.new_empty(0)
     return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32) if v is None else v.dtype)
-
-
-WINDOW = 256  # elements of a window of max_pool2d at most, whose positions fit a byte
-
-
-def _pool_image(op: str, sizes: Sequence[int]) -> None:
-    if len(sizes) != 4 or 0 in sizes[1:]:
-        raise RuntimeError(
-            f"{op}: expected an input of 4 dimensions (N, C, H, W), of which only the first may be 0; got {list(sizes)}"
-        )
-    if sizes[1] * sizes[2] * sizes[3] >= 2**31:
-        raise RuntimeError(f"{op}: expected images of fewer than 2^31 elements; got {list(sizes)}")
-
-
-def _window(op: str, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> None:
-    if not len(kernel) == len(stride) == len(padding) == 2:
-        raise RuntimeError(
-            f"{op}: kernel_size, stride and padding must be two numbers each; "
-            f"got {list(kernel)}, {list(stride)} and {list(padding)}"
-        )
-    if min(kernel) < 1 or kernel[0] * kernel[1] > WINDOW:
-        raise RuntimeError(
-            f"{op}: kernel_size must be greater than zero, and a window have at most {WINDOW} elements; "
-            f"got kernel_size {list(kernel)}"
-        )
-    if not 1 <= min(stride) <= max(stride) <= 2**30:
-        raise RuntimeError(f"{op}: stride must be from 1 to 2^30; got stride {list(stride)}")
-    if any(not 0 <= p <= k // 2 for p, k in zip(padding, kernel, strict=True)):
-        raise RuntimeError(
-            f"{op}: padding must be from 0 to half of the kernel; got padding {list(padding)} "
-            f"and kernel_size {list(kernel)}"
-        )
-
-
-def _pool_windows(size: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
-    """Along one dimension. The last begins within the input or the padding before it."""
-    windows = (size + 2 * padding - kernel + (stride - 1 if ceil_mode else 0)) // stride + 1
-    return max(windows - 1 if ceil_mode and (windows - 1) * stride >= size + padding else windows, 0)
-
-
-def max_pool2d(
-    op: str, x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool
-) -> tuple[int, ...]:
-    """Height and width of the output."""
-    floating(op, x)
-    _pool_image(op, x.shape)
-    _window(op, kernel, stride, padding)
-    along = zip(x.shape[2:], kernel, stride, padding, strict=True)
-    windows = tuple(_pool_windows(*dimension, ceil_mode) for dimension in along)
-    if 0 in windows:
-        raise RuntimeError(
-            f"{op}: output size is too small: an input of {list(x.shape)} with kernel_size {list(kernel)}, stride "
-            f"{list(stride)} and padding {list(padding)} has no window; the padded input must have room for one"
-        )
-    return windows
-
-
-def max_pool2d_backward(
-    op: str,
-    dy: Tensor,
-    positions: Tensor,
-    size: Sequence[int],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-) -> None:
-    floating(op, dy)
-    _window(op, kernel, stride, padding)
-    if dy.dim() != 4 or len(size) != 2:
-        raise RuntimeError(
-            f"{op}: expected dy of 4 dimensions (N, C, H, W), and of x two sizes; got {list(dy.shape)} and {list(size)}"
-        )
-    _pool_image(op, (*dy.shape[:2], *size))
-    along = zip(size, kernel, stride, padding, strict=True)
-    fit = [(_pool_windows(*dimension, False), _pool_windows(*dimension, True)) for dimension in along]
-    if any(n not in both for n, both in zip(dy.shape[2:], fit, strict=True)):
-        raise RuntimeError(
-            f"{op}: dy must have the output's shape for an input of {list(size)}, kernel_size {list(kernel)}, stride "
-            f"{list(stride)} and padding {list(padding)}; got {list(dy.shape)}"
-        )
-    if positions.shape != dy.shape or positions.dtype != torch.uint8 or positions.device != dy.device:
-        raise RuntimeError(
-            f"{op}: positions must be those that the forward operator returned: uint8 {list(dy.shape)} on {dy.device}; "
-            f"got {_type_name(positions)} {list(positions.shape)} on {positions.device}"
-        )

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE = 2048  # elements in flight in a program: 16 a thread of four warps, two to four 128-bit loads
+TILE = 2048  # elements in flight in a program: 16 per thread of four warps, two to four 128-bit loads
 RUN = 512  # contiguous elements of a plane in a tile, while there are images to fill the rest
-CHANNELS = 64  # channels of a tile in rows: at least one whole cache line a row
+CHANNELS = 64  # channels of a tile in rows: at least one whole cache line per row
 PIXELS = 32  # of planes, side by side in a tile that holds all channels: a cache line of fp32
 PROGRAMS = 1024  # enough to fill a large GPU; only beyond it does a program take several tiles
 # Of the kernels that combine chunks: four fp64 channels fill a 32-byte sector.
@@ -157,7 +157,7 @@ def dense(v: Tensor | None) -> Tensor | None:
 
 
 def mask_bytes(numel: int) -> int:
-    """Of a mask of one bit an element; at least the four that the C++ kernels read at once."""
+    """Of a mask of one bit per element; at least the four that the C++ kernels read at once."""
     return max((numel + 7) // 8, 4)
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from cnnkern.triton_kernels import check
 from cnnkern.triton_kernels.layout import on_device_of
+from cnnkern.triton_kernels.pooling import check_max_pool2d, check_max_pool2d_backward
 from cnnkern.triton_kernels.tuning import Tunable
 from torch import Tensor
 
@@ -105,7 +105,7 @@ def max_pool2d(
     x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool
 ) -> tuple[Tensor, Tensor]:
     """y and the positions, as the schema in csrc/ops.cpp has it."""
-    windows = check.max_pool2d("cnnkern::max_pool2d", x, kernel_size, stride, padding, ceil_mode)
+    windows = check_max_pool2d("cnnkern::max_pool2d", x, kernel_size, stride, padding, ceil_mode)
     memory_format = torch._prims_common.suggest_memory_format(x)
     shape = (*x.shape[:2], *windows)
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
@@ -125,7 +125,7 @@ def max_pool2d_backward(
     channels_last: bool,
 ) -> Tensor:
     """dx, as the schema in csrc/ops.cpp has it."""
-    check.max_pool2d_backward("cnnkern::max_pool2d_backward", dy, positions, size, kernel_size, stride, padding)
+    check_max_pool2d_backward("cnnkern::max_pool2d_backward", dy, positions, size, kernel_size, stride, padding)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     dx = torch.empty((*dy.shape[:2], *size), dtype=dy.dtype, device=dy.device, memory_format=memory_format)
     dy, positions = (t.contiguous(memory_format=memory_format) for t in (dy, positions))

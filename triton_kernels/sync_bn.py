@@ -1,11 +1,11 @@
 # sync_bn: batch norm over processes, in parts, between which statistics and sums travel from process to process.
-#   sync_bn_stats     moments = mean and biased variance of every channel of x, elements a channel
+#   sync_bn_stats     moments = mean and biased variance of every channel of x, elements per channel
 #   sync_bn           y = act(pre + residual), pre = (x - mean) * weight * rstd + bias, from given mean and rstd
 #   sync_bn_sums      sum(g) and sum(g * (x - mean)) * rstd, g = dy * act'(pre), pre with the residual, or dy * [y > 0]
 #   sync_bn_backward  dx = weight * rstd * (g - sum(g) / n - (x - mean) * rstd * sum(g * (x - mean) * rstd) / n), with
 #                     sums and n over all processes, read where they are: nothing waits for the GPU; dresidual = g
-# The kernels of bn_act and bn_add_act, one sweep a part, with ends of their own. Traffic in tensors read or written: 1
-# and 2 (3 with a residual) forward, 2 and 3 (4) backward.
+# The kernels of bn_act and bn_add_act, one pass per part, each with its own ending. Memory traffic in tensors read or
+# written: 1 and 2 (3 with a residual) forward, 2 and 3 (4) backward.
 """The parts of sync_bn of csrc/ops.cpp in Triton."""
 
 import torch
@@ -67,7 +67,7 @@ def sync_moments_kernel(
 
 @triton.jit(do_not_specialize=["C"])
 def sync_table_kernel(sums, count, mean, rstd, weight, table, C, S: tl.constexpr, BLOCK: tl.constexpr):
-    """dx's slope in x and constant, (2, C), from the sums over all processes and their elements a channel."""
+    """dx's slope in x and constant, (2, C), from the sums over all processes and their elements per channel."""
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = c < C
     n = tl.load(count)

@@ -8,6 +8,7 @@ from torch import Tensor
 from cnnkern.ops import route
 from cnnkern.ops.pair import pair
 from cnnkern.triton_kernels import check
+from cnnkern.triton_kernels.pooling import WINDOW
 
 _max_pool2d = torch.ops.cnnkern.max_pool2d.default
 _NAME = "cnnkern::max_pool2d"
@@ -51,12 +52,12 @@ def max_pool2d(
 
 
 def _is_left(input: Tensor, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]) -> bool:
-    """Whether our kernels leave a call to PyTorch's, for what it is.
+    """Whether PyTorch computes this call.
 
-    On a CPU in channels_last they do so where no gradient is wanted: PyTorch's kernel was the faster one for some
-    shapes and no more than a quarter slower for others, and the bytes that ours writes are for the gradient. On a GPU
-    they leave windows that no kernel is made for: the one for all of them moved a tenth of what memory can
-    (`benchmarks/studies/max_pool2d.cu`), and has not been timed beside PyTorch's.
+    On a CPU it computes channels_last without gradients: its kernel was faster for some shapes and at most a quarter
+    slower for others, and cnnkern's also writes bytes that only the gradient needs. On a GPU it computes the windows
+    that have no specialised kernel: the generic kernel reached a tenth of the memory bandwidth
+    (`benchmarks/studies/max_pool2d.cu`), and has not been compared with PyTorch's.
     """
     if input.dim() == 3 or input.dtype in _INTEGERS or dilation != (1, 1):
         return True
@@ -64,7 +65,7 @@ def _is_left(input: Tensor, kernel: tuple[int, int], stride: tuple[int, int], di
         return True
     if input.is_cuda and (kernel, stride) not in _FAST_ON_A_GPU:
         return True
-    return kernel[0] * kernel[1] > check.WINDOW
+    return kernel[0] * kernel[1] > WINDOW
 
 
 def _wants_gradient(input: Tensor) -> bool:

@@ -20,7 +20,7 @@ constexpr int kFinishThreads = 128;
 constexpr int kUnroll = 4;  // vectors that a thread has under way
 constexpr int kFlush = 4;   // batches whose sums stay in the arithmetic type
 
-// The constants of a thread are one for all lanes of its vectors (planes) or one a lane (rows): K is 1 or V.
+// The constants of a thread are one for all lanes of its vectors (planes) or one per lane (rows): K is 1 or V.
 
 // A batch is the U vectors that a thread has under way. In ragged planes that is one, of which only `lanes` may exist.
 

@@ -79,7 +79,7 @@ class Kernel:
 
     def occupancy(self, dynamic_shared: int = 0) -> float:
         """Threads that a multiprocessor runs at a time, of those that it could."""
-        if self.architecture.startswith("gfx"):  # waves of a SIMD, with 512 registers a lane in steps of eight
+        if self.architecture.startswith("gfx"):  # waves of a SIMD, with 512 registers per lane in steps of eight
             return min(8, 512 // (-(-max(self.registers, 1) // 8) * 8)) / 8
         warps = -(-self.threads // WARP)
         of_a_warp = -(-max(self.registers, 1) * WARP // 256) * 256

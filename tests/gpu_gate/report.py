@@ -16,7 +16,7 @@ from gpu_gate.cache import ROOT
 from gpu_gate.machine_code import Kernel
 
 PAGE = ROOT / "docs" / "gpu-report.md"
-# Of NVIDIA's data sheets: bytes a second of memory, float32 operations a second without tensor cores.
+# Of NVIDIA's data sheets: bytes per second of memory, float32 operations per second without tensor cores.
 GPUS = {"A100 SXM 80 GB": (2039e9, 19.5e12), "H100 SXM": (3350e9, 66.9e12)}
 # Networks whose largest and smallest layers the bounds are given for.
 LAYERS = 4

@@ -77,7 +77,7 @@ RULES = (
     cuda("^(?:map|own)_.*<BatchNormBackward", "four vectors of x, of dy and of dx", round=(8, 4)),
     cuda("^(?:map|own)_.*<BatchNormBackward<.*Through(?:Mask|Nothing)", "of the residual's gradient too", round=(8, 8)),
     cuda(
-        "^reduce_.*<BatchNormBackward<.*, false>, (?:false|[24])>$", "inference writes dx in this sweep", round=(8, 4)
+        "^reduce_.*<BatchNormBackward<.*, false>, (?:false|[24])>$", "inference writes dx in this pass", round=(8, 4)
     ),
     cuda(
         "^reduce_.*<BatchNormBackward<.*Through(?:Mask|Nothing), false>, (?:false|[24])>$",
@@ -116,13 +116,13 @@ RULES = (
     cuda("OtherActivation", "a slope, or alpha, is a float64 that the switch narrows where it is used", fp64=ANY),
     cuda(
         "^map_rows_kernel<.*Through(?:ActivationOfSum|PRelu)<.*, 8>$",
-        "four vectors of three tensors and of two results, of eight lanes each: one block a multiprocessor",
+        "four vectors of three tensors and of two results, of eight lanes each: one block per multiprocessor",
         registers=168,
         occupancy=0.12,
     ),
     cuda(
         "^reduce_planes_kernel<BatchNormBackward<.*ThroughActivationOfSum<.*, false>, false>$",
-        "three tensors read and two written in one sweep, in eval: one block a multiprocessor",
+        "three tensors read and two written in one pass, in eval: one block per multiprocessor",
         registers=168,
         occupancy=0.12,
     ),
@@ -185,12 +185,12 @@ RULES = (
         round=(0, 0),
     ),
     # ---- what launches ask for at most ----
-    cuda("^reduce_rows", "two sums a channel of each thread", dynamic_shared=16 << 10),
+    cuda("^reduce_rows", "two sums per channel of each thread", dynamic_shared=16 << 10),
     cuda("^reduce_rows_.*ThroughPRelu", "three of them", dynamic_shared=24 << 10),
-    cuda("^ln_rows_bwd_kernel<.*, 8>", "two sums an element of half a block's threads", dynamic_shared=8 << 10),
+    cuda("^ln_rows_bwd_kernel<.*, 8>", "two sums per element of half a block's threads", dynamic_shared=8 << 10),
     cuda("^ln_rows_bwd_kernel<.*, 4>", "the same", dynamic_shared=4 << 10),
     cuda("^ln_rows_bwd_kernel<.*, [12]>", "the same", dynamic_shared=2 << 10),
-    cuda("^ln_planes_.*, 8>", "two sums a pixel from each warp", dynamic_shared=32 << 10),
+    cuda("^ln_planes_.*, 8>", "two sums per pixel from each warp", dynamic_shared=32 << 10),
     cuda("^ln_planes_.*, 4>", "the same", dynamic_shared=16 << 10),
     cuda("^ln_planes_.*, [12]>", "the same", dynamic_shared=8 << 10),
     cuda(r"^depthwise_rows_(?:gradient_)?kernel<c10::\w+, 3", "of 64 channels", dynamic_shared=2448),
@@ -226,7 +226,7 @@ RULES = (
     cuda(r"^ln_rows_fwd_kernel<c10::.*, 8>", "the same; parameters in either type that they may have", whole=(28, 4)),
     cuda(r"^ln_rows_bwd_kernel<(?:float|double), \w+, [24]>", "x, dy, weight; dx and partial sums", whole=(10, 6)),
     cuda(r"^ln_rows_bwd_kernel<c10::.*, 8>", "the same with half as many vectors", whole=(7, 5)),
-    cuda("^ln_rows_", "no loop: the statistics of a row, once a row, in float64", divisions=20, fp64=300),
+    cuda("^ln_rows_", "no loop: the statistics of a row, once per row, in float64", divisions=20, fp64=300),
     cuda(
         r"^ln_slices_fwd_kernel<(?:float|double), \w+, [24]>",
         "four vectors of x in a round",
@@ -330,8 +330,8 @@ RULES = (
         spills=6,
         stack=16,
     ),
-    cuda("^depthwise_rows_(?:gradient_)?kernel<c10", "four channels a lane, which are 8 bytes", narrow=ANY),
-    cuda("^depthwise_rows_sums", "every tap is an accumulator: registers for one or two channels a lane", narrow=ANY),
+    cuda("^depthwise_rows_(?:gradient_)?kernel<c10", "four channels per lane, which are 8 bytes", narrow=ANY),
+    cuda("^depthwise_rows_sums", "every tap is an accumulator: registers for one or two channels per lane", narrow=ANY),
     cuda("^depthwise_ring", "a lane is 4 bytes of a pixel; what is under way are asynchronous copies", narrow=ANY),
     cuda("^depthwise_ring", "one division by threads along channels, at the start", divisions=6),
     cuda(
@@ -356,7 +356,7 @@ RULES = (
     cuda("^max_pool_any_", "for windows that no other kernel takes, an element at a time", narrow=ANY),
     # ---- Triton ----
     triton("^bn_add_act", "the bytes of a mask, a few to a thread", narrow=32),
-    triton("^bn_add_act planes", "the number of a tile is divided into plane and place, once a round", divisions=1),
+    triton("^bn_add_act planes", "the number of a tile is divided into plane and place, once per round", divisions=1),
     triton(
         "^bn_prelu backward sums (rows|planes)",
         "tiles of three tensors and of three sums, in registers",
@@ -394,7 +394,7 @@ RULES = (
     ),
     triton(
         "^(?:depthwise|width).* dweight",
-        "the number of a pixel is divided into row and column once a round",
+        "the number of a pixel is divided into row and column once per round",
         divisions=4,
     ),
     triton(

@@ -1,5 +1,5 @@
 // bn_act: y = act(pre), pre = (x - mean) * weight * rstd + bias.
-// Backward, with g = dy * act'(pre), n elements a channel: dbias = sum(g), dweight = sum(g * (x - mean)) * rstd,
+// Backward, with g = dy * act'(pre), n elements per channel: dbias = sum(g), dweight = sum(g * (x - mean)) * rstd,
 //   dx = weight * rstd * (g - dbias / n - (x - mean) * rstd * dweight / n)   training
 //   dx = weight * rstd * g                                                   eval
 // act'(pre) is recomputed from x by the same subtraction and fma as in the forward pass, so it is that of the

@@ -1,6 +1,6 @@
 // bn_add_act: y = act(pre + residual), pre = (x - mean) * weight * rstd + bias.
 // Backward, with g = dy * act'(pre + residual): dresidual = g, and dx, dweight, dbias as those of bn_act. Of relu act' is
-// [y > 0], saved as one bit an element, in the order of memory, and nothing is saved of the residual. Of other activations
+// [y > 0], saved as one bit per element, in the order of memory, and nothing is saved of the residual. Of other activations
 // it is computed again from x and the residual, which are saved. Nothing is saved of y.
 // Traffic in tensors read or written, where a channel (planes) or the tensor (rows) stays in L2: 3 forward, 4 backward; else
 // 4 and 6. Eval: 3 and 4. Where the residual is read backward: 5, else 8; eval 5.

@@ -1,10 +1,10 @@
 // sync_bn: batch norm over processes, in parts, between which statistics and sums travel from process to process.
-//   sync_bn_stats     moments = mean and biased variance of every channel of x, elements a channel
+//   sync_bn_stats     moments = mean and biased variance of every channel of x, elements per channel
 //   sync_bn           y = act(pre + residual), pre = (x - mean) * weight * rstd + bias, from given mean and rstd
 //   sync_bn_sums      sum(g) and sum(g * (x - mean)) * rstd, g = dy * act'(pre), pre with the residual, or dy * [y > 0]
 //   sync_bn_backward  dx = weight * rstd * (g - sum(g) / n - (x - mean) * rstd * sum(g * (x - mean) * rstd) / n), with
 //                     sums and n over all processes, read where they are: nothing waits for the GPU; dresidual = g
-// The sweeps are those of bn_act and bn_add_act, one a part. Traffic in tensors read or written: 1 and 2 (3 with a
+// The sweeps are those of bn_act and bn_add_act, one per part. Traffic in tensors read or written: 1 and 2 (3 with a
 // residual) forward, 2 and 3 (4) backward.
 #pragma once
 
