@@ -67,7 +67,7 @@ def test_what_a_kernel_does_with_shared_memory_and_its_own_stack_is_left_out():
         machine.profile()
         torch.ops.cnnkern.bn_act(x, None, None, None, None, True, 0.1, 1e-5, "relu")
         rows = machine.profile()
-    # Both sweeps read x and one writes y; a few samples and statistics are left.
+    # Both passes read x and one writes y; a few samples and statistics are left.
     assert 3 <= sum(row.bytes for row in rows) / (4 * x.numel()) <= 3.1
 
 

@@ -46,6 +46,7 @@ for name, version in (line.split("==") for line in wanted):
 
 @pytest.fixture
 def bootstrap(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "tools")
     spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "tools" / "bootstrap.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -61,7 +62,8 @@ def checkout(tmp_path, monkeypatch) -> Path:
     """A checkout with a fake .venv in which all pins are installed, and a fake g++ alone on the path."""
     for folder in ("tools", "csrc/cpu/batch_norm", "cnnkern", "site/pip", "site/torch", "include", "bin", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
-    shutil.copy(ROOT / "tools" / "bootstrap.py", tmp_path / "tools")
+    for name in ("bootstrap.py", "setup_step.py"):
+        shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "requirements.txt").write_text("torch==2.14.1\nruff==0.17.6\n")
     for name in (
@@ -267,6 +269,7 @@ def test_no_space_while_installing(checkout):
 
 
 def test_no_space_beforehand(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "tools")
     spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "tools" / "bootstrap.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
