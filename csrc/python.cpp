@@ -1,4 +1,4 @@
-// cnnkern._C as Python sees it: what is no operator. Importing it registers the operators.
+// cnnkern._C: what is not an operator. Importing it registers the operators.
 #include <ATen/Version.h>
 #include <torch/version.h>
 #include <pybind11/functional.h>
@@ -47,52 +47,52 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of cnnkern; importing this module registers torch.ops.cnnkern.*";
   m.def("build_info", &build_info, "What this extension was built with, as a dict of strings.");
   m.def("cpu_capability", &at::get_cpu_capability,
-        "The instruction set whose kernels answer: DEFAULT, AVX2 or AVX512. ATEN_CPU_CAPABILITY selects it.");
-  pybind11::class_<cnnkern::Site, std::shared_ptr<cnnkern::Site>>(m, "Site", "What became of the results of one batch norm module.")
+        "The instruction set whose kernels are used: DEFAULT, AVX2 or AVX512. ATEN_CPU_CAPABILITY selects it.");
+  pybind11::class_<cnnkern::Site, std::shared_ptr<cnnkern::Site>>(m, "Site", "How the results of one batch norm module were computed.")
       .def(pybind11::init<>())
       .def(pybind11::pickle([](const cnnkern::Site&) { return pybind11::tuple(); },  // a copied module has run nothing yet
                             [](const pybind11::tuple&) { return std::make_shared<cnnkern::Site>(); }))
-      .def("fusions", &cnnkern::Site::fusions, "How many were computed with which operation behind them.")
-      .def("alone", &cnnkern::Site::alone, "How many were computed alone, by the reason.")
+      .def("fusions", &cnnkern::Site::fusions, "How many were fused with which operation.")
+      .def("alone", &cnnkern::Site::alone, "How many were computed without fusion, by reason.")
       .def("batch_norm", &cnnkern::defer_batch_norm, pybind11::call_guard<pybind11::gil_scoped_release>(),
-           "A batch norm that waits, where it can, for the activation or the addition behind it.");
-  pybind11::class_<cnnkern::FoldedConv::Settings>(m, "ConvSettings", "What a folded convolution is beside its weights.")
+           "A batch norm whose result is deferred if possible, so that the next activation or addition is fused with it.");
+  pybind11::class_<cnnkern::FoldedConv::Settings>(m, "ConvSettings", "The settings of a folded convolution.")
       .def(pybind11::init<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, int64_t, std::vector<int64_t>, std::string,
                           std::string, int64_t, int64_t, std::vector<at::ScalarType>>());
   pybind11::class_<cnnkern::FoldedConv, std::shared_ptr<cnnkern::FoldedConv>>(m, "FoldedConv", pybind11::dynamic_attr(),
                                                                               "The convolution of a folded model.")
       .def(pybind11::init<const at::Tensor&, const std::optional<at::Tensor>&, cnnkern::FoldedConv::Settings, cnnkern::FoldedConv::Pack,
                           const std::vector<at::Tensor>&>())
-      .def("holds", &cnnkern::FoldedConv::holds, "Whether it is still what these sources give.")
+      .def("holds", &cnnkern::FoldedConv::holds, "Whether the sources are these and unchanged.")
       .def("call", &cnnkern::FoldedConv::call, pybind11::call_guard<pybind11::gil_scoped_release>(),
-           "The convolution of an input, which waits for what uses it; None where PyTorch's has to compute it.")
+           "The deferred convolution of an input; None if PyTorch's has to compute it.")
       .def("run", [](cnnkern::FoldedConv& conv, const at::Tensor& x, const std::string& act) { return conv.run(x, {}, {act}, x.scalar_type()); },
-           pybind11::call_guard<pybind11::gil_scoped_release>(), "The convolution and an activation at once.")
+           pybind11::call_guard<pybind11::gil_scoped_release>(), "The convolution fused with an activation.")
       .def("take_over", &cnnkern::FoldedConv::take_over, pybind11::call_guard<pybind11::gil_scoped_release>(),
-           "The same in place of another one, whose result waits.");
-  pybind11::class_<cnnkern::Snapshot>(m, "Snapshot", "What modules hold and what calling them looks up, by identity.")
+           "The same, in place of another convolution, whose deferred result is given.");
+  pybind11::class_<cnnkern::Snapshot>(m, "Snapshot", "The identities of everything that a call of some modules reads.")
       .def(pybind11::init<const pybind11::list&, const pybind11::list&, const pybind11::list&>(), pybind11::arg("modules"),
            pybind11::arg("empty"), pybind11::arg("kept"),
-           "Of modules, beside dictionaries that are to be empty. Whoever makes one keeps the list `kept`, to which it adds.")
+           "Of modules, and of dictionaries that have to be empty. Appends objects to the list `kept`; keep that as long.")
       .def("holds", &cnnkern::Snapshot::holds, "Whether nothing has changed.");
   m.def("pool_sizes", [] { const auto s = cnnkern::block_pool::sizes(); return std::tuple(s.used, s.kept, s.most); },
-        "Bytes of the CPU results' blocks in use, of blocks that are kept, and the most that results have needed at once.");
-  m.def("empty_pool", &cnnkern::block_pool::give_back, "Gives the blocks that are kept back to the system.");
-  m.def("set_pool", &cnnkern::block_pool::set_on, "Whether CPU results of our operators come from blocks that are kept.");
+        "Bytes of blocks in use, of unused blocks, and the most that results have needed at one time.");
+  m.def("empty_pool", &cnnkern::block_pool::give_back, "Returns unused blocks to the system.");
+  m.def("set_pool", &cnnkern::block_pool::set_on, "Switches the pool of CPU results on or off.");
   m.def("set_own_convolutions", &cnnkern::set_own_convolutions,
-        "Lets our kernels compute these convolutions, whatever the built-in rule says; replaces those that were set before.");
-  m.def("sees_captures", &cnnkern::sees_captures, "Whether batch norms can wait while a CUDA graph is captured.");
+        "Makes cnnkern's kernels compute these convolutions, against the built-in rule; replaces the earlier set.");
+  m.def("sees_captures", &cnnkern::sees_captures, "Whether batch norms can be deferred while a CUDA graph is captured.");
   m.def("learn_parts", &cnnkern::learn_parts, pybind11::arg("whole"), pybind11::arg("part"),
         "What memory that is a part of other memory looks like, from a tensor on each.");
-  m.def("convolution_of", &cnnkern::convolution_of, "The FoldedConv whose result a tensor is, where it waits; else None.");
-  pybind11::class_<cnnkern::Packed, std::shared_ptr<cnnkern::Packed>>(m, "Packed", "What the graph keeps of a saved tensor.");
+  m.def("convolution_of", &cnnkern::convolution_of, "The FoldedConv whose deferred result a tensor is; else None.");
+  pybind11::class_<cnnkern::Packed, std::shared_ptr<cnnkern::Packed>>(m, "Packed", "What autograd saves in place of a tensor.");
   m.def("pack", [](const at::Tensor& t) { return std::make_shared<cnnkern::Packed>(t, cnnkern::Depth::kAny); }, pybind11::arg("tensor"),
-        "The hook of cnnkern.recompute on what autograd saves.");
+        "cnnkern.recompute's saved-tensor hook.");
   m.def("unpack", &cnnkern::Packed::unpack, pybind11::call_guard<pybind11::gil_scoped_release>(), "The tensor that was packed.");
   cnnkern::hooks_are_ours_with(m.attr("pack").ptr());
   m.def("watch", &cnnkern::watch_concatenations, pybind11::arg("on"),
-        "Whether concatenations of this thread are to be known by their parts; no longer, at the end of a block.");
-  m.def("may_recompute", &cnnkern::may_recompute, "Whether nobody else packs what autograd saves in this thread.");
+        "Switches recording of this thread's concatenations on or off.");
+  m.def("may_recompute", &cnnkern::may_recompute, "Whether no other saved-tensor hooks are active in this thread.");
 #ifdef CNNKERN_CUDA
   m.def("let_launchers_answer", &cnnkern::let_launchers_answer,
         "Whether torch.ops.cnnkern_launchers answer for CUDA tensors, in the place of this extension's kernels.");

@@ -1,4 +1,4 @@
-// The two sweeps over planes: contiguous tensors, (N, C, HW).
+// The two passes over planes: contiguous tensors, (N, C, HW).
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -40,7 +40,7 @@ inline void sum_run(const Policy& policy, const At& at, int64_t begin, int64_t n
   if (i < end) policy.template term<true>(at, i, end - i, sums);
 }
 
-// Second sweep over elements [begin, end), which may cross planes and images. A vector that straddles two planes
+// Second pass over elements [begin, end), which may cross planes and images. A vector that straddles two planes
 // takes each lane's constants from its own channel, so that stores stay whole and aligned wherever planes begin.
 // `end` is the end of a plane, or lies in the plane of `begin`.
 template <typename Policy>
@@ -199,7 +199,7 @@ struct PlaneSweepsOf final : SweepsOf<Policy, PlaneSweeps<compute_t<typename Pol
   }
 };
 
-// Without sums there is one sweep, in the order of memory.
+// Without sums there is one pass, in the order of memory.
 template <typename S, int kSums>
 void map_planes(PlaneSweeps<S, kSums>& sweeps, int64_t ahead, bool stream) {
   const Planes s = sweeps.s;
@@ -228,14 +228,14 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S, kSums>& sweeps) {
   const auto finish = [&](int64_t block, const double* sums) {  // (kSums, channels of a block)
     sweeps.finish(block * cut.block, end_of(block), sums, cut.block);
   };
-  // Second sweep over part of a block's planes in image n.
+  // Second pass over part of a block's planes in image n.
   const auto map = [&](int64_t block, int64_t n, int64_t part, int64_t ahead) {
     const int64_t c0 = block * cut.block, channels = end_of(block) - c0, p0 = part * cut.part;
     const int64_t begin = (n * s.C + c0) * s.HW + p0;
     // A plane that is cut into parts is one block.
     sweeps.map(begin, begin + (cut.parts > 1 ? std::min(cut.part, s.HW - p0) : channels * s.HW), ahead, stream);
   };
-  // A thread owns blocks of channels, and makes the second sweep while they are in its cache, if that keeps all threads busy.
+  // A thread owns blocks of channels, and makes the second pass while they are in its cache, if that keeps all threads busy.
   if (threads == 1 || 20 * cut.blocks >= 17 * threads * divup(cut.blocks, threads)) {
     const auto own_blocks = [&](int64_t begin, int64_t end) {
       PieceSums<S, kSums> piece(s, cut);
@@ -258,7 +258,7 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S, kSums>& sweeps) {
         std::fill_n(sums, kSums * kMaxBlock, 0.0);
         if (block + 1 < end) prepare(block + 1);
         // One block is written while the next is read, image by image, so that reads and writes overlap; in reverse
-        // order, so that what the first sweep read last is still in cache.
+        // order, so that what the first pass read last is still in cache.
         for (int64_t n = 0; n < s.N; ++n) {
           const int64_t written = s.N - 1 - n;
           const int64_t ahead = block + 1 < end ? ((n - written) * s.C + cut.block) * s.HW : 0;
@@ -275,7 +275,7 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S, kSums>& sweeps) {
       at::parallel_for(0, cut.blocks, 1, own_blocks);
     return;
   }
-  // Otherwise threads share the pieces of every block, with a barrier between the two sweeps.
+  // Otherwise threads share the pieces of every block, with a barrier between the two passes.
   const int64_t units = cut.blocks * cut.pieces();  // piece-major: a thread's units are near each other in memory
   for (int64_t block = 0; block < cut.blocks; ++block) prepare(block);
   std::vector<double> partial(units * kSums * cut.block, 0.0);

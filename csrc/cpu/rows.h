@@ -1,4 +1,4 @@
-// The two sweeps over rows of channels: channels_last tensors, (N * HW, C).
+// The two passes over rows of channels: channels_last tensors, (N * HW, C).
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -160,7 +160,7 @@ C10_NOINLINE void sweep_rows(RowSweeps<S, kSums>& sweeps) {
   }
   if (!sweeps.maps) return;
   parallel(units, [&](int64_t begin, int64_t end) {
-    // In reverse order, so that what the first sweep read last is still in cache; forward within a stretch.
+    // In reverse order, so that what the first pass read last is still in cache; forward within a stretch.
     const int64_t first = begin * piece, last = std::min(numel, end * piece), stretch = divup(kStretch, width) * width;
     for (int64_t i = divup(last - first, stretch); i-- > 0;)
       sweeps.map(width, first + i * stretch, std::min(last, first + (i + 1) * stretch), fetch, stream);

@@ -1,17 +1,17 @@
-// The two sweeps that every batch-norm kernel makes, once for each memory layout (planes.h, rows.h). An operator
+// The two passes that every batch-norm kernel makes, once for each memory layout (planes.h, rows.h). An operator
 // brings a policy:
 //
 //   kRows                          per-channel constants it keeps (rows of a ChannelTable)
-//   Reduction                      the type whose sums the first sweep takes: the policy, or a base of it
+//   Reduction                      the type whose sums the first pass takes: the policy, or a base of it
 //   kSums                          of Reduction: its sums per channel
-//   reduces(), maps()              which of the two sweeps it makes
-//   prefetch(i)                    prefetches the first sweep's inputs at element i
-//   prepare(c, n)                  before the first sweep, n channels from c, at most kLot
-//   term<kPartial>(at, i, n, sums) first sweep: adds element i (a vector; its first n lanes if kPartial) to its VectorSums
-//   finish(c, n, sums, step)       the channels' sums -> constants of the second sweep; sum k of channel c is sums[k * step]
-//   map(at, i, stream)             second sweep: computes and stores element i (a vector), past the caches if `stream`
+//   reduces(), maps()              which of the two passes it makes
+//   prefetch(i)                    prefetches the first pass's inputs at element i
+//   prepare(c, n)                  before the first pass, n channels from c, at most kLot
+//   term<kPartial>(at, i, n, sums) first pass: adds element i (a vector; its first n lanes if kPartial) to its VectorSums
+//   finish(c, n, sums, step)       the channels' sums -> constants of the second pass; sum k of channel c is sums[k * step]
+//   map(at, i, stream)             second pass: computes and stores element i (a vector), past the caches if `stream`
 //   map_part(at, i, n)             the same for its first n lanes
-//   output()                       where the second sweep stores
+//   output()                       where the second pass stores
 //
 // `at(row)` gives a per-channel constant as a vector: broadcast in planes, loaded in rows of channels. Sums are kept
 // in vector accumulators of the arithmetic type for at most kFlush additions per lane, then in double. The pieces over
@@ -38,14 +38,14 @@ inline namespace CPU_CAPABILITY {
 
 constexpr int64_t kFlush = 16;             // additions per lane before a sum moves to double
 constexpr int64_t kPiece = 8192;           // elements of one channel whose sums are taken in one go
-constexpr int64_t kRunBytes = 8192;        // contiguous bytes a thread reads before it jumps to the next image
+constexpr int64_t kRunBytes = 8192;        // contiguous bytes that a thread reads before it jumps to the next image
 constexpr int64_t kBlockBytes = 1 << 19;   // of one tensor that a thread reads twice, while they stay in its own cache
 constexpr int64_t kSerial = 16384;         // elements below which waking a second thread costs more than it saves
 constexpr int64_t kMaxBlock = 64;          // channels of a block
 constexpr int64_t kChannels = 512;         // whose constants a thread computes in one go, in rows
 constexpr int64_t kLot = 64;               // channels whose constants are computed in vectors, step by step
 constexpr int64_t kShortPlane = 512;       // elements of a plane so short that one branch per plane takes time
-constexpr int64_t kStretch = 65536;        // elements of rows that are read forward in the reversed second sweep
+constexpr int64_t kStretch = 65536;        // elements of rows that are read forward in the reversed second pass
 constexpr int64_t kAhead = 8192;           // bytes between what is read and what is fetched
 constexpr int64_t kCoreCache = 1 << 20;    // bytes of a tensor that a core's own caches hold: it is not fetched ahead
 
@@ -187,7 +187,7 @@ struct ChannelView {
   }
 };
 
-// The layout of a tensor's memory, and its shape as the two sweeps see it.
+// The layout of a tensor's memory, and its shape as the two passes see it.
 struct Layout {
   bool rows;
   int64_t N, C, HW;
@@ -196,7 +196,7 @@ struct Layout {
   ChannelView channel() const { return rows ? ChannelView(as_rows()) : ChannelView(as_planes()); }
 };
 
-// A policy as the drivers of the sweeps see it: without its type, so that a driver is compiled once per arithmetic type
+// A policy as the drivers of the passes see it: without its type, so that a driver is compiled once per arithmetic type
 // and not once per kernel. Each call is for a block of channels, or for a run of elements.
 struct Sweeps {
   int64_t element_bytes;

@@ -14,7 +14,7 @@ bool Deferred::may_add(const Tensor& self, const Tensor& other) const {
          other.device() == device() && !has_tangent(other) && other.is_inference() == inference_;
 }
 
-// Gives `sum`, a deferred result whose first term is `self`, its node. Without another term a number is added.
+// Sets the node of `sum`, a deferred result whose first term is `self`. If `other` is undefined, a number is added.
 void Deferred::put_sum(const Tensor& self, const Tensor& sum, const Tensor& other) {
   if (!norm_) return;
   const auto node = make_node<SumNode>();
@@ -28,7 +28,7 @@ std::optional<Tensor> Deferred::add(const Tensor& self, const Tensor& other, Ter
   if (!may_add(self, other)) return std::nullopt;
   if (!norm_ && grad_mode_ && other.requires_grad()) return std::nullopt;
   const Strides strides = elementwise_strides(sizes(), this->strides(), other.strides());
-  // An activation behind the sum lays it out with the batch norm as the first term.
+  // An activation after the sum computes it with the batch norm as the first term, which decides the strides.
   if (term == kSecond && strides != elementwise_strides(sizes(), other.strides(), this->strides())) return std::nullopt;
   if (in_place && is_observed(self)) return std::nullopt;
   Tensor residual = other;
@@ -37,7 +37,7 @@ std::optional<Tensor> Deferred::add(const Tensor& self, const Tensor& other, Ter
     if (!residual.defined() || residual.is_same(other)) second->make_real_for("the sum with another follows"), residual = other;
   }
   if (!is_seen(residual)) return std::nullopt;
-  // The sum waits in its turn, for an activation behind it.
+  // The sum is deferred too, until an activation follows.
   if (in_place) {
     residual_ = residual;
     residual_was_.remember(residual);
@@ -48,7 +48,7 @@ std::optional<Tensor> Deferred::add(const Tensor& self, const Tensor& other, Ter
   }
   const Tensor sum = tensor_of(make(source_, self.options(), sizes(), strides, norm_, where_, residual));
   state_ = kSpent;
-  again_ = true;  // the sum's computation is the first
+  again_ = true;  // the sum's computation updates the statistics
   put_sum(self, sum, other);
   return sum;
 }

@@ -1,4 +1,4 @@
-// What happens before an operator has its tensors.
+// Preparation of an operator's arguments: deferred results that it reads or conflicts with are materialised.
 #pragma once
 
 #include <ATen/core/ivalue.h>
@@ -13,15 +13,15 @@ namespace cnnkern {
 
 using at::Tensor;
 
-// A result that nothing has asked for in so many operators is not worth waiting with.
+// A result that is still unused after this many operators is materialised: deferring it would gain nothing.
 inline constexpr int kPatience = 200;
 
-// Prepares the tensors of one operator, which is named in the report.
+// Prepares the tensors of one operator, whose name the report uses.
 class Arguments {
  public:
   explicit Arguments(std::string name) : name_(std::move(name)), waiting_(Waiting::of_this_thread()->results()) {}
 
-  // Before the operator has t: a deferred result becomes real, and so do those that it would conflict with.
+  // Called before the operator gets t: materialises t if it is deferred, and the results that the operator would conflict with.
   void visit(const Tensor& t, bool writes) {
     if (!t.defined()) return;
     if (Deferred* deferred = Deferred::of(t))
@@ -29,12 +29,12 @@ class Arguments {
     if (writes) Seal::break_those_of(memory_of(t)), Values::copy_those_of(memory_of(t));
     for (const auto& result : waiting_) {
       if (result.get() == t.unsafeGetTensorImpl()) continue;
-      // What is no plain memory may have some inside.
-      if (!is_plain(t) || result->conflicts_with(memory_of(t), writes)) result->make_real_for(name_ + " changes what it is made of");
+      // A tensor without plain memory (a subclass, a nested tensor) may hold tensors that have some.
+      if (!is_plain(t) || result->conflicts_with(memory_of(t), writes)) result->make_real_for(name_ + " changes its inputs");
     }
   }
 
-  // The same of whatever an argument holds: a collective's may be lists of lists.
+  // The same for all tensors in an argument: those of a collective may be lists of lists.
   void visit_all(const c10::IValue& value, bool writes) {
     if (value.isTensor()) {
       visit(value.toTensor(), writes);
@@ -45,10 +45,10 @@ class Arguments {
     }
   }
 
-  // Before something may change t's memory that comes here no more.
+  // Called before something that does not come through the dispatcher may change t's memory.
   void expose(const Tensor& t) {
     for (const auto& result : waiting_)
-      if (result->conflicts_with(memory_of(t), /*writes=*/true)) result->make_real_for(name_ + " exposes what it is made of");
+      if (result->conflicts_with(memory_of(t), /*writes=*/true)) result->make_real_for(name_ + " exposes the memory of its inputs");
     Values::copy_those_of(memory_of(t));
   }
 
@@ -62,9 +62,9 @@ class Arguments {
  private:
   static void settle(Deferred& result) noexcept {
     try {
-      result.make_real_for("nothing follows for long");
+      result.make_real_for("the next 200 operators do not use it");
     } catch (const std::exception&) {
-      // Whoever uses it will be told.
+      // The error is raised where the result is used.
     }
   }
 

@@ -11,7 +11,7 @@ Tensor defer_batch_norm(const std::shared_ptr<Site>& site, const Tensor& given, 
                         bool training, double momentum, double eps) {
   const Tensor &mean = tensor_or_undefined(running_mean), &var = tensor_or_undefined(running_var);
   const Tensor &w = tensor_or_undefined(weight), &b = tensor_or_undefined(bias);
-  // What a folded convolution left with channels innermost is taken as it is.
+  // A folded convolution's result in channels_last is not copied.
   const bool infers = !training && !(at::GradMode::is_enabled() && (requires_grad(w) || requires_grad(b)));
   Tensor x = given;
   if (Deferred* deferred = Deferred::of(given); deferred != nullptr && infers && !given.requires_grad() && deferred->has_any_strides()) {
@@ -29,7 +29,7 @@ Tensor defer_batch_norm(const std::shared_ptr<Site>& site, const Tensor& given, 
   const Strides strides = plain_strides(x.sizes(), batch_norm_in_rows(given));
   const auto norm = std::make_shared<BatchNorm>(x, w, b, mean, var, training, momentum, eps, any_strides);
   const bool seen = site->defers(mode), disturbed = !is_undisturbed();
-  // The capture of a graph may end before somebody asks for a result; so the steps that are run before it have to tell.
+  // A capture may end before the result is used. So whether it is deferred depends on the steps before the capture.
   const bool captured = capture_of(stream_of(x.device())) != 0 && !site->always_fuses(mode);
   if (!seen || disturbed || captured || !norm->can_wait()) {
     if (seen)

@@ -1,4 +1,4 @@
-// The capture of a CUDA graph that a stream is in: what is computed within one is part of the graph, and not of another.
+// Which CUDA graph capture a stream is in. A result has to be computed within the capture in which it was called.
 #pragma once
 
 #include <c10/core/Stream.h>

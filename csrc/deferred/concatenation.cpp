@@ -16,7 +16,7 @@ namespace cnnkern {
 
 namespace {
 
-// A part as it was: its values, or how to compute them again.
+// A part of a concatenation: its values, or how to recompute them.
 struct Part {
   std::shared_ptr<Values> values;
   std::shared_ptr<Packed> recipe;
@@ -43,7 +43,7 @@ class Concatenation final : public Recipe {
   int64_t dim_;
 };
 
-// The parts of a part that is such a concatenation itself, so that a chain of them is no deeper than one; else the part.
+// If a part is itself a recorded concatenation, its parts instead, so that these are never nested.
 void append(std::vector<Part>& parts, const Tensor& t, int64_t dim) {
   const auto inner = t.is_view() ? nullptr : std::dynamic_pointer_cast<Concatenation>(recipe_of(t, Depth::kAny));
   if (inner && inner->dim() == dim) {
@@ -55,7 +55,7 @@ void append(std::vector<Part>& parts, const Tensor& t, int64_t dim) {
   }
 }
 
-// How much memory is kept in the place of the concatenation's own: all of a tensor's, of which the part may be a view.
+// How much memory the parts keep alive: the whole storage of each, of which the part may be a view.
 size_t bytes_of(const std::vector<Part>& parts) {
   std::set<const c10::StorageImpl*> counted;
   size_t bytes = 0;

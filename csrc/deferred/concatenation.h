@@ -1,7 +1,7 @@
-// Concatenations within cnnkern.recompute: what saves one keeps the parts, which others keep too.
+// Concatenations within cnnkern.recompute: a layer that saves one saves its parts instead, which other layers save too.
 //
-// A dense block concatenates all that it has before each of its layers, so that what is saved grows with the square of their number,
-// and what there is to save only with the number. To concatenate again is one copy.
+// A dense block concatenates all its feature maps before each layer, so saved memory grows with the square of the number of layers.
+// The feature maps themselves grow linearly. Recomputing a concatenation is one copy.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,10 +10,11 @@
 
 namespace cnnkern {
 
-// Whether concatenations of this thread come to dispatch.cpp, as all operators do then. At the end what is known of them is forgotten.
+// Switches recording of this thread's concatenations on or off. While it is on, all operators go through dispatch.cpp. Switching it
+// off forgets what was recorded.
 void watch_concatenations(bool on);
 
-// Where it is worth its while, `y` may be computed again from `parts`, of which it is the concatenation.
+// Records that `y` is the concatenation of `parts`, and can be recomputed from them, if that saves memory.
 void remember_concatenation(const at::Tensor& y, const std::vector<at::Tensor>& parts, int64_t dim);
 
 }  // namespace cnnkern

@@ -17,7 +17,7 @@ namespace cnnkern {
 
 namespace {
 
-// Computes on the stream on which the layer was called; the present one waits for it.
+// Computes on the stream on which the layer was called; the current stream waits for it.
 class OnStream {
  public:
   explicit OnStream(c10::Stream stream) : stream_(stream), present_(stream_of(stream.device())) {
@@ -35,7 +35,7 @@ class OnStream {
   c10::Stream stream_, present_;
 };
 
-// Of y, which was computed from these, where its node has recipes. That of a PReLU has none: its results are kept.
+// Records how to recompute y, if its node supports that. PReLU's does not: its results are saved.
 void keep_recipe(const Tensor& y, const NormArguments& norm, const Tensor& residual, const Result& result, const Activation& act) {
   const auto node = torch::autograd::impl::gradient_edge(y).function;
   if (auto* has_recipe = dynamic_cast<HasRecipe*>(&*node))
@@ -44,13 +44,13 @@ void keep_recipe(const Tensor& y, const NormArguments& norm, const Tensor& resid
     });
 }
 
-// Whether somebody has taken hold of a tensor's place in the graph, where an operation in place puts another.
+// Whether something refers to a tensor's node, which an in-place operation would replace.
 bool is_held(const Tensor& t, size_t own) {
   const auto node = torch::autograd::impl::gradient_edge(t).function;
   return node && (has_hooks(*node) || node.use_count() > own + 1);  // `node` here is one
 }
 
-// A profiler that records shapes asks each tensor that an operator gets for its memory, before the operator has it.
+// A profiler that records shapes accesses the memory of each argument before the operator is called.
 bool are_inputs_observed() {
   const auto callbacks = at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION);
   return callbacks && callbacks->needs_inputs_;
@@ -201,7 +201,7 @@ Tensor Deferred::in_own_strides(const Tensor& value) const {
   return restrided(value, own);
 }
 
-// As of now this is `value`, in its own strides.
+// Materialises this as `value`, in the strides that it reports.
 void Deferred::become(const Tensor& value) {
   const Tensor laid = in_own_strides(value);
   state_ = kReal;
@@ -209,7 +209,7 @@ void Deferred::become(const Tensor& value) {
   TensorImpl::shallow_copy_from(laid.getIntrusivePtr());
 }
 
-// Its values are there: `value`, in other strides than its own. Whoever takes any strides takes those.
+// Its values are computed: `value`, in other strides than it reports. Operators that accept any strides use it.
 void Deferred::keep_laid(const Tensor& value) {
   if (value.strides() == strides()) return become(value);
   forget();
@@ -267,7 +267,7 @@ void Deferred::make_real_for(const std::string& reason) {
   if (has_node && is_where_it_was_put(self)) keep_recipe(self, *source->norm(), residual, result, Activation());
 }
 
-// The value of a sum, which is `self`, as a tensor that has its place in the graph: `self` is to be another sum.
+// The value of the sum `self` as a new tensor, which takes its place in the graph, because `self` becomes another sum.
 Tensor Deferred::moved_out(const Tensor& self) {
   report("another addition follows");
   const Result result = compute(Activation());
@@ -306,7 +306,7 @@ void Deferred::put(const Tensor& self, const decltype(torch::autograd::Edge::fun
   torch::autograd::set_history(self, node);
 }
 
-// Others change a tensor's place in the graph without an operator: requires_grad_(), a Function that marks it dirty.
+// A tensor's node may change without an operator: requires_grad_(), a Function that marks the tensor dirty.
 bool Deferred::is_where_it_was_put(const Tensor& self) const {
   return put_ == nullptr ? !self.requires_grad() : self.grad_fn().get() == put_;
 }

@@ -1,13 +1,13 @@
-// A tensor whose values are computed when something asks for them, together with what asks.
+// A tensor whose values are computed when they are first used, together with the operation that uses them.
 //
 // To Python it is an ordinary torch.Tensor: its TensorImpl has sizes, strides and a place in the autograd graph, but no memory
-// yet. It carries a dispatch key above autograd (dispatch.cpp), so whatever operator it is given to comes here first. An
-// activation or an addition that one kernel computes with it is computed by that kernel. Any other operator, and any question
-// about the tensor's memory, first makes it an ordinary one.
+// yet. It carries a dispatch key above autograd, so dispatch.cpp is called first for every operator that gets it. If one kernel
+// computes that activation or addition together with the result, it is called. Any other operator, and any access to the
+// tensor's memory, first materialises the result ("make_real"): it becomes an ordinary tensor.
 //
-// While a result waits, the thread that made it has the key in its thread-local set, so that all of its operators come here
-// first. One that would write to what the result is to be computed from, or touch running statistics that it keeps, makes the
-// result before. Nothing that PyTorch can observe happens later than it would have.
+// While a result is deferred, its thread has the key in its thread-local set, so dispatch.cpp is called for all operators of that
+// thread. It materialises the result before an operator that would write to the result's inputs, or read or write its running
+// statistics. So nothing that PyTorch can observe happens later than without deferring.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -30,7 +30,7 @@ class Waiting;
 
 class Deferred final : public c10::TensorImpl {
  public:
-  // The site that is told what becomes of it; `mode` is one of its.
+  // The site to which is reported how the result was computed, and the site's mode.
   struct For {
     std::shared_ptr<Site> site;
     int mode;
@@ -38,9 +38,9 @@ class Deferred final : public c10::TensorImpl {
   static c10::intrusive_ptr<Deferred> make(std::shared_ptr<Source> source, const at::TensorOptions& like, at::IntArrayRef sizes,
                                            const Strides& strides, const NormPointer& norm, const For& where,
                                            const at::Tensor& residual = {});
-  // A value that is there, in other strides than those it is to have.
+  // A result that is computed, but in other strides than it reports.
   static at::Tensor laid(const at::Tensor& value, const Strides& strides);
-  // The result without waiting, for inference.
+  // The result, computed immediately; for inference.
   static at::Tensor compute_at_once(Source& source, const Strides& strides);
   Deferred(std::shared_ptr<Source> source, const at::TensorOptions& like, at::IntArrayRef sizes, const Strides& strides,
            const NormPointer& norm, const For& where, const at::Tensor& residual);
@@ -48,28 +48,29 @@ class Deferred final : public c10::TensorImpl {
   static Deferred* of(const at::Tensor& t);
 
   void make_real();
-  // Before this operator: the report names it as what the result was needed for.
+  // The same, with the reason for the report: the operator that needed the result.
   void make_real_for(const std::string& reason);
-  // What it is to be computed by, of one that waits for what uses it.
+  // What computes the result, if it is deferred and no sum.
   const Source* waiting_source() const { return state_ == kOpen && !is_sum() ? source_.get() : nullptr; }
   bool has_any_strides() const { return state_ == kLaid || (state_ == kOpen && source_->has_any_strides()); }
-  // Something else computes what this was to be part of: it is computed only if somebody asks for it after all.
+  // Marks the result as fused into another computation. It is computed only if it is used again.
   void take_over(const std::string& by);
-  // Its values in the strides that they were computed in, for an operator that takes any; undefined where it has to be real.
+  // Its values in the strides in which they were computed, for an operator that accepts any strides. Undefined if it has to be
+  // materialised.
   at::Tensor as_computed(const std::string& reason);
 
   enum Term { kFirst, kSecond };
-  // What an activation, an addition of this, gives in one kernel; nothing where it has to be the plain operator.
+  // The result of an activation or addition fused with this; nothing if PyTorch's operator has to compute it.
   std::optional<at::Tensor> activate(const at::Tensor& self, const Activation& act, bool in_place);
   std::optional<at::Tensor> add(const at::Tensor& self, const at::Tensor& other, Term term, bool in_place);
-  // The same of the number 0. As `out = 0; out += y` begins in Python, a tensor of its own, which waits for the next addition.
+  // The same for the number 0, as in `out = 0; out += y`: a new deferred result, for the next addition.
   std::optional<at::Tensor> add_zero(const at::Tensor& self, bool in_place);
-  // r += self in one kernel, which is false where it has to be the plain operator. r is a tensor like any other, whose memory is
-  // written to at once; or a sum that waits, which goes on waiting.
+  // r += self in one kernel; false if PyTorch's operator has to compute it. r is an ordinary tensor, which is written immediately, or
+  // a deferred sum, which stays deferred.
   bool add_into(const at::Tensor& self, const at::Tensor& r);
   bool add_onto(const at::Tensor& self, const at::Tensor& r);
 
-  // Whether an operator that is given this memory, and writes to it or not, has to wait until this is real.
+  // Whether this has to be materialised before an operator that reads (or `writes`) this memory.
   bool conflicts_with(const c10::StorageImpl* memory, bool writes);
   // Makes this the node of the result, which is `self`.
   void put(const at::Tensor& self, const decltype(torch::autograd::Edge::function)& node);
@@ -87,16 +88,16 @@ class Deferred final : public c10::TensorImpl {
 
  private:
   enum State {
-    kOpen,   // nothing is computed
+    kOpen,   // deferred: nothing is computed
     kSpent,  // fused with what used it; the plain result can still be computed
-    kLaid,   // computed, in other strides than it is to have
-    kReal,   // a tensor like any other
+    kLaid,   // computed, in other strides than it reports
+    kReal,   // materialised: an ordinary tensor
   };
 
   bool takes(const at::Tensor& self) const;
   bool is_where_it_was_put(const at::Tensor& self) const;
   bool is_observed(const at::Tensor& self) const;
-  // Whether other, or what may be added to it, is like this as an addition in one kernel needs it.
+  // Whether one kernel can add `other`: shape, dtype, device and strides.
   bool may_add(const at::Tensor& self, const at::Tensor& other) const;
   bool is_sum() const { return residual_.defined() || adds_zero_; }
   void put_sum(const at::Tensor& self, const at::Tensor& sum, const at::Tensor& other);
@@ -113,35 +114,35 @@ class Deferred final : public c10::TensorImpl {
   std::shared_ptr<Source> source_;
   at::Tensor residual_, value_;  // the value of kLaid
   NormPointer norm_;  // the batch norm's node; null where no gradients are recorded
-  const torch::autograd::Node* put_ = nullptr;  // the result's own node, where it has one
+  const torch::autograd::Node* put_ = nullptr;  // the result's own node, if it has one
   For where_;
   bool grad_mode_, inference_;
   c10::Stream stream_;
-  uint64_t capture_;  // of a CUDA graph, in which the layer was called; 0: none
+  uint64_t capture_;  // the CUDA graph capture in which the layer was called; 0: none
   std::shared_ptr<Waiting> waiting_;
   State state_ = kOpen;
-  bool again_ = false;  // it was computed before: the statistics have had this batch
-  bool adds_zero_ = false;  // a sum with the number 0, which changes no value
+  bool again_ = false;  // it was computed before: the running statistics already contain this batch
+  bool adds_zero_ = false;  // a sum with the number 0
   std::string fused_with_;
   Remembered residual_was_;
   int passed_ = 0;
   std::recursive_mutex mutex_;
 };
 
-// The values of t in the strides that they were computed in, for what takes any.
+// The values of t in the strides in which they were computed, for operators that accept any strides.
 at::Tensor as_computed(const at::Tensor& t);
 
-// As an ordinary tensor is made, without the questions about its memory that make it real.
+// Creates the tensor as PyTorch does, without the accesses to its memory that would materialise it.
 at::Tensor tensor_of(const c10::intrusive_ptr<Deferred>& impl);
 
-// The results that a thread has not computed yet: few, most live from one line of a forward pass to the next.
+// The deferred results of a thread: few, because most are used in the next line of the forward pass.
 class Waiting {
  public:
   static const std::shared_ptr<Waiting>& of_this_thread();
   void enter(const c10::intrusive_ptr<Deferred>& result);
   void leave(const Deferred* result);
   std::vector<c10::intrusive_ptr<Deferred>> results();
-  // Whether all operators come to dispatch.cpp even if nothing waits.
+  // Whether all operators go through dispatch.cpp even if nothing is deferred.
   void watch(bool on);
   bool rests();
 
@@ -151,8 +152,8 @@ class Waiting {
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> results_;
 };
 
-// Whether what happens to tensors in this thread is PyTorch's operators, autograd and autocast alone, or our own hooks. A
-// TorchFunctionMode, as torch.set_default_device sets one, is called before any operator: it sees what it would see.
+// Whether only PyTorch's operators, autograd, autocast and cnnkern's own hooks can see this thread's operators. A TorchFunctionMode
+// (torch.set_default_device sets one) does not matter: it is called before the operators, and sees what it would see anyway.
 bool is_undisturbed();
 
 }  // namespace cnnkern

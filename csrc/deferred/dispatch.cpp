@@ -1,4 +1,4 @@
-// What operators do with deferred results, and while some wait: the kernels of their dispatch key.
+// The kernels of the dispatch key of deferred results: called for every operator that gets one, or runs while one is deferred.
 #include <ATen/RedispatchFunctions.h>
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
@@ -17,15 +17,15 @@ using Keys = c10::DispatchKeySet;
 
 Keys below(Keys keys) { return keys & Keys(Keys::FULL_AFTER, kDeferredKey); }
 
-// The rest of an operator, which need not come here again: its own calls see no more than it does.
+// Calls the operator with this key excluded, so that the operators that it calls do not come here again.
 template <typename Operator>
 decltype(auto) past(const Operator& call) {
   c10::impl::ExcludeDispatchKeyGuard guard{Keys(kDeferredKey)};
   return call();
 }
 
-// Operators on images that give the same values whatever the strides of their inputs. They take what a folded convolution left
-// with channels innermost as it is; of contiguous inputs the result is contiguous, when somebody asks.
+// Operators on images whose values do not depend on the strides of their inputs. They read a folded convolution's result in
+// channels_last without a copy. If the original model's result would be contiguous, it is copied when it is used otherwise.
 bool takes_any_strides(const c10::OperatorHandle& op) {
   static const std::set<std::pair<std::string, std::string>> names = {
       {"aten::max_pool2d", ""}, {"aten::avg_pool2d", ""}, {"aten::adaptive_avg_pool2d", ""}, {"aten::cat", ""}, {"aten::mul", "Tensor"},
@@ -34,7 +34,7 @@ bool takes_any_strides(const c10::OperatorHandle& op) {
   return names.count({name.name, name.overload_name}) > 0;
 }
 
-// Replaces the stack by the result where the operator takes its inputs as they were computed.
+// If the operator accepts its inputs in any strides, calls it, and replaces the stack by the result.
 bool compute_in_any_strides(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if (!takes_any_strides(op) || !is_undisturbed()) return false;
   const size_t count = op.schema().arguments().size(), first = stack->size() - count;
@@ -79,7 +79,7 @@ void any_operator(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* s
   {
     const auto& schema = op.schema();
     Arguments visited(schema.name());
-    const bool is_collective = schema.name().rfind("c10d::", 0) == 0;  // whose schemas do not tell what they write to
+    const bool is_collective = schema.name().rfind("c10d::", 0) == 0;  // whose schemas do not say what they write to
     const size_t first = stack->size() - schema.arguments().size();
     for (size_t i = 0; i < schema.arguments().size(); ++i) {
       const c10::IValue& value = (*stack)[first + i];
@@ -91,7 +91,7 @@ void any_operator(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* s
   past([&] { op.redispatchBoxed(below(keys), stack); });
 }
 
-// As PyTorch computes it, in or out of a graph.
+// By PyTorch's operator, with or without gradients.
 void concatenate(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* stack) {
   const std::vector<Tensor> parts = (*stack)[stack->size() - 2].toTensorVector();
   const int64_t dim = stack->back().toInt();
@@ -99,7 +99,7 @@ void concatenate(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* st
   remember_concatenation(stack->back().toTensor(), parts, dim);
 }
 
-// What an operator that no kernel of ours computes gives, in place and out of place.
+// The result of an operator that cnnkern does not fuse, in place or out of place.
 template <typename Operator>
 Tensor as_it_is(const char* name, const Tensor& t, const Operator& otherwise) {
   Arguments(name).visit(t, /*writes=*/false);
@@ -112,7 +112,7 @@ Tensor& as_it_is_(const char* name, Tensor& t, const Operator& otherwise) {
   return t;
 }
 
-// An activation, computed with what waits where there is one of ours that it is.
+// An activation, fused with the deferred result if cnnkern has it.
 template <typename Operator>
 Tensor activate(const char* name, const Tensor& t, const std::optional<Activation>& act, const Operator& otherwise) {
   if (Deferred* deferred = Deferred::of(t); deferred != nullptr && act)
@@ -147,7 +147,7 @@ bool is(const at::Scalar& number, double value) { return !number.isComplex() && 
 std::optional<Activation> hardtanh_of(const at::Scalar& low, const at::Scalar& high) {
   return is(low, 0) && is(high, 6) ? std::optional(Activation{"relu6"}) : std::nullopt;
 }
-// An activation with a number. In place PyTorch has no gradient of one that is negative, and says so.
+// An activation with a parameter. PyTorch refuses the gradient of in-place activations with a negative one.
 std::optional<Activation> numbered(const char* name, const at::Scalar& number, bool in_place) {
   if (number.isComplex() || number.isSymbolic() || !std::isfinite(number.toDouble())) return std::nullopt;
   if (in_place && number.toDouble() < 0) return std::nullopt;
@@ -190,8 +190,8 @@ Tensor& gelu_(Keys keys, Tensor& t, c10::string_view approximate) {
   return activate_("gelu", t, gelu_of(approximate), [&] { at::redispatch::gelu_(below(keys), t, approximate); });
 }
 
-// PyTorch's PReLU with this slope as one that our kernels compute: not where it would refuse the slope, or autocast give another
-// dtype to its result.
+// PReLU with this slope, if cnnkern's kernels compute it. They do not if PyTorch would refuse the slope, or if autocast would change
+// the result's dtype.
 std::optional<Activation> prelu_of(const Tensor& t, const Tensor& slope) {
   if (!is_plain(slope) || slope.device() != t.device() || has_tangent(slope)) return std::nullopt;
   if (slope.is_inference() && !c10::InferenceMode::is_enabled()) return std::nullopt;
@@ -200,7 +200,7 @@ std::optional<Activation> prelu_of(const Tensor& t, const Tensor& slope) {
   const bool casts = at::autocast::is_autocast_enabled(device) && t.scalar_type() != at::kDouble;
   if (casts && t.scalar_type() != at::autocast::get_autocast_dtype(device)) return std::nullopt;
   if (slope.scalar_type() != t.scalar_type() && !(casts && slope.scalar_type() == at::kFloat)) return std::nullopt;
-  // PyTorch's node saves a view of it as well, which an assignment to the slope's data does not reach.
+  // PyTorch's node saves a view of it too, so an assignment to the slope's .data does not change the saved values.
   return Activation{"prelu", std::nullopt, past([&] { return slope.view(slope.sizes()); })};
 }
 Tensor prelu(Keys keys, const Tensor& t, const Tensor& slope) {
@@ -212,7 +212,7 @@ Tensor prelu(Keys keys, const Tensor& t, const Tensor& slope) {
   return past([&] { return at::redispatch::prelu(below(keys), t, slope); });
 }
 
-// A number in Python's code that is 0: a tensor of no dimensions, which is read without an operator that a mode would see.
+// Whether this is the Python number 0, as a tensor without dimensions. It is read without an operator, which a mode would see.
 bool is_zero(const Tensor& t) {
   if (!t.defined() || !t.unsafeGetTensorImpl()->is_wrapped_number() || !is_plain(t) || !t.is_cpu()) return false;
   return (t.scalar_type() == at::kLong && *t.const_data_ptr<int64_t>() == 0) ||
@@ -247,7 +247,7 @@ Tensor& add_(Keys keys, Tensor& a, const Tensor& b, const at::Scalar& alpha) {
   return a;
 }
 
-// Dropouts that drop nothing give back what they were given: what waits goes on waiting.
+// Dropouts that drop nothing return their input: a deferred result stays deferred.
 bool drops_nothing(double p, bool train) { return p == 0 || (!train && p > 0 && p <= 1); }
 
 Tensor dropout(Keys keys, const Tensor& t, double p, bool train) {
@@ -259,7 +259,7 @@ Tensor feature_dropout(Keys keys, const Tensor& t, double p, bool train) {
   return as_it_is("feature_dropout", t, [&] { return at::redispatch::feature_dropout(below(keys), t, p, train); });
 }
 
-// Makes an alias that autograd does not know of, through which NumPy writes unseen: Tensor.numpy() calls it.
+// detach makes an alias that autograd does not track. Tensor.numpy() calls it, and NumPy's writes are not seen.
 Tensor detach(Keys keys, const Tensor& t) {
   Arguments visited("detach");
   visited.visit(t, /*writes=*/false);
@@ -267,7 +267,7 @@ Tensor detach(Keys keys, const Tensor& t) {
   return past([&] { return at::redispatch::detach(below(keys), t); });
 }
 
-// What assigns to Tensor.data asks it first.
+// Called before an assignment to Tensor.data.
 bool has_compatible_shallow_copy_type(Keys keys, const Tensor& t, const Tensor& from) {
   Arguments visited("an assignment to data");
   visited.visit(from, /*writes=*/false);

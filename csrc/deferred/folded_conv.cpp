@@ -38,7 +38,7 @@ auto operator_of(const char* name, const char* overload = "") {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
 }
 
-// An activation of ours as oneDNN has it behind a convolution; "none" for one that it lacks.
+// oneDNN's name of an activation in a convolution's epilogue; "none" if it lacks it.
 struct PostOperator {
   const char* name = "none";
   std::vector<double> numbers = {};
@@ -82,12 +82,12 @@ class Convolved final : public Source {
   at::ScalarType dtype_;
 };
 
-// A mode that counts operations, say, is to see the original's.
+// Modes, such as one that counts FLOPs, see the original operators.
 bool is_seen_by_modes() { return c10::impl::TorchDispatchModeTLS::any_modes_set(); }
 
 const Convolved* waiting_convolution(const Tensor& t) {
   const Deferred* deferred = Deferred::of(t);
-  if (deferred == nullptr || t.requires_grad()) return nullptr;  // what follows has a gradient to hand to it
+  if (deferred == nullptr || t.requires_grad()) return nullptr;  // the batch norm needs the gradient of the convolution
   return dynamic_cast<const Convolved*>(deferred->waiting_source());
 }
 
@@ -142,7 +142,7 @@ std::optional<Tensor> FoldedConv::call(const std::shared_ptr<Site>& site, const 
 
 Tensor FoldedConv::take_over(const std::shared_ptr<Site>& site, const Tensor& waiting) {
   const Convolved* before = waiting_convolution(waiting);
-  TORCH_CHECK(before != nullptr, "cnnkern: FoldedConv.take_over needs the result of a convolution that waits");
+  TORCH_CHECK(before != nullptr, "cnnkern: FoldedConv.take_over needs the deferred result of a convolution");
   const Tensor x = before->x();
   const Remembered x_was = before->x_was();
   const auto dtype = before->dtype();
@@ -172,7 +172,7 @@ bool FoldedConv::is_own(const Tensor& x, at::ScalarType dtype) const {
          c10::multiply_integers(output_sizes(x)) <= settings_.own_to_elements;
 }
 
-// By PyTorch's convolution with the folded weights, and what follows it.
+// By PyTorch's convolution with the folded weights, then the addition and the activation.
 Tensor FoldedConv::by_parts(const Tensor& x, const Tensor& residual, const Activation& act) {
   const auto& [stride, padding, dilation, groups, pad, pad_mode, own, own_from_pixels, own_to_elements, dtypes] = settings_;
   const OptionalTensor bias = bias_.defined() ? OptionalTensor(bias_.to(x.scalar_type())) : std::nullopt;
@@ -201,7 +201,7 @@ Tensor FoldedConv::by_library(const Tensor& x, const Tensor& residual, const Act
   return std::string_view(name) == "none" ? activated(y, act) : y;
 }
 
-// By our grouped convolution, and what follows it.
+// By cnnkern's grouped convolution, then the addition and the activation.
 Tensor FoldedConv::by_grouped(const Tensor& x, const Tensor& residual, const Activation& act) {
   static const auto grouped = operator_of<Grouped>("cnnkern::grouped_conv2d");
   const auto& [stride, padding, dilation, groups, pad, pad_mode, own, own_from_pixels, own_to_elements, dtypes] = settings_;
@@ -211,7 +211,7 @@ Tensor FoldedConv::by_grouped(const Tensor& x, const Tensor& residual, const Act
   return act.name == "relu" ? y.relu_() : activated(y, act);
 }
 
-// By a kernel of ours that has all of it in one pass over memory.
+// By cnnkern's kernel, which includes the addition and the activation.
 Tensor FoldedConv::by_own(const Tensor& x, const Tensor& residual, const Activation& act) {
   static auto* const pack_pointwise = CNNKERN_FOR_THIS_CPU(pack_pointwise);
   static auto* const pointwise = CNNKERN_FOR_THIS_CPU(pointwise);
@@ -247,7 +247,7 @@ Tensor FoldedConv::packed(const Tensor& x) {
     if (found != packed_.end()) return found->second;
   }
   const Tensor made = pack_(key.second, key.first);
-  constexpr size_t kShapes = 8;  // of inputs, for which a convolution keeps packed weights
+  constexpr size_t kShapes = 8;  // input shapes for which a convolution keeps packed weights
   std::lock_guard<std::mutex> lock(mutex_);
   if (packed_.size() >= kShapes) packed_.erase(packed_.begin());
   return packed_.emplace(key, made).first->second;

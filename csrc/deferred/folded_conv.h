@@ -1,5 +1,5 @@
-// The convolution of a folded model: batch norm in its weights, residual and activation in its kernel. Its result is deferred as a
-// batch norm's is, for the batch norm, the addition and the activation behind it.
+// The convolution of a folded model: batch norm in its weights, residual and activation in its epilogue. Its result is deferred, as a
+// batch norm's is, until the batch norm, the addition and the activation after it are known.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,26 +23,26 @@ class FoldedConv : public std::enable_shared_from_this<FoldedConv> {
   struct Settings {
     std::vector<int64_t> stride, padding, dilation;
     int64_t groups;
-    std::vector<int64_t> pad;  // what is padded before, as at::pad has it; may be empty
+    std::vector<int64_t> pad;  // a padding before the convolution, with at::pad's arguments; may be empty
     std::string pad_mode;
-    // Which kernel of ours computes it in float32: "grouped", "pointwise" or "depthwise", or "" for none. `pad` is empty for the
-    // last two. It does where an image has at least so many pixels, and the result at most so many elements.
+    // The kernel of cnnkern that computes it in float32: "grouped", "pointwise" or "depthwise", or "" for none. `pad` is empty for the
+    // last two. It is used for images of at least own_from_pixels, and results of at most own_to_elements.
     std::string own;
     int64_t own_from_pixels, own_to_elements;
-    std::vector<at::ScalarType> dtypes;  // that oneDNN has kernels for
+    std::vector<at::ScalarType> dtypes;  // for which oneDNN has kernels
   };
   // The weight in oneDNN's order for an input of these sizes and dtype.
   using Pack = std::function<at::Tensor(const std::vector<int64_t>&, at::ScalarType)>;
 
-  // Computes with weight and bias, which were made of `sources`, parameters and statistics of modules.
+  // Computes with weight and bias, which were computed from `sources`: parameters and statistics of modules.
   FoldedConv(const at::Tensor& weight, const std::optional<at::Tensor>& bias, Settings settings, Pack pack,
              const std::vector<at::Tensor>& sources);
 
-  // Whether it is still what these sources give.
+  // Whether the sources are these and unchanged.
   bool holds(const std::vector<at::Tensor>& sources) const { return seal_.holds(sources); }
-  // The convolution of the input; nothing where PyTorch's has to compute it.
+  // The convolution of the input; nothing if PyTorch's has to compute it.
   std::optional<at::Tensor> call(const std::shared_ptr<Site>& site, const at::Tensor& input);
-  // The same in place of another one, whose result `waiting` is.
+  // The same, in place of the convolution whose deferred result is `waiting`.
   at::Tensor take_over(const std::shared_ptr<Site>& site, const at::Tensor& waiting);
 
   at::Tensor run(const at::Tensor& x, const at::Tensor& residual, const Activation& act, at::ScalarType dtype);
@@ -68,10 +68,10 @@ class FoldedConv : public std::enable_shared_from_this<FoldedConv> {
   std::mutex mutex_;
   std::map<std::pair<at::ScalarType, std::vector<int64_t>>, at::Tensor> packed_;
   std::once_flag packs_own_;
-  at::Tensor own_packed_;  // for the kernel of ours
+  at::Tensor own_packed_;  // for cnnkern's kernel
 };
 
-// The convolution whose result this is, where it waits.
+// The convolution whose deferred result this is; else null.
 std::shared_ptr<FoldedConv> convolution_of(const at::Tensor& t);
 
 }  // namespace cnnkern

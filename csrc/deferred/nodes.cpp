@@ -37,7 +37,7 @@ const auto& prelu_backward() {
   return op;
 }
 
-// The batch norm's result, of which the graph has no value, as a function of what its node saved.
+// The batch norm's result, recomputed differentiably from what its node saved.
 Tensor batch_norm_again(const variable_list& saved, bool training) {
   return bn_act_composite(saved[0], saved[1], saved[2], saved[3], saved[4], training, {"none", {}});
 }
@@ -91,7 +91,7 @@ variable_list NormNode::unpack() {
 }
 
 bool NormNode::unobserved(size_t uses) const {
-  // Of nodes that somebody calls, each is to give its own gradient.
+  // If nodes are called directly, each has to return its own gradient.
   const bool called_by_the_engine = torch::autograd::get_current_graph_task_id() != -1;
   if (!called_by_the_engine || used_again || has_hooks(const_cast<NormNode&>(*this))) return false;
   const auto* info = torch::autograd::get_current_graph_task_exec_info();
@@ -99,7 +99,7 @@ bool NormNode::unobserved(size_t uses) const {
     const auto found = info->find(const_cast<NormNode*>(this));
     if (found != info->end() && found->second.captures_ && !found->second.captures_->empty()) return false;
   }
-  return uses <= (result.expired() ? 1u : 3u);  // the node in front; the result, twice
+  return uses <= (result.expired() ? 1u : 3u);  // the activation's node; the result, twice
 }
 
 variable_list NormNode::apply(variable_list&& grads) {
@@ -161,7 +161,7 @@ variable_list PReluNode::apply(variable_list&& grads) {
     auto found = torch::autograd::grad({prelu_by_pytorch(y, s)}, {y, s}, {dz}, /*retain_graph=*/create_graph, create_graph);
     return {found[0], wants_slope ? found[1] : Tensor()};
   }
-  const bool goes_on = task_should_compute_output(0);  // else the slope's gradient alone is asked for
+  const bool goes_on = task_should_compute_output(0);  // else only the slope's gradient is needed
   const std::array<bool, 5> needs = {goes_on && norm.next_edge(0).is_valid(), goes_on && sum, goes_on && norm.next_edge(1).is_valid(),
                                      goes_on && norm.next_edge(2).is_valid(), wants_slope};
   auto [dx, dresidual, dweight, dbias, dslope] =
@@ -169,7 +169,7 @@ variable_list PReluNode::apply(variable_list&& grads) {
                             saved[3].contiguous(), saved[4].contiguous(), channels_last, norm.training(), needs);
   if (!goes_on) return {Tensor(), wants_slope ? dslope : Tensor()};
   if (needs[0]) dx = in_strides_of_batch_norm_gradient(dx, saved[0], dz, strides, "prelu");
-  // Without a residual what is handed on is but a sign of what is known, which nobody sees: of no use by itself, as `act` says.
+  // Without a residual only a placeholder is passed on: the batch norm's node has all gradients already (`act` says so).
   const Tensor handed_on = sum ? restrided(dresidual, strides_of_gradient(dz, strides, "prelu")) : dz;
   norm.known = {handed_on, sum ? Activation() : Activation{"prelu"}, strides,
                 variable_list{needs[0] ? dx : Tensor(), needs[2] ? dweight : Tensor(), needs[3] ? dbias : Tensor()}};

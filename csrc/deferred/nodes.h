@@ -1,9 +1,9 @@
 // Deferred results in the autograd graph: the batch norm has its node when it is called, before it is computed.
 //
-// An activation that is computed with it is a node of its own in front, because the batch norm's result may have hooks or other
-// users, as in PyTorch. Going backward that node hands its gradient on as it is, and the batch norm's node computes both
-// derivatives in one; or, where somebody could see the gradient in between, each computes its own. PReLU's node, which has a slope
-// of its own to differentiate, computes all of them and hands the others' on.
+// An activation that is fused with it has a separate node, because the batch norm's result may have hooks or other users, as in
+// PyTorch. In the backward pass the activation's node passes its gradient on undifferentiated, and the batch norm's node computes both
+// derivatives in one kernel. If something could see the gradient between them, each node computes its own. PReLU's node also needs
+// the gradient of its slope: it computes all gradients, and passes the batch norm's on.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -32,7 +32,7 @@ class Lock {
   std::unique_lock<std::recursive_mutex> lock_;
 };
 
-// An activation by name, with its number where that is not the default, or with the slope of "prelu".
+// An activation by name, with its parameter if that is not the default, or with the slope of "prelu".
 struct Activation {
   std::string name = "none";
   std::optional<double> param = std::nullopt;
@@ -46,10 +46,10 @@ struct NormArguments {
   bool training;
 };
 
-// A copy below autograd and modes, which are to see no more than PyTorch's operators.
+// A copy that autograd and modes do not see.
 at::Tensor copy_of(const at::Tensor& t);
 
-// Makes the result, an object of Deferred, whose node is asked for a gradient.
+// Materialises the result, a Deferred, whose node needs saved tensors.
 void make_real(c10::TensorImpl* result);
 
 class NormNode final : public torch::autograd::Node, public HasRecipe {
@@ -58,14 +58,14 @@ class NormNode final : public torch::autograd::Node, public HasRecipe {
   void release_variables() override;
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
 
-  // What the gradient needs, once it is computed. `reads_bias`: an activation was computed with it.
+  // Saves what the gradient needs, after the result was computed. `reads_bias`: an activation was fused.
   void fill(const NormArguments& norm, const at::Tensor& mean, const at::Tensor& rstd, bool reads_bias);
   torch::autograd::variable_list unpack();  // x, weight, bias, mean, rstd
   bool training() const { return training_; }
-  // Whether nobody but the node in front gives this one a gradient, or sees it. `uses`: the references to this node.
+  // Whether only the activation's node passes a gradient to this one, and nothing else sees it. `uses`: references to this node.
   bool unobserved(size_t uses) const;
 
-  // What the node in front tells: a gradient that has yet to pass its activation, or all that is asked for.
+  // What the activation's node passes on: a gradient that is not yet differentiated through the activation, or all gradients.
   struct Known {
     at::Tensor dy;
     Activation act;
@@ -74,7 +74,7 @@ class NormNode final : public torch::autograd::Node, public HasRecipe {
   } known;
   std::recursive_mutex mutex;
   c10::weak_intrusive_ptr<c10::TensorImpl> result{c10::intrusive_ptr<c10::TensorImpl>()};  // while its node is this
-  bool used_again = false;  // the plain result too, beside the one that was fused
+  bool used_again = false;  // the plain result is used too, in addition to the fused one
 
  private:
   std::vector<torch::autograd::SavedVariable> saved_;
@@ -113,7 +113,7 @@ struct ActOfSumNode final : torch::autograd::Node, HasRecipe {
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
 };
 
-// prelu(batch norm), or prelu(batch norm + residual): the next nodes are that of what the activation was given and the slope's.
+// prelu(batch norm), or prelu(batch norm + residual). The next nodes are that of the activation's input and the slope's.
 struct PReluNode final : torch::autograd::Node {
   torch::autograd::SavedVariable slope;
   bool sum = false;

@@ -11,7 +11,7 @@ namespace cnnkern {
 
 struct Sealed {
   std::vector<const c10::TensorImpl*> tensors;
-  std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> memory;  // so that its address is nobody else's
+  std::vector<c10::weak_intrusive_ptr<c10::StorageImpl>> memory;  // so that its address is not reused
 
   bool has(size_t i, const c10::StorageImpl* other) const { return memory[i]._unsafe_get_target() == other; }
   bool broken = false;
@@ -23,17 +23,17 @@ std::mutex mutex;
 std::vector<Sealed*> all;
 std::vector<Values*> all_values;
 
-// The keys of any tensor, which its class keeps to its heirs.
+// Access to the dispatch keys of a TensorImpl, which are protected members.
 struct Keys : c10::TensorImpl {
   static c10::DispatchKeySet& of(const Tensor& t) { return t.unsafeGetTensorImpl()->*(&Keys::key_set_); }
 };
 
-// From now on operators that are given t, or a view of it, come to dispatch.cpp.
+// From now on dispatch.cpp is called for operators that get t or a view of it.
 void mark(const Tensor& t) {
   if (!t.key_set().has(kDeferredKey)) Keys::of(t) = Keys::of(t).add(kDeferredKey);
 }
 
-// Whether nobody can write to t's memory but through t: no other tensor has it, no object of Python's, no array of NumPy's.
+// Whether t's memory can only be written through t: no other tensor, Python object or NumPy array shares it.
 bool has_no_alias(const Tensor& t) { return t.storage().resizable() && is_alone_in_memory(t); }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Tells whether tensors are what they were when something was computed from them once and for all, a folded weight, or keeps
-// what they were.
+// Two ways to notice that tensors change. Seal tells whether they still have the values from which a folded weight was computed.
+// Values keeps the old values.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,8 +11,8 @@ namespace cnnkern {
 
 struct Sealed;
 
-// The tensors carry the deferred results' dispatch key while they are sealed, and so do their views: any operator that writes to
-// one comes to dispatch.cpp first, which breaks the seal.
+// Sealed tensors and their views carry the dispatch key of deferred results. So dispatch.cpp is called before an operator writes to
+// one, and breaks the seal.
 class Seal {
  public:
   explicit Seal(const std::vector<at::Tensor>& tensors);
@@ -26,17 +26,17 @@ class Seal {
   std::unique_ptr<Sealed> sealed_;
 };
 
-// The values that a tensor has now, for a gradient that reads them later: PyTorch's own layers would not have kept this tensor, so
-// that it may be changed in place. Whoever does that comes to dispatch.cpp first, in the same way, and a copy is made of them.
+// The values that a tensor has now, for a gradient that reads them later. PyTorch's layers would not have saved this tensor, so the
+// model may change it in place. dispatch.cpp is called before an operator does that, in the same way, and copies the values.
 class Values : public std::enable_shared_from_this<Values> {
  public:
-  // Several who keep one tensor share its values.
+  // Nodes that keep the same tensor share its Values.
   static std::shared_ptr<Values> of(const at::Tensor& t);
   explicit Values(const at::Tensor& t);
   Values(const Values&) = delete;
   Values& operator=(const Values&) = delete;
   ~Values();
-  // Without a place in the graph. An error where they were changed past dispatch.cpp.
+  // Detached. An error if they were changed without dispatch.cpp.
   at::Tensor tensor() const;
   bool are_copied() const;
   static void copy_those_of(const c10::StorageImpl* memory);
@@ -49,12 +49,12 @@ class Values : public std::enable_shared_from_this<Values> {
   bool copied_ = false;
 };
 
-// The residual of a sum, by its values, or where they are still its own by itself.
+// The residual of a sum: the tensor itself while it is unchanged, else a copy of its values.
 class Kept {
  public:
   void keep(const at::Tensor& t) { tensor_ = t, values_ = Values::of(t); }
   void reset() { tensor_ = at::Tensor(), values_ = nullptr; }
-  at::Tensor unpack() const;  // as it was; undefined where nothing is kept
+  at::Tensor unpack() const;  // with its old values; undefined if nothing is kept
 
  private:
   at::Tensor tensor_;

@@ -1,4 +1,4 @@
-// What became of the results of one batch norm module: for the report, and to know where deferring is of use.
+// How the results of one batch norm module were computed: for the report, and to stop deferring if it does not help.
 #pragma once
 
 #include <array>
@@ -11,8 +11,7 @@ namespace cnnkern {
 
 class Site {
  public:
-  // Deferring costs a little, so it ends where most results were not fused. `mode`: whether it trained, and whether gradients
-  // were recorded.
+  // Deferring has some overhead, so it ends if most results were not fused. `mode`: training or not, with or without gradients.
   bool defers(int mode) {
     std::lock_guard<std::mutex> lock(mutex_);
     return modes_[mode].missed <= modes_[mode].fused;
@@ -29,7 +28,7 @@ class Site {
     std::lock_guard<std::mutex> lock(mutex_);
     ++modes_[mode].missed, ++alone_[why];
   }
-  // A result that was fused with what used it first is used once more.
+  // A result that was fused with its first use is used again.
   void used_again(int mode, const std::string& with) {
     std::lock_guard<std::mutex> lock(mutex_);
     --modes_[mode].fused, --fused_[with];

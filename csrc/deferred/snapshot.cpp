@@ -8,12 +8,12 @@ namespace py = pybind11;
 
 namespace {
 
-// What `module(x)` goes through before it is the forward pass, and what finds parameters and children.
+// What `module(x)` looks up before it calls forward, and what finds parameters and children.
 constexpr const char* kLookedUp[] = {"__call__", "_wrapped_call_impl", "_call_impl", "forward", "__getattr__"};
 
 bool is_holder(PyObject* object) { return PyDict_Check(object) || PyList_Check(object); }
 
-// Calls f(key, value) with what is in a dictionary or a list, in its order, until it returns false.
+// Calls f(key, value) for the items of a dictionary or a list, in order, until it returns false.
 template <typename F>
 bool each_item(PyObject* holder, const F& f) {
   if (PyDict_Check(holder)) {

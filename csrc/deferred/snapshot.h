@@ -1,4 +1,4 @@
-// What modules hold and what calling them looks up, by identity: tells whether anything has changed that a call would read.
+// The identities of everything that a call of some modules reads. Tells whether any of it has changed.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,9 +9,9 @@ namespace cnnkern {
 
 class Snapshot {
  public:
-  // Of the modules' classes, attributes, and what is in attributes that are dictionaries or lists. The dictionaries `empty` are to be
-  // so. Pointers are borrowed: what they point to is appended to `kept`, for whoever makes a snapshot to keep it as long. Python's
-  // collector sees objects there, and would not see them here.
+  // Contains the modules' classes, attributes, and the items of attributes that are dictionaries or lists. The dictionaries in `empty`
+  // have to be empty. Pointers are borrowed: the objects are appended to `kept`, which the owner of the snapshot has to keep alive.
+  // Python's garbage collector sees them there, but would not see them here.
   Snapshot(const pybind11::list& modules, const pybind11::list& empty, const pybind11::list& kept);
   bool holds() const;
 

@@ -67,7 +67,7 @@ bool BatchNorm::can_wait() const {
       return false;
   }
   if (requires_grad(running_mean_) || requires_grad(running_var_)) return false;
-  // Remembered here, once nothing stands against it.
+  // Recorded only if the result can be deferred.
   auto& remembered = const_cast<BatchNorm*>(this)->remembered_;
   for (size_t i = 0; i < remembered.size(); ++i)
     if (tensors()[i]->defined()) remembered[i].remember(*tensors()[i]);
@@ -88,7 +88,7 @@ bool BatchNorm::keeps_statistic(const c10::StorageImpl* memory) const {
 void BatchNorm::check_unchanged(bool statistics) const {
   for (size_t i = 0; i < (statistics ? 5 : 3); ++i) {
     const Tensor& t = *tensors()[i];
-    // Another thread may train with the same statistics: they are updated as they are now.
+    // Another thread may train with the same statistics: the update uses their current values.
     const bool updates = i >= 3 && arguments_.training;
     TORCH_CHECK(!t.defined() || (updates ? remembered_[i].holds_memory(t) : remembered_[i].holds(t)), "cnnkern: ",
                 i == 0 ? "the input" : i < 3 ? "a parameter" : "a running statistic",

@@ -26,21 +26,21 @@ struct Result {
 class Source {
  public:
   virtual ~Source() = default;
-  // act(result + residual), the residual being optional, below autograd. Where `again` it was computed before.
+  // act(result + residual), without autograd; the residual is optional. `again`: it was computed before.
   virtual Result compute(const at::Tensor& residual, const Activation& act, bool again) = 0;
-  // Whether result + r can be written to r's memory in one pass; and that, which leaves no value.
+  // Whether one pass can compute result + r and write it to r's memory; and that pass.
   virtual bool adds_into(const at::Tensor& /*r*/) const { return false; }
   virtual Result add_into(const at::Tensor& r, bool again);
   virtual std::vector<at::Tensor> reads() const = 0;
-  virtual const NormArguments* norm() const { return nullptr; }  // whose gradients are ours to compute
-  // Whether it changes or reads a running statistic in this memory: nobody else is to touch one before it does.
+  virtual const NormArguments* norm() const { return nullptr; }  // if cnnkern computes the gradients
+  // Whether it reads or updates a running statistic in this memory, which no operator may access before.
   virtual bool keeps_statistic(const c10::StorageImpl*) const { return false; }
   virtual bool updates_statistics() const { return false; }
-  // Whether the result may come in other strides than PyTorch's; it gets those when somebody asks.
+  // Whether it may compute the result in other strides than PyTorch's. It is copied into PyTorch's if needed.
   virtual bool has_any_strides() const { return false; }
 };
 
-// What the arguments of a call were, to tell whether somebody changed them past PyTorch's operators.
+// The state of a call's arguments, to tell whether they were changed without PyTorch's operators.
 class Remembered {
  public:
   void remember(const at::Tensor& t);
@@ -59,7 +59,7 @@ class BatchNorm final : public Source {
   BatchNorm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& running_mean,
             const at::Tensor& running_var, bool training, double momentum, double eps, bool any_strides);
 
-  // Whether our kernels compute it as it stands, and nobody can tell when.
+  // Whether cnnkern's kernels support it, and nothing can observe when it is computed.
   bool can_wait() const;
 
   Result compute(const at::Tensor& residual, const Activation& act, bool again) override;
@@ -76,7 +76,7 @@ class BatchNorm final : public Source {
     return {&arguments_.x, &arguments_.weight, &arguments_.bias, &running_mean_, &running_var_};
   }
   void check_unchanged(bool statistics) const;
-  // The running statistics that a kernel is given: none where they have had this batch. All arguments have to be what they were.
+  // The running statistics for the kernel: none if they already contain this batch. Raises an error if an argument was changed.
   std::pair<OptionalTensor, OptionalTensor> statistics(bool again) const;
 
   NormArguments arguments_;

@@ -65,7 +65,7 @@ struct RunningStatistics {
 
 // Statistics and the affine map of them: all of batch norm's forward pass but what is stored.
 // (The mode is a value, here and in the backward pass, and sums are taken of this type, not of what is derived from
-// it: each type of a sweep takes seconds to compile.)
+// it: each type of a pass takes seconds to compile.)
 template <typename T>
 struct BatchNormForward {
   using Scalar = T;
@@ -251,7 +251,7 @@ struct BatchNormBackward {
   Gate gate;
   ChannelTable<T, kRows> table{};
 
-  // In eval the gradients need no sums and are written in the first sweep.
+  // In eval the gradients need no sums and are written in the first pass.
   static constexpr bool reduces() { return true; }
   bool maps() const { return training && (dx != nullptr || dresidual != nullptr); }
   T* output() const { return dx != nullptr ? dx : dresidual; }

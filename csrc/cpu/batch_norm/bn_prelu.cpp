@@ -1,7 +1,7 @@
 // bn_prelu: y = z for z > 0, else slope * z; z = pre + residual, pre = (x - mean) * weight * rstd + bias, the residual optional.
 // Backward, with g = dy for z > 0, else slope * dy: dslope = sum of dy * min(z, 0) over a channel, or over all of x for a single
 // slope; dresidual = g, and dx, dweight, dbias as those of bn_act. z is recomputed from x and the residual, which alone are
-// saved. dslope is a third sum of the first sweep.
+// saved. dslope is a third sum of the first pass.
 // Traffic in tensors read or written, while a channel (planes) or the tensor (rows) stays in cache: 2 forward, 3 backward; rows
 // beyond the last-level cache 3 and 5; with a residual 3 and 5, and 4 and 8. Accumulators as those of bn_act.
 #include <array>

@@ -4,7 +4,7 @@
 //   sync_bn_sums      sum(g) and sum(g * (x - mean)) * rstd, g = dy * act'(pre), pre with the residual, or dy * [y > 0]
 //   sync_bn_backward  dx = weight * rstd * (g - sum(g) / n - (x - mean) * rstd * sum(g * (x - mean) * rstd) / n), with
 //                     sums and n over all processes; dresidual = g
-// The sweeps are those of bn_act and bn_add_act, one per part. Memory traffic, in tensors read or written: 1 and 2 (3 with a
+// The passes are those of bn_act and bn_add_act, one per part. Memory traffic, in tensors read or written: 1 and 2 (3 with a
 // residual) forward, 2 and 3 (4) backward: as those have where a channel does not stay in cache.
 // Accumulators: the arithmetic type for 64 additions, then double (see sweep.h).
 #include <array>
@@ -69,7 +69,7 @@ struct Apply : BatchNormForward<T> {
   }
 };
 
-// Either sweep of the backward pass: the first where there are no sums yet, the second from those of all processes.
+// One of the two backward passes over memory: without `sums` the first, with those of all processes the second.
 template <typename T, typename Gate>
 struct Backward : BatchNormBackward<T, Gate> {
   using Base = BatchNormBackward<T, Gate>;
@@ -94,7 +94,7 @@ struct BackwardInputs {
   bool channels_last;
 };
 
-// Runs one sweep; x and dy are in one of the two layouts. `change` sets what differs between the sweeps.
+// Runs one pass; x and dy are in one of the two layouts. `change` sets what differs between the passes.
 template <typename F>
 void run_backward(const char* op, const BackwardInputs& in, const F& change) {
   const Layout layout = layout_of(in.x);

@@ -66,7 +66,7 @@ struct RowInPlace {
   int64_t in_row, in_pixel;
   int64_t first;      // pixel of the first output's first tap
   int64_t width;      // pixels of the row
-  const float* weight;  // of the first such kernel row, its first tap; a vector of channels a tap
+  const float* weight;  // of the first such kernel row, its first tap; a vector of channels per tap
   int64_t weight_row, weight_tap;
   int64_t kernel_rows;
   const float* bias;  // null for none
@@ -299,7 +299,7 @@ void input_gradient_row(const Image<const T>& dy, const TapsInPlace& taps, const
   }
 }
 
-// dx, dweight and dbias in one sweep over the rows of dy; undefined, or null, where one is not wanted. Sums are kept for
+// dx, dweight and dbias in one pass over the rows of dy; undefined, or null, where one is not wanted. Sums are kept for
 // parts of the rows, in float, and added in double in their order: parts depend on the shape alone.
 template <typename T>
 void backward_in_place(const Image<const T>& dy, const Image<const T>& x, const T* weight, const Gradients<T>& grads,

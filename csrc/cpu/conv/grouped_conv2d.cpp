@@ -1,4 +1,4 @@
-// grouped_conv2d: y = conv2d(x, weight, bias), as many output as input channels a group. Backward: dx, dweight, dbias.
+// grouped_conv2d: y = conv2d(x, weight, bias), as many output as input channels per group. Backward: dx, dweight, dbias.
 // Kernels: conv_tiled.h, and for small depthwise kernels in channels_last conv_in_place.h. The rule of dispatch: conv_rule.h.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
