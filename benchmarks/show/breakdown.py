@@ -183,8 +183,8 @@ def _mean(rows: Iterable[Row], way: tuple[str, str]) -> str:
 
 
 def models(rows: Iterable[Row]) -> Table:
-    """(header, lines): a line a model, input and mode, a column per contender; a cell has the speedup over eager of its
-    contiguous and its channels_last row, each in the layout of eager's."""
+    """(header, lines): a line per model, input and mode, a column per contender; a cell has the speedup over eager of
+    its contiguous and its channels_last row, each in the layout of eager's."""
     rows = [r for r in _usual(rows) if r.suite == "models" and r.ratio is not None and r.contender != "eager"]
     contenders = list(dict.fromkeys(r.contender for r in rows))
     lines: dict[tuple[str, str, str], dict[tuple[str, str], str]] = {}

@@ -50,7 +50,7 @@ def lost_to_compile(rows: Iterable[Row]) -> list[str]:
 
 
 def slow_compiles(rows: Iterable[Row]) -> list[str]:
-    """Rows of torch.compile that are far slower than eager, and why: a line a reason and operator."""
+    """Rows of torch.compile that are far slower than eager, and why: a line per reason and operator."""
     grouped: dict[tuple[str, str, str], list[Row]] = {}
     for r in rows:
         if r.status == "ok" and r.note and r.suite != "bandwidth":
@@ -86,7 +86,7 @@ def load_line(rows: Iterable[Row]) -> str:
 
 
 def refused_lines(rows: Iterable[Row]) -> list[str]:
-    """One line a reason, with the number of measurements that it cost."""
+    """One line per reason, with the number of measurements that it cost."""
     counts: dict[tuple[str, str, str], list[Row]] = {}
     for r in rows:
         if r.status != "ok":

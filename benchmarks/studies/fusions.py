@@ -36,7 +36,7 @@ import cnnkern
 from .census import ACTIVATIONS, SEVERAL, Census, is_fusible
 from .packages import PACKAGES, Model
 
-CLOSE = 1e-6  # relative to the norm: float64 through a hundred layers, on which two images leave two values a channel
+CLOSE = 1e-6  # relative to the norm: float64 through a hundred layers, on which two images leave two values per channel
 
 
 @dataclass

@@ -63,7 +63,7 @@ def measure(model: nn.Module, x: Tensor, setting: Setting) -> Memory:
 
 
 HEAD = (
-    f"{'':16} {'M elements an image':>31}   {'MiB of a step at most':>31}\n"
+    f"{'':16} {'M elements per image':>31}   {'MiB of a step at most':>31}\n"
     f"{'':16} {'   '.join(2 * [f'{EAGER:>8} {CONVERTED:>10} {RECOMPUTE:>11}'])}   saved"
 )
 

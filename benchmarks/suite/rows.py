@@ -1,4 +1,4 @@
-"""One row a measurement: the columns of the results, and how rows come from samples."""
+"""One row per measurement: the columns of the results, and how rows come from samples."""
 
 import statistics
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Batch norms whose results wait for what uses them, and what became of those results."""
+"""Batch norms with deferred results, and the report of how these results were computed."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from cnnkern.nn.batchnorm import _FusedBatchNorm
 from cnnkern.ops import route, tuned
 from cnnkern.ops.bn_act import batch_norm_act
 
-Site = extension and extension.Site  # without the extension nothing waits
+Site = extension and extension.Site  # without the extension nothing is deferred
 
 
 def _learn_parts() -> None:
-    """Shows the extension what parts of a storage look like, on which safetensors puts the weights of a file."""
+    """Shows the extension what a part of a storage looks like: safetensors makes the weights of a file such parts."""
     whole = torch.empty(2, dtype=torch.uint8)
     extension.learn_parts(whole, torch.empty(0, dtype=torch.uint8).set_(whole.untyped_storage()[:1]))
 
@@ -23,8 +23,8 @@ def _learn_parts() -> None:
 if extension:
     _learn_parts()
 
-SITE = "_cnnkern_site"  # in a converted layer: what became of its results
-FOLDED_SITE = "_cnnkern_folded_site"  # in a batch norm behind a folded convolution: the same of those of both
+SITE = "_cnnkern_site"  # in a converted layer: how its results were computed
+FOLDED_SITE = "_cnnkern_folded_site"  # in a batch norm after a folded convolution: the same for both together
 NAMES = {"relu": "ReLU", "relu6": "ReLU6", "leaky_relu": "LeakyReLU", "sigmoid": "Sigmoid", "silu": "SiLU"}
 NAMES |= {"hardswish": "Hardswish", "elu": "ELU", "gelu": "GELU", "gelu_tanh": "GELU(tanh)", "mish": "Mish"}
 NAMES |= {"hardsigmoid": "Hardsigmoid", "prelu": "PReLU"}
@@ -34,7 +34,7 @@ NAMES |= {"add": "add", "0": "0", "BatchNorm": "BatchNorm"} | {
 
 
 def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
-    """The batch norm without an activation, which waits for one where it can."""
+    """The batch norm without an activation; its result is deferred if possible."""
 
     def waiting(input: Tensor, *arguments: Any) -> Tensor:
         *arguments, _, _ = arguments
@@ -57,8 +57,9 @@ def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
 
 
 def _compiled(input: Tensor, *arguments: Any) -> Tensor:
-    """The batch norm under torch.compile and in exported programs. In a graph of torch.compile it is ours where the
-    pass of :mod:`cnnkern.conversion.joining` joins it with what follows, else PyTorch's, for Inductor to do so."""
+    """The batch norm under torch.compile and in exported programs. Under torch.compile it is cnnkern's if the graph
+    pass of :mod:`cnnkern.conversion.joining` fuses it with what follows. Otherwise it is PyTorch's, and Inductor fuses
+    it."""
     if not torch.compiler.is_exporting():
         if Site is None or not route.joins(input, arguments[4]) or not compat.has_lists_of_passes():
             return route.by_pytorch(batch_norm_act, input, *arguments, "none")
@@ -74,7 +75,7 @@ def _install_pass() -> None:
 
 
 def _usual(site: Any) -> tuple[str, str]:
-    """The function of :mod:`cnnkern.functional` that a batch norm with what followed it is, and its activation."""
+    """The function of :mod:`cnnkern.functional` for a batch norm and what it was fused with, and its activation."""
     fused = {name: n for name, n in site.fusions().items() if n > 0}
     name = max(fused, key=lambda name: fused[name]) if fused else "none"
     if name.startswith("add"):
@@ -83,13 +84,13 @@ def _usual(site: Any) -> tuple[str, str]:
 
 
 def _is_captured_unseen(input: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, which may end before somebody asks for a result, and the extension, built
-    without CUDA, cannot tell."""
+    """Whether a CUDA graph is being captured and the extension, built without CUDA, cannot tell. The capture might end
+    before a deferred result is used."""
     return input.is_cuda and not extension.sees_captures() and torch.cuda.is_current_stream_capturing()
 
 
 def became(layer: str, site: Any) -> tuple[str, str]:
-    """What a report calls a layer by what its results were fused with so far, and why they were not."""
+    """The kind of layer in a report, by what its results were fused with so far, and why they were not."""
     fused = {} if site is None else {name: n for name, n in site.fusions().items() if n > 0}
     if fused:
         return f"{layer} + {NAMES[max(fused, key=lambda name: fused[name])]}", ""

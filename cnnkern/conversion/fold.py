@@ -1,9 +1,9 @@
-"""Folds batch norm into convolutions for inference, with the activation and the residual addition behind them.
+"""Folds batch norm into convolutions for inference, with the activation and the residual addition after it.
 
-Convolutions and batch norms are replaced by layers of their own class, parameters and names; the model's own forward
-pass runs as it is. A convolution's result waits, as that of a converted batch norm does (csrc/deferred), for what
-uses it: a batch norm that does takes the convolution over, with its own scale and offset in the weights, and waits in
-its turn for an addition and an activation.
+Convolutions and batch norms are replaced by subclasses with the same parameters and names. The model's own forward pass
+is unchanged. A convolution returns a deferred result, as a converted batch norm does (csrc/deferred). The batch norm
+that uses it replaces it by another deferred result: the convolution with the batch norm's scale and offset in the
+weights. An addition and an activation are then fused with that one.
 """
 
 import copy
@@ -64,5 +64,5 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    """Whether this is a convolution as it is made, no subclass with a forward pass or a weight of its own."""
+    """Whether this is an unmodified convolution: no subclass with its own forward pass or weight."""
     return type(module) in CONVOLUTIONS and type(module.weight) is nn.Parameter

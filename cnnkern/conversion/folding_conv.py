@@ -1,4 +1,4 @@
-"""The convolution of a folded model as a layer: with the batch norm behind it in its weights."""
+"""The convolution of a folded model as a layer, with the batch norm after it folded into its weights."""
 
 import threading
 import weakref
@@ -13,7 +13,7 @@ from cnnkern.nn.folded_conv import folded_conv
 from cnnkern.nn.traced import leaf
 
 _LOCK = threading.Lock()
-CACHE = "_cnnkern_folded"  # in a convolution: it with its folded weights, by the batch norm they were folded with
+CACHE = "_cnnkern_folded"  # in a convolution: the folded convolutions, by batch norm
 
 
 def _weights(conv: nn.modules.conv._ConvNd, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
@@ -52,7 +52,7 @@ class FoldingConv(nn.modules.conv._ConvNd):
         return super().forward(input) if y is None else y
 
     def folded(self, norm: nn.Module | None) -> Any:
-        """This convolution, with the norm behind it in its weights; None where they are of unusual types."""
+        """This convolution with the norm after it in its weights; None for parameters of unusual types."""
         made_of, settings = sources(self, norm), _settings(self, norm)
         cache = self.__dict__.setdefault(CACHE, {})
         found = cache.get(id(norm))
@@ -60,7 +60,7 @@ class FoldingConv(nn.modules.conv._ConvNd):
             return found
         if any(type(t) not in (Tensor, nn.Parameter) for t in made_of):
             return None
-        with _LOCK, torch.no_grad():  # of two threads one folds
+        with _LOCK, torch.no_grad():  # one thread folds at a time
             found = cache.get(id(norm))
             if not _is_current(found, settings, made_of):
                 found = folded_conv(self, *_weights(self, norm), made_of)
@@ -69,7 +69,7 @@ class FoldingConv(nn.modules.conv._ConvNd):
         return found
 
     def became(self) -> tuple[str, str] | None:
-        """The kind of layer in a report, and why it is no other; None where the batch norm behind it tells."""
+        """The kind of layer in a report, and the reason; None if the batch norm after it reports both."""
         kind, reason = became("Conv", self.__dict__.get(SITE))
         return None if kind == "Conv + BatchNorm" else (kind, reason)
 
@@ -84,7 +84,7 @@ class FoldingConv(nn.modules.conv._ConvNd):
         )
 
     def take_norm(self, before: Any, norm: nn.Module, input: Tensor) -> Tensor | None:
-        """The norm of `input`, which is the waiting result of `before`, as one convolution; None where it is two."""
+        """The norm of `input`, the deferred result of `before`, as one convolution; None if it cannot be folded."""
         if not _is_current(before, _settings(self, None), sources(self, None)) or not self.takes(norm):
             return None  # it has changed since
         folded = self.folded(norm)
@@ -95,7 +95,7 @@ class FoldingConv(nn.modules.conv._ConvNd):
 
 
 def sources(conv: nn.modules.conv._ConvNd, norm: nn.Module | None) -> list[Tensor]:
-    """What the weights of a convolution and the batch norm behind it are made of."""
+    """The tensors from which the folded weights of a convolution and its batch norm are computed."""
     found = [conv.weight, conv.bias]
     if norm is not None:
         found += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
@@ -108,7 +108,7 @@ def _settings(conv: nn.modules.conv._ConvNd, norm: nn.Module | None) -> tuple:
 
 
 def site(layer: nn.Module, name: str) -> Any:
-    """What became of a layer's results."""
+    """How a layer's results were computed."""
     found = layer.__dict__.get(name)
     if found is None:
         found = layer.__dict__[name] = Site()

@@ -1,4 +1,4 @@
-"""The pass that joins, in a graph of torch.compile, a batch norm of ours with the addition and activation behind it."""
+"""The pass over graphs of torch.compile that fuses a batch norm with the addition and activation after it."""
 
 import math
 import operator
@@ -19,15 +19,15 @@ _WITHOUT_NUMBERS = ("relu", "sigmoid", "silu", "hardswish", "mish", "hardsigmoid
 
 
 class JoinBatchNorms(CustomGraphPass):
-    """Puts one operator of ours in the place of ``cnnkern::bn_act(act="none")`` and what uses its result: an addition,
-    an activation, or both.
+    """Replaces ``cnnkern::bn_act(act="none")`` and what uses its result (an addition, an activation, or both) by one
+    operator of cnnkern.
 
-    Only nodes that stand next to one another in the graph are joined, each the only user of the one before it. So
-    nothing happens between them, and nobody else sees what is between them. What a node does is not read off its name:
-    it is run on tensors without data, and has to call one operator of ATen that the kernel computes too. The new result
-    has to have the shape, dtype, device and strides of the old one.
+    It only fuses adjacent nodes of the graph, each the only user of the one before it. So nothing happens between them,
+    and nothing else sees the tensors between them. A node is not identified by its name: it is run on tensors without
+    data, and has to call exactly one ATen operator, which the kernel computes too. The new result has to have the
+    shape, dtype, device and strides of the old one.
 
-    Inductor runs it before autograd, so that the gradient is that of the joined operator.
+    Inductor runs the pass before autograd, so the gradient is that of the fused operator.
     """
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -42,7 +42,7 @@ PASS = JoinBatchNorms()
 
 
 def install() -> None:
-    """Has Inductor run the pass, behind those that it runs already."""
+    """Makes Inductor run the pass, after those that it already runs."""
     passes = get_custom_graph_passes(config.pre_grad_custom_pass)
     if not any(isinstance(p, JoinBatchNorms) for p in passes):
         config.pre_grad_custom_pass = [*passes, PASS]
@@ -62,7 +62,7 @@ def _by_name(schema: torch.FunctionSchema, args: tuple[Any, ...], kwargs: dict[s
 
 
 class _Record(TorchDispatchMode):
-    """Notes the operators that are called."""
+    """Records the operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,13 +77,13 @@ class _Record(TorchDispatchMode):
 
 
 def _fake(node: fx.Node) -> FakeTensor | None:
-    """What torch.compile knows of a node's result, where that is a plain tensor."""
+    """torch.compile's fake tensor for a node's result, if that is a plain tensor."""
     value = node.meta.get("example_value")
     return value if type(value) is FakeTensor else None
 
 
 def _call_of(node: fx.Node) -> _Call | None:
-    """The one operator that a node calls, with nodes for the tensors in its arguments; None where that is not so."""
+    """The only operator that a node calls, with nodes as its tensor arguments; None if it calls none or several."""
     result = _fake(node)
     inputs = [(n, _fake(n)) for n in node.all_input_nodes]
     if result is None or node.op not in ("call_function", "call_method") or any(value is None for _, value in inputs):
@@ -104,7 +104,7 @@ def _call_of(node: fx.Node) -> _Call | None:
 
 
 def _residual(call: _Call, addition: fx.Node, norm: fx.Node) -> fx.Node | None:
-    """What an addition adds to a batch norm's result; None where it is no addition, or others see what it writes to."""
+    """The other term of an addition; None if this is no addition, or if it writes to a tensor that others use."""
     first, second = (call.arguments.get(name) for name in ("self", "other"))
     if call.name != "add" or call.arguments["alpha"] != 1 or first is second:
         return None
@@ -116,19 +116,20 @@ def _residual(call: _Call, addition: fx.Node, norm: fx.Node) -> fx.Node | None:
 
 
 def _is_seen_by_none_but(term: fx.Node, user: fx.Node) -> bool:
-    """Whether this is a new tensor, of an operator of ours, that one node uses."""
+    """Whether one of cnnkern's operators created this tensor, and only one node uses it."""
     made = term.args[0] if term.target is operator.getitem else None
     ours = isinstance(made, fx.Node) and made.target in (_bn_act, _bn_add_act) and list(made.users) == [term]
     return ours and list(term.users) == [user]
 
 
 def _finite(number: Any, in_place: bool) -> bool:
-    """Whether a kernel takes this number of an activation. PyTorch refuses the gradient of a negative one in place."""
+    """Whether the kernels support an activation's parameter. In place, PyTorch refuses the gradient of a negative
+    one."""
     return isinstance(number, int | float) and math.isfinite(number) and not (in_place and number < 0)
 
 
 def _activation(call: _Call, tensor: fx.Node) -> tuple[str, float | None] | None:
-    """The activation of ours that is applied to a tensor, and its number; None where it is no such call."""
+    """The activation that is applied to a tensor, and its parameter; None if cnnkern does not have it."""
     rest = dict(call.arguments)
     if rest.pop("self", None) is not tensor:
         return None
@@ -147,7 +148,7 @@ def _activation(call: _Call, tensor: fx.Node) -> tuple[str, float | None] | None
 
 
 def _next(node: fx.Node) -> fx.Node | None:
-    """The node behind this one, where it is the only one that uses it."""
+    """The next node, if it is the only user of this one."""
     return node.next if list(node.users) == [node.next] else None
 
 
@@ -175,7 +176,7 @@ def _join(norm: fx.Node) -> None:
 def _replace(
     chain: list[fx.Node], arguments: dict[str, Any], residual: fx.Node | None, act: tuple[str, float | None]
 ) -> None:
-    """Puts one operator in the place of these nodes, where its result looks like theirs."""
+    """Replaces these nodes by one operator, if its result has the same metadata."""
     joined, tensors = (_bn_act, ()) if residual is None else (_bn_add_act, (residual,))
     x, *others = arguments.values()
     args = (x, *tensors, *others[:-2], *act)
@@ -194,13 +195,13 @@ def _replace(
 
 
 def _run(joined: Any, args: tuple[Any, ...], result: FakeTensor | None) -> tuple[Any, ...] | None:
-    """What the joined operator returns, without data; None where its first result is not like the one there was."""
+    """The fake results of the fused operator; None if the first one differs from the old result."""
     values = fx.map_arg(args, _fake)
     x, tensors = values[0], [v for v in values[1:] if isinstance(v, FakeTensor) and v.dim() > 1]
     if result is None or any(not _alike(t, x) for t in tensors):
         return None
     with result.fake_mode, torch.no_grad():
-        # Running statistics are written to: vectors are copies.
+        # The operator writes to running statistics, so vectors are copied.
         made = joined(*(torch.empty_like(v) if isinstance(v, FakeTensor) and v.dim() == 1 else v for v in values))
     y = made[0]
     same = _alike(y, result) and all(map(statically_known_true, map(operator.eq, y.stride(), result.stride())))
@@ -208,7 +209,7 @@ def _run(joined: Any, args: tuple[Any, ...], result: FakeTensor | None) -> tuple
 
 
 def _alike(a: FakeTensor, b: FakeTensor) -> bool:
-    """Whether these have one shape, dtype and device."""
+    """Whether these have the same shape, dtype and device."""
     if a.dim() != b.dim() or a.dtype != b.dtype or a.device != b.device:
         return False
     return all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))

@@ -1,4 +1,4 @@
-"""What a converted model's layers are replaced by."""
+"""The layers that conversion replaces, and what replaces them."""
 
 import sys
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from cnnkern.nn.pooling import MaxPool2d
 
 
 def kind_now(module: nn.Module) -> tuple[str, str]:
-    """The kind of layer that a batch norm of ours is in a report, by what it did so far, and why it is no other."""
+    """The kind of a batch norm in a report, by what it was fused with so far, and the reason."""
     if FOLDED_SITE in module.__dict__:
         return became("Conv + BatchNorm", module.__dict__[FOLDED_SITE])
     if isinstance(module, _ConvertedBatchNorm) or timm_layers.is_batch_norm_act(module):
@@ -24,9 +24,8 @@ def kind_now(module: nn.Module) -> tuple[str, str]:
 
 
 class _ConvertedBatchNorm(batchnorm._FusedBatchNorm):
-    """A batch norm whose result is computed when it is used, with the activation or the addition that uses it.
-
-    The result is a tensor like any other to everybody else: csrc/deferred.
+    """A batch norm with a deferred result: it is computed when it is used, fused with the activation or addition
+    that uses it. To other code the result is an ordinary tensor (csrc/deferred).
     """
 
     act = "none"
@@ -57,9 +56,9 @@ NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
 
 
 def replacements() -> dict[type, tuple[type, Callable[[Any], bool]]]:
-    """Layers -> what replaces them, and whether to.
+    """Layer -> its replacement, and a function that decides whether a module is replaced.
 
-    Those of torchvision and timm are no part of torch; a model that has one has imported it.
+    Layers of torchvision and timm are included if these are imported, as they are if a model has such a layer.
     """
 
     def always(_: nn.Module) -> bool:
@@ -82,7 +81,7 @@ def replacements() -> dict[type, tuple[type, Callable[[Any], bool]]]:
 
 
 def originals() -> dict[type, type]:
-    """Our layers -> those that they were. A converted model may have been synchronised since."""
+    """cnnkern's layer -> the original one, also after ``convert_sync_batchnorm``."""
     from cnnkern.conversion import sequential
     from cnnkern.conversion.folding_conv import CONVOLUTIONS
 

@@ -1,7 +1,7 @@
-"""Layers that follow one another in an ``nn.Sequential`` of a folded model, without what calling a module costs.
+"""Runs: consecutive layers of an ``nn.Sequential`` in a folded model, without the Python overhead of module calls.
 
-Everything that their calls would read in Python is compared with what it was when the run was made. Where anything
-differs, the layers have to be called.
+Everything that their calls would read in Python is compared with a snapshot from when the run was made. If anything
+differs, the layers are called one by one.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ _GLOBAL_HOOKS = [
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether calling a layer is calling its class's forward pass, in eval mode."""
+    """Whether calling a layer only calls its class's forward, in eval mode."""
     held = vars(layer)
     return (
         not layer.training
@@ -32,9 +32,9 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 class Run:
-    """Layers of which some are convolutions: ``modules`` are all that the call would go through, in its order.
+    """Consecutive layers, some of them convolutions. ``modules`` are all modules that would be called, in order.
 
-    Each of ``groups`` is a layer, or a convolution and the batch norm behind it.
+    Each item of ``groups`` is a layer, or a convolution and the batch norm after it.
     """
 
     def __init__(self, modules: list[nn.Module], groups: list[tuple[Any, ...]]) -> None:
@@ -48,15 +48,16 @@ class Run:
             folded, site = layer.folded(norm), vars(norm)[FOLDED_SITE] if norms else vars(layer)[SITE]
             self.folded.append((folded, sources(layer, norm)))
             self.steps.append(lambda x, call=folded.call, site=site: call(site, x))
-        self.kept: list[Any] = []  # what the snapshot points to
-        self.snapshot = extension.Snapshot(modules, _GLOBAL_HOOKS, self.kept)  # behind what folding keeps in modules
+        self.kept: list[Any] = []  # keeps alive what the snapshot points to
+        # After folding has stored its results in the modules.
+        self.snapshot = extension.Snapshot(modules, _GLOBAL_HOOKS, self.kept)
 
     def holds(self) -> bool:
-        """Whether the layers would still compute what it does."""
+        """Whether calling the layers would still compute the same."""
         return self.snapshot.holds() and all(folded.holds(made_of) for folded, made_of in self.folded)
 
     def call(self, x: Tensor) -> Tensor | None:
-        """What the layers compute; None where they have to be called."""
+        """The layers' result; None if they have to be called one by one."""
         if torch.is_grad_enabled() and (
             x.requires_grad or any(t.requires_grad for _, made_of in self.folded for t in made_of)
         ):

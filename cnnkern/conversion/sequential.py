@@ -1,4 +1,4 @@
-"""``nn.Sequential`` in a folded model: which of its layers run together, without a call of each (run.py)."""
+"""``nn.Sequential`` in a folded model: which of its layers form a run, without a call per layer (run.py)."""
 
 import functools
 import weakref
@@ -13,13 +13,13 @@ from cnnkern.conversion.folding_conv import FoldingConv, sources
 from cnnkern.conversion.layers import BATCH_NORMS
 from cnnkern.conversion.run import Run, is_plain
 
-_PLAN = "_cnnkern_plan"  # in a Sequential: how it runs
-_TRIES = 8  # plans of one Sequential that are made in any case
-_WORTH = 16  # how often runs have to hold for another one: making it takes longer than it saves
+_PLAN = "_cnnkern_plan"  # in a Sequential: its Plan
+_TRIES = 8  # plans per Sequential that are always made
+_WORTH = 16  # uses of a plan that pay for making another one
 
 
 class _Part(NamedTuple):
-    """Children ``first`` to ``last - 1``: those of a run, or others."""
+    """Children ``first`` to ``last - 1``: a run, or layers that are called one by one."""
 
     first: int
     last: int
@@ -27,7 +27,7 @@ class _Part(NamedTuple):
 
 
 class _Plan:
-    """How a Sequential runs: its children, and the parts that they make up."""
+    """How a Sequential runs: its children, and the parts into which they are divided."""
 
     def __init__(self, owner: nn.Sequential) -> None:
         self.owner = weakref.ref(owner)
@@ -40,7 +40,7 @@ class _Plan:
             made_for = self.made_for = self._make(list(owner._modules.values()))
         children, parts = made_for
         for first, last, run in parts:
-            layers = list(owner._modules.values())[first:last]  # another layer may have put others there
+            layers = list(owner._modules.values())[first:last]  # another layer may have changed them
             if run is not None and type(input) is Tensor and layers == children[first:last]:
                 y = run.call(input)
                 if y is not None:
@@ -48,7 +48,7 @@ class _Plan:
                     input = y
                     continue
                 if not run.holds():
-                    self.made_for = None  # another one next time
+                    self.made_for = None  # make another plan next time
             for layer in layers:
                 input = layer(input)
         return input
@@ -60,15 +60,15 @@ class _Plan:
 
 
 class FoldingSequential(nn.Sequential):
-    """Of a Sequential's own class and this one, a class is made for each."""
+    """For each class of Sequentials, a class is made that inherits from it and from this one."""
 
     def forward(self, input: Any) -> Any:
         if torch.compiler.is_compiling() or type(input) is not Tensor:
             return super().forward(input)
         plan = self.__dict__.get(_PLAN)
-        if plan is None or plan.owner() is not self:  # a replica's is its original's
+        if plan is None or plan.owner() is not self:  # a replica shares its original's plan
             plan = self.__dict__[_PLAN] = _Plan(self)
-            return super().forward(input)  # what is fused is known behind the first call
+            return super().forward(input)  # after the first call it is known what is fused
         return plan.call(self, input)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class FoldingSequential(nn.Sequential):
 
 
 def is_sequential(module: nn.Module) -> bool:
-    """Whether this is an ``nn.Sequential``, or of a class of its own that runs as one."""
+    """Whether this is an ``nn.Sequential``, or a subclass that inherits its forward."""
     kind = type(module)
     return isinstance(module, nn.Sequential) and kind.forward is nn.Sequential.forward and "forward" not in vars(module)
 
@@ -91,7 +91,7 @@ def folding_class(plain: type) -> type:
 
 
 def originals() -> dict[type, type]:
-    """Those classes -> the ones that the modules had."""
+    """Those classes -> the original ones."""
     return {ours: ours._plain for ours in FoldingSequential.__subclasses__()}  # type: ignore[attr-defined]
 
 
@@ -100,7 +100,7 @@ def _new(plain: type) -> nn.Module:
 
 
 def _walk(child: nn.Module | None) -> Iterator[nn.Module | None]:
-    """A child and what is inside, where that is Sequentials all the way down; None for what has to be called."""
+    """The layers of a child, through nested Sequentials; None if it has to be called."""
     if child is None or not is_plain(child):
         yield None
         return
@@ -115,12 +115,13 @@ def _has_run(conv: FoldingConv) -> bool:
 
 
 def _is_torchs(layer: nn.Module) -> bool:
-    """Whether this is a layer of torch's own, whose forward pass changes no module."""
+    """Whether this is a layer of torch.nn whose forward changes no module."""
     return type(layer).__module__.startswith("torch.nn.modules.") and not layer._modules
 
 
 def _groups(layers: list[nn.Module]) -> list[tuple[nn.Module, ...]] | None:
-    """The layers, a convolution with its batch norm; None where one has to be called. It begins with a convolution."""
+    """The layers in groups, a convolution with its batch norm; None if one has to be called. The first is a
+    convolution."""
     groups: list[tuple[nn.Module, ...]] = []
     for layer in layers:
         before = groups[-1][0] if groups and len(groups[-1]) == 1 else None

@@ -1,7 +1,7 @@
-"""What timm's own norms are replaced by: a batch norm that has its activation as a child, layer norms.
+"""The replacements of timm's custom norm layers: a batch norm that has its activation as a child, and layer norms.
 
-timm is no requirement. Its classes are looked up where a model has imported them, and ours, which are subclasses of
-them, are made then: `BatchNormAct2d`, `LayerNorm` and `LayerNorm2d`, each named as timm's.
+timm is not required. If a model has imported timm, subclasses of its classes are created, with the same names:
+`BatchNormAct2d`, `LayerNorm` and `LayerNorm2d`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from cnnkern.ops.bn_act import batch_norm_act
 
 
 class _BatchNormAct(batchnorm._FusedBatchNorm):
-    """Its activation, a module, asks for the batch norm's result, which is computed with it then."""
+    """Its activation is a module, which uses the batch norm's deferred result and is so fused with it."""
 
     _counts_refused_calls = True
 
@@ -57,7 +57,7 @@ def _made(ours: type, theirs: type) -> type:
     return type(theirs.__name__, (ours, theirs), {"__module__": __name__, "synchronised": SyncBatchNormAct})
 
 
-def __getattr__(name: str) -> type:  # where pickle looks for the classes, timm imported yet or not
+def __getattr__(name: str) -> type:  # pickle looks for the classes here, before timm may be imported
     if name not in _TIMM:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, ours = _TIMM[name]
@@ -65,12 +65,12 @@ def __getattr__(name: str) -> type:  # where pickle looks for the classes, timm 
 
 
 def exchanges(norm: nn.Module) -> bool:
-    """Whether to replace a norm of timm's: its fast_norm computes otherwise, in lower precision."""
+    """Whether to replace timm's norm: not with its fast_norm, which computes in lower precision."""
     return not getattr(norm, "_fast_norm", False)
 
 
 def known() -> dict[type, type]:
-    """timm's classes -> ours, of those that have been imported."""
+    """timm's classes -> their replacements, of those that have been imported."""
     found = {}
     for name, (module, ours) in _TIMM.items():
         theirs = getattr(sys.modules.get(module), name, None)
@@ -80,12 +80,12 @@ def known() -> dict[type, type]:
 
 
 def is_batch_norm_act(module: nn.Module) -> bool:
-    """Whether this is a `BatchNormAct2d`, timm's as it is or replaced."""
+    """Whether this is a `BatchNormAct2d`, timm's or its replacement."""
     theirs = getattr(sys.modules.get("timm.layers.norm_act"), "BatchNormAct2d", None)
     return isinstance(module, _BatchNormAct) or (theirs is not None and type(module) is theirs)
 
 
 def synchronised() -> dict[type, type]:
-    """Our synchronised class -> timm's."""
+    """The synchronised replacement -> timm's class."""
     theirs = getattr(sys.modules.get("timm.layers.norm_act"), "SyncBatchNormAct", None)
     return {} if theirs is None else {SyncBatchNormAct: theirs}

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 class ConversionError(RuntimeError):
-    """The converted model does not compute what the original does; the message says where they differ."""
+    """The converted model's results differ from the original's; the message says where."""
 
 
 class _Precision(TorchFunctionMode):
-    """Notes the floating-point type of least precision among what a model computes."""
+    """Records the floating-point type of lowest precision among the results of a model's operators."""
 
     def __init__(self) -> None:
         self.eps = torch.finfo(torch.float64).eps
@@ -46,13 +46,13 @@ def _same_random_numbers() -> Iterator[None]:
 
 
 def check_results(model: nn.Module, convert: Callable[[nn.Module], nn.Module], example: Any) -> None:
-    """Raises ConversionError where outputs, gradients or buffers differ by more than rounding.
+    """Raises ConversionError if outputs, gradients or buffers differ by more than rounding.
 
-    In float64, or in the model's own dtypes where it does not run in that, because it casts something, for one.
+    Compares in float64, or in the model's own dtypes if it does not run in float64, for example because of a cast.
     """
     try:
         _run(copy.deepcopy(model).double(), example, True, True)
-    except (RuntimeError, TypeError, ValueError):  # raised again below by a model that does not run at all
+    except (RuntimeError, TypeError, ValueError):  # raised again below if the model does not run at all
         double = False
     else:
         double = True
@@ -65,8 +65,7 @@ def check_results(model: nn.Module, convert: Callable[[nn.Module], nn.Module], e
 
 
 def _run(model: nn.Module, example: Any, training: bool, double: bool) -> dict[str, Tensor]:
-    """Outputs of two calls, gradients and buffers: what is fused shows from the first on, what a model keeps from the
-    second."""
+    """Outputs of two calls, gradients and buffers. The second call also shows state that the first one has changed."""
 
     def fresh(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -96,7 +95,7 @@ def _compare(theirs: dict[str, Tensor], ours: dict[str, Tensor], where: str, eps
         raise ConversionError(
             f"cnnkern.convert: {where}: the outputs or gradients are not those of the original; the model is unchanged"
         )
-    # Room for the rounding of a deep model: eight of sixteen digits in float64, half of them in what is less precise.
+    # Tolerance for the rounding of a deep model: half of the digits, eight of sixteen in float64.
     tolerance = 1e-7 if eps < 1e-12 else eps**0.5
 
     def largest(t: Tensor) -> float:

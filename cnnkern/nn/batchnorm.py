@@ -22,7 +22,7 @@ class _FusedBatchNorm(_BatchNorm):
 
     act: str
     act_param: float | None = None
-    _counts_refused_calls = False  # PyTorch's layers do; ours are as they were after an error
+    _counts_refused_calls = False  # PyTorch's layers do; cnnkern's state is unchanged after an error
 
     def forward(self, input: Tensor) -> Tensor:
         return self._normalize(input, batch_norm_act)
@@ -52,17 +52,17 @@ class _FusedBatchNorm(_BatchNorm):
         )
         if counter is None:
             return operator(*arguments)
-        counter.add_(1)  # before the operator: a checkpointed segment's recomputation may end within it
-        if self._counts_refused_calls or torch.compiler.is_compiling():  # a graph that fails leaves all as it was
+        counter.add_(1)  # before the operator: recomputation of a checkpointed segment may end within it
+        if self._counts_refused_calls or torch.compiler.is_compiling():  # a failing graph changes no state
             return operator(*arguments)
         try:
             return operator(*arguments)
-        except (RuntimeError, TypeError, ValueError):  # the operator refused, and has changed nothing
+        except (RuntimeError, TypeError, ValueError):  # the operator raised an error, and has changed nothing
             counter.sub_(1)
             raise
 
     def _within_convolution(self, input: Tensor, *residual: Tensor) -> Tensor | None:
-        """The result where a convolution that :func:`cnnkern.fold` made waits for this batch norm; else None."""
+        """The result, if the input is the deferred result of a folded convolution; else None."""
         if convolution_of is None or type(input) is not Tensor or torch.compiler.is_compiling():
             return None
         before = convolution_of(input)
@@ -73,11 +73,12 @@ class _FusedBatchNorm(_BatchNorm):
         return None if y is None else self._behind(y, *residual)
 
     def _behind(self, y: Tensor, *residual: Tensor) -> Tensor:
-        """What follows the batch norm, by PyTorch's operators, for which a folded convolution waits."""
+        """The addition and the activation after the batch norm, by PyTorch's operators, so that a folded convolution
+        is fused with them."""
         return reference.activated(y + residual[0] if residual else y, self.act, self.act_param)
 
     def _average_factor(self, counter: Tensor | None) -> float | Tensor:
-        """The weight of this batch's statistics in the running ones."""
+        """The weight of this batch's statistics in the running statistics."""
         if self.momentum is not None:
             return self.momentum
         # A cumulative average over the batches, this one included.
@@ -92,7 +93,7 @@ class _FusedBatchNormAdd(_FusedBatchNorm):
 
 
 class _ChosenAct(_FusedBatchNorm):
-    """The activation is an argument of the constructor, and the number of one that takes one."""
+    """The activation and its parameter are arguments of the constructor."""
 
     def __init__(
         self,

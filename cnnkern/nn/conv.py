@@ -11,7 +11,7 @@ from cnnkern.ops.grouped_conv2d import conv2d
 
 
 class _GroupedConv(nn.modules.conv._ConvNd):
-    """The forward pass of a convolution of torch.nn by a function of ours."""
+    """The forward pass of a torch.nn convolution, by a function of cnnkern."""
 
     convolve: Callable[..., Tensor]
 

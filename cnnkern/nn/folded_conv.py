@@ -1,4 +1,4 @@
-"""The convolution of a folded model, as csrc/deferred/folded_conv.cpp computes it: what Python knows of oneDNN."""
+"""The convolution of a folded model (csrc/deferred/folded_conv.cpp): its settings, and oneDNN's weight layouts."""
 
 import functools
 import math
@@ -13,12 +13,12 @@ from cnnkern.extension import extension
 _mkldnn = torch.ops.mkldnn
 
 
-# The largest results for which our kernels are faster: pixels over the batch, and elements.
+# The largest results for which cnnkern's kernels are faster: pixels over the batch, and elements.
 _POINTWISE_PIXELS, _DEPTHWISE_ELEMENTS = 2**12, 2**18
 
 
 class _Own(NamedTuple):
-    """A kernel of ours, "" for none; for images from so many pixels, and results up to so many elements."""
+    """A kernel of cnnkern ("": none), the smallest image in pixels, and the largest result in elements, for its use."""
 
     kernel: str = ""
     from_pixels: int = 0
@@ -26,7 +26,7 @@ class _Own(NamedTuple):
 
 
 def prefers_own(conv: nn.modules.conv._ConvNd, dtype: torch.dtype, shape: Sequence[int]) -> bool:
-    """Whether a kernel of ours, and not oneDNN's, computes a folded convolution of an input of this shape.
+    """Whether cnnkern's kernel, and not oneDNN's, computes a folded convolution of an input of this shape.
 
     Both run in channels_last. ``python -m benchmarks.studies.folded --layers`` times both for the layers of networks.
     """
@@ -42,14 +42,15 @@ def prefers_own(conv: nn.modules.conv._ConvNd, dtype: torch.dtype, shape: Sequen
 
 
 def own_kernel(conv: nn.modules.conv._ConvNd) -> str:
-    """Which kernel of ours can compute a folded convolution in float32; "" for none."""
+    """Which of cnnkern's kernels can compute a folded convolution in float32; "" for none."""
     return _own(conv, conv.weight).kernel
 
 
 def _own(conv: nn.modules.conv._ConvNd, weight: Tensor) -> _Own:
     if not isinstance(conv, nn.Conv2d) or weight.dim() != 4:
         return _Own()
-    outputs, width, k, other = weight.shape  # which the layer's attributes need not fit: weights may be replaced
+    # Not the layer's attributes: its weight may have been replaced by one that does not fit them.
+    outputs, width, k, other = weight.shape
     stride, (padding, pad) = conv.stride, _padding(conv)
     if extension.cpu_capability() != "DEFAULT" and stride[0] == stride[1] and not pad:
         if (k, other) == (1, 1) and conv.groups == 1 and padding == (0, 0):
@@ -63,7 +64,7 @@ def _own(conv: nn.modules.conv._ConvNd, weight: Tensor) -> _Own:
 
 
 def _padding(conv: nn.modules.conv._ConvNd) -> tuple[tuple[int, ...], list[int]]:
-    """How far each dimension is padded with zeros on either side; and what is padded before, as F.pad has it."""
+    """The zero padding per dimension, and the padding before the convolution as F.pad's argument."""
     around = list(conv._reversed_padding_repeated_twice)  # of the last dimension first, both sides of each
     if conv.padding_mode == "zeros" and around[::2] == around[1::2]:
         return tuple(around[::-2]), []
@@ -77,11 +78,10 @@ def folded_conv(
     sources: Sequence[Tensor],
     own: bool | None = None,
 ) -> Any:
-    """``conv`` with another weight and bias, made of ``sources``, which notes whether these change.
+    """``conv`` with another weight and bias, which were computed from ``sources``; it notices if these change.
 
-    It computes ``act(conv(x) + residual)`` in one pass where oneDNN has kernels, and keeps weights in oneDNN's order,
-    which depends on the input's shape. `own` says whether a kernel of ours, where there is one, computes it instead,
-    for who times both.
+    It computes ``act(conv(x) + residual)`` in one kernel if oneDNN has one, and keeps weights in oneDNN's layout, which
+    depends on the input's shape. `own` selects cnnkern's kernel, if there is one, or oneDNN's: to time both.
     """
     padding, pad = _padding(conv)
     chosen = _own(conv, weight)
@@ -93,13 +93,14 @@ def folded_conv(
     known: dict[torch.dtype, list[Tensor]] = {}
 
     def pack(shape: list[int], dtype: torch.dtype) -> Tensor:
-        """The weight in oneDNN's order for an input of this shape: in another it would be reordered in every call.
+        """The weight in oneDNN's layout for an input of this shape. In another layout every call would reorder it.
 
-        It does not hold the layer, which holds it through the extension, where Python's collector sees no cycle.
+        The function does not refer to the layer: the layer refers to it through the extension, and Python's garbage
+        collector would not find that cycle.
         """
         packed = _mkldnn._reorder_convolution_weight(weight.to(dtype), padding, stride, dilation, groups, shape)
         order, others = _order(packed), known.setdefault(dtype, [])
-        for other in others:  # shapes that want one order share it
+        for other in others:  # shapes with the same layout share it
             if _order(other) == order:
                 return other
         others.append(packed)
@@ -110,7 +111,7 @@ def folded_conv(
 
 @functools.cache
 def _dtypes() -> list[torch.dtype]:
-    """Those that oneDNN has fused operators for."""
+    """The dtypes for which oneDNN has fused operators."""
     if not torch.backends.mkldnn.is_available() or _mkldnn._is_mkldnn_acl_supported():
         return []  # Arm's library has none
     found = [torch.float32]
@@ -119,6 +120,6 @@ def _dtypes() -> list[torch.dtype]:
 
 
 def _order(packed: Tensor) -> Sequence[int]:
-    """What tells two orders of a weight apart: oneDNN's descriptor, without the bytes in it that are padding."""
+    """Identifies a weight's layout: oneDNN's descriptor, without its padding bytes."""
     descriptor = _mkldnn._get_mkldnn_serialized_md(packed).tolist()
     return [*descriptor[:108], *descriptor[112:316], *descriptor[320:]]

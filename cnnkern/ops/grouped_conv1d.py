@@ -71,7 +71,7 @@ def _fits(
 
 
 def left_to_library(input: Tensor, weight: Tensor, stride: int) -> bool:
-    """Whether PyTorch computes it on a CPU: where ours lost to it (`python -m benchmarks.studies.sequences`)."""
+    """Whether PyTorch computes it on a CPU: where it was faster (`python -m benchmarks.studies.sequences`)."""
     if not input.is_cpu:
         return False
     _, width, taps = weight.shape

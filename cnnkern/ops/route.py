@@ -1,7 +1,6 @@
-"""Which operators compute a call: ours, or PyTorch's own as :mod:`cnnkern.reference` has them: decided here alone.
+"""The dispatch of a call, to cnnkern's operator or to PyTorch's (:mod:`cnnkern.reference`). It is decided only here.
 
-Every function of :mod:`cnnkern.functional` asks :func:`is_pytorchs` first, and where that is so it is
-:func:`by_pytorch`.
+Every function of :mod:`cnnkern.functional` calls :func:`is_pytorchs` first and, if that is true, :func:`by_pytorch`.
 """
 
 import contextlib
@@ -18,12 +17,12 @@ from torch.overrides import handle_torch_function
 
 from cnnkern import compat, reference
 
-# Tensors that hold their data themselves, and those that torch.compile and torch.export trace with, which know our
+# Tensors that hold their data themselves, and those with which torch.compile and torch.export trace, which know our
 # operators by their fakes.
 _KNOWN_TYPES = frozenset({Tensor, nn.Parameter, FakeTensor, FunctionalTensor})
 _KNOWN_OR_NONE = _KNOWN_TYPES | {type(None)}
 _DEFAULT_FUNCTIONS = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
-# Looked up once: every call of a layer asks.
+# Looked up once, because every call of a layer needs it.
 _strided, _is_compiling, _tracing_state = torch.strided, torch.compiler.is_compiling, torch._C._get_tracing_state
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -67,21 +66,21 @@ def is_pytorchs(
 ) -> bool:
     """Whether PyTorch's own operators compute a call of these tensors.
 
-    1. For tensors that we have no kernels for they do: :func:`has_kernels` and, of their types, :func:`_is_known`.
-    2. In a program that is exported or traced they do, except within :func:`keep_operators`.
-    3. Under torch.compile they do where Inductor makes more of them: :func:`_left_to_inductor`, of operators that
-       Inductor fuses.
+    They do in four cases:
 
-    4. They do where `cnnkern tune` found them faster on this machine: the functions ask :mod:`cnnkern.ops.tuned` last.
+    1. There is no kernel for the tensors: :func:`has_kernels` and, for their types, :func:`_is_known`.
+    2. A program is exported or traced, except within :func:`keep_operators`.
+    3. Under torch.compile, if Inductor fuses the operator better: :func:`_left_to_inductor`.
+    4. `cnnkern tune` found PyTorch's faster on this machine. The functions check :mod:`cnnkern.ops.tuned` last.
 
-    Two inputs that PyTorch would broadcast or promote are ours in 2 and 3, to be refused.
+    In cases 2 and 3, two inputs that PyTorch would broadcast or promote go to cnnkern's operator, which refuses them.
 
-    `fuses`: the operator is one pass over memory. `training`: it takes statistics. `shards`: it has strategies for
+    `fuses`: the operator is one pass over memory. `training`: it computes statistics. `shards`: it has strategies for
     DTensors (cnnkern/ops/sharding.py).
     """
     for t in inputs:
         if type(t) not in _KNOWN_TYPES:
-            if not isinstance(t, Tensor):  # ours to refuse, unless it computes with torch's functions
+            if not isinstance(t, Tensor):  # cnnkern's operator refuses it, unless it overrides torch's functions
                 return hasattr(type(t), "__torch_function__")
             if not _is_known(t, inputs[0], shards):
                 return True
@@ -100,7 +99,7 @@ def is_pytorchs(
 
 
 def by_pytorch(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """A call of `function`, of :mod:`cnnkern.functional`, as its namesake in :mod:`cnnkern.reference` computes it.
+    """Computes a call of `function` (:mod:`cnnkern.functional`) by its namesake in :mod:`cnnkern.reference`.
 
     Under `torch.fx` it becomes one node of the graph, as calls of torch.nn.functional do.
     """
@@ -111,8 +110,8 @@ def by_pytorch(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 
 def has_kernels(t: Tensor) -> bool:
-    """Whether a tensor is laid out, and where, as our kernels take it: not sparse, nested, quantized, on no accelerator
-    but CUDA's."""
+    """Whether the kernels support a tensor's layout and device: not sparse, nested or quantized, on a CPU or on
+    CUDA."""
     return t.layout is _strided and (t.is_cpu or t.is_cuda or t.is_meta) and not t.is_nested and not t.is_quantized
 
 
@@ -130,11 +129,10 @@ def _alike(input: Tensor, *others: Tensor) -> bool:
 
 
 def _is_known(t: Any, input: Any, shards: bool) -> bool:
-    """Whether our operators take an object of a type that is not among the usual ones.
+    """Whether cnnkern's operators accept an object of an unusual type.
 
-    A subclass without behaviour of its own is its data, and PyTorch puts the class back on what it gives. One with
-    behaviour, `__torch_function__` for torch's functions or `__torch_dispatch__` for its operators, knows PyTorch's and
-    nothing of ours.
+    They accept a subclass of Tensor without behaviour of its own: PyTorch restores the class of results. A subclass
+    with `__torch_function__` or `__torch_dispatch__` may only know PyTorch's functions and operators.
     """
     kind = type(t)
     if getattr(kind, "__torch_dispatch__", None) is not Tensor.__torch_dispatch__:
@@ -144,26 +142,26 @@ def _is_known(t: Any, input: Any, shards: bool) -> bool:
 
 
 def _is_sharded(t: Any, input: Any) -> bool:
-    """Whether this is a DTensor, beside another."""
+    """Whether this is a DTensor, used together with another one."""
     if type(t).__name__ != "DTensor" or _is_compiling():
         return False
-    from torch.distributed.tensor import DTensor  # which somebody has imported to make one
+    from torch.distributed.tensor import DTensor  # already imported, if there is a DTensor
 
-    import cnnkern.ops.sharding  # noqa: F401  (registers our strategies)
+    import cnnkern.ops.sharding  # noqa: F401  (registers cnnkern's strategies)
 
     return isinstance(t, DTensor) and isinstance(input, DTensor)
 
 
 def _left_to_inductor(input: Tensor, training: bool) -> bool:
-    """Whether a layer that is one pass over memory is to be PyTorch's own operators, for Inductor to fuse.
+    """Whether PyTorch's operators compute a layer that is one pass over memory, so that Inductor can fuse it.
 
-    Without gradients it is, unless it takes statistics: a norm with running statistics, an addition and an activation
-    join whatever stands before and behind them, which an operator of ours, a call inside of the graph, would prevent.
+    Without gradients they do, unless the layer computes statistics: Inductor fuses a norm with running statistics, an
+    addition or an activation with the operators before and after it. It cannot fuse across cnnkern's operators.
 
-    With gradients, in training, it is where images are contiguous: Inductor chooses another layout for what it may, and
-    our operators bind it to this one. On a CPU whole models were a few hundredths slower with them than with grouped
-    convolutions alone exchanged. On a GPU Inductor turns a contiguous network into one in channels_last, in half the
-    time. In channels_last our operators were faster on a CPU, and stay (docs/results.md, whole models).
+    With gradients they do if images are contiguous: Inductor may choose another memory layout, which cnnkern's
+    operators would prevent. On a CPU whole models were a few hundredths slower with them than with only the grouped
+    convolutions replaced. On a GPU Inductor converts a contiguous network to channels_last, which halves the time. In
+    channels_last cnnkern's operators were faster on a CPU, so they are used (docs/results.md, whole models).
     """
     if not torch.is_grad_enabled():
         return not training
@@ -171,11 +169,11 @@ def _left_to_inductor(input: Tensor, training: bool) -> bool:
 
 
 def joins(input: Tensor, training: bool) -> bool:
-    """Whether a converted batch norm under torch.compile is ours, which a pass over the graph joins with the addition
-    and the activation that follow (cnnkern/conversion/joining.py). Else it is PyTorch's, for Inductor to fuse.
+    """Whether cnnkern computes a converted batch norm under torch.compile. A graph pass then fuses it with the addition
+    and the activation that follow (cnnkern/conversion/joining.py). Otherwise it is PyTorch's, and Inductor fuses it.
 
-    It is where whole models were faster with our operators than with Inductor's batch norms (docs/results.md): in
-    training, with gradients, on a CPU, of images in channels_last.
+    True where whole models were faster with cnnkern's operators than with Inductor's batch norms (docs/results.md): in
+    training with gradients, on a CPU, with images in channels_last.
     """
     if not (training and torch.is_grad_enabled() and input.device.type == "cpu" and input.dtype in _JOINED_TYPES):
         return False

@@ -1,16 +1,16 @@
-"""What `cnnkern tune` has measured on this machine: the calls that PyTorch's operators compute faster than ours, and
-the convolutions that the built-in rule leaves to PyTorch although our kernels are faster.
+"""The tables of `cnnkern tune`: on this machine, the calls that PyTorch's operators compute faster than cnnkern's, and
+the convolutions that the built-in rule dispatches to PyTorch although cnnkern's kernels are faster.
 
-Every function of :mod:`cnnkern.functional` asks :func:`loses` where :data:`table` is not None, before it calls our
-operator; it then calls PyTorch's operators, in the forward pass, and autograd calls theirs in the backward pass. The
-decision is hence one, taken before autograd records anything. It is not asked under torch.compile, in exported and
-traced programs, and for tensors that are not plain data, where :mod:`cnnkern.ops.route` alone decides.
+If :data:`table` is not None, every function of :mod:`cnnkern.functional` calls :func:`loses` before it calls cnnkern's
+operator. If the call is lost, it calls PyTorch's operators, and autograd theirs in the backward pass. So there is one
+decision, before autograd records anything. The table is not used under torch.compile, in exported and traced programs,
+and for tensors that are not plain data, where :mod:`cnnkern.ops.route` decides.
 
-Convolutions that are to be ours are handed to the extension, whose rules of dispatch ask for them, pass by pass
+The convolutions for cnnkern's kernels are passed to the extension, whose dispatch rules look them up, pass by pass
 (csrc/own_convolutions.h).
 
-A table is a file for one device under the user's cache folder, read when cnnkern is imported. It counts for the device,
-the instruction set and the versions that it was measured with; another one is ignored, with a warning.
+A table is a file for one device in the user's cache folder, read when cnnkern is imported. It is valid for the device,
+the instruction set and the versions with which it was measured. Any other table is ignored, with a warning.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from torch import Tensor
 from cnnkern import backends, reference
 from cnnkern.extension import extension
 
-_is_compiling = torch.compiler.is_compiling  # looked up once, as every call asks
-# Asked through loses() by every call of a function: whether PyTorch's operators are faster. None costs next to nothing.
+_is_compiling = torch.compiler.is_compiling  # looked up once, because every call needs it
+# The lost calls, which loses() looks up in every call of a function. None: there is no table, and no overhead.
 table: Callable[[Call], bool] | None = None
 
 
@@ -50,7 +50,7 @@ class Call(NamedTuple):
     dtype: str
     parameters: str  # the dtype of its weight; none without
     layout: str  # contiguous or channels_last
-    training: bool  # whether a gradient will be wanted
+    training: bool  # whether a gradient is needed
     threads: int  # of the CPU; 0 on a GPU
     shape: tuple[int, ...]
     settings: tuple[Any, ...]
@@ -60,7 +60,7 @@ class Call(NamedTuple):
         return self._replace(shape=(self.shape[0].bit_length(), *self.shape[1:]))
 
     def own_convolution(self) -> OwnConvolution:
-        """A convolution as csrc/own_convolutions.h knows it: of a call that is trained, the backward pass."""
+        """A convolution as csrc/own_convolutions.h identifies it; for a call in training, its backward pass."""
         numbers = (self.layout == "channels_last", self.training, self.threads, *self.key().shape, *self.settings[:10])
         return self.device == "cuda", getattr(torch, self.dtype), tuple(map(int, numbers))
 
@@ -71,7 +71,7 @@ class Call(NamedTuple):
 
 
 def loses(operator: str, input: Tensor, weight: Tensor | None, bias: Tensor | None, *settings: Any) -> bool:
-    """Whether PyTorch's operators were faster in calls like this one. Asked where there is a table, and only then."""
+    """Whether PyTorch's operators were faster in calls like this one. Only called if there is a table."""
     if _is_compiling() or table is None or type(input) is not Tensor or not (input.is_cpu or input.is_cuda):
         return False
     if type(table) is Table and not table.may_lose(operator, input, settings):
@@ -83,7 +83,7 @@ def loses(operator: str, input: Tensor, weight: Tensor | None, bias: Tensor | No
 def describe(
     operator: str, input: Tensor, weight: Tensor | None, bias: Tensor | None, settings: tuple[Any, ...]
 ) -> Call | None:
-    """The call; None for one that is not tuned: an empty one, or in a layout that is neither."""
+    """The call; None for one that is not tuned: an empty tensor, or neither contiguous nor channels_last."""
     device = input.device.type
     shape = tuple(input.shape)
     if 0 in shape or len(shape) < 2 or torch._C._get_tracing_state() is not None:
@@ -109,7 +109,7 @@ def describe(
 
 
 def format_of(t: Tensor) -> torch.memory_format:
-    """Contiguous or channels_last where it is dense in that; else preserve_format, for neither."""
+    """Contiguous or channels_last if the tensor is dense in that format; else preserve_format."""
     if t.is_contiguous():
         return torch.contiguous_format
     if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
@@ -122,7 +122,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def layer_norm2d_by_pytorch(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """In the input's memory format, as our operator has it: PyTorch's result is channels_last always."""
+    """In the input's memory format, as cnnkern's operator returns it. PyTorch's result is always channels_last."""
     return reference.layer_norm2d(input, weight, bias, eps).contiguous(memory_format=format_of(input))
 
 
@@ -137,12 +137,12 @@ def using(other: Callable[[Call], bool] | None) -> Iterator[None]:
         table = before
 
 
-_own: dict[str, frozenset[OwnConvolution]] = {}  # what the extension was told, by device
+_own: dict[str, frozenset[OwnConvolution]] = {}  # what was passed to the extension, by device
 
 
 @contextmanager
 def own_convolutions(calls: Iterable[Call]) -> Iterator[None]:
-    """In this block our kernels compute these convolutions, and no others that the built-in rule leaves to PyTorch."""
+    """In this block cnnkern's kernels compute these convolutions, and no others that the rule dispatches to PyTorch."""
     before = dict(_own)
     _tell({"these": frozenset(call.own_convolution() for call in calls)})
     try:
@@ -166,19 +166,19 @@ def folder() -> Path:
 
 
 def files() -> list[str]:
-    """Those of all devices. A home that there is not, or that is closed to this user, has none."""
+    """Those of all devices; none if the cache folder is missing or not readable."""
     return glob.glob(os.path.join(glob.escape(str(folder())), "tuned-*.json"))
 
 
 def file_of(machine: dict[str, str]) -> Path:
-    """A table's place: one for each kind of machine that shares this home, and for whoever answers on a GPU."""
+    """The path of a table: one per processor or GPU model, and on a GPU one per backend."""
     text = f"{machine['device']} {machine['kernels']} {machine['name']}"
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     return folder() / f"tuned-{slug}.json"
 
 
 def this_machine(device: str) -> dict[str, str]:
-    """What a table counts for: the device by name, whose kernels answer on it, and the versions."""
+    """What a table is valid for: the device's name, the backend or instruction set, and the versions."""
     from cnnkern.measure import machine
 
     found = machine.describe(device)
@@ -187,9 +187,10 @@ def this_machine(device: str) -> dict[str, str]:
 
 
 class Measured(NamedTuple):
-    """A call that was timed: how many times as fast as PyTorch's operators ours were, and by what share by chance.
+    """A timed call: the speedup of cnnkern's operator over PyTorch's, and its relative uncertainty.
 
-    `own`: a convolution was faster on our kernels than where the built-in rule leaves it, and is timed on them.
+    `own`: a convolution that the built-in rule dispatches to PyTorch, and that was faster on cnnkern's kernels. The
+    speedup is theirs.
     """
 
     call: Call
@@ -199,12 +200,12 @@ class Measured(NamedTuple):
 
     @property
     def lost(self) -> bool:
-        """Whether ours are slower by more than chance, and by what is worth another route."""
+        """Whether cnnkern's operator is significantly slower, by more than the threshold for another dispatch."""
         return self.ratio < 0.98 and self.ratio * (1 + self.chance) < 1
 
 
 def save(machine: dict[str, str], measured: Iterable[Measured]) -> Path:
-    """Writes a table, over one that is there, and returns its path."""
+    """Writes a table, replacing an existing one, and returns its path."""
     path = file_of(machine)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
@@ -217,11 +218,11 @@ def save(machine: dict[str, str], measured: Iterable[Measured]) -> Path:
 
 
 class StaleTable(Exception):
-    """A table that does not count here; the message says why."""
+    """A table that is not valid here; the message says why."""
 
 
 def read(path: Path, machine: dict[str, str]) -> list[Measured]:
-    """The calls of a table; raises StaleTable where it is another machine's or cannot be read."""
+    """The calls of a table. Raises StaleTable if it is another machine's or cannot be read."""
     try:
         found = json.loads(path.read_text())
         other = found["machine"]
@@ -247,7 +248,7 @@ def _tuples(value: Any) -> Any:
 
 
 def ignored() -> bool:
-    """Whether the environment says that no table counts: CNNKERN_TUNE=0. Raises ValueError for what it may not be."""
+    """Whether CNNKERN_TUNE=0 switches all tables off. Raises ValueError for other values than 0 and 1."""
     asked = os.environ.get("CNNKERN_TUNE", "")
     if asked not in ("", "0", "1"):
         raise ValueError(f"cnnkern: CNNKERN_TUNE must be 0, 1 or unset; got {asked!r}")
@@ -255,14 +256,15 @@ def ignored() -> bool:
 
 
 class Table:
-    """The keys of the calls that are lost, by who answers. A GPU's are read at its first call: no import starts it."""
+    """The keys of lost calls, by backend. A GPU's are read at its first call, so that the import does not initialise
+    it."""
 
     def __init__(self, lost: dict[str, frozenset[Call]]) -> None:
         self.lost = lost  # by "cpu", and on a GPU by the name of the kernels
-        self.tails: dict[str, dict[str, set[tuple[int, ...]]]] = {}  # shapes of lost calls but for their first numbers
+        self.tails: dict[str, dict[str, set[tuple[int, ...]]]] = {}  # shapes of lost calls without the batch size
 
     def may_lose(self, operator: str, input: Tensor, settings: tuple[Any, ...]) -> bool:
-        """Whether a call of this shape is lost at all: a tenth of the time that describing every call would take."""
+        """Whether any call of this shape is lost. This takes a tenth of the time of describing the call."""
         who = "cpu" if input.is_cpu else backends.kernels_on("cuda")
         if who not in self.tails:
             self._take_up(who, input.device.type)
@@ -282,7 +284,7 @@ class Table:
 
 
 def take_up(device: str) -> frozenset[Call]:
-    """The keys of the calls that the device's table says are lost; the extension hears which convolutions are ours."""
+    """The keys of the lost calls in the device's table. Passes the table's convolutions to the extension."""
     path = file_of(machine := this_machine(device))
     measured: list[Measured] = []
     if os.path.exists(path):
@@ -293,12 +295,12 @@ def take_up(device: str) -> frozenset[Call]:
     convolutions = [(m.call.own_convolution(), m.own and not m.lost) for m in measured if m.call.operator == "conv2d"]
     ours = frozenset(key for key, own in convolutions if own) - {key for key, own in convolutions if not own}
     _tell({**_own, device: ours})
-    won = {m.call.key() for m in measured if not m.lost}  # of those of a class, all that were measured have to be lost
+    won = {m.call.key() for m in measured if not m.lost}  # a class is lost if all measured calls of it are
     return frozenset(m.call.key() for m in measured) - won
 
 
 def summary(device: str) -> str:
-    """What this machine's table says, in a line, or why it does not count."""
+    """What this machine's table says, in a line, or why it is not valid."""
     path = file_of(machine := this_machine(device))
     if not os.path.exists(path):
         others = len(files())
@@ -315,7 +317,7 @@ def summary(device: str) -> str:
 
 
 def load() -> None:
-    """Takes up this machine's tables, where there are any that count."""
+    """Uses this machine's tables, if there are valid ones."""
     global table
     table = None
     _tell({})
