@@ -161,9 +161,8 @@ class OperatorBench:
         if is_baseline(contender.name):
             function = case.bench_forms.get(IN_PLACE, case.reference)
         if name == "torch.compile":
-            tuned = (
-                "max-autotune-no-cudagraphs" if contender.name == MAX_AUTOTUNE else None
-            )  # on a GPU the suite captures graphs itself
+            # Without graphs: on a GPU the suite captures them itself.
+            tuned = "max-autotune-no-cudagraphs" if contender.name == MAX_AUTOTUNE else None
             function = torch.compile(function, dynamic=False, fullgraph=True, mode=tuned)
             # A graph that gives its buffers away cannot be run backward again and again.
             kept = torch._functorch.config.patch(donated_buffer=False) if self.mode == "backward" else nullcontext()
