@@ -21,10 +21,10 @@ from .suite import files, load, machine, rows, worker
 from .suite.options import Options
 from .suite.plan import make_plan
 
-# Seconds for everything; what is under way when they end is finished, in a full run up to a large model's three rounds.
+# Seconds for everything. The group that is running at the end is finished: up to three rounds of a large model.
 FULL_SECONDS, QUICK_SECONDS = 330.0, 50.0
 FIRST_SHARE = 0.6  # of them for the first of two settings, which has torch.compile and checks all results
-START_SECONDS = 6.0  # until a worker has imported torch and begins to time
+START_SECONDS = 6.0  # until a worker has imported torch and starts to time
 
 
 class Parser(argparse.ArgumentParser):
@@ -242,7 +242,7 @@ def write(
     quick: bool,
     changes: comparison.Comparison | None = None,
 ) -> list[str]:
-    """The file of rows and the page into `results`; a line for what could not be written."""
+    """Writes the file of rows and the page to `results`. Returns a line per file that could not be written."""
     stem, page_file = name or files.file_stem(measured, quick), results / "report.html"
     path = (results / "published" if name else results) / f"{stem}{files.ENDING}"
     try:

@@ -64,7 +64,7 @@ def _launchers(name: str) -> dict[str, Launcher]:
 
 
 def _imported_when_called(module_name: str, operator: str) -> Launcher:
-    """A launcher of Triton's, which takes a second to import."""
+    """A launcher of a Triton kernel; Triton is imported at the first call, which takes a second."""
 
     def launch(*arguments):
         return getattr(importlib.import_module(f"cnnkern.triton_kernels.{module_name}"), operator)(*arguments)
@@ -85,7 +85,7 @@ _BUILT_WITH_CUDA = extension is not None and bool(extension.build_info()["cuda"]
 
 
 def _default_launchers() -> tuple[str, dict[str, Launcher]]:
-    """What answers where the extension has no CUDA kernels."""
+    """The default launchers without CUDA C++ kernels."""
     if not _has_triton():
         return "eager", eager.LAUNCHERS
     pairs = [(module, operator) for module, operators in _TRITON_KERNELS.items() for operator in operators]
@@ -95,7 +95,7 @@ def _default_launchers() -> tuple[str, dict[str, Launcher]]:
 _default_name, _defaults = _default_launchers()
 _lock = threading.RLock()
 _active: str | None = None  # None: the extension's own kernels, or the defaults
-_answering = _defaults  # exchanged as a whole, so that a call finds the launchers of one backend
+_answering = _defaults  # replaced as a whole, so that a call finds the launchers of one backend
 
 
 def _looked_up(operator: str) -> Launcher:
@@ -117,11 +117,11 @@ def _register() -> torch.library.Library:
     return library
 
 
-_library = _register()  # for as long as it lives, it keeps what it registered
+_library = _register()  # the registrations last as long as this object
 
 
 def _switch(name: str | None) -> None:
-    """A call from another thread meanwhile is computed by the backend before or the one after."""
+    """A call from another thread during a switch uses the old or the new backend."""
     global _active, _answering
     launchers = _launchers(name) if name in _LABELS else None  # may raise, while nothing has changed
     with _lock:
@@ -185,7 +185,7 @@ def _cpu_kernel(operator: str) -> str:
 
 
 def kernels_on(device: str) -> str:
-    """The name of the kernels used on "cpu" or "cuda"; asked for batch norm, the same for any operator."""
+    """The name of the kernels used on "cpu" or "cuda": those of batch norm, which hold for every operator."""
     kernel = _cpu_kernel("bn_act") if device == "cpu" else _cuda_kernel("bn_act")
     return kernel.partition(":")[0].removeprefix("C++ ")
 

@@ -1,6 +1,6 @@
-"""What differs between the releases of PyTorch that the package runs beside: in Python it stands here alone.
+"""All Python code that differs between the supported releases of PyTorch.
 
-Each entry says which releases it is for, and hence when it goes. The extension's like is csrc/compat.h.
+Each entry names its releases, and so when it can be removed. csrc/compat.h is the same for the extension.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def constant_while_traced(function: F) -> F:
-    """Has torch.compile call this function while it traces, and take what it returns for a constant.
+    """Makes torch.compile call this function while tracing, and treat its result as a constant.
 
     2.11 cannot trace a ContextVar, 2.14 can. `torch.compiler.assume_constant_result` does no more than this, and takes
     a second to import.

@@ -1,8 +1,8 @@
-"""The compiled extension, for what asks more of it than operators. None where the package was installed without it.
+"""The compiled extension, for what is not an operator. None if the package was installed without it.
 
-An extension loads beside the torch release that it was built against, and no other. One of another build is an error
-with what to do, not a reason to do without; so is a name that it lacks. Which release that is stands in a file beside
-it, which the build writes: an extension that finds other symbols than it expects may crash before it can be asked.
+An extension only loads with the torch release that it was built against. With any other release, or if a name is
+missing in it, the import raises an error that says what to do. The build writes the release to a file, because an
+extension that finds unexpected symbols may crash before it can report anything.
 """
 
 import importlib
@@ -17,18 +17,19 @@ NAME, BUILT_FOR = "cnnkern._C", "cnnkern._built_for"
 
 
 def release(version: str) -> str:
-    """The release that an extension is bound to: "2.14" of "2.14.1+cu130"."""
+    """The release for which an extension is valid: "2.14" of "2.14.1+cu130"."""
     return ".".join(version.split(".")[:2])
 
 
 def _is_there(module: str) -> bool:
-    """Whether this package has it, in its own folder: finders of editable installs offer that of another checkout."""
+    """Whether the extension is in this package's folder: editable installs may also find another checkout's."""
     place = sys.modules[__package__].__path__
     return sys.modules.get(module, module) is not None and PathFinder.find_spec(module, place) is not None
 
 
 def _load() -> ModuleType | None:
-    """Raises ImportError, which says what to run, for an extension that does not belong to the torch that is here."""
+    """Raises ImportError, which says what to run, if the extension was built against another torch than the
+    installed."""
     if not _is_there(NAME):
         return None
     if not _is_there(BUILT_FOR):

@@ -1,7 +1,7 @@
-"""What `torch.utils.flop_counter` counts for our operators: what it counts for PyTorch's in their place.
+"""FLOP formulas of cnnkern's operators for `torch.utils.flop_counter`: the same as for PyTorch's.
 
-It counts convolutions, and nothing for norms, additions and activations. Importing it imports Triton, which `import
-cnnkern` does not, so the formulas wait until somebody else does: a finder ahead of all others sees that import.
+It counts convolutions, but no norms, additions and activations. Importing it imports Triton, which `import cnnkern`
+does not. So the formulas are registered when other code imports it: an import finder before all others notices that.
 """
 
 import sys
@@ -45,7 +45,7 @@ def _register(counter: ModuleType) -> None:
 
 
 class _AtImport(MetaPathFinder):
-    """Finds the counter's module as the finders behind this one do, and registers the formulas once it has run."""
+    """Finds the counter's module by the other finders, and registers the formulas after it was loaded."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != COUNTER:
@@ -65,7 +65,7 @@ class _AtImport(MetaPathFinder):
 
 
 def count_flops() -> None:
-    """Registers the formulas, now and whenever `torch.utils.flop_counter` is imported."""
+    """Registers the formulas: now if `torch.utils.flop_counter` is imported, else when it is."""
     if COUNTER in sys.modules:
         _register(sys.modules[COUNTER])
     sys.meta_path.insert(0, _AtImport())

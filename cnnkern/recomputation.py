@@ -1,6 +1,6 @@
-"""Training with less memory: results of norms and their activations are not kept for the gradient but recomputed.
+"""Training with less memory: results of norms and their activations are not saved, but recomputed in backward.
 
-The recipes are the nodes' own, in csrc/autograd/recompute.h; here is what switches them on.
+The autograd nodes recompute them (csrc/autograd/recompute.h). This file switches that on.
 """
 
 import contextlib
@@ -59,8 +59,7 @@ _made: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDicti
 
 
 def switch_on(model: nn.Module) -> nn.Module:
-    """Every call of the model, which is returned, runs within :func:`recompute` from now on: its class becomes one that
-    does that."""
+    """Makes every call of the model run within :func:`recompute`, by changing its class. Returns the model."""
     check_extension("recompute")
     if not is_on(model):
         model.__class__ = _recomputing(type(model))
@@ -76,12 +75,12 @@ def is_on(model: nn.Module) -> bool:
 
 
 def plain_class(model: nn.Module) -> type:
-    """The class of a model without what :func:`switch_on` makes of it."""
+    """The class of a model before :func:`switch_on`."""
     return type(model).__dict__.get(_PLAIN, type(model))
 
 
 def _recomputing(plain: Any) -> type:
-    """A subclass without a name of its own, which pickle and copy therefore find by the class that it is made of."""
+    """A subclass with the name of its base class, by which pickle and copy find it."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with recompute():

@@ -1,7 +1,7 @@
 """Every operator in a few lines of eager PyTorch: its specification, the tests' oracle, the benchmarks' baseline.
 
-Each function has the signature of its namesake in :mod:`cnnkern.functional`. Those with a suffix are the same layers as
-others write them: baselines of the benchmarks, called by keyword.
+Each function has the signature of its namesake in :mod:`cnnkern.functional`. Functions with a suffix are other common
+implementations of the same layer: baselines of the benchmarks, called by keyword.
 """
 
 import functools
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cnnkern import compat
 
-# Those that take a number, in check.PARAMETERS, have it behind the tensor.
+# Those with a parameter (check.PARAMETERS) have it after the tensor.
 ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "none": lambda x: x,
     "relu": F.relu,
@@ -102,7 +102,7 @@ def sync_batch_norm_act(
     group=None,
     act_param=None,
 ) -> Tensor:
-    """In a process alone. Over several it is this of their batches behind one another, which no process has."""
+    """With one process. With several it is this function of their concatenated batches."""
     y = _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return activated(y if residual is None else y + residual, act, act_param)
 
@@ -156,7 +156,7 @@ def conv2d(input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilati
 
 def layer_norm(input: Tensor, normalized_shape, weight=None, bias=None, eps=1e-5) -> Tensor:
     if input.is_cuda and weight is not None and weight.dtype != input.dtype and not torch.is_autocast_enabled("cuda"):
-        # PyTorch takes float32 parameters beside a 16-bit input on the CPU and under autocast alone.
+        # PyTorch accepts float32 parameters with a 16-bit input only on the CPU and under autocast.
         return F.layer_norm(input.float(), normalized_shape, weight, bias, eps).to(input.dtype)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
@@ -166,7 +166,7 @@ def layer_norm2d(input: Tensor, weight=None, bias=None, eps=1e-6) -> Tensor:
 
 
 def layer_norm2d_written_out(input: Tensor, weight=None, bias=None, eps=1e-6) -> Tensor:
-    """The other form in use, which stays in (N, C, H, W)."""
+    """The other common form, which stays in (N, C, H, W)."""
     mean = input.mean(1, keepdim=True)
     y = (input - mean) / ((input - mean).pow(2).mean(1, keepdim=True) + eps).sqrt()
     y = y if weight is None else weight[:, None, None] * y

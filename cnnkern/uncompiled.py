@@ -1,6 +1,6 @@
 """The operators where the extension was not built: schemas from csrc/ops.cpp, PyTorch's own operators on the CPU.
 
-First derivatives only: second ones, forward mode and torch.func transforms take the extension's autograd.
+First derivatives only: second derivatives, forward mode and torch.func transforms need the extension.
 """
 
 import re

@@ -227,7 +227,7 @@ c10::DataPtr taken(size_t bytes) {
 
 bool serves(size_t bytes) { return bytes >= kLeast && pool().is_on(); }
 
-// Of results of ours.
+// The allocator of cnnkern's results.
 class PoolAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override { return serves(bytes) ? taken(bytes) : c10::GetCPUAllocator()->allocate(bytes); }

@@ -24,13 +24,13 @@ auto make_node(Arguments&&... arguments) {
     return c10::make_intrusive<Node>(std::forward<Arguments>(arguments)...);
 }
 
-// Calls the hooks that wait for a node, in releases that have them: 2.14 and later. Goes when 2.14 is the oldest.
+// Calls PyTorch's hooks on new nodes, in releases that have them: 2.14 and later. Goes when 2.14 is the oldest.
 template <typename Pointer>
 void announce(const Pointer& node) {
   if constexpr (requires { fire_node_creation_hooks(node); }) fire_node_creation_hooks(node);
 }
 
-// Makes a node that of a tensor which was written to. From 2.14 on PyTorch says which node stands there then: of a view it is another.
+// Sets the node of a tensor that was written in place. From 2.14 on PyTorch returns the resulting node, another one for a view.
 template <typename Pointer>
 void rebase(const at::Tensor& t, const Pointer& node) {
   node->add_input_metadata(t);
@@ -41,8 +41,8 @@ void rebase(const at::Tensor& t, const Pointer& node) {
     announce(put());
 }
 
-// Whether a storage's object in Python is held by nobody but the storage. 2.9 does not count it, so that the
-// answer is no, and a convolution whose weight Python has seen the memory of is not folded. Goes when 2.11 is the oldest.
+// Whether only the storage refers to its Python object. 2.9 cannot tell, so the answer is no: a convolution is not folded if Python
+// has an object for its weight's storage. Goes when 2.11 is the oldest.
 template <typename Slot>
 bool is_kept_by_cpp_alone(const Slot* slot) {
   if constexpr (requires { slot->has_unique_reference(); }) return slot->has_unique_reference();

@@ -28,8 +28,9 @@ std::string this_gpu() {
   return std::to_string(major) + "." + std::to_string(minor);
 }
 
-// What stands on the CUDA key: the kernel, or while launchers are to answer the operator by the name that cnnkern/backends.py
-// has put them behind. Registering them here instead, and taking them away again, would free them under a thread inside.
+// The function on the CUDA key: calls the kernel or, if another backend is selected, the operator under whose name
+// cnnkern/backends.py registered the launchers. Registering launchers on this key instead would free them when the backend changes,
+// while other threads may run them.
 template <const char* launcher_name, auto kernel>
 struct OnCudaKey;
 template <const char* launcher_name, typename Result, typename... Arguments, Result (*kernel)(Arguments...)>

@@ -1,4 +1,4 @@
-// What the parts of synchronised batch norm ask of their inputs, on every device.
+// The requirements on the inputs of synchronised batch norm's parts, on every device.
 #pragma once
 
 #include "check.h"

@@ -8,7 +8,8 @@ import re
 
 import pytest
 from gpu_gate import cuda, gate, machine_code, predicted, report, triton_code
-from gpu_gate.thresholds import RULES, Rule
+from gpu_gate.limits import Rule
+from gpu_gate.thresholds import RULES
 
 FULL = next(name for name, types in cuda.SAMPLES.items() if types is None)
 

@@ -1,1 +1,1 @@
-"""What shows rows: on a terminal, as a page, in documents, and beside those of another run."""
+"""Output of results: on a terminal, as a page, in documents, and compared with another run."""

@@ -1,5 +1,5 @@
-"""A result's rows by what they have in common across networks: the size of a layer norm, the kind of a convolution;
-what malloc's setting is worth; and the rows that leave memory bandwidth unused."""
+"""A result's rows grouped across networks: layer norms by size, convolutions by kind; the effect of the malloc setting;
+and rows with a low share of the memory bandwidth."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from .means import NO_NETWORKS
 
 Table = tuple[list[str], list[list[str]]]
 
-# The shares of the measured bandwidth that rows are held to, beyond the last-level cache and in it.
+# The least expected shares of the measured bandwidth, beyond the last-level cache and in it.
 BEYOND_CACHE, IN_CACHE = 0.85, 0.70
 ASSUMED_CACHE = 32 * 2**20  # bytes, of rows that were measured before rows said it
 
@@ -59,7 +59,7 @@ def _elements(row: Row) -> int:
 
 
 def _by(rows: Iterable[Row], key: Callable[[Row], tuple[str, ...]], noisy: bool = False) -> Groups:
-    """cnnkern's rows that count, or all with a ratio, by what `key` says of them."""
+    """cnnkern's rows that count (or all with a ratio), grouped by `key`."""
     groups: Groups = {}
     for r in rows:
         if r.suite == "operators" and r.contender == "cnnkern" and (r.counts or (noisy and r.ratio is not None)):
@@ -151,14 +151,14 @@ WAYS = [(mode, layout) for mode in ("training", "inference") for layout in ("con
 
 
 def _usual(rows: Iterable[Row]) -> list[Row]:
-    """The rows of malloc's tuned setting, where it was timed: under the other page faults take the time."""
+    """The rows with tuned malloc, if it was timed: with the defaults, page faults dominate."""
     rows = list(rows)
     return [r for r in rows if r.malloc == "tuned"] if any(r.malloc == "tuned" for r in rows) else rows
 
 
 def operators(rows: Iterable[Row], out_of_place: Iterable[str] = ()) -> Table:
     """(header, lines): one per operator, geometric means of speedup over eager over all networks' shapes that count;
-    single images, shapes that are no network's and other variants have lines of their own."""
+    single images, shapes that belong to no network and other variants have separate lines."""
 
     def part(r: Row) -> tuple[str, ...]:
         what = "single images" if r.network.endswith(" batch 1") else ""
@@ -194,7 +194,7 @@ def models(rows: Iterable[Row]) -> Table:
 
     def cell(found: dict[tuple[str, str], str], contender: str) -> str:
         both = [found.get((contender, layout), "-") for layout in ("contiguous", "channels_last")]
-        return "-" if both == ["-", "-"] else "\u00a0/\u00a0".join(both)  # on one line, however narrow the column
+        return "-" if both == ["-", "-"] else "\u00a0/\u00a0".join(both)  # no line break in narrow columns
 
     table = [[*key, *(cell(found, c) for c in contenders)] for key, found in lines.items()]
     return ["model", "input", "mode", *contenders], table
@@ -220,14 +220,14 @@ ROOFLINE = ["operator", "network", "below 85 % beyond the cache", "below 70 % in
 
 
 def roofline(rows: Iterable[Row]) -> Table:
-    """(header, lines): for each operator and network, how many of cnnkern's rows move their bytes at less than the
-    share of the measured bandwidth that they are held to, and the worst of them.
+    """(header, lines): for each operator and network, how many of cnnkern's rows reach less than the
+    expected share of the measured bandwidth, and the worst of them.
 
-    A row is beyond the cache where its least traffic is more than the last-level cache holds. Convolutions whose
-    arithmetic takes longer than their bytes are left out: all but depthwise ones of 3x3.
+    A row is beyond the cache if its least memory traffic exceeds the last-level cache. Compute-bound convolutions are
+    left out: all except depthwise 3x3.
     """
     rated = [r for r in rows if r.bandwidth_share is not None and r.bytes is not None and not _is_arithmetic(r)]
-    if any(r.malloc == "tuned" for r in rated):  # else page faults take the time
+    if any(r.malloc == "tuned" for r in rated):  # else page faults dominate
         rated = [r for r in rated if r.malloc == "tuned"]
     lines = []
     for key, members in _by(rated, lambda r: (r.operator, r.network)).items():

@@ -45,8 +45,8 @@ Bars = dict[str, dict[str, dict[str, float]]]  # model or operator -> contender 
 
 
 def bars(run: Run, suite: str) -> Bars:
-    """Geometric means of rows that count, over layouts, malloc settings, shapes and networks, without single images and
-    what is no network's; only of operators whose eager is in place."""
+    """Geometric means of rows that count, over layouts, malloc settings, shapes and networks. Single images, shapes
+    that belong to no network, and operators whose eager is out of place are left out."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for r in run.rows:
         alone = r.network.endswith(" batch 1") or r.network in NO_NETWORKS or r.shape.startswith("1x")
@@ -62,7 +62,7 @@ def bars(run: Run, suite: str) -> Bars:
 
 
 def everything() -> dict[str, Bars]:
-    """By the title of the panel."""
+    """The bars by the title of the panel."""
     published = files.RESULTS / "published"
     return {title: bars(files.load(published / f"{name}.csv"), suite) for title, name, suite in PANELS}
 
@@ -112,7 +112,7 @@ def _panel(axes: Axes, title: str, of: Bars, ink: str, colours: dict[str, tuple[
 
 
 def described(image: bytes) -> dict[str, Bars]:
-    """What a picture says of itself."""
+    """The numbers in a picture's description."""
     from PIL import Image
 
     return json.loads(Image.open(io.BytesIO(image)).text["Description"])

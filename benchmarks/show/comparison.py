@@ -1,5 +1,5 @@
-"""What became faster or slower between two results, judged by the noise of both; and how nearly two
-runs of the same code agree.
+"""Rows that became faster or slower between two results by more than their noise; and the run-to-run variation of two
+runs of the same code.
 """
 
 import math
@@ -10,9 +10,9 @@ from ..suite.rows import Row
 from ..suite.timing import geometric_mean
 from .figures import name, times
 
-# Two runs of the same code differ by about this much where rounds hardly spread.
+# Two runs of the same code differ by about this much even if their rounds hardly spread.
 LEAST_NOISE = 0.05
-# Columns that two rows of the same measurement agree in.
+# Columns that are equal in two rows of the same measurement.
 SAME = (
     *("suite", "operator", "network", "shape", "mode", "api", "layout", "malloc", "contender"),
     *("dtype", "device", "threads"),
@@ -51,7 +51,7 @@ class Change:
 @dataclass(frozen=True)
 class Comparison:
     changes: tuple[Change, ...]
-    broken: tuple[str, ...]  # a line for each of cnnkern's rows that had a time and has none any more, for a fault
+    broken: tuple[str, ...]  # a line per row of cnnkern that had a time, and now is wrong or failed
     notes: tuple[str, ...]  # what the two runs do not share
 
     @property
@@ -67,7 +67,7 @@ class Comparison:
         return bool(self.slower or self.broken)
 
     def moved(self) -> Iterator[tuple[str, str, int, float]]:
-        """(operator, mode, rows, geometric mean of the factors): a small shift of many rows shows here."""
+        """(operator, mode, rows, geometric mean of the factors). It shows small shifts of many rows."""
         grouped: dict[tuple[str, str], list[float]] = {}
         for c in self.changes:
             grouped.setdefault((c.new.operator, c.new.mode), []).append(c.factor)
@@ -106,7 +106,7 @@ def _by_key(rows: Iterable[Row]) -> dict[Key, Row]:
 
 
 def _noise(*rows: Row) -> float:
-    """Of both runs' ratios, as independent errors; infinite where it is not known of one."""
+    """The noise of both runs' ratios, as independent errors; infinite if one is not known."""
     if any(r.noise is None for r in rows):
         return math.inf
     return max(LEAST_NOISE, math.hypot(*(r.noise or 0.0 for r in rows)))

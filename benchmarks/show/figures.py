@@ -19,13 +19,13 @@ NOISY, CROWDED = "noisy", "crowded"
 
 
 def to_eager(row: Row) -> str:
-    """The ratio, and what leaves nothing of it, if anything does."""
+    """The ratio, marked if it does not count."""
     why = "" if row.ratio is None or row.counts else f" {CROWDED if row.is_crowded else NOISY}"
     return times(row.ratio) + why
 
 
 def noise(row: Row) -> str:
-    """Of the row's ratio."""
+    """The noise of the row's ratio."""
     return "over 100%" if row.noise is not None and row.noise > 1 else percent(row.noise)
 
 

@@ -1,4 +1,4 @@
-"""The front page's table: whole models in few rows, from several published runs."""
+"""README's table: whole models in few rows, from several published runs."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -48,7 +48,8 @@ ROWS = (
 
 
 def table() -> Table:
-    """(header, lines): the speedup over eager in the same layout; "-" for what was not timed or is lost in noise."""
+    """(header, lines): the speedup over eager in the same layout; "-" for what was not timed, "noisy" for rows that do
+    not count."""
     return HEADER, [
         [gain.model, gain.timed, *_cells(gain, gain.contender), *_cells(gain, "torch.compile")] for gain in ROWS
     ]

@@ -1,4 +1,4 @@
-"""Geometric means of cnnkern's rows, and which rows count for them."""
+"""Geometric means of rows, and which rows count for them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ class Mean:
     malloc: str
     contender: str
     shapes: int  # that were timed ...
-    counted: int  # ... and of those the ones that noise leaves a ratio; none: there is no mean
+    counted: int  # ... and those of them that count; if none does, there is no mean
     ratio: float | None
     bandwidth_share: float | None
     compiled: int  # shapes that torch.compile was timed on as well ...
@@ -46,12 +46,13 @@ def means(rows: Iterable[Row]) -> list[Mean]:
     return found
 
 
-NO_NETWORKS = ("widths",)  # shapes that are no network's
+NO_NETWORKS = ("widths",)  # shapes that belong to no network
 ALL, ALL_OF_BATCH_1 = "all networks", "all networks, batch 1"
 
 
 def totals(rows: Iterable[Row]) -> list[Mean]:
-    """cnnkern's means over the shapes of all networks, single images by themselves, of operators that have several."""
+    """cnnkern's means over the shapes of all networks, separately for single images, of operators with several
+    networks."""
     rows = [r for r in rows if r.suite == "operators" and r.contender == "cnnkern" and r.network not in NO_NETWORKS]
     networks: dict[tuple[str, str], set[str]] = {}
     together = []
@@ -63,7 +64,7 @@ def totals(rows: Iterable[Row]) -> list[Mean]:
 
 
 def mean(m: Mean) -> str:
-    """Its ratio, with a ~ where noise has taken more than a quarter of its rows."""
+    """Its ratio, with a ~ if more than a quarter of its rows do not count."""
     return NOISY if m.ratio is None else times(m.ratio) + "~" * is_spoilt(m.counted, m.shapes)
 
 
@@ -74,5 +75,5 @@ def ranked(rows: Iterable[Row]) -> list[Row]:
 
 
 def left_out(rows: Iterable[Row]) -> list[Row]:
-    """cnnkern's rows of whose ratio noise, or others on the machine, leave nothing."""
+    """cnnkern's rows that do not count, because of noise or other load."""
     return [r for r in rows if r.contender == "cnnkern" and r.ratio is not None and not r.counts]

@@ -1,4 +1,4 @@
-"""report.html: a result as one page that needs no network and follows the reader's light or dark setting."""
+"""report.html: a result as one page that works offline, light or dark as the reader's system."""
 
 import math
 from collections.abc import Iterable
@@ -38,7 +38,7 @@ class Bars:
 
     @property
     def one(self) -> float:
-        """Where eager's speed is, in percent of the width."""
+        """The position of eager's speed, in percent of the width."""
         return 100 / self.end
 
     def width(self, bar: Bar) -> float:
@@ -106,7 +106,7 @@ def render(rows: list[Row], created: str, changes: Comparison | None = None) -> 
 
 
 def _cards(rows: list[Row]) -> list[tuple[str, str, str]]:
-    """(what, value, explanation) of the page's first figures."""
+    """(label, value, explanation) of the figures at the top of the page."""
     cards = []
     found = means.ranked(rows)
     for suite, mode in dict.fromkeys((r.suite, r.mode) for r in rows if r.suite in ("operators", "models")):
@@ -189,7 +189,7 @@ def _size(value: float) -> str:
 
 
 def _roofline(rows: list[Row]) -> Roofline | None:
-    """Bandwidth reached over the least bytes of a call, in front of what plain kernels reached in the same run."""
+    """Achieved bandwidth by the least bytes of a call, with the bandwidth of plain kernels in the same run."""
     rated = [r for r in rows if r.suite == "operators" and r.gb_s is not None and r.bytes is not None]
     if not rated:
         return None
@@ -200,7 +200,7 @@ def _roofline(rows: list[Row]) -> Roofline | None:
     x = _axis([float(r.bytes or 0) for r in rated] + [float(s) for s in measured], SIZE_TICKS, _size)
     speeds = [r.gb_s or 0.0 for r in rated] + [v for values in measured.values() for v in values]
     y = _axis(speeds, SPEED_TICKS, lambda v: f"{v:g}")
-    # Beyond the measured sizes the nearest one counts, as it does for a row's share of the bandwidth.
+    # Outside the measured sizes the nearest one is used, as for a row's share of the bandwidth.
     edges = [(0.0, measured[min(measured)]), *((x.place(s), measured[s]) for s in sorted(measured))] if measured else []
     edges += [(100.0, measured[max(measured)])] if measured else []
     upper = [f"{at:.2f} {100 - y.place(max(values)):.2f}" for at, values in edges]

@@ -3,12 +3,12 @@
 A document asks for tables between two comments:
 
     <!-- results: cpu-resnet50 operators models -->
-    ... what stands here is replaced ...
+    ... this is replaced ...
     <!-- end of results -->
 
-`cpu-resnet50` is a file of benchmarks/results/published; the words behind it name PARTS. `gains` is no file but the
-front page's table, made of several. Each file also gets a page of its own, docs/runs/NAME.md, with every part. The
-command rewrites README.md and docs/; --check says which documents differ, and fails.
+`cpu-resnet50` is a file of benchmarks/results/published; the words after it are names of PARTS. `gains` is not a
+file, but README's table, made from several. Each file also gets a page of its own, docs/runs/NAME.md, with every part.
+The command rewrites README.md and docs/; --check says which documents differ, and fails.
 """
 
 import argparse
@@ -99,7 +99,7 @@ PARTS: dict[str, Callable[[Run], str]] = {
     "lost": _lost,
     "origin": _origin,
 }
-# What a run's own page has, and under which heading; parts that are empty are left out.
+# The parts of a run's page and their headings; empty parts are left out.
 HEADINGS = {
     "operators": "Operators",
     "models": "Models",
@@ -116,7 +116,7 @@ HEADINGS = {
 
 
 def documents() -> Iterator[Path]:
-    """Those with blocks; a run's own page is generated whole."""
+    """Documents that may have blocks. The pages of runs are generated as a whole."""
     assert ROOT is not None, "the documents are in a checkout"
     yield ROOT / "README.md"
     yield from sorted(path for path in (ROOT / "docs").rglob("*.md") if path.parent != ROOT / PAGES)
@@ -124,7 +124,7 @@ def documents() -> Iterator[Path]:
 
 @cache
 def block(name: str, parts: tuple[str, ...]) -> str:
-    """The Markdown of these parts of a published result. Raises ValueError where one of them is not there."""
+    """The Markdown of these parts of a published result. Raises ValueError for an unknown one."""
     if unknown := [part for part in parts if part not in PARTS]:
         raise ValueError(f"no part {unknown[0]!r} of a result; there are {', '.join(PARTS)}")
     if name == gains.NAME:
@@ -134,7 +134,7 @@ def block(name: str, parts: tuple[str, ...]) -> str:
 
 
 def generated(text: str) -> str:
-    """The document with every block as the published results have it."""
+    """The document with every block generated from the published results."""
     if len(OPENINGS.findall(text)) != len(BLOCK.findall(text)):
         raise ValueError("a block of results has no end, or is not `<!-- results: NAME PART ... -->`")
     return BLOCK.sub(lambda m: f"{m[1]}\n{block(m[2], tuple(m[3].split()))}\n\n{m[5]}", text)
@@ -152,7 +152,7 @@ def page(name: str) -> str:
 
 
 def wanted() -> Iterator[tuple[Path, str]]:
-    """Every document and page, with the text that it has to have."""
+    """Every document and page, with its expected text."""
     assert ROOT is not None, "the documents are in a checkout"
     for path in documents():
         try:

@@ -1,4 +1,4 @@
-"""What a report says in sentences and lists: where it was measured, what is slower, what is left out, the verdict."""
+"""The sentences and lists of a report: the machine, slower rows, rows that are left out, the verdict."""
 
 import re
 import statistics
@@ -71,7 +71,7 @@ def noisy_lines(rows: Iterable[Row]) -> list[str]:
 
 
 def load_line(rows: Iterable[Row]) -> str:
-    """What else the machine did while the rows were timed."""
+    """Other load of the machine while the rows were timed."""
     cores = [r.others for r in rows if r.others is not None]
     if not cores:
         return "how busy the machine was is not known"
@@ -115,7 +115,7 @@ def bandwidth_line(rows: Iterable[Row]) -> str:
 
 
 def listings(rows: list[Row]) -> list[tuple[str, list[str]]]:
-    """(title, lines) of what a report lists; lines may be none."""
+    """(title, lines) of a report's lists, which may be empty."""
     return [
         ("Slower than eager", lost_lines(rows)),
         ("Slower than torch.compile", lost_to_compile(rows)),

@@ -13,7 +13,7 @@ from . import comparison, tables, terminal
 
 
 def agree(first: Path, second: Path) -> int:
-    """Prints how much two runs of the same code differ; the exit status."""
+    """Prints the run-to-run variation of two runs of the same code. Returns the exit status."""
     try:
         found = comparison.agreement(*(files.load(path).rows for path in (first, second)))
     except ValueError as error:

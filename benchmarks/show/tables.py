@@ -43,7 +43,7 @@ OVERHEAD = ["call", "mode", "cnnkern", "vs eager", "noise"]
 
 
 def settings(rows: Iterable[Row]) -> list[str]:
-    """The malloc settings of what was timed, in the order of the run."""
+    """The malloc settings of the rows, in the order of the run."""
     return list(dict.fromkeys(r.malloc for r in rows if r.suite != "bandwidth"))
 
 
@@ -51,8 +51,8 @@ def summary(rows: Iterable[Row], malloc: str) -> tuple[list[str], list[list[str]
     """(header, lines) of the means under one malloc setting: a line for each operator, network and contender, and one
     for cnnkern's means against torch.compile over the shapes that it was timed on.
 
-    A cell has the speedup over eager and the share of the memory bandwidth, of one mode and layout. The number behind a
-    network is that of the shapes. An operator's last lines are over the shapes of all networks.
+    A cell has the speedup over eager and the share of the memory bandwidth, of one mode and layout. The number after a
+    network is the number of shapes. An operator's last lines are over the shapes of all networks.
     """
     rows = [r for r in rows if r.malloc == malloc]
     found = [m for m in [*means(rows), *totals(rows)] if m.contender != "eager"]
@@ -93,7 +93,7 @@ def mean_lines(rows: Iterable[Row]) -> list[list[str]]:
 
 
 def against_eager(rows: Iterable[Row], suite: str) -> list[tuple[Row, Row]]:
-    """(eager's row, cnnkern's) of everything in the suite that has both."""
+    """(eager's row, cnnkern's row) for everything in the suite that has both."""
     rows = [r for r in rows if r.suite == suite and r.status == "ok"]
 
     def key(r: Row) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from .comparison import AGREEMENT, Agreement, Comparison
 from .figures import MISSING, duration, name, times
 
 WIDTH, DETAILS_WIDTH = 100, 240
-NAMES = ("implementation", "model", "setting")  # columns that are broken between words only
+NAMES = ("implementation", "model", "setting")  # columns that break between words only
 RANKED = 5  # rows of the best and of the worst
 LISTED = 10  # rows slower than eager, before the others are counted only
 
@@ -52,8 +52,8 @@ def show(rows: list[Row], created: str, console: Console, details: bool = False)
 
 
 def _narrow(header: list[str], lines: list[list[str]]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """The models' table with what says which model, and with what, in one column each that wrap between words, and what
-    else was timed in a table of its own: (title, header, lines) of both."""
+    """(title, header, lines) of two tables: the models' table with one column for the model and one for its setting,
+    and a table of the other implementations."""
     which = [[" ".join(line[:2]), " ".join(line[2:5])] for line in lines]
     measured = slice(5, len(header) - (header[-1] == tables.OTHERS))
     yield (
@@ -82,7 +82,7 @@ def print_table(console: Console, title: str, header: list[str], lines: Iterable
 
 
 def _width(column: str, cells: Iterable[str]) -> int | None:
-    """A number's column keeps its cells on one line, and one of names breaks them between words. None: as it fits."""
+    """The width at which numbers need no line break, and names break between words. None: any width."""
     words = column.split()
     if not tables.is_number(column):
         if column not in NAMES:
@@ -114,7 +114,7 @@ def show_changes(found: Comparison, console: Console) -> None:
 
 
 def show_agreement(found: Agreement, console: Console) -> None:
-    """Prints how nearly two runs agree by operator, and the rows furthest apart."""
+    """Prints the variation of two runs by operator, and the rows that differ most."""
     print_table(console, "Speedup over eager in two runs, geometric means", AGREEMENT, found.lines())
     print_list(console, "Furthest apart", found.worst_lines(), LISTED)
     console.print(found.verdict(), markup=False, highlight=False)

@@ -1,4 +1,4 @@
-"""The memory bandwidth that this machine reaches in the same run, and the least time that it leaves for some traffic.
+"""The memory bandwidth that the machine reaches in the same run, and the time that it allows for memory traffic.
 
 `python -m benchmarks.suite.bandwidth --device cpu --threads 2` prints it as JSON. The driver starts it with
 GLIBC_TUNABLES = STREAMING, so that the C library's memcpy writes past the caches.
@@ -68,7 +68,7 @@ def _steps(size: int, device: str, threads: int, pool: ThreadPoolExecutor) -> di
         "add": lambda: torch.add(a, b, out=c),
     }
     if device == "cpu" and os.environ.get("GLIBC_TUNABLES") == STREAMING:
-        memcpy = ctypes.CDLL(None).memcpy  # called without the GIL
+        memcpy = ctypes.CDLL(None).memcpy  # releases the GIL
         memcpy.argtypes, memcpy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_void_p
         nbytes = x.numel() * 4
         share = math.ceil(nbytes / threads / 64) * 64  # whole cache lines
@@ -82,8 +82,8 @@ def _steps(size: int, device: str, threads: int, pool: ThreadPoolExecutor) -> di
 
 
 def copy_probe(device: str, touched: int = 2**26) -> Callable[[], float]:
-    """A function that says what a plain copy beyond the caches reaches just now, in GB/s: neighbours on the machine
-    take their part, and do not always want the same."""
+    """A function that measures the present bandwidth of a plain copy beyond the caches, in GB/s. It varies with the
+    load of other virtual machines."""
     x, y = (torch.ones(touched // 8, device=device) for _ in range(2))
 
     def gb_s() -> float:

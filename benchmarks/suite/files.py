@@ -4,8 +4,8 @@
     operator,shape,...
     bn_act,32x64x112x112,...
 
-A cell `^` is the one above it. What can be worked out from other columns is not written (`Row`'s properties); figures
-have four digits, spreads two.
+A cell `^` repeats the one above it. What can be computed from other columns is not written (`Row`'s properties).
+Figures have four digits, spreads two.
 """
 
 import csv
@@ -25,7 +25,7 @@ ABOVE = "^"
 DIGITS, SPREADS = 4, {"iqr_ms": 2, "noise": 2, "others": 2, "copy_gb_s": 3, "bandwidth_share": 3}
 ENDING = ".csv"
 TYPES = {f.name: next(t for t in (get_args(f.type) or (f.type,)) if t is not type(None)) for f in fields(Row)}
-RENAMED = {"ours": "cnnkern"}  # contenders of files from before they had these names
+RENAMED = {"ours": "cnnkern"}  # names of contenders in older files -> names now
 OPTIONAL = {f.name for f in fields(Row) if type(None) in get_args(f.type)}
 
 
@@ -34,7 +34,7 @@ class Run:
     rows: list[Row]
     created: str
     quick: bool = False
-    # Operators whose eager makes a new tensor for each step: rows from before the baseline was in place.
+    # Operators whose eager returns a new tensor per step: rows from before the baseline was in place.
     out_of_place: tuple[str, ...] = ()
 
 
@@ -74,7 +74,7 @@ def dumps(run: Run) -> str:
 
 
 def loads(text: str) -> Run:
-    """The run that such a text holds. Raises ValueError for any other text."""
+    """The run in the text of a file. Raises ValueError for any other text."""
     first, _, table = text.partition("\n")
     try:
         if not first.startswith(MARK):
@@ -118,7 +118,7 @@ def _value(name: str, cell: str) -> Any:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Writes the whole file or, where that fails, leaves what was there."""
+    """Writes the whole file or, if that fails, leaves the old one."""
     partial = path.with_name(path.name + ".partial")
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -129,7 +129,7 @@ def write(path: Path, content: str | bytes) -> None:
 
 
 def publish(name: str, run: Run) -> Path:
-    """Writes a run where the documents' tables come from."""
+    """Writes a run to the published results."""
     path = RESULTS / "published" / f"{name}{ENDING}"
     path.parent.mkdir(parents=True, exist_ok=True)
     write(path, dumps(run))

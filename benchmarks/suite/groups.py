@@ -1,4 +1,4 @@
-"""Groups of contenders that are timed in the same rounds, and the session that times them."""
+"""Groups of contenders (implementations) that are timed in the same rounds, and the session that times them."""
 
 import signal
 import statistics
@@ -17,10 +17,10 @@ from . import bandwidth, load, reasons, timing
 from .options import Options
 
 LAYOUTS = ("contiguous", "channels_last")
-OUT_OF_PLACE = "out of place"  # eager, with a new tensor for each step; "eager" is in place, as networks are written
-AGAIN = "eager, again"  # eager a second time in the same rounds: what it differs by is the floor of the noise
-# Contenders of the models: the converted model compiled, and the model with its grouped convolutions exchanged and
-# nothing else, compiled.
+OUT_OF_PLACE = "out of place"  # eager, with a new tensor per step; "eager" is in place, as networks are written
+AGAIN = "eager, again"  # eager a second time in the same rounds: the difference is the noise floor
+# Contenders of the models: the converted model compiled, and the model with only its grouped convolutions replaced,
+# compiled.
 CONVERTED_AND_COMPILED = "torch.compile, converted"
 GROUPED_AND_COMPILED = "torch.compile, GroupedConv2d alone"
 MAX_AUTOTUNE = "torch.compile, max-autotune"  # the reference, compiled as fast as torch can; that may take minutes
@@ -57,7 +57,7 @@ class Unavailable(Exception):
 class Bench(Protocol):
     """A group's tensors and models, which live while it is timed."""
 
-    code: dict[Contender, str]  # what torch.compile has generated, of the contenders that it compiled
+    code: dict[Contender, str]  # torch.compile's generated code, by compiled contender
 
     def step(self, contender: Contender, verify: bool) -> Callable[[], object]:
         """What is timed of this contender; with `verify` only after its results were compared with eager's."""
@@ -67,7 +67,7 @@ class Bench(Protocol):
 class Group:
     suite: str  # operators, models or overhead
     operator: str  # or the model's name
-    network: str  # whose shape it is
+    network: str  # which has this shape
     shape: str
     mode: str  # training (forward and backward), inference (forward), or a part of training: forward, backward
     api: str  # functional or module
@@ -75,14 +75,14 @@ class Group:
     open: Callable[[], Bench]
     weight: float  # its share of the time, in about seconds
     dtype: str = "float32"
-    bytes_read: int = 0  # the least traffic; 0 where nobody counts it
+    bytes_read: int = 0  # the least memory traffic; 0 if it is not counted
     bytes_written: int = 0
     min_rounds: int = 5
     max_rounds: int = 50
     pause: float = 0.0  # seconds before each sample on the CPU, for other libraries' threads to fall asleep
-    peaks: bool = False  # whether the most memory that a call holds is measured
-    last: bool = False  # timed after all others, which leave it the time
-    on_host: bool = False  # timed is what the host does, also where it does so for a GPU
+    peaks: bool = False  # whether the peak memory of a call is measured
+    last: bool = False  # timed after all others, which leave time for it
+    on_host: bool = False  # the host's time is measured, also on a GPU
     # Contenders by name that need torch.compile's compile time.
     compiled: frozenset[str] = field(default=frozenset({"torch.compile"}))
 
@@ -101,8 +101,8 @@ class Group:
 
 
 def select(groups: Iterable[Group], text: str, malloc: str) -> list[Group]:
-    """The groups cut down to the contenders whose name contains `text`, or one of several between commas, and the eager
-    ones they are compared with."""
+    """The groups reduced to contenders whose name contains `text` (or one of several, between commas), and the eager
+    ones with which they are compared."""
     wanted = [part for part in map(str.strip, text.lower().split(",")) if part] if text else [""]
     chosen = []
     for group in groups:
@@ -115,8 +115,8 @@ def select(groups: Iterable[Group], text: str, malloc: str) -> list[Group]:
     return chosen
 
 
-# What comes last may take longer than planned by this factor, and by more where groups before it did, as on a busy
-# machine: so much is kept for it, up to this share of all the time.
+# The time that is reserved for the last groups: what was planned times this factor, or times the overruns of earlier
+# groups if these are larger, as on a busy machine; at most this share of all the time.
 MARGIN, MOST_KEPT = 1.5, 2 / 3
 
 
@@ -128,7 +128,7 @@ class Session:
         self.total = self.weight_left = sum(g.weight for g in plan)
         self.last_left = sum(g.weight for g in plan if g.last)
         self.ended_well = False  # whether the first of them was begun: one is timed even after all time is over
-        self.overruns: list[float] = []  # times as long as planned, of groups that their least rounds kept too long
+        self.overruns: list[float] = []  # actual over planned time, of groups whose minimum of rounds took too long
         self.deadline = time.perf_counter() + options.seconds
         self.compile_left = options.compile_seconds
         self.copy_gb_s = bandwidth.copy_probe(options.device)
@@ -137,7 +137,7 @@ class Session:
         self.results: dict[Contender, list[float] | Refused] = {}
 
     def results_of(self, group: Group) -> dict[Contender, list[float] | Refused]:
-        """Seconds a call, round by round, or the reason why there are none. Asking for the same group again is free."""
+        """Seconds per call, by round, or the reason why there are none. The last group's are cached."""
         if group is not self.current:
             self.emit({"start": group.label, "done": self.total - self.weight_left, "total": self.total})
             self.results, self.current = self._measure(group), group
@@ -188,7 +188,7 @@ class Session:
             if ended > until:
                 self.overruns.append((ended - now) / group.weight)
             copy_gb_s = (before + self.copy_gb_s()) / 2
-        except Exception as error:  # what has run on a GPU says so only here, and not whose it was
+        except Exception as error:  # errors of GPU kernels are raised only here, without the contender
             return refused | dict.fromkeys(steps, failure(error))
         self.conditions = {contender: {"copy_gb_s": copy_gb_s, "others": others} for contender in steps}
         self._explain(group, bench, steps, samples)
@@ -198,7 +198,7 @@ class Session:
         return refused | samples
 
     def _kept_back(self) -> float:
-        """Seconds that the groups at the end are to have."""
+        """Seconds that are reserved for the last groups."""
         pace = max(MARGIN, statistics.median(self.overruns or [1.0]))
         return min(pace * self.last_left, MOST_KEPT * self.options.seconds)
 
@@ -209,7 +209,7 @@ class Session:
         steps: dict[Contender, Callable[[], object]],
         samples: dict[Contender, list[float]],
     ) -> None:
-        """Notes why torch.compile is far slower than eager, where it is."""
+        """Records why torch.compile is far slower than eager, if it is."""
         for contender in steps:
             eager = Contender("eager", contender.layout)
             if contender.name not in group.compiled or eager not in samples or self.options.device != "cpu":
@@ -236,7 +236,7 @@ class Session:
             return Refused("not available", str(error))
         except AssertionError as error:
             return Refused("wrong", first_line(error))
-        except Exception as error:  # one contender's failure is a row of the report, and the others are still timed
+        except Exception as error:  # a failure is a row of the report; the others are still timed
             return failure(error)
         finally:
             if compiles:
@@ -244,18 +244,18 @@ class Session:
 
 
 def failure(error: Exception) -> Refused:
-    """As it is handled: the traceback goes to the worker's log."""
+    """For an exception that is being handled; its traceback goes to the worker's log."""
     traceback.print_exc(file=sys.stderr)
     return Refused("failed", f"{type(error).__name__}: {first_line(error)}")
 
 
 class TimeIsUp(BaseException):
-    """Not an Exception: the compiler takes those for a candidate that does not work, and goes on with the next."""
+    """Not an Exception: the compiler would treat that as a failing candidate, and try the next one."""
 
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raises TimeIsUp in the block once `seconds` have passed, if any; where there are no signals, never."""
+    """Raises TimeIsUp in the block after `seconds`, if given; never on systems without signals."""
     if seconds is None or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return

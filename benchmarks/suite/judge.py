@@ -1,7 +1,7 @@
 """`cnnkern.testing.assert_as_good_as` at the cost of a few passes, for tensors of a benchmark's size.
 
-The judge compares the largest errors. What holds the largest error or value of every part of the tensors gives the
-same verdict as all of them, and spares the judge's masks, which take seconds on a hundred megabytes.
+That function compares the largest errors. Here it only gets the elements with the largest error or value of each part
+of the tensors, which gives the same verdict without its masks: these take seconds on a hundred megabytes.
 """
 
 import torch
@@ -16,7 +16,7 @@ def assert_as_good_as(out: dict[str, Tensor], eager: dict[str, Tensor], ref: dic
 
 
 def decisive(*results: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """(out, eager, ref) cut down to the elements on which the judge decides."""
+    """(out, eager, ref) reduced to the elements that decide the verdict."""
     cut: list[dict[str, Tensor]] = [{}, {}, {}]
     names = [list(result) for result in results]
     assert names[0] == names[1] == names[2], f"results {names} of cnnkern, eager and the reference"
@@ -30,7 +30,7 @@ def decisive(*results: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def _largest(mine: Tensor, theirs: Tensor, truth: Tensor) -> list[Tensor] | None:
-    """The elements of the three at which an error or a value is the largest; None if not all are finite."""
+    """The elements with the largest errors and values; None if not all are finite."""
     if mine.dim() == 0 or mine.numel() == 0:
         return None
     kept: list[list[Tensor]] = [[], [], []]

@@ -1,4 +1,4 @@
-"""What else a machine does: processors that others keep busy or steal, and processes that wait for memory."""
+"""Other load of a machine: cores that other processes or virtual machines use, and processes that wait for memory."""
 
 import os
 import time
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
-BUSY_CORES, BUSY_MEMORY = 0.25, 0.01  # from here on a machine is called busy
+BUSY_CORES, BUSY_MEMORY = 0.25, 0.01  # above this a machine is called busy
 SAMPLE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Counters:
-    """Seconds since the system started; None where the system does not say."""
+    """Seconds since the system started; None if not known."""
 
     at: float
     busy: float | None  # of all processors together
@@ -35,13 +35,13 @@ def counters() -> Counters:
 
 
 class Watch:
-    """Between when it was made and when it is asked."""
+    """The load since this object was created."""
 
     def __init__(self) -> None:
         self.start = counters()
 
     def rates(self) -> tuple[float | None, float | None]:
-        """(cores that others kept busy or stole, share of the time in which some process waited for memory)."""
+        """(cores that others used, share of the time in which some process waited for memory)."""
         start, end = self.start, counters()
         seconds = max(end.at - start.at, 1e-9)
         others = memory = None
@@ -57,7 +57,7 @@ class Watch:
 
 
 def before_a_run() -> str:
-    """A line on what the machine does while nothing is timed."""
+    """A line on the machine's load before anything is timed."""
     watch = Watch()
     time.sleep(SAMPLE_SECONDS)
     others, memory = watch.rates()

@@ -1,4 +1,4 @@
-"""Where and on what a run was made, and the two malloc settings that it is made under."""
+"""The machine and the versions of a run, and its two malloc settings."""
 
 import importlib.metadata
 import os
@@ -24,18 +24,18 @@ TUNED_MALLOC = {f"MALLOC_{option}_": str(value) for option, value in memory.TUNE
 
 
 def malloc_settings(device: str) -> tuple[str, ...]:
-    """The settings that make a difference on this machine: both for glibc on the CPU."""
+    """The settings that matter on this machine: both with glibc on the CPU."""
     return ("tuned", "default") if device == "cpu" and platform.libc_ver()[0] == "glibc" else ("default",)
 
 
 def malloc_environment(setting: str) -> dict[str, str]:
-    """This process's environment with malloc set as asked."""
+    """This process's environment with this malloc setting."""
     clean = {n: v for n, v in os.environ.items() if n not in TUNED_MALLOC}
     return clean | (TUNED_MALLOC if setting == "tuned" else {})
 
 
 def malloc_setting() -> str:
-    """The setting that this process was started with."""
+    """The setting with which this process was started."""
     given = {n: os.environ.get(n) for n in TUNED_MALLOC}
     if given == TUNED_MALLOC:
         return "tuned"
@@ -61,7 +61,7 @@ def model_name(device: str) -> str:
 
 
 def cache_bytes(device: str) -> int | None:
-    """The size of the last-level cache; None where the system does not say."""
+    """The size of the last-level cache; None if not known."""
     if device == "cuda":
         return torch.cuda.get_device_properties().L2_cache_size
     sizes = [path.read_text() for path in CACHES.glob("index*/size")]
@@ -70,7 +70,7 @@ def cache_bytes(device: str) -> int | None:
 
 
 def commit() -> str:
-    """What CNNKERN_COMMIT says it is, else the short hash of the source tree, with '-dirty' where it has changes."""
+    """CNNKERN_COMMIT, else the short hash of the source tree, with '-dirty' if it has changes."""
     named = os.environ.get("CNNKERN_COMMIT")
     if named or ROOT is None:
         return named or "unknown"
@@ -96,7 +96,7 @@ def kernels(options: Options) -> str:
 
 
 def describe(options: Options) -> dict[str, str | int | None]:
-    """The columns of a row that say where it was measured."""
+    """The columns of a row that identify the machine and the versions."""
     return {
         "machine": slug(model_name(options.device)),
         "device": options.device,

@@ -1,6 +1,6 @@
 """Whole models of torchvision, as they are and after `cnnkern.convert`, on photographs.
 
-Weights are random and dropout is off: it would draw other numbers in each contender, and costs the same in all.
+Weights are random. Dropout is off: it would draw other numbers in each contender, and takes the same time in all.
 """
 
 import copy
@@ -49,7 +49,7 @@ GPU_SECONDS = 3.0  # of a group on a GPU, most of them spent on the host: models
 TRAINED_TWICE = {"resnet50": 16, "densenet121": 16}  # at this batch size as well
 LARGE_INFERENCE = (1, 16)  # batch sizes
 SIZE = 224
-# Contenders: the model with its grouped convolutions exchanged and nothing else; the model folded for inference.
+# Contenders: the model with only its grouped convolutions replaced; the model folded for inference.
 GROUPED_ALONE, FOLDED = "GroupedConv2d alone", "cnnkern.fold"
 COMPILED = frozenset({"torch.compile", MAX_AUTOTUNE, CONVERTED_AND_COMPILED, GROUPED_AND_COMPILED})
 WITH_GROUPS = ("resnext50_32x4d", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "convnext_tiny")
@@ -58,7 +58,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of each 
 
 
 def groups(options: Options) -> list[Group]:
-    """One group a layout: contenders of both at once would hold a gigabyte and a half of weights more."""
+    """One group per layout: contenders of both together would need 1.5 GB more for weights."""
     if options.peers:
         return peer_groups(options)
     everything = options.networks == "all"
@@ -111,7 +111,7 @@ def groups(options: Options) -> list[Group]:
 
 
 def peer_groups(options: Options) -> list[Group]:
-    """Inference alone, of few models, beside other ways to run it."""
+    """Inference of few models, compared with other packages."""
     names = ("eager", AGAIN, "cnnkern", FOLDED, "torch.compile", MAX_AUTOTUNE, *peers.PEERS)
     return [
         Group(
@@ -181,7 +181,7 @@ def build(name: str) -> nn.Module:
 
 
 def with_grouped_convolutions(model: nn.Module) -> nn.Module:
-    """The model with its grouped convolutions exchanged as `cnnkern.convert` does it, and nothing else."""
+    """The model with only its grouped convolutions replaced, as `cnnkern.convert` does it."""
     ours, has_groups = replacements()[nn.Conv2d]
     for module in model.modules():
         if type(module) is nn.Conv2d and has_groups(module):
@@ -295,9 +295,9 @@ class ModelBench:
     def verify(self, contender: Contender) -> None:
         """Compares outputs and running statistics at the timed size, and in training the gradients as well.
 
-        A rounding that takes one activation to the other side of a ReLU's kink moves single-precision gradients by
-        far more than roundings, in eager's two layouts as much as in cnnkern. They are compared in float64, on
-        small patches, where cnnkern has to come as close to eager in float64 as eager in float32 does.
+        A rounding that switches a ReLU on or off changes single-precision gradients by far more than a rounding, in
+        eager's two layouts as much as in cnnkern. So gradients are compared in float64, on small patches. cnnkern's
+        have to be as close to eager's as those of eager in float32 are.
         """
         eager = Contender("eager", contender.layout)
 

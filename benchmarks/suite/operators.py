@@ -29,20 +29,20 @@ from .groups import (
 from .judge import assert_as_good_as
 from .options import Options
 
-# Seconds an element; forward and backward are training's halves, with a graph that is built and kept.
+# Seconds per element. Forward and backward are the halves of training, with a graph that is built and kept.
 WEIGHTS = {"training": 1.5e-7, "inference": 6e-8, "forward": 7e-8, "backward": 1e-7}
-# On a GPU what takes time is to draw the inputs, on the host; and each contender is captured.
+# On a GPU the time goes into drawing the inputs, on the host, and into the capture of each contender.
 GPU_WEIGHT, GPU_CONTENDER_SECONDS = 3e-8, 0.05
 IN_PLACE = "in place"  # the name of that form in `Case.bench_forms`
 USUAL_MODES = ("training", "inference")
 
 
 def groups(options: Options, compiled: bool) -> list[Group]:
-    """Training and inference of every case on every shape, with --modes all their halves as well; torch.compile, if at
-    all, on one shape a network, or on all with --compile-shapes all, of the reference and of those other forms of it
-    that it does not make the same of.
+    """Training and inference of every case on every shape; with --modes all also forward and backward separately.
 
-    Cases take turns, so that a run which has no time for everything has times for each.
+    If torch.compile is timed, it is on one shape per network (on all with --compile-shapes all), for the reference and
+    for its other forms for which Inductor generates other code. Cases take turns, so that a run without enough time
+    has rows of each.
     """
     modes = tuple(WEIGHTS) if options.modes == "all" else USUAL_MODES
     columns = []
@@ -147,7 +147,7 @@ class OperatorBench:
         return testing.run(self.case.reference, self.case, testing.to_float64(self.inputs), dy64)
 
     def placed(self, layout: str) -> tuple[dict[str, Any], Tensor | None]:
-        """(inputs, dy) in this layout: what a model in that memory format hands to the operator."""
+        """(inputs, dy) in this layout: what a model in that memory format passes to the operator."""
 
         def place(value: Any) -> Any:
             return testing.with_layout(value, layout) if isinstance(value, Tensor) and value.dim() in (4, 5) else value
@@ -161,9 +161,8 @@ class OperatorBench:
         if is_baseline(contender.name):
             function = case.bench_forms.get(IN_PLACE, case.reference)
         if name == "torch.compile":
-            tuned = (
-                "max-autotune-no-cudagraphs" if contender.name == MAX_AUTOTUNE else None
-            )  # on a GPU the suite captures graphs itself
+            # Without graphs: on a GPU the suite captures them itself.
+            tuned = "max-autotune-no-cudagraphs" if contender.name == MAX_AUTOTUNE else None
             function = torch.compile(function, dynamic=False, fullgraph=True, mode=tuned)
             # A graph that gives its buffers away cannot be run backward again and again.
             kept = torch._functorch.config.patch(donated_buffer=False) if self.mode == "backward" else nullcontext()
@@ -212,7 +211,7 @@ def _run(function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], dy
 def timed(
     function: Callable[..., Tensor], case: Case, inputs: dict[str, Any], dy: Tensor | None, mode: str
 ) -> Callable[[], object]:
-    """What `mode` means for `function`; what a call returns is freed within the time."""
+    """The step of `mode` for `function`. Freeing the results is part of the time."""
     leaves = {}
     for name, value in inputs.items():
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""What a run was asked for, shared by the driver and the worker processes that it starts."""
+"""The options of a run, shared by the driver and its worker processes."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ class Options:
     quick: bool = False
     filter: str = ""
     device: str = "cpu"
-    backend: str = "cuda"  # whose kernels answer on a GPU: cuda or triton
+    backend: str = "cuda"  # the backend on a GPU: cuda or triton
     threads: int = torch.get_num_threads()
     dtype: str = "float32"  # of the operators' rows; bfloat16 also of the models'
     networks: str = "resnet50"  # whose shapes: this one's, or "all"

@@ -1,4 +1,4 @@
-"""What a call costs beside its arithmetic: batch norm and ReLU on a tensor of one kilobyte."""
+"""Call overhead: batch norm and ReLU on a tensor of one kilobyte."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Other ways to run a model's inference on a CPU, as contenders where they are installed: `cnnkern bench --peers`."""
+"""Other packages for inference on a CPU, as contenders if they are installed: `cnnkern bench --peers`."""
 
 import importlib.util
 import io
@@ -66,7 +66,7 @@ PEERS = {
 
 
 def load(name: str, model: nn.Module, x: Tensor) -> Call:
-    """The call of a peer. Raises Unavailable where its packages are not installed or do not load here."""
+    """The call of a peer. Raises Unavailable if its packages are not installed or cannot be loaded."""
     peer = PEERS[name]
     if missing := [package for package in peer.packages if importlib.util.find_spec(package) is None]:
         raise Unavailable(f"needs `pip install {' '.join(missing)}`")

@@ -36,7 +36,7 @@ class Result:
 
 @contextmanager
 def progress(console: Console) -> Iterator[Progress]:
-    """A bar that names what runs and how long the rest will take; nothing where there is no terminal."""
+    """A progress bar with the current group and the remaining time; nothing without a terminal."""
     columns = (BarColumn(30), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         yield bar
@@ -54,7 +54,7 @@ def bandwidths(device: str, threads: int, bar: Progress) -> list[Bandwidth]:
 
 
 def run(options: Options, malloc: str, scratch: Path, bar: Progress) -> Result:
-    """Times the plan in a process with this malloc setting. Raises Failed where that process ends without results."""
+    """Times the plan in a process with this malloc setting. Raises Failed if that process ends without results."""
     asked, written, log = (scratch / f"{malloc}.{kind}" for kind in ("options", "json", "log"))
     options.save(asked)
     receive, send = os.pipe()
@@ -100,7 +100,7 @@ def counts(event: dict[str, Any]) -> dict[str, float]:
 
 
 def ending(code: int, output: str) -> str:
-    """How a process ended, with the last thing it said."""
+    """How a process ended, with its last line of output."""
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     said = output.strip().splitlines()

@@ -1,4 +1,4 @@
-"""Whether another form of a model computes what the model does: outputs, gradients and running statistics."""
+"""Compares another form of a model with the original: outputs, gradients and running statistics."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from cnnkern.measure.values import cast, one_line, results_of
 
 IMAGES = 8  # that are looked at: a model in float64 takes its time
 EXACT = 1e-7  # float64: of the largest value
-# In the timed type, of the root of the mean square: four times eager's own error, and what is allowed on top. A
-# rounding that takes one activation over a ReLU's kink moves a gradient by far more than a rounding.
+# In the timed dtype, relative to the root mean square: four times eager's error, plus this. A rounding that switches a
+# ReLU on or off changes a gradient by far more than a rounding.
 FACTOR, ON_TOP = 4.0, {"outputs": 1e-6, "gradients": 1e-2, "running statistics": 1e-6}
 DRAWS = 2  # of roundings of the input, for eager's own error, and to try again
 
@@ -26,7 +26,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Check:
-    """What was compared with the original, and whether it fits; `lines` says by how much it differs, and may differ."""
+    """The result of a comparison. `lines` says how large the differences are, and how large they may be."""
 
     ok: bool
     images: int
@@ -36,9 +36,9 @@ class Check:
 def check(original: nn.Module, forms: dict[str, Make], arguments: tuple[Any, ...], setting: Setting) -> Check:
     """Compares every form, made from a copy of `original`, with it, on at most IMAGES images, without dropout.
 
-    In float64 all tensors have to agree to EXACT, which checks what was replaced. In the timed type, errors against
-    float64 have to be as small as eager's, which judges the kernels that are timed: on one of a few inputs that differ
-    by roundings, as an activation near a ReLU's kink is on either side of it by chance, and a fault is no chance.
+    In float64 all tensors have to agree to EXACT, which checks what was replaced. In the timed dtype, errors against
+    float64 have to be as small as eager's, which checks the kernels. One of a few inputs that differ by roundings has
+    to pass: with others a rounding may switch a ReLU on or off, but a wrong kernel fails with all of them.
     """
     judge = _Judge(original, _first_images(arguments), setting)
     lines, fits = list(judge.notes), True
@@ -53,7 +53,7 @@ Verdict = tuple[bool, str]
 
 
 class _Judge:
-    """The original's results in float64 and in the timed type, and its own errors, to compare forms of it with."""
+    """The original's results in float64 and in the timed dtype, and its own errors: the reference of a comparison."""
 
     def __init__(self, original: nn.Module, arguments: tuple[Any, ...], setting: Setting) -> None:
         self.base, self.setting, self.notes = _without_chance(copy.deepcopy(original)), setting, list[str]()
@@ -77,7 +77,7 @@ class _Judge:
         return [(worst <= EXACT, f"float64: largest difference {worst:.1e} ({where}), allowed {EXACT:.0e}")]
 
     def in_timed_type(self, make: Make) -> list[Verdict]:
-        """A verdict for each kind of result, on the first input on which all are right, else on the last."""
+        """A verdict for each kind of result, on the first input with which all are correct, else on the last."""
         form, verdicts = make(copy.deepcopy(self.base)), list[Verdict]()
         for i, inputs in enumerate(self.inputs):
             truth = self.truth if i == 0 else self._truth_of(inputs)
@@ -105,7 +105,7 @@ class _Judge:
 
 
 def _first_images(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Every tensor cut to IMAGES, where they have one number of images."""
+    """Every tensor cut to IMAGES, if all have the same number of images."""
     counts = {len(a) for a in arguments if isinstance(a, Tensor) and a.dim()}
     if len(counts) != 1:
         return arguments
@@ -127,7 +127,7 @@ def _eps(setting: Setting) -> float:
 
 
 def _rounded(arguments: tuple[Any, ...], setting: Setting, seed: int) -> tuple[Any, ...]:
-    """The arguments with every number moved by a rounding or so, up or down."""
+    """The arguments with every number changed by about a rounding, up or down."""
     generator = torch.Generator().manual_seed(seed)
 
     def move(a: Any) -> Any:
@@ -162,7 +162,7 @@ def _kind(name: str) -> str:
 
 
 def _distance(kind: str, found: Tensors, truth: Tensors) -> float:
-    """Of all tensors of a kind together: the length of the difference as a share of the truth's length."""
+    """The norm of the difference over the norm of the truth, of all tensors of a kind together."""
     if not found.keys() >= {n for n in truth if _kind(n) == kind}:
         return float("inf")
     difference = length = 0.0
@@ -177,7 +177,7 @@ def _distance(kind: str, found: Tensors, truth: Tensors) -> float:
 
 
 def _largest_difference(found: Tensors, truth: Tensors) -> tuple[float, str]:
-    """As a share of the tensor's largest value, for gradients of the largest of all; and the tensor's name."""
+    """The largest difference relative to the tensor's largest value (for gradients, of all), and the tensor's name."""
     missing = [n for n in truth if n not in found]
     if missing:
         return float("inf"), f"no {missing[0]}"

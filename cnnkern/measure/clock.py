@@ -1,4 +1,4 @@
-"""Interleaved rounds, and what is read from them: medians of pairwise ratios, and their noise."""
+"""Interleaved rounds, the medians of their pairwise ratios, and the noise of these."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLE_SECONDS, MAX_CALLS = 0.02, 200
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one call: on the clock on the wall and, on a GPU, between two events of its stream."""
+    """Seconds of one call: wall time and, on a GPU, the time between two events of its stream."""
 
     wall: float
     events: float | None = None
@@ -31,7 +31,7 @@ class Timer(Protocol):
 
 
 class HostTimer:
-    """Of what is done when the call returns."""
+    """For calls that are complete when they return."""
 
     def sample(self, step: Step, calls: int) -> Sample:
         start = time.perf_counter()
@@ -41,7 +41,7 @@ class HostTimer:
 
 
 class CudaTimer:
-    """Of what a GPU has still to do when a call returns: the wall's clock waits for it, events stand in its stream.
+    """For calls that return before the GPU has finished: wall time includes a synchronisation, events are recorded.
 
     `cuda` is `torch.cuda`, or what has its Event and synchronize.
     """
@@ -67,7 +67,7 @@ def timer_for(device: str) -> Timer:
 
 
 def calls_of(timer: Timer, step: Step, sample_seconds: float) -> int:
-    """Calls that fill a sample; two that are not counted come before."""
+    """The number of calls per sample. Makes two calls that are not counted first."""
     seconds = min(timer.sample(step, 1).wall for _ in range(2))
     return max(1, min(MAX_CALLS, round(sample_seconds / max(seconds, 1e-9))))
 
@@ -81,9 +81,9 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 200,
 ) -> dict[str, list[Sample]]:
-    """A sample of each step in every round, in an order that is drawn anew, until `seconds` have passed.
+    """One sample of each step per round, in a new random order, until `seconds` have passed.
 
-    What else the machine does falls on all of them alike. All lists have one length, and index i is one round.
+    So other load of the machine affects all steps alike. All lists have the same length: index i is a round.
     """
     draw, order = random.Random(0), list(steps)
     calls = {name: calls_of(timer, step, sample_seconds) for name, step in steps.items()}
@@ -98,7 +98,7 @@ def interleave(
             draw.shuffle(order)
             for name in order:
                 samples[name].append(timer.sample(steps[name], calls[name]))
-            gc.collect(0)  # cycles of this round alone: all objects there are would take longer than many a sample
+            gc.collect(0)  # only this round's cycles: a full collection would take longer than many samples
     finally:
         if collects:
             gc.enable()
@@ -107,13 +107,13 @@ def interleave(
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast as the baseline, and how far off this median may be by chance, as a share of it."""
+    """A speedup over the baseline (a median), and its relative uncertainty."""
 
     value: float
     chance: float
 
     def is_beyond(self, value: float) -> bool:
-        """Whether it is larger than this, and larger than 1 by more than chance."""
+        """Whether it is larger than this, and significantly larger than 1."""
         return self.value > value and self.value * (1 - self.chance) > 1
 
 
@@ -126,7 +126,7 @@ def ratio(baseline: Sequence[float], samples: Sequence[float]) -> Ratio:
 
 
 def noise_floor(again: Ratio) -> float:
-    """What a step's ratio to itself says of all ratios: its distance from one, and its own chance."""
+    """The noise floor from a step's ratio to itself: the distance from 1, plus its uncertainty."""
     return abs(again.value - 1) + again.chance
 
 
@@ -138,5 +138,5 @@ def quartile_range(values: Sequence[float]) -> float:
 
 
 def spread(values: Sequence[float]) -> float:
-    """The quartile range as a share of the median."""
+    """The interquartile range divided by the median."""
     return quartile_range(values) / statistics.median(values)

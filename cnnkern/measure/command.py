@@ -71,7 +71,7 @@ def add_model_options(parser: argparse.ArgumentParser, seconds: float) -> None:
 
 
 def arguments_for(loaded: Loaded, given: list[tuple[int, ...]] | None) -> tuple[Any, ...]:
-    """What the model is called with: tensors of the shapes that are given, else its example, else of its usual size."""
+    """The model's arguments: tensors of the given shapes, else its example, else images of its usual size."""
     if given:
         shapes = given
     elif loaded.example is not None:
@@ -110,7 +110,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs `cnnkern bench MODEL`; 1 where results are wrong or there is nothing to measure."""
+    """Runs `cnnkern bench MODEL`. Returns 1 if results are wrong or nothing can be measured."""
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -23,7 +23,7 @@ FORMS = "torchvision:NAME, timm:NAME, zoo:NAME or path/file.py:FUNCTION"
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model; how it is with our layers, where its author says so; and what it is usually given."""
+    """A model, its converted form if its author provides one, and its usual input."""
 
     name: str
     model: nn.Module
@@ -97,7 +97,7 @@ def _of_file(spec: str, path: Path, function: str) -> Loaded:
     assert place is not None
     assert place.loader is not None  # of every .py
     module = importlib.util.module_from_spec(place)
-    sys.path.insert(0, str(path.resolve().parent))  # what it imports from beside it
+    sys.path.insert(0, str(path.resolve().parent))  # so that it can import its neighbours
     sys.modules[path.stem] = module
     made = _run(path, "the file", lambda: place.loader.exec_module(module))
     make = getattr(module, function, None)

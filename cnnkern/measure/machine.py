@@ -1,4 +1,4 @@
-"""What is measured on, and whether somebody else was at work on it."""
+"""The machine on which is measured, and its other load."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOAD, STOLEN, WAITING = 0.3, 0.02, 0.1
 
 @dataclass(frozen=True)
 class Machine:
-    """The device by name, whose kernels answer on it, and the versions."""
+    """The device's name, the kernels that are used on it, and the versions."""
 
     device_name: str
     kernels: str  # AVX512, AVX2 or DEFAULT on a CPU; "CUDA C++", "Triton" or "eager PyTorch" on a GPU
@@ -30,7 +30,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Activity:
-    """What others did. Shares are between 0 and 1, of the time that was measured in; None where nothing says."""
+    """Other load. Shares are between 0 and 1, of the time of the measurement; None if not known."""
 
     load: float | None  # processes that ran or waited in the minute before, by processor
     stolen: float | None  # of all processors' time, taken by other virtual machines
@@ -57,7 +57,7 @@ class Activity:
 
 
 def device_name(device: str) -> str:
-    """The name of a GPU, or of the processor with its family and model, as clouds hide generations behind one name."""
+    """The name of a GPU, or of the processor with family and model: clouds give one name to several generations."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     if not CPUINFO.exists():
@@ -76,7 +76,7 @@ def describe(device: str) -> Machine:
 
 
 class Watch:
-    """Notes what the machine does besides, from when it is made until :meth:`activity` is asked."""
+    """Observes other load of the machine, from its creation until :meth:`activity` is called."""
 
     def __init__(self) -> None:
         known = hasattr(os, "getloadavg")  # not on Windows
@@ -95,7 +95,7 @@ class Watch:
 
 
 def _times() -> list[int]:
-    """Of all processors, by what they did: user, nice, system, idle, iowait, irq, softirq, steal."""
+    """Time of all processors by kind: user, nice, system, idle, iowait, irq, softirq, steal."""
     if not STAT.exists():
         return []
     return [int(n) for n in STAT.read_text().splitlines()[0].split()[1:9]]

@@ -17,7 +17,7 @@ DENSE, GROUPED, NORM = "dense convolution", "grouped and depthwise convolution",
 LAYER_NORM, POOLING, LINEAR, OPTIMIZER = "layer norm", "max pooling", "matrix product", "optimiser"
 COPIES, REST, IDLE = "copies and casts", "rest", "host idle"
 KINDS = (DENSE, GROUPED, NORM, LAYER_NORM, POOLING, LINEAR, OPTIMIZER, COPIES, REST, IDLE)
-OURS = (GROUPED, NORM, LAYER_NORM, POOLING)  # what cnnkern has kernels for
+OURS = (GROUPED, NORM, LAYER_NORM, POOLING)  # for which cnnkern has kernels
 ROUNDS = 20  # that are profiled at most
 # Where the number of groups stands among a convolution's arguments.
 GROUPS = {
@@ -59,8 +59,8 @@ _COPIES = frozenset(f"aten::{name}" for name in ("copy_", "_to_copy", "to", "con
 
 
 def kind_of(event: FunctionEvent, convolutions: Mapping[int, str] = NONE) -> str:
-    """Of the outermost operator around an event that has a kind: a cast within a convolution is the convolution's.
-    `convolutions`: the kinds of those whose events do not say it, by the events' ids."""
+    """The kind of the outermost enclosing operator that has one: a cast within a convolution counts as convolution.
+    `convolutions`: the kinds of convolutions by the ids of their events, which do not show the kind."""
     around = [event]
     while around[-1].cpu_parent is not None:
         around.append(around[-1].cpu_parent)
@@ -77,7 +77,7 @@ def kind_of(event: FunctionEvent, convolutions: Mapping[int, str] = NONE) -> str
 
 @dataclass(frozen=True)
 class Profiled:
-    """Of one step: seconds by kind, of operators on a CPU or of kernels on a GPU; on the wall, in the profiler."""
+    """One step: seconds by kind, of operators on a CPU or of kernels on a GPU, and its wall time in the profiler."""
 
     by_kind: dict[str, float]
     wall: float
@@ -88,8 +88,8 @@ class Profiled:
 
 
 def profiled(steps: Mapping[str, Callable[[], object]], device: str, seconds: float) -> dict[str, Profiled]:
-    """Of each step the medians over rounds, which call every step once; as many as `seconds` or ROUNDS allow, three at
-    least."""
+    """The medians over rounds for each step. A round calls every step once. There are as many rounds as `seconds` and
+    ROUNDS allow, and at least three."""
     found: dict[str, list[Profiled]] = {name: [] for name in steps}
     kinds = {name: convolution_kinds(step, device) for name, step in steps.items()}
     deadline = time.perf_counter() + seconds
@@ -112,8 +112,8 @@ Kinds = Mapping[str, Sequence[str]]
 def convolution_kinds(step: Callable[[], object], device: str) -> Kinds:
     """The kinds of a step's convolutions in their order, by the operator's name.
 
-    Only a profile with shapes tells them apart. It looks at each tensor before the operator has it, so a converted
-    model's batch norms do not wait for what follows them while it runs: times are taken without.
+    Only a profile with shapes distinguishes them. It accesses each tensor before the operator is called, so batch norms
+    of a converted model are not deferred, nor fused. Times are therefore measured without shapes.
     """
     return {
         name: [kind_of(e) for e in events] for name, events in _convolutions(_events(step, device, True)[0]).items()
@@ -135,7 +135,7 @@ def profile_once(step: Callable[[], object], device: str, kinds: Kinds) -> Profi
 
 
 def _events(step: Callable[[], object], device: str, shapes: bool) -> tuple[list[FunctionEvent], float]:
-    """The operators of one step, and the seconds on the wall. On a GPU kernels are their operators'."""
+    """The operators of one step, and its wall time. On a GPU the time of a kernel belongs to its operator."""
     on_gpu = torch.device(device).type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities, record_shapes=shapes) as found:
@@ -158,8 +158,8 @@ def _convolutions(events: Iterable[FunctionEvent]) -> dict[str, list[FunctionEve
 def breakdown(found: Profiled, step_seconds: float, on_gpu: bool) -> dict[str, float]:
     """Seconds by kind that add up to a step's time, as it was measured without the profiler.
 
-    On a CPU the shares are the profiler's, and idle is what no operator took: Python, for the most part. On a GPU
-    kernels take what they took, and idle is what is left of the step: the GPU waits for the host.
+    On a CPU the shares are the profiler's, and idle is the time outside operators, mostly Python. On a GPU the times of
+    kernels are taken as they are, and idle is the rest of the step, in which the GPU waits for the host.
     """
     if on_gpu:
         scale = min(1.0, step_seconds / found.busy) if found.busy else 1.0
@@ -171,7 +171,7 @@ def breakdown(found: Profiled, step_seconds: float, on_gpu: bool) -> dict[str, f
 
 
 def bound(by_kind: dict[str, float]) -> float:
-    """How many times as fast a step could be at most: if the kinds that we have kernels for took no time (Amdahl)."""
+    """An upper bound of the speedup of a step: if the kinds in OURS took no time (Amdahl)."""
     whole = sum(by_kind.values())
     left = whole - sum(by_kind[kind] for kind in OURS)
     return whole / left if left > 0 else float("inf")
@@ -182,8 +182,8 @@ GPU_PEAK = "what PyTorch's CUDA allocator had handed out at most, beyond what wa
 
 
 def peak_bytes(step: Callable[[], object], device: str) -> int:
-    """The most that tensors held while the step ran, beyond what they held before: activations, gradients, temporary
-    tensors; not what a library allocates for itself, nor what an allocator keeps."""
+    """The peak memory of tensors during the step, in addition to what they held before: activations, gradients,
+    temporary tensors. Without what libraries allocate themselves, and what an allocator keeps."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -195,8 +195,8 @@ def peak_bytes(step: Callable[[], object], device: str) -> int:
 
 
 def held_bytes(step: Callable[[], object], device: str) -> int:
-    """What tensors hold when the step has returned, beyond what they held before: its result is kept until then. Of a
-    forward pass that is what its graph keeps for the gradient."""
+    """The memory of tensors after the step, in addition to what they held before, while its result is alive. For a
+    forward pass that is what autograd saves."""
     if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated(device)
         _ = step()
@@ -208,7 +208,7 @@ def _held_on_cpu(step: Callable[[], object]) -> list[int]:
     """The bytes that tensors hold beyond what they held before, after each allocation and release."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         _ = step()
-    # The public summary adds up an operator's allocations and loses their order.
+    # The public summary adds up an operator's allocations, without their order.
     events = found.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return [0, *itertools.accumulate(change for _, change in changes)]

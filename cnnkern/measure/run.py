@@ -1,4 +1,4 @@
-"""`cnnkern.benchmark`: checks, times and takes apart a model as it is, converted, folded and compiled."""
+"""`cnnkern.benchmark`: checks, times and profiles a model: eager, converted, folded and compiled."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _try(name: str, model: nn.Module, arguments: tuple[Any, ...], setting: Setti
 
 
 def _forms(converted: nn.Module | None, setting: Setting, recompute: bool) -> dict[str, Make]:
-    """What the model is compared with: functions of a copy of it."""
+    """The forms to compare with the model: functions of a copy of it."""
 
     def by_author(model: nn.Module) -> nn.Module:
         assert converted is not None
@@ -133,7 +133,7 @@ def _fused(
 ) -> dict[str, int]:
     if converted is None:
         model = convert(copy.deepcopy(base), inplace=True)
-        forward(model, arguments, setting)  # what is fused is known once it has run
+        forward(model, arguments, setting)  # it is known after a run what is fused
         return {kind: n for kind, n in conversion_report(model).counts.items() if kind != "not converted"}
     from cnnkern.zoo import fused_layers
 
@@ -163,7 +163,7 @@ def _timed(
     watch = machine.Watch()
     timer = clock.timer_for(setting.device)
     samples = clock.interleave({EAGER: steps[EAGER], AGAIN: steps[EAGER]} | steps, timer, seconds=seconds)
-    activity = replace(watch.activity(), load=found.activity.load)  # before the start: since then we are the load
+    activity = replace(watch.activity(), load=found.activity.load)  # before the start: later the load is this process
     on_gpu = torch.device(setting.device).type == "cuda"
     looked_into = (
         steps if on_gpu else {n: steps[n] for n in (EAGER, CONVERTED)}
@@ -197,7 +197,7 @@ def _walls(samples: list[Sample]) -> list[float]:
 
 
 def _contender(name: str, samples: dict[str, list[Sample]], peak: int, kernels: float | None) -> Contender:
-    """Times that agree with ratios: eager's median, for others over the ratio."""
+    """Times that are consistent with the ratios: eager's median, and for others that divided by the ratio."""
     eager, mine = _walls(samples[EAGER]), _walls(samples[name])
     ratio = clock.ratio(eager, mine)
     events = [s.events for s in samples[name] if s.events is not None]

@@ -61,7 +61,7 @@ def _table(*columns: str) -> Table:
 
 
 def in_milliseconds(seconds: float, largest: float) -> str:
-    """With as many decimals as leave the largest of a column four digits or so."""
+    """With as many decimals as give the largest of a column about four digits."""
     decimals = 3 if largest < 0.01 else 2 if largest < 0.1 else 1
     return f"{seconds * 1e3:.{decimals}f}"
 

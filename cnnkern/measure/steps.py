@@ -41,7 +41,8 @@ def forward(model: Callable[..., Any], arguments: tuple[Any, ...], setting: Sett
 
 
 def step(model: nn.Module, arguments: tuple[Any, ...], setting: Setting) -> Step:
-    """What is timed. The optimiser is SGD with momentum; gradients live from backward to the end of the step."""
+    """The step that is timed. The optimiser is SGD with momentum. Gradients live from backward to the end of the
+    step."""
     if not setting.training:
         return lambda: forward(model, arguments, setting)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -1,6 +1,6 @@
-"""`cnnkern tune`: times a model's calls of our operators against PyTorch's, for :mod:`cnnkern.ops.tuned`.
+"""`cnnkern tune`: times a model's calls of cnnkern's operators and of PyTorch's, for :mod:`cnnkern.ops.tuned`.
 
-A convolution is timed a third time, on our kernels whatever the built-in rule says: the rule may be wrong either way.
+A convolution is also timed on cnnkern's kernels without the built-in dispatch rule, which may be wrong both ways.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cnnkern.ops.tuned import Call, Measured
 
 OURS, THEIRS, OWN = "ours", "theirs", "ours, whatever the rule says"
 SAMPLE_SECONDS = 0.005
-GAIN = 1.02  # what is worth another route
+GAIN = 1.02  # the least gain that changes the dispatch
 
 
 def calls_of(model: nn.Module, arguments: tuple[Any, ...], setting: Setting) -> list[Call]:
@@ -35,7 +35,7 @@ def calls_of(model: nn.Module, arguments: tuple[Any, ...], setting: Setting) -> 
         return False
 
     model = setting.place(model)
-    with tuned.using(None):  # a batch norm learns what follows it
+    with tuned.using(None):  # batch norms find out what follows them
         forward(model, arguments, setting)
     with tuned.using(note):
         forward(model, arguments, setting)
@@ -43,9 +43,9 @@ def calls_of(model: nn.Module, arguments: tuple[Any, ...], setting: Setting) -> 
 
 
 def measure(calls: Sequence[Call], device: str, seconds: float, timer: Timer | None = None) -> Iterator[Measured]:
-    """Times one call after the other, until `seconds` have passed; each gets its share of what is left of them.
+    """Times one call after the other, until `seconds` have passed. Each gets an equal share of the remaining time.
 
-    One that ours seem to lose has to lose a second time, and a convolution that is to be ours has to win a second time.
+    A call is lost only if a second measurement confirms it. So is a convolution for cnnkern's kernels.
     """
     timer, deadline = timer or clock.timer_for(device), time.perf_counter() + seconds
     for done, call in enumerate(calls):
@@ -60,7 +60,7 @@ def measure(calls: Sequence[Call], device: str, seconds: float, timer: Timer | N
 
 
 def _agreed(one: Measured, other: Measured) -> Measured:
-    """Of two measurements of a call, the one that changes less."""
+    """Of two measurements of a call, the one that is closer to the present dispatch."""
     if one.own != other.own:
         return other if one.own else one
     return max(one, other, key=lambda m: m.ratio * (1 + m.chance))
@@ -80,10 +80,10 @@ def _measure(call: Call, device: str, seconds: float, timer: Timer) -> Measured:
 
 
 def contenders(call: Call, device: str) -> dict[str, Step]:
-    """The call on our operator and on PyTorch's: forward, and backward too where a gradient is wanted.
+    """The call by cnnkern's operator and by PyTorch's: forward, and backward too if a gradient is needed.
 
-    A convolution also on our kernels, whatever the rule says. In a training step the backward pass alone is: calls in
-    inference settle what computes the forward pass.
+    A convolution also by cnnkern's kernels without the dispatch rule. In a training step this applies to the backward
+    pass only: calls in inference decide what computes the forward pass.
     """
     dtype, layout = getattr(torch, call.dtype), _formats[call.layout] if len(call.shape) == 4 else None
 
@@ -153,7 +153,7 @@ def _like(x: Tensor, make: Any) -> Tensor:
     return make(tuple(x.shape), x.dtype, tuned.format_of(x) if x.dim() == 4 else None)
 
 
-# The arguments of an operator's function, from the call, its input, and what makes tensors and parameters.
+# The arguments of an operator's function, from the call, its input, and functions that create tensors and parameters.
 _ARGUMENTS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "add_relu": lambda call, x, make, channels: (x, _like(x, make)),
     "batch_norm_act": lambda call, x, make, channels: _batch_norm(call, x, (), channels),
@@ -165,7 +165,7 @@ _ARGUMENTS: dict[str, Callable[..., tuple[Any, ...]]] = {
 
 
 def known(device: str) -> list[Measured]:
-    """What this machine's table says, where there is one that counts."""
+    """The contents of this machine's table, if there is a valid one."""
     machine = tuned.this_machine(device)
     try:
         return tuned.read(tuned.file_of(machine), machine)
@@ -174,13 +174,13 @@ def known(device: str) -> list[Measured]:
 
 
 def merged(before: list[Measured], measured: list[Measured]) -> list[Measured]:
-    """What was measured now, behind what was before and was not measured now."""
+    """The old measurements that were not repeated, then the new ones."""
     now = {m.call for m in measured}
     return [m for m in before if m.call not in now] + measured
 
 
 def times_as_fast(one: list[Measured], other: list[Measured]) -> float:
-    """Of calls timed on two backends, how many times as fast `one` is: the geometric mean, by ratios to PyTorch."""
+    """The speedup of `one` backend over the other: the geometric mean over calls, from their ratios to PyTorch."""
     ratios = {m.call: m.ratio for m in other}
     return statistics.geometric_mean(m.ratio / ratios[m.call] for m in one if m.call in ratios)
 

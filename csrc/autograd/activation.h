@@ -9,7 +9,7 @@ namespace cnnkern {
 
 at::Tensor activation_by_pytorch(const at::Tensor& pre, const ActivationName& act);
 
-// That with a slope of any dtype that our operators take.
+// The same with a slope of any dtype that cnnkern's operators accept.
 at::Tensor prelu_by_pytorch(const at::Tensor& pre, const at::Tensor& slope);
 
 }  // namespace cnnkern

@@ -44,8 +44,8 @@ Tensor unpacked(const Tensor& mask, const Tensor& x, bool channels_last) {
   return flat.view_symint(rows).movedim(-1, 1).to(x.scalar_type());
 }
 
-// Second order: differentiates PyTorch's batch norm twice. The mask of a ReLU does not change, and nothing depends on the
-// residual but through it. `residual`, where another activation reads it, stands behind x.
+// Second order: differentiates PyTorch's batch norm twice. The mask of a ReLU is constant, and only it depends on the residual.
+// For other activations `residual` is an input too, after x.
 struct BnAddActBackward : torch::autograd::Function<BnAddActBackward> {
   static variable_list forward(AutogradContext* ctx, const Tensor& dy, const Tensor& x, const OptionalTensor& residual,
                                const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd,

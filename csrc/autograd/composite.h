@@ -65,7 +65,7 @@ class RunningStatistics {
   OptionalTensor kernels_mean_, kernels_var_;
 };
 
-// PyTorch writes no gradient of the running statistics, and refuses those that ask for one.
+// PyTorch computes no gradient of running statistics, and refuses those that require one.
 inline void check_statistics_want_no_gradient(const char* op, const OptionalTensor& running_mean, const OptionalTensor& running_var) {
   const bool mean = requires_grad(tensor_or_undefined(running_mean));
   TORCH_CHECK(!at::GradMode::is_enabled() || (!mean && !requires_grad(tensor_or_undefined(running_var))), op,
@@ -73,8 +73,8 @@ inline void check_statistics_want_no_gradient(const char* op, const OptionalTens
               " that requires grad");
 }
 
-// bn_act as PyTorch computes it, with its gradients of every kind. Checked as our kernels check: PyTorch's own operator,
-// without the checks of torch.nn.functional, would have updated the running statistics before anything else refuses.
+// bn_act by PyTorch's operators, with all kinds of gradients. The arguments are checked as by cnnkern's kernels, because PyTorch's
+// operator would update the running statistics before an error is raised: torch.nn.functional's checks are not in it.
 inline std::tuple<Tensor, Tensor, Tensor> batch_norm_by_pytorch(
     const char* op, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, bool training, double momentum, double eps, const ActivationName& act) {

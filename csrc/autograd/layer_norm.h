@@ -20,8 +20,8 @@ inline Tensor layer_norm_composite(const Tensor& dy, const Tensor& x, const Tens
   return y.to(dy.scalar_type());
 }
 
-// On a GPU autocast runs layer norms in float32, as PyTorch's own. PyTorch casts an input of 16 bits first, in a kernel of its
-// own, and saves what that wrote; ours reads the 16 bits and writes float32. call(x, weight, bias, wide).
+// On a GPU autocast runs layer norms in float32. PyTorch first casts a 16-bit input in a separate kernel, and saves the result.
+// cnnkern's kernel reads 16 bits and writes float32. call(x, weight, bias, wide).
 template <typename Call>
 auto under_autocast(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, bool wide, const Call& call) {
   c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCUDA);

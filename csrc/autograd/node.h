@@ -69,10 +69,10 @@ const at::Tensor& output_of(const std::tuple<at::Tensor, Rest...>& results) {
   return std::get<0>(results);
 }
 
-// What `forward` gives, computed below autograd, with a node behind the first of it. `inputs` are the operator's kInputs
-// tensors, undefined ones too, and `saves` those of its arguments that it saves: before anything is computed, because this
-// may be refused. `describe` makes a pair of the results: the operator, and the tensors to save of them. `settle` is called
-// when all of these but the last are packed.
+// The results of `forward`, computed with autograd excluded; the first one gets a node. `inputs` are the operator's kInputs
+// tensors, undefined ones included. `saves` are the arguments to save: they are packed before anything is computed, because that
+// may raise an error. `describe` returns a pair for the results: the operator, and the tensors to save. `settle` is called when
+// all of these except the last are packed.
 template <typename Operator, typename Forward, typename Describe, typename Settle>
 auto recorded(const torch::autograd::variable_list& inputs, const torch::autograd::variable_list& saves, const Forward& forward,
               const Describe& describe, const Settle& settle) {

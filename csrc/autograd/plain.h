@@ -1,11 +1,11 @@
-// What a tensor is beneath what it looks like.
+// Whether a tensor is an ordinary one.
 #pragma once
 
 #include "autograd/strides.h"
 
 namespace cnnkern {
 
-// Whether a tensor is memory that our kernels read: no subclass, no transform's, no view of bits.
+// Whether cnnkern's kernels can read a tensor's memory: no subclass, no transform's tensor, no conjugate or negative view.
 inline bool is_plain(const Tensor& t) {
   static const auto strange =
       c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::Conjugate,

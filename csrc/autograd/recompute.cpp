@@ -43,7 +43,7 @@ OptionalTensor copied(const Tensor& t) { return t.defined() ? OptionalTensor(cop
 RecipePointer recipe_of(const Tensor& t, Depth depth) {
   if (!is_plain(t)) return nullptr;
   const Tensor base = t.is_view() ? Tensor(t._base()) : t;
-  // To ask for its memory computes what waits, whose node has its recipe then.
+  // Accessing its memory materialises a deferred result, whose node then has its recipe.
   if (!is_plain(base) || base.scalar_type() != t.scalar_type() || !base.has_storage()) return nullptr;
   RecipePointer recipe = recipe_of_result(base);
   if (!recipe || (depth == Depth::kWithinRecipe && !recipe->is_of_kept())) return nullptr;
@@ -119,7 +119,8 @@ Tensor Recipe::computed() const {
 }
 
 Tensor Recipe::result() {
-  // Others who want it wait until it is computed, but not those who save it: they hold Python's lock, which a kernel may need.
+  // Other threads that need the result wait until it is computed. Threads that save it do not: they hold Python's lock, which a
+  // kernel may need.
   std::lock_guard<std::mutex> computing(computing_);
   if (residual_) residual_->version().check(dtype_, sizes_);
   const int task = torch::autograd::get_current_graph_task_id();
@@ -185,7 +186,7 @@ torch::autograd::SavedVariable saved_with_recipe(const Tensor& t) {
   const NoHooks no_hooks;
   torch::autograd::SavedVariable saved(t, /*is_output=*/false);
   if (!ours || !t.defined() || !recipe_of(t, Depth::kWithinRecipe)) return saved;
-  const c10::impl::ExcludeDispatchKeyGuard no_one_waits_for_it(kDeferredKey);  // the alias is nobody else's
+  const c10::impl::ExcludeDispatchKeyGuard no_one_waits_for_it(kDeferredKey);  // nothing else uses the alias
   saved.register_hooks(std::make_unique<Hooks>(t));
   return saved;
 }

@@ -1,12 +1,12 @@
-// Results that are not kept for the gradient but computed again, from what their node saves anyway: cnnkern.recompute.
+// cnnkern.recompute: results that are recomputed in the backward pass, from what their node saves anyway, instead of saved.
 //
-// While it is on, the saved-tensor hooks of this thread are `pack` and `unpack`. A node whose result can be computed again has a
-// recipe, and so have concatenations, which are PyTorch's (deferred/concatenation.h). Whatever saves such a result, or a view of
-// it, comes to `pack`, which keeps the recipe in its place. All else is kept as autograd keeps it. Autograd does not look at
-// versions behind hooks, so that both are looked at here.
+// Within it, this thread's saved-tensor hooks are `pack` and `unpack`. A node whose result can be recomputed has a recipe. So do
+// concatenations, which PyTorch computes (deferred/concatenation.h). If a layer saves such a result, or a view of it, `pack` saves
+// the recipe instead. Other tensors are saved as usual. Autograd does not check versions of tensors that hooks have packed, so they
+// are checked here.
 //
-// What a recipe computes from may have a recipe in its turn: the input of a batch norm that is a concatenation, a part of a
-// concatenation that is a batch norm's result. No deeper: else one layer's gradient could compute the whole network again.
+// A recipe's inputs may have recipes themselves: a batch norm's input may be a concatenation, a part of which is a batch norm's
+// result. It is nested no deeper: otherwise one layer's gradient could recompute the whole network.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,13 +28,13 @@ namespace cnnkern {
 
 enum class SavedTensorHooks { kNone, kOurs, kOthers };
 
-// Whose hooks autograd packs what is saved in this thread with.
+// The saved-tensor hooks that are active in this thread.
 SavedTensorHooks saved_tensor_hooks();
 
-// A copy below autograd and modes, which are to see no more than PyTorch's operators.
+// A copy that autograd and modes do not see.
 at::Tensor copy_of(const at::Tensor& t);
 
-// A tensor's version, which is looked at when the tensor itself may be gone.
+// A tensor's version, which can be checked after the tensor was freed.
 class Version {
  public:
   explicit Version(const at::Tensor& t);
@@ -47,11 +47,11 @@ class Version {
   uint32_t was_;
 };
 
-// A tensor that is there for as long as somebody else holds its memory.
+// A tensor whose memory others keep alive.
 class Borrowed {
  public:
   explicit Borrowed(const at::Tensor& t);
-  // Holds it from here on; whether it was still there, unchanged.
+  // Keeps it alive from here on. Returns whether it still existed, unchanged.
   bool hold();
   const at::Tensor& tensor() const { return held_; }
   const Version& version() const { return version_; }
@@ -65,23 +65,23 @@ class Borrowed {
   at::Tensor held_;
 };
 
-// How a result is computed again.
+// How a result is recomputed.
 class Recipe : public std::enable_shared_from_this<Recipe> {
  public:
-  // Below autograd. `residual` is undefined where there is none.
+  // Without autograd. `residual` is undefined if there is none.
   using Compute = std::function<at::Tensor(const at::Tensor& residual)>;
-  // Where there is a residual, the recipe is worth its while if somebody else keeps that: a block's input for its first
-  // convolution, for one. `of_kept`: what else it computes from has no recipe itself.
+  // With a residual, the recipe is only used if the residual is saved anyway, as a block's input is by its first convolution.
+  // `of_kept`: its other inputs have no recipes themselves.
   Recipe(Compute compute, bool of_kept, const at::Tensor& residual = {});
   virtual ~Recipe() = default;
 
-  // `y` is the result, as what computed it left it.
+  // Sets the result of this recipe, when it has just been computed.
   void is_for(const at::Tensor& y);
-  // Whether t is that result, unchanged, and can be computed without keeping what nobody else keeps.
+  // Whether t is that result, unchanged, and can be recomputed without keeping other tensors alive.
   bool gives(const at::Tensor& t);
-  // The result's values, in its strides. Several who saved it get the same tensor in one backward pass.
+  // The result's values, in its strides. It is computed once per backward pass, for all layers that saved it.
   at::Tensor result();
-  void saved_by(int change);  // one more, or less
+  void saved_by(int change);  // +1 or -1
   at::ScalarType dtype() const { return dtype_; }
   bool is_of_kept() const { return of_kept_; }
 
@@ -107,13 +107,13 @@ class Recipe : public std::enable_shared_from_this<Recipe> {
 
 using RecipePointer = std::shared_ptr<Recipe>;
 
-// Which recipes may stand for a tensor: any, or in another recipe those that compute from what is kept.
+// Which recipes may replace a tensor: any, or, for the input of another recipe, those whose inputs are saved.
 enum class Depth { kAny, kWithinRecipe };
 
-// The recipe of t, or of what t is a view of: nothing where that is no result with one, or has changed.
+// The recipe of t, or of the tensor that t is a view of; null if that has none or was changed.
 RecipePointer recipe_of(const at::Tensor& t, Depth depth);
 
-// What stands in the graph for a saved tensor: the tensor, or a recipe and where in its result the tensor lies.
+// What autograd saves in place of a tensor: the tensor, or a recipe and the tensor's place in its result.
 class Packed {
  public:
   Packed(const at::Tensor& t, Depth depth);
@@ -121,30 +121,30 @@ class Packed {
   Packed(const Packed&) = delete;
   Packed& operator=(const Packed&) = delete;
   bool is_recipe() const { return recipe_ != nullptr; }
-  at::Tensor unpack() const;    // an error where it has changed
+  at::Tensor unpack() const;    // an error if it was changed
   at::Tensor computed() const;  // by the recipe, as it was
 
  private:
   Version version_;
-  at::Tensor kept_;  // undefined where there is a recipe
+  at::Tensor kept_;  // undefined if there is a recipe
   RecipePointer recipe_;
   std::vector<int64_t> sizes_, strides_;
   int64_t offset_ = 0;
 };
 
-// For a node with a recipe, what that computes from: past the hooks, as the tensor or the recipe that stands for it there too.
+// For an input of a recipe: saved without the hooks, as the tensor or as the recipe that replaces it.
 torch::autograd::SavedVariable saved_with_recipe(const at::Tensor& t);
 
-// Results of PyTorch's operators that can be computed again. This thread knows each for as long as somebody has the tensor;
-// then only what has saved it keeps its recipe.
+// Recipes of PyTorch's operators. This thread knows each while the tensor exists. After that only the layers that saved it keep
+// the recipe.
 void remember_recipe(const at::Tensor& y, RecipePointer recipe);
 void forget_recipes();
 
-// The recipes of our operators. Vectors of parameters are copied: autograd allows a bias to change.
+// The recipes of cnnkern's operators. Vectors of parameters are copied, because autograd allows a bias to change.
 RecipePointer recipe_of_batch_norm(const at::Tensor& x, const at::Tensor& residual, const at::Tensor& weight, const at::Tensor& bias,
                                    const at::Tensor& mean, const at::Tensor& rstd, const std::string& act,
                                    std::optional<double> act_param);
-// Statistics are taken again: that costs little beside reading x.
+// Statistics are recomputed too: that takes little time compared with reading x.
 using LayerNormForward = std::function<at::Tensor(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias)>;
 RecipePointer recipe_of_layer_norm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, LayerNormForward forward);
 
@@ -177,10 +177,10 @@ class HasRecipe {
   RecipePointer recipe_;
 };
 
-// Whether the hooks may be set: not within others, nor where PyTorch refuses any.
+// Whether the hooks may be set: not within other hooks, and not where PyTorch refuses hooks.
 bool may_recompute();
 
-// Python's function for `pack`, by which hooks are known as ours.
+// Sets Python's function for `pack`, which identifies cnnkern's hooks.
 void hooks_are_ours_with(const void* pack);
 
 }  // namespace cnnkern

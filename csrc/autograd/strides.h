@@ -42,7 +42,7 @@ inline Tensor restrided(const Tensor& t, const Strides& strides) {
 
 // dx of a batch norm with the strides of PyTorch's. They are those of x's memory format, and x may seem to have two: (N, C, 1, 1)
 // is contiguous and channels_last, and strides may suggest yet another. PyTorch decides by the gradient that arrives.
-// read: the strides of what the gradient of `act`, which is behind the batch norm, reads.
+// read: the strides of the tensor that the gradient of `act`, the activation after the batch norm, reads.
 inline Tensor in_strides_of_batch_norm_gradient(const Tensor& dx, const Tensor& x, const Tensor& dy, const Strides& read,
                                                 c10::string_view act) {
   using at::MemoryFormat;

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterable
 
 from gpu_gate.cuda import element_type
+from gpu_gate.limits import Limits, Rule
 from gpu_gate.machine_code import Code, Kernel
-from gpu_gate.thresholds import LIMITS, RULES, Limits, Rule
+from gpu_gate.thresholds import LIMITS, RULES
 
 
 def limits_of(kernel: Kernel, kind: str, rules: Iterable[Rule] = RULES) -> Limits:

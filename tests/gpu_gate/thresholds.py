@@ -1,48 +1,6 @@
-"""What compiled kernels have to keep, and every exception with its reason. All thresholds stand here."""
+"""What compiled kernels have to keep: all thresholds, and every exception with its reason."""
 
-import math
-from typing import NamedTuple
-
-ANY = math.inf
-
-
-class Limits(NamedTuple):
-    """At most, but where it says at least."""
-
-    registers: int = 128  # of a thread: two blocks of 256 threads share a multiprocessor
-    spills: float = 0  # accesses to local memory
-    stack: int = 0  # bytes
-    shared: int = 48 << 10  # bytes of a block, which it gets without asking
-    dynamic_shared: int = 0  # bytes that a launch adds at most; not a threshold, what occupancy is computed with
-    occupancy: float = 0.25  # at least
-    # Of each innermost loop that touches global memory, or of a kernel's code if it has none.
-    narrow: float = 0  # loads and stores of less than 16 bytes
-    atomics: float = 0
-    divisions: float = 0  # also square roots and calls of routines, of integers and of floating-point numbers
-    functions: float = 0  # exponentials and their like
-    fp64: float = 0  # instructions of float64 where elements are of another type
-    # At least: the loads and stores of 16 bytes in one round of some loop, which are under way together; in all code.
-    round: tuple[int, int] = (0, 0)
-    whole: tuple[int, int] = (0, 0)
-
-
-class Rule(NamedTuple):
-    """Limits of the kernels whose names hold a pattern. The last one that says something about a limit decides it."""
-
-    kind: str
-    kernels: str  # regular expression
-    because: str
-    limits: dict[str, object]
-    architectures: tuple[str, ...] = ()  # none: all
-
-
-def cuda(kernels: str, because: str, *architectures: str, **limits: object) -> Rule:
-    return Rule("cuda", kernels, because, limits, architectures)
-
-
-def triton(kernels: str, because: str, *architectures: str, **limits: object) -> Rule:
-    return Rule("triton", kernels, because, limits, architectures)
-
+from gpu_gate.limits import ANY, Limits, cuda, triton
 
 # Sectors that a kernel's accesses touch, over those that their bytes fill, on aligned shapes (traffic.py): 16-byte
 # accesses of every kernel, and all accesses of each with a tenth of a call's bytes.
@@ -61,11 +19,8 @@ SECTORS_OF_ALL = {
         "in planes windows begin beside a sector; what neighbours share is in the first-level cache",
     ),
 }
-
 SWEEPS = "^(?:(?:reduce|map|own)_(?:planes|rows)|own_sums)_kernel<"
-
 LIMITS = {"cuda": Limits(), "triton": Limits()}
-
 RULES = (
     # ---- batch norms: what a round has under way ----
     cuda(f"{SWEEPS}Statistics", "four vectors of x", round=(4, 0)),
@@ -76,9 +31,7 @@ RULES = (
     cuda("^reduce_.*<BatchNormBackward", "four vectors of x and of dy", round=(8, 0)),
     cuda("^(?:map|own)_.*<BatchNormBackward", "four vectors of x, of dy and of dx", round=(8, 4)),
     cuda("^(?:map|own)_.*<BatchNormBackward<.*Through(?:Mask|Nothing)", "of the residual's gradient too", round=(8, 8)),
-    cuda(
-        "^reduce_.*<BatchNormBackward<.*, false>, (?:false|[24])>$", "inference writes dx in this pass", round=(8, 4)
-    ),
+    cuda("^reduce_.*<BatchNormBackward<.*, false>, (?:false|[24])>$", "inference writes dx in this pass", round=(8, 4)),
     cuda(
         "^reduce_.*<BatchNormBackward<.*Through(?:Mask|Nothing), false>, (?:false|[24])>$",
         "and dresidual",

@@ -45,7 +45,7 @@ struct BnAddActForward : BatchNormForward<T> {
   }
 };
 
-// Into y, which may be the residual itself: a vector of it is read before that is written, and by nobody else.
+// Writes y, which may be the residual itself: the thread that writes a vector reads it first.
 std::tuple<Tensor, Tensor, Tensor> computed_into(Tensor& y, const char* op, const Tensor& x, const Tensor& residual,
                                                  const OptionalTensor& weight, const OptionalTensor& bias,
                                                  const OptionalTensor& running_mean, const OptionalTensor& running_var, bool training,

@@ -5,7 +5,7 @@
 //   sync_bn_backward  dx = weight * rstd * (g - sum(g) / n - (x - mean) * rstd * sum(g * (x - mean) * rstd) / n), with
 //                     sums and n over all processes; dresidual = g
 // The passes are those of bn_act and bn_add_act, one per part. Memory traffic, in tensors read or written: 1 and 2 (3 with a
-// residual) forward, 2 and 3 (4) backward: as those have where a channel does not stay in cache.
+// residual) forward, 2 and 3 (4) backward: as for those operators if a channel does not stay in cache.
 // Accumulators: the arithmetic type for 64 additions, then double (see sweep.h).
 #include <array>
 

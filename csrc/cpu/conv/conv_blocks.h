@@ -90,7 +90,7 @@ struct Residue {
   }
 };
 
-// Where each tap stands in the order of pack_weights.
+// The position of each tap in the order of pack_weights.
 inline std::vector<int64_t> places_of_taps(const Geometry& g, bool of_input) {
   std::vector<int64_t> place(g.taps());
   std::iota(place.begin(), place.end(), int64_t{0});

@@ -116,7 +116,7 @@ void pixel_in_place(const RowInPlace<T>& s, int64_t j, int64_t taps) {
 // Outputs [begin, end) of a row of `columns` whose taps all lie among the `width` pixels.
 inline std::pair<int64_t, int64_t> columns_inside(int64_t first, int64_t step, int64_t taps, int64_t width, int64_t columns) {
   const int64_t begin = std::clamp<int64_t>(first < 0 ? divup(-first, step) : 0, 0, columns);
-  const int64_t last = width - taps - first;  // that the last output may begin behind the first
+  const int64_t last = width - taps - first;  // the largest distance of an output's first tap from `first`
   return {begin, std::clamp<int64_t>(last < 0 ? 0 : last / step + 1, begin, columns)};
 }
 
@@ -196,7 +196,7 @@ void products_in_place(const ProductsInPlace<T>& s) {
   for (int64_t j = end; j < s.columns; ++j) pixel(j);
 }
 
-// A depthwise weight (C, 1, kh, kw) as (taps, channels rounded up to vectors), and behind it the bias, if any.
+// A depthwise weight (C, 1, kh, kw) as (taps, channels rounded up to vectors), then the bias, if any.
 struct TapsInPlace {
   int64_t pitch;
   std::unique_ptr<float[]> data;

@@ -1,4 +1,4 @@
-// The rule of dispatch of grouped_conv2d on the CPU: which convolutions our kernels answer for.
+// The dispatch rule of grouped_conv2d on the CPU: which convolutions cnnkern's kernels compute.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,7 +11,7 @@
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 
-// What our kernels cover. ATen answers for everything else, errors included.
+// What cnnkern's kernels support. ATen computes everything else, and raises the errors.
 inline bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntArrayRef stride,
                     at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
   if (x.dim() != 4 || weight.dim() != 4 || stride.size() != 2 || padding.size() != 2 || dilation.size() != 2) return false;

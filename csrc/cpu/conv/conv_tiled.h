@@ -145,7 +145,7 @@ void forward(const Image<const T>& x, const T* weight, const T* bias, const Imag
   const int64_t cols = (g.OW - 1) * g.stride + g.kw;
   const bool stream = beyond_cache(y.data, g.N * g.C * g.OH * g.OW * sizeof(T));
   const int64_t tiles = count_tiles(g.OH, blocks.planes * (g.stride * cols + g.OW) * kPlane * 4, g.N * count, g.kh);
-  // Weights and, behind them, the bias of a block, one value per lane of its planes.
+  // Weights, then the bias of a block, one value per lane of its planes.
   const int64_t block_floats = blocks.weights() + blocks.planes * kPlane + kPlane;
   std::unique_ptr<float[]> packed(new float[count * block_floats]);
   at::parallel_for(0, count, divup(16384, block_floats), [&](int64_t begin, int64_t end) {

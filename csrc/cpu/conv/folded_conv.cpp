@@ -29,7 +29,7 @@ struct Clamp {
   V operator()(const V& v) const { return at::vec::clamp(v, low, high); }
 };
 
-// What is behind a convolution: a clamp, and what else the activation is, if anything.
+// The epilogue of a convolution: a clamp, and the rest of the activation, if any.
 struct Epilogue {
   Clamp clamp;
   std::optional<OtherActivation> other;
@@ -122,7 +122,7 @@ at::Tensor floats(int64_t count) { return aten::empty({count}, at::TensorOptions
 
 }  // namespace
 
-// Panels of (inputs, vectors), and behind them the bias, in whole vectors.
+// Panels of (inputs, vectors), then the bias, in whole vectors.
 at::Tensor pack_pointwise_cpu(const at::Tensor& weight, const at::Tensor& bias) {
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   const Panels panels(outputs);
@@ -175,7 +175,7 @@ void pointwise_cpu(const float* x, const float* packed, float* y, int64_t inputs
   });
 }
 
-// (taps, channels) and behind them the bias, in whole vectors.
+// (taps, channels), then the bias, in whole vectors.
 at::Tensor pack_depthwise_cpu(const at::Tensor& weight, const at::Tensor& bias) {
   const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3), pitch = divup(channels, kPlane) * kPlane;
   const at::Tensor packed = floats(pitch * (taps + 1)), from = weight.contiguous();
