@@ -1,7 +1,8 @@
 """The machine code of the Triton kernels, compiled ahead of time as their launchers would for a few shapes.
 
 `python -m gpu_gate.triton_code 90 fp32` compiles for compute capability 9.0 and prints what the code holds; gfx942 is
-AMD's MI300, and gfx90a its MI200. Triton reads its environment when it is imported, so kernels() does its work in a process of its own.
+AMD's MI300, and gfx90a its MI200. Triton reads its environment when it is imported, so kernels() does its work in a
+process of its own.
 """
 
 import json
