@@ -24,7 +24,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr size_t kLeast = size_t{1} << 18;      // bytes of a block
-constexpr size_t kHugePage = size_t{1} << 21;   // of x86-64 and arm64 Linux
 constexpr size_t kMostSlack = size_t{512} << 20;
 constexpr auto kIdle = std::chrono::seconds(10);  // after which a block that is kept is given back
 
@@ -38,6 +37,7 @@ size_t class_of(size_t bytes) {
 void* from_system(size_t bytes) {
   void* const data = c10::alloc_cpu(bytes);
 #ifdef MADV_HUGEPAGE
+  constexpr size_t kHugePage = size_t{1} << 21;  // of x86-64 and arm64 Linux
   // Fewer pages to clear one by one. Advice: where it is not taken nothing is lost.
   const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
   const auto end = (reinterpret_cast<uintptr_t>(data) + bytes) / kHugePage * kHugePage;
