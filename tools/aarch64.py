@@ -58,6 +58,8 @@ def aarch64_python(root: Path, scratch: Path) -> None:
     run(*apt, "--yes", "--download-only", "install", *DEBIAN)
     for package in (state / "cache" / "archives").glob("*.deb"):
         run("dpkg", "-x", package, root)
+    # Python.h asks for a file of that folder; all of /usr/include would hide the headers of the compiler's own.
+    (root / "usr/include" / f"python{PYTHON}" / "aarch64-linux-gnu").symlink_to("../aarch64-linux-gnu")
 
 
 def packages(site: Path) -> None:
@@ -91,6 +93,7 @@ def build(python: Emulated) -> None:
         "LDSHARED": f"{compiler} -shared",
         "LDCXXSHARED": f"{compiler} -shared",
     }
+    compilers["CPLUS_INCLUDE_PATH"] = str(python.root / "usr/include" / f"python{PYTHON}")
     python.run("setup.py", "-q", "build_ext", "--inplace", CNNKERN_CUDA="0", CNNKERN_WERROR="1", **compilers)
 
 

@@ -37,11 +37,12 @@ def command(compiler: str, target: str) -> list[str]:
     return [
         *shlex.split(compiler),
         *(["-target", target] if target else []),
-        *("-c", "-O0", "-Werror", *ALLOWED, "-I", str(ROOT / "csrc")),
+        *("-c", "-O0", "-Werror", "-I", str(ROOT / "csrc")),
         *(part for folder in headers for part in ("-isystem", folder)),
         *("-DCNNKERN_X86=0", "-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"),
         *("-DTORCH_API_INCLUDE_EXTENSION_H", "-DTORCH_EXTENSION_NAME=_C"),
         *flags,
+        *ALLOWED,
     ]
 
 

@@ -47,7 +47,7 @@ void keep_recipe(const Tensor& y, const NormArguments& norm, const Tensor& resid
 // Whether something refers to a tensor's node, which an in-place operation would replace.
 bool is_held(const Tensor& t, size_t own) {
   const auto node = torch::autograd::impl::gradient_edge(t).function;
-  return node && (has_hooks(*node) || node.use_count() > own + 1);  // `node` here is one
+  return node && (has_hooks(*node) || static_cast<size_t>(node.use_count()) > own + 1);  // `node` here is one
 }
 
 // A profiler that records shapes accesses the memory of each argument before the operator is called.
