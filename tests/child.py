@@ -1,10 +1,10 @@
-"""Starts the processes that tests are about, and says of one that the system has ended what it was: memory."""
+"""Starts the processes that tests run, and reports it if one ran out of memory."""
 
 import re
 import subprocess
 from pathlib import Path
 
-# What the interpreter, the C++ library, the sanitizers and PyTorch say where memory cannot be had.
+# What Python, the C++ library, the sanitizers and PyTorch print if memory cannot be allocated.
 NONE_LEFT = re.compile(
     r"\bMemoryError\b|std::bad_alloc|can't allocate memory|Cannot allocate memory|failed to (?:allocate|mmap)"
     r"|out of memory|Resource temporarily unavailable.*thread|exitcode\s*:\s*-9\b|Signal 9 \(SIGKILL\)",
@@ -13,11 +13,11 @@ KILLED = (-9, 137)  # by the system, and as a shell reports it
 
 
 class OutOfMemory(AssertionError):
-    """A process that a test has started ended because there was no memory left."""
+    """A process that a test started ran out of memory."""
 
 
 def memory() -> str:
-    """What is free on this machine now, and what this process has."""
+    """The free memory of this machine, and the memory of this process."""
     table = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M))
     mine = re.search(r"^VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
     free, total, own = (int(kilobytes) / 2**20 for kilobytes in (table["MemAvailable"], table["MemTotal"], mine[1]))
@@ -25,7 +25,7 @@ def memory() -> str:
 
 
 def refuse_lack_of_memory(done: subprocess.CompletedProcess[str]) -> None:
-    """Raises OutOfMemory where a process was killed, or says itself that it got no memory."""
+    """Raises OutOfMemory if a process was killed, or printed that it got no memory."""
     said = (done.stdout or "") + (done.stderr or "")
     if done.returncode in KILLED:
         how = "was killed (SIGKILL), which the system does to a process when memory has run out"
@@ -40,8 +40,7 @@ def refuse_lack_of_memory(done: subprocess.CompletedProcess[str]) -> None:
 def run_child(command, *, check: bool = False, **options) -> subprocess.CompletedProcess[str]:
     """subprocess.run with the output as text, of both streams unless told otherwise, for every process of a test.
 
-    Raises OutOfMemory for one that memory ran out for, and with `check` AssertionError, with what it said, for one that
-    failed.
+    Raises OutOfMemory if it ran out of memory and, with `check`, AssertionError with its output if it failed.
     """
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     done = subprocess.run(command, check=False, **pipes | options | {"text": True})

@@ -1,4 +1,4 @@
-"""Every test runs with freshly allocated memory filled with NaN, so that an element nobody wrote shows."""
+"""Fixtures and options. Every test runs with new memory filled with NaN, so that elements that no kernel wrote show."""
 
 import ctypes
 import gc
@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-# Two processes of tests share the cores: a thread that spins while it waits would take them from the other. OpenMP
-# reads this when torch is loaded.
+# Two processes of tests share the cores: a thread that spins while it waits would slow down the other process.
+# OpenMP reads this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Without it PyTorch refuses matrix products on a GPU while deterministic algorithms are asked for.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# A table that somebody has tuned on this machine is none of the tests' business.
+# Tests do not use this machine's table of `cnnkern tune`.
 os.environ["CNNKERN_TUNE"] = "0"
 
 import numpy as np
@@ -26,7 +26,8 @@ import torch
 
 
 class Device(NamedTuple):
-    """The kernels under test ("cpu", "cuda" or "triton"), where their tensors are, and how large at most."""
+    """The kernels under test ("cpu", "cuda" or "triton"), the device of their tensors, and the largest number of
+    elements."""
 
     kernels: str
     tensors: str
@@ -102,9 +103,9 @@ _kept = 0  # of them that stay when all has been given back that can be
 
 @pytest.fixture(autouse=True)
 def _memory_is_given_back():
-    """What tests are done with goes back to the system, from 256 MB on: models in cycles, compiled graphs, free blocks.
+    """Returns memory to the system if a test left more than 256 MB: models in cycles, compiled graphs, free blocks.
 
-    A process of tests would otherwise keep the sum of what each of a hundred models has had at most.
+    Otherwise a process of tests would keep the peak memory of each of a hundred models.
     """
     yield
     global _kept
@@ -135,7 +136,7 @@ def generator(request) -> torch.Generator:
 
 @pytest.fixture
 def malloc_as_it_was(monkeypatch):
-    """`cnnkern train` without tune_malloc: what that sets would stay for the tests behind."""
+    """`cnnkern train` without tune_malloc, which would change malloc for all later tests."""
     from cnnkern import train
 
     monkeypatch.setattr(train, "tune_malloc", lambda: "")

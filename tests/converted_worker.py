@@ -1,4 +1,4 @@
-"""What tests/test_convert_used.py starts in each of two processes: `torchrun ... converted_worker.py TASK`.
+"""The program that tests/test_convert_used.py runs in each of two processes: `torchrun ... converted_worker.py TASK`.
 
 Each trains a converted model and the original in one way of training over processes, and compares.
 """

@@ -1,4 +1,4 @@
-"""What tests/test_dtensor.py starts in each of two processes: `torchrun ... dtensor_worker.py TASK`."""
+"""The program that tests/test_dtensor.py runs in each of two processes: `torchrun ... dtensor_worker.py TASK`."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""How much memory many calls leave behind."""
+"""Measures memory leaks of calls."""
 
 import gc
 import itertools
@@ -13,7 +13,7 @@ MAY_STAY = 2**19  # bytes: 65 per call
 
 
 def _resident() -> int:
-    """Bytes in memory now: the largest so far would hide a leak behind whatever the tests before have used."""
+    """Bytes in memory now. (The peak would hide a leak that is smaller than what earlier tests used.)"""
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 

@@ -15,7 +15,7 @@ SHAPES = {"1d": (6, 5, 7), "2d": (3, 5, 4, 6), "3d": (2, 5, 3, 4, 2)}
 
 
 class Added(nn.Module):
-    """A twin's batch norm, then the residual, then the activation."""
+    """A batch norm of torch.nn, then the residual addition, then the activation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Added(nn.Module):
 
 @dataclass
 class Twin:
-    """What a module of ours stands beside: a layer with the same state, and what is applied to its output."""
+    """The counterpart of a cnnkern module: a layer with the same state, and a function of its output."""
 
     layer: type
     arguments: tuple
@@ -73,7 +73,7 @@ def inputs_of(twin: Twin, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def pair(name: str, **keywords: Any) -> tuple[nn.Module, nn.Module]:
-    """Ours and its twin, of the same parameters; lazy ones before their first input."""
+    """The module and its counterpart, with the same parameters; lazy ones before their first input."""
     twin = TWINS[name]
     torch.manual_seed(0)
     ours, theirs = getattr(cnnkern.nn, name)(*twin.arguments, **keywords), twin.layer(*twin.arguments, **keywords)

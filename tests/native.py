@@ -1,4 +1,4 @@
-"""Compiles C++ for the tests: what was made once is used again while sources, flags and versions are the same."""
+"""Compiles C++ for the tests. Results are reused while sources, flags and versions are the same."""
 
 import fcntl
 import functools
@@ -18,7 +18,7 @@ UNDEFINED = ("shift", "signed-integer-overflow", "integer-divide-by-zero")  # wh
 
 
 class Tool(NamedTuple):
-    """How kernels are compiled, and the runtime library that Python then has to be started with."""
+    """How kernels are compiled, and the runtime library that Python has to preload for that."""
 
     flags: tuple[str, ...] = ()
     runtime: str | None = None
@@ -28,7 +28,7 @@ PLAIN = Tool()
 
 
 def address(*more: str) -> Tool:
-    """AddressSanitizer and, of what is undefined, UNDEFINED and `more`: all would take three times as long."""
+    """AddressSanitizer, and the checks UNDEFINED and `more` of UBSan: all of them would take three times as long."""
     undefined = ",".join((*UNDEFINED, *more))
     return Tool((f"-fsanitize=address,{undefined}", f"-fno-sanitize-recover={undefined}"), "libasan.so")
 
@@ -37,7 +37,7 @@ THREAD = Tool(("-fsanitize=thread",), "libtsan.so")
 
 
 def run(*command: str) -> str:
-    """What a command prints. Raises RuntimeError with what it said if it fails."""
+    """The output of a command. Raises RuntimeError with the output if it fails."""
     # Python may have been started under a sanitizer; the compiler is not.
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -47,7 +47,7 @@ def run(*command: str) -> str:
 
 
 def compiler() -> tuple[str, ...]:
-    """g++, by way of ccache where there is one, as in the extension's own build."""
+    """g++, through ccache if that is installed, as in the extension's build."""
     return ("ccache", "g++") if shutil.which("ccache") else ("g++",)
 
 
@@ -57,7 +57,7 @@ def _versions() -> str:
 
 
 def make(target: Path, command: list[str], inputs: Callable[[], Iterable[Path]]) -> Path:
-    """Runs `command` unless `target` is what it made of the same `inputs`, by their contents and not their dates."""
+    """Runs `command`, unless `target` was made from `inputs` with the same contents."""
 
     def fingerprint() -> str:
         digest = hashlib.sha256(f"{_versions()} {command}".encode())
@@ -83,7 +83,7 @@ def compiled(source: Path, target: Path, *flags: str) -> Path:
     command += ["-isystem", str(include / "torch" / "csrc" / "api" / "include")]
     command += ["-MMD", "-c", str(source), "-o", str(target)]
 
-    def included() -> list[Path]:  # but for the system's and PyTorch's, which their versions stand for
+    def included() -> list[Path]:  # except the system's and PyTorch's, whose versions are part of the key
         listed = target.with_suffix(".d")
         return [Path(name) for name in re.split(r"[\s\\]+", listed.read_text())[1:] if name] if listed.exists() else []
 
@@ -105,18 +105,18 @@ def operators_of(files: Iterable[Path], backend: str) -> list[str]:
 
 
 def torch_libraries() -> list[str]:
-    """What links a library to PyTorch's."""
+    """The flags that link a library to PyTorch's."""
     return [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
 
 
 def environment(tool: Tool) -> dict[str, str]:
-    """What a process needs in its environment to load what `tool` has compiled."""
+    """The environment that a process needs to load what `tool` has compiled."""
     if tool.runtime is None:
         return {}
     libraries = [run("g++", f"-print-file-name={name}").strip() for name in (tool.runtime, "libstdc++.so")]
     return {
         "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps what it has
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python never frees some memory
         "UBSAN_OPTIONS": "print_stacktrace=1",
         # The interpreter and PyTorch are not instrumented; races are looked for between the kernels' accesses.
         "TSAN_OPTIONS": "report_signal_unsafe=0 ignore_noninstrumented_modules=1 halt_on_error=1",

@@ -1,4 +1,4 @@
-"""The programs of tools/, for the tests that are about them."""
+"""Imports the programs of tools/ for their tests."""
 
 import importlib.util
 import sys
@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def from_tools(name: str) -> ModuleType:
-    """A program of tools/, which imports its neighbours, under a name of its own: there is a package wheel."""
+    """A program of tools/ as a module; it may import its neighbours. It gets another name: there is a package
+    `wheel`."""
     spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(ROOT / "tools"))

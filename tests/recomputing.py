@@ -1,4 +1,4 @@
-"""What the tests of `cnnkern.recompute` share: small models, their gradients with and without, and what is kept."""
+"""Shared by the tests of `cnnkern.recompute`: small models, their gradients, and the bytes that are saved."""
 
 import copy
 from collections.abc import Callable
@@ -16,7 +16,8 @@ N, C, SIDE = 4, 8, 10
 
 
 class Net(nn.Module):
-    """A batch norm before whatever uses its result: convolutions, depthwise too, a pooling, views, a linear layer."""
+    """Batch norms before layers that save their result: convolutions, also depthwise, a pooling, views, a linear
+    layer."""
 
     def __init__(self, act: nn.Module | None = None):
         super().__init__()

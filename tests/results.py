@@ -1,4 +1,4 @@
-"""Rows of a run that never was and of plans timed in this process, for the tests of benchmarks and reports."""
+"""Invented rows, and rows of plans timed in this process, for the tests of benchmarks and reports."""
 
 from benchmarks.suite import bandwidth, machine, rows
 from benchmarks.suite.bandwidth import Bandwidth
@@ -10,7 +10,7 @@ BANDWIDTHS = [Bandwidth(mix, 2**20, 10.0) for mix in bandwidth.MIXES]
 
 
 def row(seconds=2e-3, spread=0.0, **values):
-    """Eager's row and another one that takes `seconds`, with rounds that spread by so much of the median."""
+    """Eager's row and cnnkern's, which takes `seconds`; rounds spread by this share of the median."""
     what = {
         "suite": "operators",
         "operator": "bn_act",

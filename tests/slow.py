@@ -1,4 +1,4 @@
-"""Which rows of a table of parameters `make test` leaves to `make prove`."""
+"""Marks parameters of a test that run in `make prove` instead of `make test`."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def proved(values: Iterable, tested: Iterable = ()) -> list:
-    """The values as parameters, slow but for those of `tested`, of which each has to be among them."""
+    """The values as parameters, marked slow except those in `tested`, which have to be among them."""
     values, tested = list(values), list(tested)
     assert all(value in values for value in tested), "a row that there is not"
     return [value if value in tested else pytest.param(value, marks=pytest.mark.slow) for value in values]

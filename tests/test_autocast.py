@@ -1,4 +1,4 @@
-"""Autocast: dtypes, values and gradients as eager has them, or the refusal where nothing is promoted."""
+"""Autocast: dtypes, values and gradients as in eager, or an error if nothing is promoted."""
 
 import itertools
 

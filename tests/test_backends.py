@@ -1,4 +1,4 @@
-"""Switching who answers for CUDA tensors, which needs no GPU; what answers is tried on the dispatch key of the CPU."""
+"""Switching the backend for CUDA tensors, which needs no GPU: the backends are tested on the CPU's dispatch key."""
 
 import importlib.util
 import itertools

@@ -1,4 +1,5 @@
-"""The conformance suite: what every operator of `cnnkern.testing.CASES` has to pass, on the kernels of --device."""
+"""The conformance suite: the tests that every operator of `cnnkern.testing.CASES` has to pass, on --device's
+kernels."""
 
 import dataclasses
 import itertools

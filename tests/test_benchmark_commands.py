@@ -1,4 +1,4 @@
-"""The benchmarks' command line: the driver and its workers, errors in one line, and the studies beside the suite."""
+"""The benchmarks' command line: the driver and its workers, and errors in one line."""
 
 import errno
 import io

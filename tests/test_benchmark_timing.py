@@ -1,4 +1,4 @@
-"""What the benchmarks' figures rest on: rounds and ratios, pytest-benchmark's samples, the machine's bandwidth."""
+"""The basis of the benchmarks' figures: rounds and ratios, pytest-benchmark's samples, the machine's bandwidth."""
 
 import itertools
 import math

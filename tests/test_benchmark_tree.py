@@ -1,4 +1,4 @@
-"""The rooms of the benchmarks: what runs, what shows, studies of their own; imports lead downwards, in no circle."""
+"""The packages of the benchmarks, suite, show and studies: imports have no cycles, and show imports suite."""
 
 import ast
 import graphlib

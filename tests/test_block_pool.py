@@ -1,4 +1,4 @@
-"""CPU results lie in blocks that are used again (csrc/block_pool.h)."""
+"""The pool of CPU results reuses memory (csrc/block_pool.h)."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""Batch norm and PReLU where the battery does not look: slopes of other shapes, misuse, memory, autocast, folding."""
+"""Batch norm and PReLU beyond the conformance suite: slopes of other shapes, misuse, memory, autocast, folding."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The processes that tests start: one that memory ran out for is named as such."""
+"""The processes that tests start: it is reported if one ran out of memory."""
 
 import ast
 import os

@@ -1,4 +1,4 @@
-"""`cnnkern.convert`: that everything of a model survives, and what it refuses."""
+"""`cnnkern.convert`: everything that a model has is kept; unsupported models are refused."""
 
 import collections
 import time

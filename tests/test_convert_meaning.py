@@ -1,4 +1,4 @@
-"""`cnnkern.convert` and `fold` where a forward pass does more than a trace of it holds: nothing changes its meaning."""
+"""`cnnkern.convert` and `fold` with forward passes that a trace would not capture: results stay the same."""
 
 import collections
 import copy

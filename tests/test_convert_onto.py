@@ -1,4 +1,5 @@
-"""`cnnkern.convert` where a batch norm is added in place onto another tensor: `r += bn(x)` means what eager's does."""
+"""`cnnkern.convert` where a batch norm is added in place onto another tensor: `r += bn(x)` has the same effects as in
+eager."""
 
 import copy
 from collections.abc import Callable

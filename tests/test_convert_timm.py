@@ -1,4 +1,4 @@
-"""`cnnkern.convert` and `fold` on timm's models, whose norms are classes of their own."""
+"""`cnnkern.convert` and `fold` on timm's models, including timm's custom norm layers."""
 
 import copy
 import pickle

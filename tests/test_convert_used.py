@@ -1,4 +1,4 @@
-"""Converted models in what models are used with: several processes, mixed precision, averages, quantization, files."""
+"""Converted models together with other tools: several processes, mixed precision, averages, quantization, files."""
 
 import copy
 import io

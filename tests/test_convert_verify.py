@@ -1,4 +1,4 @@
-"""`cnnkern.convert(model, verify=example)`: what it refuses, and what it does not."""
+"""`cnnkern.convert(model, verify=example)`: which differences it reports, and which not."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""`cnnkern.convert` of models however their forward pass is written: what is fused, that results stay, in each form."""
+"""`cnnkern.convert` of models whose forward passes are written in many ways: what is fused, and that results stay."""
 
 import copy
 import pickle

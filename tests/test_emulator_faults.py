@@ -1,4 +1,4 @@
-"""The emulator's own proof: each kernel with a planted fault is reported, and without it no tool says anything."""
+"""Mutation tests of the emulator: it reports each kernel with a deliberate bug, and nothing without it."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Exported and traced programs: PyTorch's operators alone, or ours where they are asked for; ONNX with onnxruntime."""
+"""Exported and traced programs: only PyTorch's operators, or cnnkern's within keep_operators; ONNX with onnxruntime."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""Fakes return what the kernels do: torch.compile and torch.export go by their shapes, dtypes and strides."""
+"""Fake kernels return the shapes, dtypes and strides of the real ones, on which torch.compile and torch.export rely."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""The faults that `make faults` plants still apply, and are enough."""
+"""The mutations of `make faults` still apply to the sources, and every operator has some."""
 
 import itertools
 

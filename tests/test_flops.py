@@ -1,4 +1,4 @@
-"""`torch.utils.flop_counter` counts a converted model as it counts the model, whoever is imported first."""
+"""`torch.utils.flop_counter` counts a converted model like the original, in any order of imports."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""Folded 1x1 and depthwise convolutions on our kernels: which ones, and that they are as good as eager's."""
+"""Folded 1x1 and depthwise convolutions on cnnkern's kernels: which ones, and that they are as good as eager's."""
 
 import copy
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""`cnnkern.fold` of models however their forward pass is written: what is folded, and that results stay."""
+"""`cnnkern.fold` of models whose forward passes are written in many ways: what is folded, and that results stay."""
 
 import copy
 import pickle

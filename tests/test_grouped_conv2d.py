@@ -1,4 +1,4 @@
-"""Grouped convolution: the numbers of its kernels, which convolutions they answer for, and that reruns are bit-equal.
+"""Grouped convolution: the numbers of its kernels, which convolutions they compute, and that reruns are bit-equal.
 
 Arguments, errors and the module are in test_grouped_conv2d_module.py.
 """

@@ -1,4 +1,4 @@
-"""The guard of Triton's interpreter: every fault that it is there for, planted."""
+"""Mutation tests of the checks in Triton's interpreter: each finds the kind of bug that it is for."""
 
 import pytest
 import torch

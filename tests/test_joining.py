@@ -1,4 +1,4 @@
-"""The pass over graphs of torch.compile: what it joins, what it leaves alone, and that neither changes results."""
+"""The pass over graphs of torch.compile: what it fuses, what it does not, and that results stay the same."""
 
 import copy
 from collections import Counter

@@ -1,4 +1,5 @@
-"""Max pooling beside PyTorch's, bit for bit: ties, NaN, minus infinity, every setting, and what is left to PyTorch."""
+"""Max pooling beside PyTorch's, bit for bit: ties, NaN, minus infinity, every setting, and what is dispatched to
+PyTorch."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What a call says on a GPU that the CUDA kernels were not built for: csrc/no_image.h, with a kernel that fails."""
+"""The error on a GPU for which the CUDA kernels were not built: csrc/no_image.h, with a kernel that fails."""
 
 import ctypes
 

@@ -1,4 +1,4 @@
-"""Batch norm where numbers are hard: offsets, constants, extremes, NaN. Judged against float64 beside eager."""
+"""Batch norm of numerically difficult inputs: offsets, constants, extremes, NaN. Compared with float64 and eager."""
 
 import itertools
 import os

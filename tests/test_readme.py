@@ -1,4 +1,4 @@
-"""The Python in the documents runs as printed, commands are such that the tools take them, links lead somewhere."""
+"""The Python code in the documents runs, the tools accept the commands, and links have targets."""
 
 import argparse
 import importlib

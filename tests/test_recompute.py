@@ -1,4 +1,4 @@
-"""Results of norms that are computed again for the gradient: the same gradients and errors, less memory."""
+"""Recomputed results of norms: the same gradients and errors, less memory."""
 
 import gc
 import itertools

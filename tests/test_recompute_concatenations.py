@@ -1,4 +1,4 @@
-"""Concatenations that are made again for the gradient: the same gradients, and one copy of what went into them."""
+"""Recomputed concatenations: the same gradients, and each part is saved once."""
 
 import gc
 from collections.abc import Callable

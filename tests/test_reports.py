@@ -213,6 +213,14 @@ def test_the_page_of_part_of_a_run_leaves_out_what_was_not_timed():
         assert found.count("section", id="environment") == 1
 
 
+def test_the_page_of_many_rows_has_the_best_and_the_worst():
+    many = [r for n in range(2 * page.RANKED + 1) for r in row(seconds=1e-3, shape=f"{n}x2")]
+    text = page.render(many, "today")
+    assert text.count("bn_act net 3x2") > 0
+    assert ">Best<" in text
+    assert ">Worst<" in text
+
+
 def test_the_page_escapes_what_it_is_told():
     text = page.render([replace(r, machine="<b>x</b>") for r in some_rows()], "a & b")
     assert "<b>x</b>" not in text

@@ -1,4 +1,4 @@
-"""What autograd holds between forward and backward, in bytes: counted, and beside eager."""
+"""The bytes that autograd saves between forward and backward, compared with eager."""
 
 import itertools
 

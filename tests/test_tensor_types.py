@@ -1,4 +1,4 @@
-"""Tensors that there are no kernels for: layers compute what torch's do, and give what those give."""
+"""Tensors without kernels: layers compute the same as torch's, and return the same types."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""`cnnkern tune`: what it measures, and the calls that go to PyTorch's operators by it."""
+"""`cnnkern tune`: what it measures, and which calls it dispatches to PyTorch's operators."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""`cnnkern tune` where the rule is wrong the other way: it leaves a convolution to a library that is slower here."""
+"""`cnnkern tune` for convolutions that the built-in rule dispatches to a library that is slower here."""
 
 import json
 

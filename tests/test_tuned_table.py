@@ -1,4 +1,4 @@
-"""The table of `cnnkern tune`: a file for each kind of machine, which counts for that alone."""
+"""The table of `cnnkern tune`: a file per kind of machine, valid for that only."""
 
 import json
 import os

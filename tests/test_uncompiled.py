@@ -1,4 +1,4 @@
-"""The package where the extension was not built: in a process of its own, which cannot import it, from a copy."""
+"""The package without the extension: in a separate process that cannot import it, from a copy."""
 
 import shutil
 import subprocess

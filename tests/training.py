@@ -1,4 +1,5 @@
-"""What the tests of `cnnkern train` share: options of calm runs, the losses a run wrote, the one line of an error."""
+"""Shared by the tests of `cnnkern train`: options of runs in which rounding does not grow, a run's losses, an error's
+line."""
 
 import csv
 from pathlib import Path
@@ -21,7 +22,7 @@ def losses(folder: Path) -> torch.Tensor:
 
 
 def error_of(capsys, *arguments: str) -> str:
-    """The one line that the command ends with."""
+    """The line with which the command ends."""
     assert train.main(list(arguments)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     return line

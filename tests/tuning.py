@@ -1,4 +1,4 @@
-"""What the tests of `cnnkern tune` share: a cache folder of their own, and a call to measure."""
+"""Shared by the tests of `cnnkern tune`: a temporary cache folder, and a call to measure."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 @pytest.fixture(autouse=True)
 def own_tables(tmp_path, monkeypatch):
-    """An empty cache folder that counts, and no table behind the test."""
+    """An empty cache folder that is used, and no table after the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CNNKERN_TUNE", raising=False)
     monkeypatch.setattr(tuned, "table", None)

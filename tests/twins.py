@@ -1,4 +1,4 @@
-"""A module beside the one of torch.nn that it stands for, both beside float64."""
+"""Compares a module with its counterpart in torch.nn, and both with float64."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Layer norms of 16 bits with a result of float32, beside the same of the input in float32."""
+"""Layer norms with 16-bit input and float32 result, compared with those of the input cast to float32."""
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def results(name: str, inputs: dict, dy: Tensor, wide: bool, functions=torch.ops
 
 
 def check(name: str, inputs: dict, dy: Tensor, functions=torch.ops.cnnkern, exactly: bool = True) -> None:
-    """What a cast to float32 before the operator gives, and one of dx behind it."""
+    """The results with a cast to float32 before the operator, and one of dx after it."""
     found = results(name, inputs, dy, True, functions)
     expected = results(name, inputs | {"input": inputs["input"].float()}, dy, False, functions)
     expected[3] = expected[3].to(inputs["input"].dtype)

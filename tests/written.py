@@ -1,4 +1,4 @@
-"""Models that use batch norms in ways in which people write them: WRITTEN, and what of each is fused."""
+"""Models with batch norms, written in the ways that people write them (WRITTEN), and what is fused in each."""
 
 import operator
 import random
@@ -84,7 +84,7 @@ class ReachedFromAbove(nn.Module):
 
 
 class Residual(nn.Module):
-    """A convolution, a batch norm, and whatever `join` makes of its output and the input."""
+    """A convolution, a batch norm, and then `join` of its output and the input."""
 
     def __init__(self, join):
         super().__init__()

@@ -101,6 +101,7 @@ def render(rows: list[Row], created: str, changes: Comparison | None = None) -> 
         malloc=TUNED_MALLOC,
         header=tables.DETAILS,
         details=tables.detail_lines(rows),
+        figures=figures,
         tables=tables,
     )
 
