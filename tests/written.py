@@ -356,7 +356,7 @@ WRITTEN = {
     ),
     "sum used twice": (lambda: Residual(used_twice_after_the_add), {"BatchNorm": 1}),
     "dropout between": (
-        lambda: Residual(lambda self, y, x: F.relu(self.drop(y) + x)),  # which drops nothing
+        lambda: Residual(lambda self, y, x: F.relu(F.alpha_dropout(self.drop(y), 0.0).to(x) + x)),  # they drop nothing
         {ADD: 1},
     ),
     "sum of two batch norms": (TwoNorms, {ADD: 1, "BatchNorm": 1}),

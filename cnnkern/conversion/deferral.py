@@ -33,6 +33,19 @@ NAMES |= {"add": "add", "0": "0", "BatchNorm": "BatchNorm"} | {
 }
 
 
+class Deferring(_FusedBatchNorm):
+    """A batch norm with deferred results."""
+
+    _counts_refused_calls = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copy and pickle, which read tensors without an operator."""
+        for statistic in (self.running_mean, self.running_var):
+            if statistic is not None:
+                statistic.detach()  # materialises the results that have yet to update it
+        return self.__dict__
+
+
 def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
     """The batch norm without an activation; its result is deferred if possible."""
 

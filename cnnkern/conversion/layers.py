@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cnnkern.conversion import timm_layers
-from cnnkern.conversion.deferral import FOLDED_SITE, NAMES, SITE, became, deferred
+from cnnkern.conversion.deferral import FOLDED_SITE, NAMES, SITE, Deferring, became, deferred
 from cnnkern.nn import batchnorm, layer_norm, sync
 from cnnkern.nn.conv import GroupedConv1d, GroupedConv2d
 from cnnkern.nn.pooling import MaxPool2d
@@ -23,13 +23,12 @@ def kind_now(module: nn.Module) -> tuple[str, str]:
     return kind + (f" + {NAMES[module.act]}" if module.act != "none" else ""), ""
 
 
-class _ConvertedBatchNorm(batchnorm._FusedBatchNorm):
+class _ConvertedBatchNorm(Deferring):
     """A batch norm with a deferred result: it is computed when it is used, fused with the activation or addition
     that uses it. To other code the result is an ordinary tensor (csrc/deferred).
     """
 
     act = "none"
-    _counts_refused_calls = True
 
     def forward(self, input: Tensor) -> Tensor:
         return deferred(self, input)

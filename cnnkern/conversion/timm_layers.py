@@ -10,16 +10,14 @@ import sys
 
 from torch import Tensor, fx, nn
 
-from cnnkern.conversion.deferral import deferred
-from cnnkern.nn import batchnorm, layer_norm, sync
+from cnnkern.conversion.deferral import Deferring, deferred
+from cnnkern.nn import layer_norm, sync
 from cnnkern.nn.traced import leaf
 from cnnkern.ops.bn_act import batch_norm_act
 
 
-class _BatchNormAct(batchnorm._FusedBatchNorm):
+class _BatchNormAct(Deferring):
     """Its activation is a module, which uses the batch norm's deferred result and is so fused with it."""
-
-    _counts_refused_calls = True
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):

@@ -4,6 +4,7 @@
 #include <ATen/core/ivalue.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "deferred/deferred.h"
@@ -16,10 +17,24 @@ using at::Tensor;
 // A result that is still unused after this many operators is materialised: deferring it would gain nothing.
 inline constexpr int kPatience = 200;
 
+// While an operator calls the others that it consists of: the report names the operator that the model called.
+class Called {
+ public:
+  explicit Called(const std::string& name) : outer_(std::exchange(name_, name_ == nullptr ? &name : name_)) {}
+  ~Called() { name_ = outer_; }
+  Called(const Called&) = delete;
+  static const std::string* name() { return name_; }
+
+ private:
+  inline static thread_local const std::string* name_ = nullptr;
+  const std::string* outer_;
+};
+
 // Prepares the tensors of one operator, whose name the report uses.
 class Arguments {
  public:
-  explicit Arguments(std::string name) : name_(std::move(name)), waiting_(Waiting::of_this_thread()->results()) {}
+  explicit Arguments(std::string name)
+      : name_(Called::name() == nullptr ? std::move(name) : *Called::name()), waiting_(Waiting::of_this_thread()->results()) {}
 
   // Called before the operator gets t: materialises t if it is deferred, and the results that the operator would conflict with.
   void visit(const Tensor& t, bool writes) {

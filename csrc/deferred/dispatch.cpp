@@ -3,6 +3,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <set>
 
@@ -74,8 +75,29 @@ bool compute_in_any_strides(const c10::OperatorHandle& op, torch::jit::Stack* st
   return true;
 }
 
+// Whether this is one of PyTorch's operators that only call others: they do whatever it does to tensors. By its schema it must not
+// write to its arguments.
+bool consists_of_others(const c10::OperatorHandle& op) {
+  const auto& schema = op.schema();
+  return op.hasKernelForDispatchKey(c10::DispatchKey::CompositeImplicitAutograd) && schema.name().rfind("aten::", 0) == 0 &&
+         !schema.is_mutable();
+}
+
+bool has_deferred(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  return std::any_of(stack.end() - op.schema().arguments().size(), stack.end(), [](const c10::IValue& value) {
+    return value.isTensor() && Deferred::of(value.toTensor()) != nullptr;
+  });
+}
+
 void any_operator(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* stack) {
   if (compute_in_any_strides(op, stack)) return;
+  // The operators that it calls come here instead. If it calls none, such as a dropout that drops nothing or `to` the same dtype,
+  // it returns its input, which stays deferred.
+  if (has_deferred(op, *stack) && consists_of_others(op) && is_undisturbed()) {
+    const Called called(op.schema().name());
+    op.redispatchBoxed(below(keys), stack);
+    return;
+  }
   {
     const auto& schema = op.schema();
     Arguments visited(schema.name());
@@ -247,18 +269,6 @@ Tensor& add_(Keys keys, Tensor& a, const Tensor& b, const at::Scalar& alpha) {
   return a;
 }
 
-// Dropouts that drop nothing return their input: a deferred result stays deferred.
-bool drops_nothing(double p, bool train) { return p == 0 || (!train && p > 0 && p <= 1); }
-
-Tensor dropout(Keys keys, const Tensor& t, double p, bool train) {
-  if (Deferred::of(t) != nullptr && is_undisturbed() && drops_nothing(p, train)) return t;
-  return as_it_is("dropout", t, [&] { return at::redispatch::dropout(below(keys), t, p, train); });
-}
-Tensor feature_dropout(Keys keys, const Tensor& t, double p, bool train) {
-  if (Deferred::of(t) != nullptr && is_undisturbed() && drops_nothing(p, train)) return t;
-  return as_it_is("feature_dropout", t, [&] { return at::redispatch::feature_dropout(below(keys), t, p, train); });
-}
-
 // detach makes an alias that autograd does not track. Tensor.numpy() calls it, and NumPy's writes are not seen.
 Tensor detach(Keys keys, const Tensor& t) {
   Arguments visited("detach");
@@ -307,8 +317,6 @@ TORCH_LIBRARY_IMPL(aten, DeferredInit, m) {
   m.impl("gelu", &cnnkern::gelu);
   m.impl("gelu_", &cnnkern::gelu_);
   m.impl("prelu", &cnnkern::prelu);
-  m.impl("dropout", &cnnkern::dropout);
-  m.impl("feature_dropout", &cnnkern::feature_dropout);
   m.impl("detach", &cnnkern::detach);
   m.impl("_has_compatible_shallow_copy_type", &cnnkern::has_compatible_shallow_copy_type);
   m.impl("add.Tensor", &cnnkern::add);

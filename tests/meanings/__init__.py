@@ -1,6 +1,7 @@
 """Models that convert and fold must not change: what test_convert_meaning.py converts and folds, by what they do."""
 
 from meanings import (  # noqa: F401  (they add to CASES)
+    composites,
     gradients,
     graphs,
     in_place,
