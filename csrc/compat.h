@@ -3,12 +3,14 @@
 // headers, not of its number, as nightly builds and patch releases have what neither promises.
 #pragma once
 
+#include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/ones_like.h>
 #include <torch/csrc/autograd/function.h>
 
 #include <memory>
 #include <optional>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -47,6 +49,19 @@ template <typename Slot>
 bool is_kept_by_cpp_alone(const Slot* slot) {
   if constexpr (requires { slot->has_unique_reference(); }) return slot->has_unique_reference();
   return false;
+}
+
+// What at::Context::allowTF32CuDNN says of convolutions, which names operations by strings in 2.9, by an enumeration in 2.11 and
+// later. Goes when 2.11 is the oldest.
+template <typename Operation>
+bool allows_tf32(bool (at::Context::*allowed)(std::optional<Operation>) const) {
+  return (at::globalContext().*allowed)(Operation::CONV);
+}
+inline bool allows_tf32(bool (at::Context::*allowed)(const std::string&) const) { return (at::globalContext().*allowed)("conv"); }
+
+// Whether PyTorch's convolutions of float32 on a GPU may multiply in TF32 now: its settings say so, and cuDNN computes them.
+inline bool convolutions_in_tf32() {
+  return at::globalContext().userEnabledCuDNN() && allows_tf32(&at::Context::allowTF32CuDNN);
 }
 
 // The weight of PyTorch's batch norm of x: ones on a GPU where there is a bias alone, to which its CUDA kernels give a wrong

@@ -63,6 +63,7 @@ def test_battery(tool, tmp_path):
     command += ["-o", "addopts=", "--device", "emulator", "--emulator-tool", tool, "-k", RUNS[tool]]
     command += ["--emulator-launches", str(tmp_path / "launches.json")]
     command += ["tests/test_battery.py", f"{Path(__file__)}::test_every_kernel"]
+    command += ["tests/test_grouped_rows.py::test_every_kernel_in_tf32"]
     environment = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")} | emulator.environment(tool)
     done = run_child(command, cwd=emulator.ROOT, env=environment, timeout=1200)
     assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[:9000]}"  # a report of a sanitizer begins there

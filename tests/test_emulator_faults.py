@@ -39,7 +39,7 @@ FAULTS = {
     "matrix_outside_shared_memory": ("plain", "not in the block's shared memory to load_matrices at tensor_cores.h"),
     "product_of_half_a_warp": ("plain", "left while other lanes wait for it in multiply_add"),
     "products_at_two_places": ("plain", "with another mask or place than lanes that wait in multiply_add"),
-    "not_rounded_to_tf32": ("plain", "gives multiply_add_tf32 a number that is not of to_tf32"),
+    "not_rounded_to_tf32": ("plain", "gives multiply_add a number that is not of to_tf32"),
     "copy_never_waited_for": ("plain", "left without having waited for a copy that it began at copies.h"),
     "copy_read_before_the_wait": ("plain", "wrong result: element 0 is -?nan"),
     "wait_that_leaves_one_too_many": ("plain", "wrong result: element 0 is -?nan"),

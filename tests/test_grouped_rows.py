@@ -1,8 +1,10 @@
 """Grouped convolutions on tensor cores (csrc/cuda/conv/grouped_rows.cuh), on the emulator, against float64.
 
 Besides what tests/test_emulator.py asks of all kernels: every width, stride and padding, images that fill no tile, and
-channels whose last tile is ragged.
+channels whose last tile is ragged. float32 is in TF32 (tests/tf32.py).
 """
+
+import itertools
 
 import emulator
 import pytest
@@ -10,14 +12,16 @@ import torch
 import torch.nn.functional as F
 from test_grouped_conv2d import LIBRARY, OURS, answers_of_all_passes
 
+import cnnkern
 from cnnkern import testing
 from cnnkern.ops import tuned
+from tests import tf32
 
 pytestmark = pytest.mark.slow  # they need all kernels compiled
 CASE = testing.CASES["grouped_conv2d"]
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 widths = pytest.mark.parametrize("width", [2, 4, 8, 16, 24, 32])
-dtypes = pytest.mark.parametrize("dtype", ROUNDING, ids=lambda d: str(d).removeprefix("torch."))
+dtypes = pytest.mark.parametrize("dtype", [*ROUNDING, torch.float32], ids=lambda d: str(d).removeprefix("torch."))
 
 # (N, channels in groups, H, W): images beside each other, with a place left; wider than a tile; one row; one column.
 SHAPES = ((3, 4, 7, 7), (5, 9, 5, 13), (1, 4, 4, 45), (2, 12, 3, 16), (2, 4, 29, 3))
@@ -50,6 +54,11 @@ def of_library(inputs: dict, dy: torch.Tensor, dtype: torch.dtype) -> tuple[torc
 
 def assert_as_good(inputs: dict, dy: torch.Tensor) -> None:
     dtype = inputs["input"].dtype
+    if dtype == torch.float32:
+        with emulator.Emulator():
+            torch.backends.cudnn.allow_tf32 = True
+            testing.check(tf32.CASE, inputs, dy)
+        return
     with emulator.Emulator():
         ours = passes(inputs, dy)
         rounded = [t.to(dtype) for t in of_library(inputs, dy, torch.float32)]  # at its best
@@ -64,6 +73,19 @@ def assert_as_good(inputs: dict, dy: torch.Tensor) -> None:
         assert excess <= 0, f"{name}: {error.max():.3g} off, {excess:.3g} more than allowed"
 
 
+def test_every_kernel_in_tf32(generator, device):
+    if device.kernels != "cuda":
+        pytest.skip("tests/test_emulator.py::test_battery runs this with each tool")
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        for width, stride in itertools.product((2, 4, 8, 16, 24), (1, 2)):
+            inputs, dy = arguments((2, 3, 10, 9), width, torch.float32, generator, stride=stride)
+            there = {n: v.to(device.tensors) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+            testing.check(tf32.CASE, there, dy.to(device.tensors))
+    finally:
+        torch.backends.cudnn.allow_tf32 = False
+
+
 @dtypes
 @pytest.mark.parametrize("stride", [1, 2])
 @widths
@@ -73,11 +95,28 @@ def test_every_shape_and_padding(width, stride, dtype, generator):
         assert_as_good(*arguments(shape, width, dtype, generator, stride=stride, padding=padding))
 
 
+@pytest.mark.parametrize("stride", [1, 2])
 @widths
-def test_reruns_are_bit_equal(width, generator, monkeypatch):
-    inputs, dy = arguments((7, 9, 14, 14), width, torch.bfloat16, generator, stride=1)
+def test_products_are_in_tf32(width, stride, generator):
+    """Not more exact either: who computed them would not be known."""
+    inputs, dy = arguments((3, 4, 7, 7), width, torch.float32, generator, stride=stride)
+    narrow = inputs | {name: tf32.rounded(inputs[name]) for name in ("input", "weight")}
+    with emulator.Emulator():
+        torch.backends.cudnn.allow_tf32 = True
+        whose = answers_of_all_passes(inputs)
+        ours, theirs = passes(inputs, dy), passes(narrow, tf32.rounded(dy))
+    assert OURS in whose or width == 32
+    for who, mine, other in zip(whose[:3], ours[:3], theirs[:3], strict=True):  # but for dbias
+        assert torch.equal(mine, other) == (who == OURS)
+
+
+@dtypes
+@widths
+def test_reruns_are_bit_equal(width, dtype, generator, monkeypatch):
+    inputs, dy = arguments((7, 9, 14, 14), width, dtype, generator, stride=1)
     results = []
     with emulator.Emulator():
+        torch.backends.cudnn.allow_tf32 = True
         for order in ("forward", "reverse", "random:3"):
             monkeypatch.setenv("EMULATOR_ORDER", order)
             results.append(passes(inputs, dy))
@@ -137,6 +176,76 @@ def test_what_cudnn_does_faster_is_left_to_it_pass_by_pass(width, stride, layout
     inputs["input"] = testing.with_layout(inputs["input"], layout)
     with emulator.Emulator():
         assert answers_of_all_passes(inputs) == answers
+
+
+ALL_OURS, ALL_LIBRARY = (OURS,) * 4, (LIBRARY,) * 4
+
+
+@pytest.mark.parametrize(
+    ("width", "stride", "answers"),  # forward, dx, dweight, both
+    [
+        (2, 1, ALL_OURS),
+        (4, 2, ALL_OURS),
+        (8, 1, ALL_OURS),
+        (16, 1, ALL_OURS),
+        (16, 2, (LIBRARY, OURS, OURS, OURS)),
+        (24, 2, ALL_OURS),
+        (32, 1, ALL_LIBRARY),
+    ],
+)
+def test_float32_is_ours_where_tf32_is_allowed(width, stride, answers, generator):
+    inputs, _ = arguments((2, 2, 9, 8), width, torch.float32, generator, stride=stride)
+    with emulator.Emulator():
+        assert answers_of_all_passes(inputs) == ALL_LIBRARY
+        torch.backends.cudnn.allow_tf32 = True
+        assert answers_of_all_passes(inputs) == answers
+        torch.use_deterministic_algorithms(True)
+        assert answers_of_all_passes(inputs) == answers
+
+
+@pytest.fixture
+def precision():
+    """PyTorch's settings of float32 on a GPU, put back as they were."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.enabled, torch.backends.fp32_precision, cudnn.fp32_precision
+    with emulator.Emulator():
+        yield
+        cudnn.enabled, torch.backends.fp32_precision, cudnn.fp32_precision = before
+        cudnn.allow_tf32 = False
+
+
+SETTINGS = {
+    "allow_tf32": lambda: setattr(torch.backends.cudnn, "allow_tf32", True),
+    "of convolutions": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "tf32"),
+    "of cuDNN": lambda: setattr(torch.backends.cudnn, "fp32_precision", "tf32"),
+    "of everything": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+
+
+@pytest.mark.parametrize("allow", SETTINGS.values(), ids=SETTINGS)
+def test_every_setting_of_pytorch_that_allows_tf32(allow, precision, generator):
+    inputs, _ = arguments((2, 2, 9, 8), 8, torch.float32, generator)
+    assert answers_of_all_passes(inputs) == ALL_LIBRARY
+    allow()
+    assert answers_of_all_passes(inputs) == ALL_OURS
+    torch.backends.cudnn.enabled = False  # nothing is cuDNN's, whose TF32 it is
+    assert answers_of_all_passes(inputs) == ALL_LIBRARY
+
+
+@pytest.mark.parametrize("then", [True, False])
+def test_backward_follows_the_setting_of_its_own_time(then, precision, generator):
+    inputs, dy = arguments((2, 2, 9, 8), 8, torch.float32, generator)
+    leaves = [inputs[name].requires_grad_() for name in ("input", "weight")]
+    results = []
+    for now in (then, not then):
+        torch.backends.cudnn.allow_tf32 = now
+        y = cnnkern.functional.conv2d(**inputs)
+        torch.backends.cudnn.allow_tf32 = then
+        results.append(torch.autograd.grad(y, leaves, dy))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    torch.backends.cudnn.allow_tf32 = not then
+    others = torch.autograd.grad(cnnkern.functional.conv2d(**inputs), leaves, dy)
+    assert not any(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,12 @@ void finish() {}
 constexpr int kFillBlocks = 264;
 
 template <typename T>
-__global__ void randomise_kernel(T* data, size_t size, unsigned seed) {  // between -1 and 1
+__global__ void randomise_kernel(T* data, size_t size, unsigned seed) {  // between -1 and 1; float32 that TF32 has too
+  constexpr int kBits = std::is_same_v<T, float> ? 11 : 24;
   for (size_t i = blockIdx.x * size_t{256} + threadIdx.x; i < size; i += size_t{256} * kFillBlocks) {
     unsigned bits = static_cast<unsigned>(i) * 2654435761u + seed * 2246822519u;
     for (int round = 0; round < 2; ++round) bits = (bits ^ bits >> 15) * 2246822519u;
-    data[i] = static_cast<T>(static_cast<float>(bits >> 8) / (1 << 23) - 1.0f);
+    data[i] = static_cast<T>(static_cast<float>(bits >> (32 - kBits)) / (1 << (kBits - 1)) - 1.0f);
   }
 }
 
@@ -82,7 +83,7 @@ struct Tensors {
   Memory<float> parts;
   explicit Tensors(const ConvGeometry& g)
       : g(g), x(g.N * g.C * g.H * g.W), y(g.N * g.O * g.OH * g.OW), dx(x.size), weight(g.O * g.inputs() * 9), bias(g.O), dweight(weight.size),
-        dbias(g.O), parts(grouped_rows_parts(g) * g.O * (g.inputs() * 9 + 1)) {
+        dbias(g.O), parts(grouped_rows_parts<T>(g) * g.O * (g.inputs() * 9 + 1)) {
     x.randomise(), weight.randomise(), bias.randomise();
   }
   Filters<T> filters(bool transposed, bool flipped) const {
@@ -97,7 +98,7 @@ struct Tensors {
     else grouped_rows_gradient<T, 2>(g, y.data, filters(true, false), dx.data, kStream);
   }
   void weight_gradient() {
-    const PartialSums<float> sums = {parts.data, grouped_rows_parts(g), g.O, static_cast<int>(g.inputs() * 9), true};
+    const PartialSums<float> sums = {parts.data, grouped_rows_parts<T>(g), g.O, static_cast<int>(g.inputs() * 9), true};
     if (g.sh == 1) sum_grouped_rows<T, 1>(g, y.data, x.data, sums, kStream);
     else sum_grouped_rows<T, 2>(g, y.data, x.data, sums, kStream);
     sum_parts<T>(sums, {dweight.data, dbias.data, {g.inputs() * 9, 9, 3, 1}, 3, 3}, kStream);
@@ -110,6 +111,9 @@ struct Exact {
   explicit Exact(size_t n) : sum(n), size(n) {}
   void add(size_t at, double a, double b) { sum[at] += a * b, size[at] += std::fabs(a * b); }
 };
+
+template <typename T>
+constexpr const char* kName = std::is_same_v<T, float> ? "tf32" : std::is_same_v<T, c10::Half> ? "fp16" : "bf16";
 
 // Calls f(x's element, y's, the filter's) for every product of a convolution.
 template <typename F>
@@ -162,7 +166,7 @@ bool correct(const ConvGeometry& g) {
   t.weight_gradient(), finish();
   all = close("weight gradient", t.dweight, dweight) && all;
   all = close("bias gradient", t.dbias, dbias) && all;
-  std::printf("%s %ldx%ldx%ldx%ld width %ld stride %d padding %d %d: %s\n", sizeof(T) == 2 && std::is_same_v<T, c10::Half> ? "fp16" : "bf16",
+  std::printf("%s %ldx%ldx%ldx%ld width %ld stride %d padding %d %d: %s\n", kName<T>,
               long(g.N), long(g.C), long(g.H), long(g.W), long(g.inputs()), g.sh, g.ph, g.pw, all ? "right" : "WRONG");
   return all;
 }
@@ -174,15 +178,15 @@ bool all_correct() {
       for (const auto& [C, N, H, W] : {std::array{1, 2, 7, 7}, {1, 3, 5, 9}, {2, 1, 12, 20}, {9, 2, 3, 14}, {3, 5, 6, 33}, {1, 1, 40, 3}}) {
         const int padding = (C + N + H + W + width) % 3, channels = std::max(8, width) * C;
         if (H + 2 * padding < 3) continue;
-        all = correct<c10::BFloat16>(geometry(N, channels, H, W, width, stride, padding, (padding + H) % 3)) && all;
+        const ConvGeometry g = geometry(N, channels, H, W, width, stride, padding, (padding + H) % 3);
+        all = correct<c10::BFloat16>(g) && all;
+        if (grouped_rows_take(g, true)) all = correct<float>(g) && all;
       }
   all = correct<c10::Half>(geometry(2, 96, 11, 13, 4, 1, 1, 1)) && correct<c10::Half>(geometry(2, 96, 11, 13, 16, 2, 1, 1)) && all;
   return all;
 }
 
 #ifdef __CUDACC__
-using T = c10::BFloat16;
-
 // Microseconds of a launch: the median.
 template <typename F>
 double microseconds(const F& f) {
@@ -201,15 +205,16 @@ double microseconds(const F& f) {
   return times[times.size() / 2];
 }
 
+template <typename T>
 void time_layer(const ConvGeometry& g) {
-  const double bytes = 2.0 * (g.N * g.C * g.H * g.W + g.N * g.O * g.OH * g.OW);
+  const double bytes = static_cast<double>(sizeof(T)) * (g.N * g.C * g.H * g.W + g.N * g.O * g.OH * g.OW);
   const int copies = std::max(2, static_cast<int>(256e6 / bytes) + 1);
   std::vector<std::unique_ptr<Tensors<T>>> all;
   for (int i = 0; i < copies; ++i) all.push_back(std::make_unique<Tensors<T>>(g));
   for (auto& t : all) t->forward(), t->input_gradient(), t->weight_gradient();
   finish();
   const auto show = [&](const char* pass, double us) {
-    std::printf("%4ldx%4ldx%3ldx%3ld w%-2ld s%d %-8s %8.1f us %7.0f GB/s\n", long(g.N), long(g.C), long(g.H), long(g.W), long(g.inputs()), g.sh,
+    std::printf("%s %4ldx%4ldx%3ldx%3ld w%-2ld s%d %-8s %8.1f us %7.0f GB/s\n", kName<T>, long(g.N), long(g.C), long(g.H), long(g.W), long(g.inputs()), g.sh,
                 pass, us, bytes / us / 1e3);
     std::fflush(stdout);
   };
@@ -227,6 +232,10 @@ int main([[maybe_unused]] int argc, [[maybe_unused]] char** argv) {
   const int64_t batch = argc > 1 ? std::atoi(argv[1]) : 128;
   const struct { int64_t C, side, width; int stride; } layers[] = {{128, 56, 4, 1}, {256, 56, 8, 2}, {256, 28, 8, 1}, {512, 28, 16, 2},
                                                                    {512, 14, 16, 1}, {1024, 14, 32, 2}, {1024, 7, 32, 1}, {192, 28, 24, 1}};
-  for (const auto& l : layers) time_layer(geometry(batch, l.C, l.side, l.side, l.width, l.stride, 1, 1));
+  for (const auto& l : layers) {
+    const ConvGeometry g = geometry(batch, l.C, l.side, l.side, l.width, l.stride, 1, 1);
+    time_layer<c10::BFloat16>(g);
+    if (grouped_rows_take(g, true)) time_layer<float>(g);
+  }
 #endif
 }

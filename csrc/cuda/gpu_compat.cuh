@@ -172,7 +172,8 @@ __device__ __forceinline__ void load_matrices(unsigned (&r)[kMatrices], const vo
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
 }
 
-// d += a b, in float: a is 16 x 8 (two registers) or 16 x 16 (four), b 8 or 16 by 8. T: c10::BFloat16 or c10::Half.
+// d += a b, in float: a is 16 x 8 (two registers) or 16 x 16 (four), b 8 or 16 by 8. T: c10::BFloat16 or c10::Half. Or float, in
+// TF32: a 16 x 8 (four registers), b 8 x 8 (two), as to_tf32 gives them.
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[2], const unsigned (&b)[1]) {
   if constexpr (std::is_same_v<T, c10::BFloat16>)
@@ -187,14 +188,12 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const unsigned (&a)[
   if constexpr (std::is_same_v<T, c10::BFloat16>)
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else if constexpr (std::is_same_v<T, float>)
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   else
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-// In tf32: a 16 x 8 (four registers), b 8 x 8 (two), as to_tf32 gives them.
-__device__ __forceinline__ void multiply_add_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ __forceinline__ unsigned to_tf32(float v) {  // to nearest, ties away from zero
   unsigned r;

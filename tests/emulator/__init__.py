@@ -121,7 +121,8 @@ class Emulator:
     """A context in which the emulated CUDA kernels answer for CPU tensors.
 
     What they leave to PyTorch its CPU kernels compute without oneDNN, whose 16-bit gradients of small grouped weights
-    depend on what its memory held before (torch 2.14.1).
+    depend on what its memory held before (torch 2.14.1). Convolutions of float32 are not in TF32, as the CPU has none;
+    a test of TF32 sets torch.backends.cudnn.allow_tf32 inside.
     """
 
     def __init__(self, tool: str = "plain") -> None:
@@ -129,12 +130,14 @@ class Emulator:
 
     def __enter__(self) -> "Emulator":
         self.onednn = torch.backends.mkldnn.set_flags(False)
+        self.tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
         self.library.emulator_install()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.library.emulator_uninstall()
         torch.backends.mkldnn.set_flags(*self.onednn)
+        torch.backends.cudnn.allow_tf32 = self.tf32
 
     def gives_to_our_kernels(self, calls: list[tuned.Call]) -> None:
         """Until the end of the context these kernels see a table of `cnnkern tune` that says so, of bfloat16."""

@@ -262,19 +262,19 @@ template <typename T>
 void multiply_add(float (&d)[4], const unsigned (&a)[2], const unsigned (&b)[1], GPU_EMULATOR_PLACE) {
   detail::multiply_add<T, 8>(d, a, b, {file, line});
 }
+// Of float it refuses bits that tf32 has not: a tensor core would drop them.
 template <typename T>
 void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], GPU_EMULATOR_PLACE) {
-  detail::multiply_add<T, 16>(d, a, b, {file, line});
-}
-// Refuses bits that tf32 has not: a tensor core would drop them.
-inline void multiply_add_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], GPU_EMULATOR_PLACE) {
+  constexpr bool kTf32 = std::is_same_v<T, float>;
   const auto check = [&](unsigned v) {
     const bool nan = (v & 0x7fffffff) > 0x7f800000;
-    if ((v & 0x1fff) != 0 && !nan) emulator::refuse("gives multiply_add_tf32 a number that is not of to_tf32", {file, line});
+    if ((v & 0x1fff) != 0 && !nan) emulator::refuse("gives multiply_add a number that is not of to_tf32", {file, line});
   };
-  for (const unsigned v : a) check(v);
-  for (const unsigned v : b) check(v);
-  detail::multiply_add<float, 8>(d, a, b, {file, line});
+  if constexpr (kTf32) {
+    for (const unsigned v : a) check(v);
+    for (const unsigned v : b) check(v);
+  }
+  detail::multiply_add<T, kTf32 ? 8 : 16>(d, a, b, {file, line});
 }
 inline unsigned to_tf32(float v) {
   unsigned bits;

@@ -5,6 +5,7 @@ from faults import Fault
 EVERY = "tests/test_emulator.py::test_every_kernel"
 BATTERY = ("tests/test_battery.py", EVERY)
 
+IN_TF32 = ("tests/test_grouped_rows.py::test_every_kernel_in_tf32",)
 HARD = ("tests/test_numerics.py", "-k", "emulator and bn_act and (extreme_scales or eager_loses or outlier)")
 
 
@@ -325,6 +326,47 @@ FAULTS = [
         "conv/conv_any.cuh",
         "const int h = oh * work.sh - work.ph + ky * work.dh, w = ow * work.sw - work.pw + kx * work.dw;",
         "const int h = oh * work.sh - work.ph + ky, w = ow * work.sw - work.pw + kx;",
+    ),
+    *(
+        Fault("cuda", "grouped_conv2d", f"TF32: {name}", f"conv/{file}.cuh", right, wrong, IN_TF32, tool)
+        for name, file, right, wrong, tool in (
+            (
+                "the halves of a filter's operand exchanged",
+                "grouped_rows",
+                "const unsigned b[2] = {filter[2 * step], filter[2 * step + 1]};",
+                "const unsigned b[2] = {filter[2 * step + 1], filter[2 * step]};",
+                "float32",
+            ),
+            (
+                "a channel of the group beside for one of its own",
+                "grouped_rows",
+                "return there && j >= 0 && j < filters.width ?",
+                "return there && j >= 0 ?",
+                "float32",
+            ),
+            ("an operand that is not rounded", "grouped_rows", "      word = to_tf32(v);\n", "", "float32"),
+            (
+                "a row of the ring overwritten while it is multiplied",
+                "grouped_rows",
+                "    __syncthreads();\n    if (t + kDepth - 1 < part.end) copy_next();\n",
+                "    if (t + kDepth - 1 < part.end) copy_next();\n    __syncthreads();\n",
+                "thread",
+            ),
+            (
+                "positions of x that are other ones of dy",
+                "grouped_rows_sums",
+                "(k / 2 * kDeep + k % 2) * kPitch<kVectors>);",
+                "(k / 2 * kDeep + 1 - k % 2) * kPitch<kVectors>);",
+                "float32",
+            ),
+            (
+                "a bias's gradient as inexact as products",
+                "grouped_rows_sums",
+                "dy_sum += v;",
+                "dy_sum += v * (1 + 0x1p-12f);",
+                "float32",
+            ),
+        )
     ),
     # ---- max_pool2d
     fault(

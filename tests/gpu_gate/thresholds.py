@@ -158,7 +158,8 @@ RULES = (
     cuda("^grouped_rows_kernel<.*ForwardTurn<1>", "rings of six rows, and two rows of results", dynamic_shared=43776),
     cuda("^grouped_rows_kernel<.*ForwardTurn<2>", "of three pairs of rows, and the same", dynamic_shared=71424),
     cuda("^grouped_rows_kernel<.*SpreadTurn", "of six rows, and twice two rows of results", dynamic_shared=33984),
-    cuda("^grouped_rows_(?:sums_)?kernel<.*, 24>", "two blocks of six warps each", occupancy=0.18),
+    cuda("^grouped_rows_(?:sums_)?kernel<c10.*, 24>", "two blocks of six warps each", occupancy=0.18),
+    cuda("^grouped_rows_(?:sums_)?kernel<float", "two or three blocks of four warps", registers=168, occupancy=0.12),
     cuda("^grouped_rows_sums_kernel<.*, 1, ", "of four rows of x and of dy", dynamic_shared=41472),
     cuda("^grouped_rows_sums_kernel<.*, 2, ", "of three pairs of rows of x and rows of dy", dynamic_shared=76032),
     cuda(
@@ -281,7 +282,13 @@ RULES = (
         "^(?:depthwise|grouped)_planes", "a lane is a pixel, neighbouring lanes neighbours: an element each", narrow=ANY
     ),
     cuda("^grouped_planes", "weights go to shared memory first, whose places are divided", divisions=4),
-    cuda("^grouped_rows_sums_kernel<.*, 2, 24>", "a warp's place among the three of a group", "sm_80", divisions=1),
+    cuda("^grouped_rows_sums_kernel<c10.*, 2, ", "ptxas leaves the loop by a call", "sm_80", divisions=1),
+    cuda(
+        "^grouped_rows_sums_kernel<float",
+        "and lanes shuffle behind it, in a routine of their own",
+        "sm_80",
+        divisions=3,
+    ),
     cuda(
         "^grouped_rows_kernel<.*ForwardTurn<1>, 8>",
         "registers for three blocks on a multiprocessor: ptxas keeps four of them on the stack",

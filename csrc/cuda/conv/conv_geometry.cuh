@@ -11,6 +11,7 @@ struct ConvGeometry {
   bool rows;
   int64_t N, C, H, W, O, OH, OW, groups;
   int kh, kw, sh, sw, ph, pw, dh, dw;
+  bool tf32;  // float32 may be multiplied in TF32
   int taps() const { return kh * kw; }
   int64_t inputs() const { return C / groups; }   // channels of x per group
   int64_t outputs() const { return O / groups; }  // channels of y per group

@@ -11,6 +11,7 @@
 
 #include "aten.h"
 #include "check.h"
+#include "compat.h"
 #include "cuda/conv/grouped_conv2d.cuh"
 #include "memory_layout.h"
 #include "own_convolutions.h"
@@ -52,20 +53,23 @@ enum class Pass { forward, input_gradient, weight_gradient };
 // kernels are faster than cuDNN in every pass. In channels_last, 16 bits and aligned memory, wider groups run on tensor cores:
 // faster up to 24 channels, except the forward pass of 16 at stride 2; for 32 channels cuDNN is faster in the forward pass at
 // stride 2 and in the gradients at stride 1. In planes of 16 bits these kernels are faster up to 4 channels, except the
-// weight's gradient. Assumed, not measured: in fp32 planes they reach half of the 67 TFLOP/s of the fp32 units, and are faster.
+// weight's gradient. Assumed, not measured: in fp32 planes they reach half of the 67 TFLOP/s of the fp32 units, and are faster;
+// in TF32 they are faster where they are in 16 bits. Without TF32 those convolutions are left to cuDNN, also by a table, which
+// does not say under which setting it was measured.
 // `own`: the table of `cnnkern tune`, which overrides what was measured here.
 bool left_to_library(const ConvGeometry& g, Pass pass, std::initializer_list<Tensor> read, bool own) {
   const auto type = read.begin()->scalar_type();
   if (type == at::kDouble || (g.inputs() == 1 && g.outputs() == 1)) return false;
-  if (type != at::kFloat && gpu::grouped_rows_take(g)) {
+  const bool float32 = type == at::kFloat;
+  if (gpu::grouped_rows_take(g, float32)) {
     const bool apart = !std::all_of(read.begin(), read.end(), [](const Tensor& t) { return gpu::aligned_to_vectors(t.const_data_ptr()); });
     const bool forward = pass == Pass::forward, behind = g.sh == 2 ? forward && g.inputs() >= 16 && g.inputs() != 24
                                                                    : !forward && g.inputs() == 32;
-    return apart || (behind && !own);
+    return (float32 && !g.tf32) || apart || (behind && !own);
   }
   if (own) return false;
   if (!gpu::grouped_planes_take(g)) return true;
-  return type != at::kFloat && (g.inputs() > 4 || pass == Pass::weight_gradient);
+  return !float32 && (g.inputs() > 4 || pass == Pass::weight_gradient);
 }
 
 ConvGeometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
@@ -88,7 +92,8 @@ ConvGeometry geometry(const Tensor& x, const Tensor& weight, at::IntArrayRef str
           .ph = small(padding[0]),
           .pw = small(padding[1]),
           .dh = small(dilation[0]),
-          .dw = small(dilation[1])};
+          .dw = small(dilation[1]),
+          .tf32 = convolutions_in_tf32()};
 }
 
 // The memory format of results, chosen as ATen's convolutions choose it.

@@ -1,9 +1,9 @@
 // grouped_conv2d: y = conv2d(x, weight, bias). Backward: dx, dweight, dbias.
 // Depthwise with a kernel of 3x3, 5x5 or 7x7 and stride 1 or 2: depthwise_planes.cuh, depthwise_ring.cuh and
 // depthwise_ring_sums.cuh, and depthwise_rows.cuh where pixels are not whole 16-byte pieces. Groups of up
-// to kMostWide channels with a kernel of 3x3, in planes: grouped_planes.cuh; in rows, of 16 bits: grouped_rows.cuh and
-// grouped_rows_sums.cuh. Anything else: conv_any.cuh. At stride 1 the gradient of the input is the same convolution of dy, with
-// filters flipped.
+// to kMostWide channels with a kernel of 3x3, in planes: grouped_planes.cuh; in rows, of 16 bits or in TF32:
+// grouped_rows.cuh and grouped_rows_sums.cuh. Anything else: conv_any.cuh. At stride 1 the gradient of the input is the same
+// convolution of dy, with filters flipped.
 // The gradient of the weight is summed by blocks over parts of the outputs, whose sums a second kernel adds in their
 // order. How work is cut into parts depends only on the shape, so results repeat bit for bit.
 // Memory traffic, in tensors read or written: 2 forward, 4 backward, while the caches hold what neighbouring threads share.
@@ -34,7 +34,8 @@ ConvPath conv_path(const ConvGeometry& g, const T* a, const T* b) {
     return g.C % channels == 0 && aligned(a) && aligned(b);
   };
   if (std::is_same_v<T, double> || !g.square() || g.inputs() != g.outputs()) return ConvPath::any;
-  if (sizeof(T) == 2 && grouped_rows_take(g) && aligned_to_vectors(a) && aligned_to_vectors(b)) return ConvPath::grouped_rows;
+  if ((sizeof(T) == 2 || g.tf32) && grouped_rows_take(g, sizeof(T) == 4) && aligned_to_vectors(a) && aligned_to_vectors(b))
+    return ConvPath::grouped_rows;
   if (g.inputs() > 1) return grouped_planes_take(g) ? ConvPath::grouped_planes : ConvPath::any;
   if (g.kh != 3 && g.kh != 5 && g.kh != 7) return ConvPath::any;
   if (!g.rows) return ConvPath::depthwise_planes;
@@ -76,9 +77,8 @@ void grouped_conv2d_forward(const ConvGeometry& g, const T* x, const T* weight, 
         if constexpr (sizeof(T) == 2) convolve_depthwise_rows<T, size(), stride()>(g, x, weight, bias, y, false, stream);
       });
     const auto filters = filters_of(g, weight, strides, false, false);
-    if constexpr (sizeof(T) == 2)
-      if (path == ConvPath::grouped_rows)
-        return with_stride(g, [&](auto stride) { convolve_grouped_rows<T, stride()>(g, x, filters, bias, y, stream); });
+    if (path == ConvPath::grouped_rows)
+      return with_stride(g, [&](auto stride) { convolve_grouped_rows<T, stride()>(g, x, filters, bias, y, stream); });
     with_stride(g, [&](auto stride) { convolve_grouped_planes<T, stride()>(g, x, filters, bias, y, stream); });
   }
 }
@@ -103,9 +103,8 @@ void grouped_conv2d_input_gradient(const ConvGeometry& g, const T* dy, const T* 
         }
       });
     const auto filters = filters_of(g, weight, strides, true, g.sh == 1);
-    if constexpr (sizeof(T) == 2)
-      if (path == ConvPath::grouped_rows)
-        return with_stride(g, [&](auto stride) { grouped_rows_gradient<T, stride()>(g, dy, filters, dx, stream); });
+    if (path == ConvPath::grouped_rows)
+      return with_stride(g, [&](auto stride) { grouped_rows_gradient<T, stride()>(g, dy, filters, dx, stream); });
     g.sh == 1 ? convolve_grouped_planes<T, 1>(g, dy, filters, kNoBias, dx, stream)
               : grouped_planes_gradient_stride_2(g, dy, filters, dx, stream);
   }
@@ -117,7 +116,8 @@ PartialSums<compute_t<T>> partial_sums(const ConvGeometry& g, const T* dy, const
   const ConvPath path = conv_path<T>(g, dy, x);
   int64_t parts = divup(g.N * g.OH * g.OW, kAnyPart);
   if (path == ConvPath::grouped_planes) parts = grouped_planes_parts(g);
-  if (path == ConvPath::grouped_rows) parts = grouped_rows_parts(g);
+  if constexpr (!std::is_same_v<T, double>)
+    if (path == ConvPath::grouped_rows) parts = grouped_rows_parts<T>(g);
   if (path == ConvPath::depthwise_planes) parts = depthwise_planes_parts(g);
   if (path == ConvPath::depthwise_ring || path == ConvPath::depthwise_rows)
     with_kernel(g, [&](auto size, auto stride) {
@@ -140,8 +140,8 @@ void grouped_conv2d_weight_gradient(const ConvGeometry& g, const T* dy, const T*
       });
     if (path == ConvPath::grouped_planes)
       with_stride(g, [&](auto stride) { sum_grouped_planes<T, stride()>(g, dy, x, sums, stream); });
-    if constexpr (sizeof(T) == 2)
-      if (path == ConvPath::grouped_rows) with_stride(g, [&](auto stride) { sum_grouped_rows<T, stride()>(g, dy, x, sums, stream); });
+    if (path == ConvPath::grouped_rows)
+      with_stride(g, [&](auto stride) { sum_grouped_rows<T, stride()>(g, dy, x, sums, stream); });
   }
   sum_parts(sums, gradient, stream);
 }

@@ -1,8 +1,9 @@
-// Convolution 3x3 of rows of channels (NHWC) in 16 bits by groups of several channels, on tensor cores. A block has 64 channels
-// (48 of groups of 24) of a stream of rows (row_stream.cuh), a warp 8 of their outputs at all positions. Every row of the input is
-// read once and multiplied by the three rows of the kernel: the output rows that it is added to are accumulators, and filters are
-// in registers. Groups of 2 and 4 channels are multiplied eight channels by eight, with zeros between groups, so that a NaN in
-// one spreads to the others of its eight. Products are exact, sums in float.
+// Convolution 3x3 of rows of channels (NHWC) by groups of several channels, on tensor cores: in 16 bits, or float32 in TF32. A
+// block has 64 channels (48 of groups of 24; half as many of float32) of a stream of rows (row_stream.cuh), a warp 8 of their
+// outputs at all positions. Every row of the input is read once and multiplied by the three rows of the kernel: the output rows
+// that it is added to are accumulators, and filters are in registers. Groups of 2 and 4 channels are multiplied eight channels by
+// eight, with zeros between groups, so that a NaN in one spreads to the others of its eight. Float32 is rounded to TF32 as operands
+// are loaded. Products are exact, sums in float.
 #pragma once
 
 #include "cuda/conv/grouped_planes.cuh"
@@ -39,37 +40,60 @@ struct TurnShape {
   int top, above;
 };
 
+// Channels in a register of an operand.
 template <typename T>
-__device__ __forceinline__ unsigned pack(float a, float b) {
+constexpr int kWord = sizeof(unsigned) / sizeof(T);
+
+// Such a register.
+template <typename T>
+__device__ __forceinline__ unsigned operand(float a, float b) {
   const Vector<T, 2> pair = {{static_cast<T>(a), static_cast<T>(b)}};
   unsigned bits;
   memcpy(&bits, &pair, sizeof(bits));
   return bits;
 }
 
-// Filters of a warp's eight outputs as operands: of each tap and eight inputs, this lane's two.
+// Sixteen positions of 32 bytes of channels.
+template <typename T>
+__device__ __forceinline__ void load_operand(unsigned (&a)[4], const unsigned char* row) {
+  load_matrices(a, row);
+  if constexpr (std::is_same_v<T, float>)
+#pragma unroll
+    for (unsigned& word : a) {
+      float v;
+      memcpy(&v, &word, sizeof(v));
+      word = to_tf32(v);
+    }
+}
+
+// Filters of a warp's eight outputs as operands: of each tap and 16 bytes of inputs, this lane's four.
 template <typename T, int kWidth>
 struct WarpFilters {
-  unsigned at[kSquare][kWidth / 8];
+  static constexpr int kSteps = kWidth / kVector<T>;
+  unsigned at[kSquare][kSteps];
 
   __device__ __forceinline__ void load(const Filters<T>& filters, int64_t output, int64_t input, bool there) {
-    const int64_t o = output + threadIdx.x % 32 / 4, before = input + threadIdx.x % 4 * 2 - o / filters.width * filters.width;
+    const int64_t o = output + threadIdx.x % 32 / 4, before = input + threadIdx.x % 4 * kWord<T> - o / filters.width * filters.width;
 #pragma unroll
     for (int tap = 0; tap < kSquare; ++tap)
 #pragma unroll
-      for (int step = 0; step < kWidth / 8; ++step) {
+      for (int step = 0; step < kSteps; ++step) {
         const auto get = [&](int64_t j) { return there && j >= 0 && j < filters.width ? filters.get(o, static_cast<int>(j), tap) : 0.0f; };
-        at[tap][step] = pack<T>(get(before + 8 * step), get(before + 8 * step + 1));
+        const int64_t first = before + kVector<T> * step;
+        if constexpr (std::is_same_v<T, float>)
+          at[tap][step] = to_tf32(get(first));
+        else
+          at[tap][step] = operand<T>(get(first), get(first + 1));
       }
   }
 };
 
-// Where a lane's row of the operands begins in a row of the ring: the position of a tile of 16, and eight or sixteen channels.
-template <typename Turn, int kWidth, int kVectors>
+// Where a lane's row of the operands begins in a row of the ring: the position of a tile of 16, and 32 or 16 bytes of channels.
+template <typename Turn, int kVectors>
 struct OperandPlace {
-  int wide[Turn::kTiles], narrow;  // of 16 channels and of 8
+  int wide[Turn::kTiles], narrow;  // of 32 bytes and of the last 16
 
-  __device__ __forceinline__ OperandPlace(const RowStream& s, int first) {
+  __device__ __forceinline__ OperandPlace(const RowStream& s, int first, int vectors) {
     const int lane = threadIdx.x % 32;
     const auto place = [&](int position, int vector) {
       const int pixel = s.panel_of(position) * Turn::kInColumns * (s.panel + Turn::kHalo) + s.in_panel(position);
@@ -77,7 +101,7 @@ struct OperandPlace {
     };
 #pragma unroll
     for (int m = 0; m < Turn::kTiles; ++m) wide[m] = place(16 * m + lane % 16, first + lane / 16);
-    narrow = place(lane % (16 * Turn::kTiles), first + kWidth / 8 - 1);
+    narrow = place(lane % (16 * Turn::kTiles), first + vectors - 1);
   }
 };
 
@@ -86,8 +110,9 @@ using Accumulators = float[Turn::kRows][Turn::kOutColumns][Turn::kTiles][4];
 
 // Adds the products of a turn's rows. half: pixels of a panel of each remainder.
 template <typename T, typename Turn, int kWidth, int kVectors>
-__device__ __forceinline__ void add_turn(const unsigned char* rows, int row_bytes, int half, const OperandPlace<Turn, kWidth, kVectors>& place,
+__device__ __forceinline__ void add_turn(const unsigned char* rows, int row_bytes, int half, const OperandPlace<Turn, kVectors>& place,
                                          const WarpFilters<T, kWidth>& filters, Accumulators<Turn>& sums) {
+  constexpr int kSteps = WarpFilters<T, kWidth>::kSteps;
 #pragma unroll
   for (int i = 0; i < Turn::kIn; ++i)
 #pragma unroll
@@ -99,21 +124,21 @@ __device__ __forceinline__ void add_turn(const unsigned char* rows, int row_byte
           if (Turn::in(ky) == i) f(filters.at[ky * 3 + kx], sums[Turn::out(ky)][Turn::out_column(kx)]);
       };
 #pragma unroll
-      for (int step = 0; step < kWidth / 16; ++step)
+      for (int step = 0; step < kSteps / 2; ++step)
 #pragma unroll
         for (int m = 0; m < Turn::kTiles; ++m) {
           unsigned a[4];
-          load_matrices(a, at + place.wide[m] + 32 * step);
+          load_operand<T>(a, at + place.wide[m] + 32 * step);
           each_tap([&](const auto& filter, auto& sum) {
             const unsigned b[2] = {filter[2 * step], filter[2 * step + 1]};
             multiply_add<T>(sum[m], a, b);
           });
         }
-      if constexpr (kWidth % 16 != 0) {
+      if constexpr (kSteps % 2 != 0) {
         unsigned a[2 * Turn::kTiles];
         load_matrices(a, at + place.narrow);
         each_tap([&](const auto& filter, auto& sum) {
-          const unsigned b[1] = {filter[kWidth / 8 - 1]};
+          const unsigned b[1] = {filter[kSteps - 1]};
 #pragma unroll
           for (int m = 0; m < Turn::kTiles; ++m) {
             const unsigned tile[2] = {a[2 * m], a[2 * m + 1]};
@@ -129,11 +154,11 @@ template <typename T, typename Turn, int kVectors>
 struct RowStore {
   static constexpr int kPositions = 16 * Turn::kTiles;
   static constexpr int kPixels = kPositions * Turn::kOutColumns;  // of a row
-  static constexpr int kRounds = Turn::kOut * kPixels / 32;
+  static constexpr int kRounds = Turn::kOut * kPixels / kRoundPixels<T>;
   static constexpr int kBytes = Turn::kOut * kPixels * kPitch<kVectors>;
   unsigned to[kRounds];
 
-  static __device__ __forceinline__ int pixel(int i) { return threadIdx.x / kVectors + 32 * i; }
+  static __device__ __forceinline__ int pixel(int i) { return threadIdx.x / kVectors + kRoundPixels<T> * i; }
 
   __device__ __forceinline__ void enter(const RowStream& s, const RowTensor<T>& rows, const StreamPart& part, unsigned set) {
     const unsigned vector = part.vector + threadIdx.x % kVectors;
@@ -153,19 +178,27 @@ struct RowStore {
       const int y = row + pixel(i) / kPixels;
       if (to[i] == kNowhere || y < 0 || y >= rows.H) continue;
       const uint4 v = *reinterpret_cast<const uint4*>(shared + pixel(i) * kPitch<kVectors> + threadIdx.x % kVectors * 16);
-      store_access(reinterpret_cast<uint4*>(rows.data + size_t{to[i] + static_cast<unsigned>(y) * rows.step} * kPacked), v);
+      store_access(reinterpret_cast<uint4*>(rows.data + size_t{to[i] + static_cast<unsigned>(y) * rows.step} * kVector<T>), v);
     }
   }
 };
 
-// How many accesses of a pixel a block has, which are whole groups, and how many blocks share a multiprocessor.
+// How many accesses of a pixel a block has, which are whole groups; its threads; and how many blocks share a multiprocessor.
 template <int kWidth>
 constexpr int kColumnsOf = kWidth == 24 ? 6 : 8;
-template <int kWidth>
-constexpr int kBlocksOf = kWidth <= 8 ? 3 : 2;
+template <typename T>
+constexpr int kMostThreads = 8 * kRoundPixels<T>;
+template <typename T, int kWidth>
+constexpr int kBlocksOf = sizeof(T) == 4 || kWidth <= 8 ? 3 : 2;
+
+// The first of the accesses that hold the inputs of a warp's outputs, in a pixel.
+template <typename T, int kWidth>
+__device__ __forceinline__ int group_of_warp(int warp) {
+  return warp / (kWidth / kOutputs) * (kWidth / kVector<T>);
+}
 
 template <typename T, typename Turn, int kWidth>
-__global__ void __launch_bounds__(256, kBlocksOf<kWidth>)
+__global__ void __launch_bounds__(kMostThreads<T>, kBlocksOf<T, kWidth>)
     grouped_rows_kernel(RowStream s, TurnShape shape, RowTensor<const T> x, Filters<T> filters, const T* __restrict__ bias, RowTensor<T> y) {
   constexpr int kVectors = kColumnsOf<kWidth>, kWarm = (Turn::kRows - 1) / Turn::kOut, kDepth = Turn::kDepth;
   using Copy = RowCopy<T, Turn::kInColumns, Turn::kHalo, 16 * Turn::kTiles, kVectors>;
@@ -194,16 +227,17 @@ __global__ void __launch_bounds__(256, kBlocksOf<kWidth>)
     async_commit();
   }
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / (kWidth / 8) * (kWidth / 8);
-  const int64_t output = (part.vector + warp) * int64_t{kPacked};
-  const bool active = part.vector + warp < static_cast<unsigned>(s.vectors);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = group_of_warp<T, kWidth>(warp);
+  const unsigned vector = part.vector + warp * kWarpVectors<T>;
+  const int64_t output = vector * int64_t{kVector<T>};
+  const bool active = vector < static_cast<unsigned>(s.vectors);
   WarpFilters<T, kWidth> b;
-  b.load(filters, output, (part.vector + group) * int64_t{kPacked}, active);
+  b.load(filters, output, (part.vector + group) * int64_t{kVector<T>}, active);
   float start[2] = {0, 0};
   if (bias != nullptr && active)
 #pragma unroll
     for (int k = 0; k < 2; ++k) start[k] = static_cast<float>(bias[output + lane % 4 * 2 + k]);
-  const OperandPlace<Turn, kWidth, kVectors> place(s, group);
+  const OperandPlace<Turn, kVectors> place(s, group, kWidth / kVector<T>);
   Accumulators<Turn> sums;
   const auto begin_rows = [&](int from) {
 #pragma unroll
@@ -243,8 +277,9 @@ __global__ void __launch_bounds__(256, kBlocksOf<kWidth>)
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
               const int pixel = (r * Store::kPositions + 16 * m + 8 * k + lane / 4) * Turn::kOutColumns + c;
-              unsigned* const to = reinterpret_cast<unsigned*>(done + t % 2 * Store::kBytes + pixel * kPitch<kVectors> + warp * 16) + lane % 4;
-              *to = pack<T>(sums[r][c][m][2 * k], sums[r][c][m][2 * k + 1]);
+              T* const to = reinterpret_cast<T*>(done + t % 2 * Store::kBytes + pixel * kPitch<kVectors>) + warp * kOutputs + lane % 4 * 2;
+              const float pair[2] = {sums[r][c][m][2 * k], sums[r][c][m][2 * k + 1]};
+              write<2>(to, pair);
             }
 #pragma unroll
       for (int r = 0; r + Turn::kOut < Turn::kRows; ++r)
@@ -260,20 +295,21 @@ __global__ void __launch_bounds__(256, kBlocksOf<kWidth>)
   }
 }
 
-// What the kernels compute, of 16 bits and aligned to vectors.
-inline bool grouped_rows_take(const ConvGeometry& g) {
+// What the kernels compute, of tensors that are aligned to vectors: in 16 bits, or in float32 where TF32 is allowed.
+inline bool grouped_rows_take(const ConvGeometry& g, bool float32) {
   const int64_t width = g.inputs();
-  const bool known = width == 2 || width == 4 || width == 8 || width == 16 || width == 24 || width == 32;
-  return g.rows && g.square() && g.kh == 3 && known && g.outputs() == width && g.C % kPacked == 0 && g.ph <= 2 && g.pw <= 2;
+  const bool known = width == 2 || width == 4 || width == 8 || width == 16 || width == 24 || (width == 32 && !float32);
+  return g.rows && g.square() && g.kh == 3 && known && g.outputs() == width && g.C % kOutputs == 0 && g.ph <= 2 && g.pw <= 2;
 }
 
 // Calls f with the width of a group, or with eight.
-template <typename F>
+template <typename T, typename F>
 void with_width(const ConvGeometry& g, const F& f) {
   if (g.inputs() <= 8) return f(std::integral_constant<int, 8>{});
   if (g.inputs() == 16) return f(std::integral_constant<int, 16>{});
-  if (g.inputs() == 24) return f(std::integral_constant<int, 24>{});
-  f(std::integral_constant<int, 32>{});
+  if constexpr (sizeof(T) == 2)
+    if (g.inputs() == 32) return f(std::integral_constant<int, 32>{});
+  f(std::integral_constant<int, 24>{});
 }
 
 // A plane of images that is read, or written.
@@ -286,14 +322,14 @@ struct ImageRows {
 template <typename T, typename Turn>
 void stream_rows(const ConvGeometry& g, const ImageRows<const T>& x, const ImageRows<T>& y, TurnShape shape, int64_t left, int64_t y_left,
                  int64_t turns, int64_t positions, const Filters<T>& filters, const T* bias, Stream stream) {
-  with_width(g, [&](auto width) {
+  with_width<T>(g, [&](auto width) {
     constexpr int kVectors = kColumnsOf<width()>, kPositions = 16 * Turn::kTiles;
-    const RowStream s(g.N, g.C, positions, turns, kPositions, kVectors, kProcessors * kBlocksOf<width()>);
+    const RowStream s(g.N, g.C / kVector<T>, positions, turns, kPositions, kVectors, kProcessors * kBlocksOf<T, width()>);
     const RowTensor<const T> from(x.data, x.H, x.W, left, s.vectors, Turn::kInColumns * (s.tile + Turn::kHalo));
     const RowTensor<T> to(y.data, y.H, y.W, y_left, s.vectors, 1);
     const int row_bytes = RowCopy<T, Turn::kInColumns, Turn::kHalo, kPositions, kVectors>::bytes(s);
     const size_t shared = Turn::kDepth * Turn::kIn * row_bytes + 2 * RowStore<T, Turn, kVectors>::kBytes;
-    launch(grouped_rows_kernel<T, Turn, width()>, s.grid(), dim3(kVectors * 32), shared, stream, s, shape, from, filters, bias, to);
+    launch(grouped_rows_kernel<T, Turn, width()>, s.grid(), dim3(kVectors * kRoundPixels<T>), shared, stream, s, shape, from, filters, bias, to);
   });
 }
 

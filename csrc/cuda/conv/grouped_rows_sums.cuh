@@ -8,12 +8,15 @@
 namespace cnnkern::gpu {
 
 // Each block writes partial sums, which are read again: as many bytes as those of (groups' width / 4) turns.
-// So a multiprocessor has two blocks if these have enough turns, otherwise one.
-template <int kStride>
+// So a multiprocessor has two blocks, or three of float32, if these have enough turns, otherwise one.
+template <typename T>
+constexpr int kSumBlocksOf = sizeof(T) == 4 ? 3 : 2;
+
+template <typename T, int kStride>
 RowStream sums_stream(const ConvGeometry& g, int vectors) {
   using Turn = ForwardTurn<kStride>;
-  const auto by = [&](int64_t blocks) { return RowStream(g.N, g.C, g.OW, g.OH + Turn::kRows - 1, 16 * Turn::kTiles, vectors, blocks); };
-  const RowStream s = by(2 * kProcessors);
+  const auto by = [&](int64_t blocks) { return RowStream(g.N, g.C / kVector<T>, g.OW, g.OH + Turn::kRows - 1, 16 * Turn::kTiles, vectors, blocks); };
+  const RowStream s = by(kSumBlocksOf<T> * kProcessors);
   return s.part < g.inputs() ? by(kProcessors) : s;
 }
 
@@ -26,8 +29,98 @@ struct SumTiles {
   static __host__ __device__ constexpr int chunk(int half) { return half % kChunks; }
 };
 
+// A lane's place in the rows of the ring, and what it reads there: operands whose depth is kDeep positions. In 16 bits matrices
+// are transposed as they are loaded.
+template <typename T, typename Turn, int kVectors>
+struct SumOperands {
+  static constexpr int kDeep = 16, kCount = Turn::kTiles;
+  int whole[kCount], single[kCount], of_dy;  // operands with two halves, and with one
+  float dy_sum[4] = {};
+
+  // group, warp: where the channels of x and of dy begin in a pixel, in bytes; place: of a position in x.
+  template <typename Place>
+  __device__ __forceinline__ SumOperands(const Place& place, int group, int warp) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < kCount; ++m)
+      whole[m] = place(16 * m + lane % 8 + lane / 16 * 8) + group, single[m] = place(16 * m + lane % 16) + group;
+    of_dy = lane * kPitch<kVectors> + warp;
+  }
+
+  // b: of all positions; sum_dy adds those of operand m to the sums of dy.
+  __device__ __forceinline__ void load_dy(unsigned (&b)[2 * kCount], const unsigned char* rows) {
+    load_matrices<2 * kCount, true>(b, rows + of_dy);
+  }
+  __device__ __forceinline__ void sum_dy(const unsigned (&b)[2 * kCount], int m) {
+    const unsigned one = operand<T>(1, 1), ones[4] = {one, one, one, one}, fresh[2] = {b[2 * m], b[2 * m + 1]};
+    multiply_add<T>(dy_sum, ones, fresh);
+  }
+
+  // first, second: where the halves are, from a position on.
+  __device__ __forceinline__ void load_x(unsigned (&a)[4], const unsigned char* rows, int m, int first, int second) const {
+    load_matrices<4, true>(a, rows + whole[m] + (threadIdx.x / 8 % 2 == 0 ? first : second));
+  }
+  __device__ __forceinline__ void load_x(unsigned (&a)[4], const unsigned char* rows, int m, int only) const {
+    unsigned low[2];
+    load_matrices<2, true>(low, rows + single[m] + only);
+    a[0] = low[0], a[1] = 0, a[2] = low[1], a[3] = 0;
+  }
+
+  // The sums of dy of the warp's eight outputs.
+  __device__ __forceinline__ void write_dy_sums(float* sums, int lane) const {
+    const float pair[2] = {dy_sum[0], dy_sum[1]};
+    if (lane < 4) write<2>(sums + 2 * lane, pair);
+  }
+};
+
+// In TF32 a lane has a channel of two neighbouring positions, which are operands' columns or rows i and i + 4: so the 32 lanes
+// read from as many banks. dy is summed before it is rounded.
+template <typename Turn, int kVectors>
+struct SumOperands<float, Turn, kVectors> {
+  static constexpr int kDeep = 8, kCount = 2 * Turn::kTiles;
+  int of_x[kCount], of_dy;
+  float dy_sum = 0;
+
+  template <typename Place>
+  __device__ __forceinline__ SumOperands(const Place& place, int group, int warp) {
+    const int lane = threadIdx.x % 32, first = lane % 4 * 2, channel = lane / 4 * static_cast<int>(sizeof(float));
+#pragma unroll
+    for (int m = 0; m < kCount; ++m) of_x[m] = place(kDeep * m + first) + group + channel;
+    of_dy = first * kPitch<kVectors> + warp + channel;
+  }
+
+  static __device__ __forceinline__ float at(const unsigned char* p) { return *reinterpret_cast<const float*>(p); }
+
+  __device__ __forceinline__ void load_dy(unsigned (&b)[2 * kCount], const unsigned char* rows) {
+#pragma unroll
+    for (int k = 0; k < 2 * kCount; ++k) {
+      const float v = at(rows + of_dy + (k / 2 * kDeep + k % 2) * kPitch<kVectors>);
+      dy_sum += v;
+      b[k] = to_tf32(v);
+    }
+  }
+  __device__ __forceinline__ void sum_dy(const unsigned (&)[2 * kCount], int) {}  // load_dy has summed it
+
+  __device__ __forceinline__ void load_x(unsigned (&a)[4], const unsigned char* rows, int m, int first, int second) const {
+    load_x(a, rows, m, first);
+    const unsigned char* const p = rows + of_x[m] + second;
+    a[1] = to_tf32(at(p)), a[3] = to_tf32(at(p + kPitch<kVectors>));
+  }
+  __device__ __forceinline__ void load_x(unsigned (&a)[4], const unsigned char* rows, int m, int only) const {
+    const unsigned char* const p = rows + of_x[m] + only;
+    a[0] = to_tf32(at(p)), a[1] = 0, a[2] = to_tf32(at(p + kPitch<kVectors>)), a[3] = 0;
+  }
+
+  __device__ __forceinline__ void write_dy_sums(float* sums, int lane) const {
+    float sum = dy_sum;
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2) sum += __shfl_xor_sync(kAllLanes, sum, distance);
+    if (lane % 4 == 0) sums[lane / 4] = sum;
+  }
+};
+
 template <typename T, int kStride, int kWidth>
-__global__ void __launch_bounds__(256, 2)
+__global__ void __launch_bounds__(kMostThreads<T>, kSumBlocksOf<T>)
     grouped_rows_sums_kernel(RowStream s, int top, int width, RowTensor<const T> x, RowTensor<const T> dy, PartialSums<float> sums) {
   using Turn = ForwardTurn<kStride>;
   using Tiles = SumTiles<kWidth>;
@@ -58,21 +151,19 @@ __global__ void __launch_bounds__(256, 2)
     async_commit();
   }
 
+  constexpr int kChannels = kOutputs * sizeof(T);  // of a warp, in bytes
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / Tiles::kChunks * Tiles::kChunks;
-  const bool active = part.vector + warp < static_cast<unsigned>(s.vectors);
+  const bool active = part.vector + warp * kWarpVectors<T> < static_cast<unsigned>(s.vectors);
   const auto place = [&](int position) {
-    return (s.panel_of(position) * Turn::kInColumns * (s.panel + Turn::kHalo) + s.in_panel(position)) * kPitch<kVectors> + 16 * group;
+    return (s.panel_of(position) * Turn::kInColumns * (s.panel + Turn::kHalo) + s.in_panel(position)) * kPitch<kVectors>;
   };
-  int whole[Turn::kTiles], single[Turn::kTiles];  // a lane's row of operands with two halves, and with one
-#pragma unroll
-  for (int m = 0; m < Turn::kTiles; ++m) whole[m] = place(16 * m + lane % 8 + lane / 16 * 8), single[m] = place(16 * m + lane % 16);
   const auto half_at = [&](int half) {
-    return Turn::pixel(Tiles::kx(half), s.panel + Turn::kHalo) * kPitch<kVectors> + 16 * Tiles::chunk(half);
+    return Turn::pixel(Tiles::kx(half), s.panel + Turn::kHalo) * kPitch<kVectors> + kChannels * Tiles::chunk(half);
   };
-  const unsigned one = pack<T>(1, 1);
-  const unsigned ones[4] = {one, one, one, one};
-  float sum[3][Tiles::kCount][4] = {}, dy_sum[4] = {};
-  unsigned b[Turn::kRows][2 * Turn::kTiles] = {};  // of this row of dy, and of those before
+  using Operands = SumOperands<T, Turn, kVectors>;
+  Operands operands(place, kChannels * group, kChannels * warp);
+  float sum[3][Tiles::kCount][4] = {};
+  unsigned b[Turn::kRows][2 * Operands::kCount] = {};  // of this row of dy, and of those before
 
   int slot = 0;
 #pragma unroll 1
@@ -86,24 +177,21 @@ __global__ void __launch_bounds__(256, 2)
 #pragma unroll
       for (int r = Turn::kRows - 1; r > 0; --r)
 #pragma unroll
-        for (int k = 0; k < 2 * Turn::kTiles; ++k) b[r][k] = b[r - 1][k];
-      load_matrices<2 * Turn::kTiles, true>(b[0], rows + dy_at + lane * kPitch<kVectors> + 16 * warp);
+        for (int k = 0; k < 2 * Operands::kCount; ++k) b[r][k] = b[r - 1][k];
+      operands.load_dy(b[0], rows + dy_at);
 #pragma unroll
-      for (int m = 0; m < Turn::kTiles; ++m) {
-        const unsigned fresh[2] = {b[0][2 * m], b[0][2 * m + 1]};
-        multiply_add<T>(dy_sum, ones, fresh);
+      for (int m = 0; m < Operands::kCount; ++m) {
+        operands.sum_dy(b[0], m);
 #pragma unroll
         for (int i = 0; i < Turn::kIn; ++i)
 #pragma unroll
           for (int j = 0; j < Tiles::kCount; ++j) {
             const unsigned char* const at = rows + i * row_bytes;
-            unsigned a[4] = {};
+            unsigned a[4];
             if (Tiles::whole(j)) {
-              load_matrices<4, true>(a, at + whole[m] + (lane / 8 % 2 == 0 ? half_at(2 * j) : half_at(2 * j + 1)));
+              operands.load_x(a, at, m, half_at(2 * j), half_at(2 * j + 1));
             } else {
-              unsigned low[2];
-              load_matrices<2, true>(low, at + single[m] + half_at(2 * j));
-              a[0] = low[0], a[2] = low[1];
+              operands.load_x(a, at, m, half_at(2 * j));
             }
 #pragma unroll
             for (int ky = 0; ky < 3; ++ky)
@@ -118,12 +206,9 @@ __global__ void __launch_bounds__(256, 2)
     slot = slot + 1 == kDepth ? 0 : slot + 1;
   }
   if (!active) return;
+  const int64_t outputs = (part.vector + warp * kWarpVectors<T>) * int64_t{kVector<T>};
+  operands.write_dy_sums(&sums.at(part.index, outputs, sums.taps), lane);
   const int column = lane % 4 * 2;
-  const int64_t output = (part.vector + warp) * int64_t{kPacked} + column;
-  if (lane < 4) {
-    const float pair[2] = {dy_sum[0], dy_sum[1]};
-    write<2>(&sums.at(part.index, output, sums.taps), pair);
-  }
 #pragma unroll
   for (int ky = 0; ky < 3; ++ky)
 #pragma unroll
@@ -131,16 +216,17 @@ __global__ void __launch_bounds__(256, 2)
       const int input = Tiles::chunk(half) * 8 + lane / 4 - (kWidth == 8 ? column & -width : 0);
       const float* const values = sum[ky][half / 2] + half % 2 * 2;
       const float pair[2] = {values[0], values[1]};
-      if (input >= 0 && input < width) write<2>(&sums.at(part.index, output, input * kSquare + ky * 3 + Tiles::kx(half)), pair);
+      if (input >= 0 && input < width) write<2>(&sums.at(part.index, outputs + column, input * kSquare + ky * 3 + Tiles::kx(half)), pair);
     }
 }
 
 // Parts of the sums.
-inline int64_t grouped_rows_parts(const ConvGeometry& g) {
+template <typename T>
+int64_t grouped_rows_parts(const ConvGeometry& g) {
   int64_t parts = 0;
-  with_width(g, [&](auto width) {
+  with_width<T>(g, [&](auto width) {
     constexpr int kVectors = kColumnsOf<width()>;
-    parts = (g.sh == 1 ? sums_stream<1>(g, kVectors) : sums_stream<2>(g, kVectors)).parts();
+    parts = (g.sh == 1 ? sums_stream<T, 1>(g, kVectors) : sums_stream<T, 2>(g, kVectors)).parts();
   });
   return parts;
 }
@@ -149,14 +235,14 @@ inline int64_t grouped_rows_parts(const ConvGeometry& g) {
 template <typename T, int kStride>
 void sum_grouped_rows(const ConvGeometry& g, const T* dy, const T* x, const PartialSums<float>& sums, Stream stream) {
   using Turn = ForwardTurn<kStride>;
-  with_width(g, [&](auto width) {
+  with_width<T>(g, [&](auto width) {
     constexpr int kVectors = kColumnsOf<width()>, kPositions = 16 * Turn::kTiles, kDepth = kStride == 1 ? 4 : 3;
-    const RowStream s = sums_stream<kStride>(g, kVectors);
+    const RowStream s = sums_stream<T, kStride>(g, kVectors);
     const RowTensor<const T> of_x(x, g.H, g.W, g.pw, s.vectors, Turn::kInColumns * (s.panel + Turn::kHalo));
     const RowTensor<const T> of_dy(dy, g.OH, g.OW, 0, s.vectors, s.panel);
     const size_t turn = Turn::kIn * RowCopy<T, Turn::kInColumns, Turn::kHalo, kPositions, kVectors>::bytes(s) +
                         RowCopy<T, 1, 0, kPositions, kVectors>::bytes(s);
-    launch(grouped_rows_sums_kernel<T, kStride, width()>, s.grid(), dim3(kVectors * 32), kDepth * turn, stream, s, g.ph,
+    launch(grouped_rows_sums_kernel<T, kStride, width()>, s.grid(), dim3(kVectors * kRoundPixels<T>), kDepth * turn, stream, s, g.ph,
            static_cast<int>(g.inputs()), of_x, of_dy, sums);
   });
 }

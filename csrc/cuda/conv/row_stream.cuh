@@ -1,4 +1,4 @@
-// A tensor of rows of channels (NHWC, 16 bits) as streams of rows of pixels, which blocks read through a ring in shared memory.
+// A tensor of rows of channels (NHWC, 16 bits or float32) as streams of rows of pixels, which blocks read through a ring in shared memory.
 // A block has some channels of `tile` neighbouring positions of each row, in image after image; so that narrow images fill
 // its 16 or 32 positions, several lie side by side as its *panels*. The stream is one set of panels after another, row by row,
 // and a block's part of it may begin and end anywhere. What lies outside an image is zero, which is the padding of a convolution.
@@ -8,10 +8,16 @@
 
 namespace cnnkern::gpu {
 
-constexpr int kPacked = 8;            // channels of 16 bits in one access, and outputs of a tensor core's operand
+constexpr int kOutputs = 8;           // channels of a warp, and of a tensor core's operand
 constexpr int kNarrowest = 8;         // positions of a panel
 constexpr int64_t kProcessors = 132;  // multiprocessors of the largest GPU
 constexpr int64_t kLeastTurns = 16;   // of a block, before there are more of them
+
+// A warp's accesses of a pixel, and pixels of which a block's threads have an access each.
+template <typename T>
+constexpr int kWarpVectors = kOutputs / kVector<T>;
+template <typename T>
+constexpr int kRoundPixels = 32 / kWarpVectors<T>;
 
 // From pixel to pixel in shared memory, in bytes: eight neighbours lie in different banks.
 template <int kVectors>
@@ -25,10 +31,11 @@ struct RowStream {
   int panel, panels, tile;   // positions of a panel, a power of two; panels; positions of each that are used
   int panel_bits;
 
-  // positions: of an image's row; turns: of an image; most: positions of a block; block_vectors: accesses of a pixel that it has.
-  RowStream(int64_t N, int64_t C, int64_t positions, int64_t image_turns, int most, int block_vectors, int64_t blocks)
-      : channel_tiles(divup(C, block_vectors * kPacked)), tiles(1), turns(image_turns), images(static_cast<unsigned>(N)),
-        vectors(static_cast<int>(C / kPacked)), panel(most) {
+  // vectors: accesses of a pixel; positions: of an image's row; turns: of an image; most: positions of a block; block_vectors:
+  // accesses of a pixel that it has.
+  RowStream(int64_t N, int64_t vectors, int64_t positions, int64_t image_turns, int most, int block_vectors, int64_t blocks)
+      : channel_tiles(divup(vectors, block_vectors)), tiles(1), turns(image_turns), images(static_cast<unsigned>(N)),
+        vectors(static_cast<int>(vectors)), panel(most) {
     const auto sets = [&](int width) { return divup(positions, width) * divup(N, most / width); };
     for (int width = most; width >= kNarrowest; width /= 2)
       if (sets(width) < sets(panel)) panel = width;
@@ -90,7 +97,7 @@ constexpr unsigned kNowhere = ~0u;
 template <typename T, int kColumns, int kHalo, int kPositions, int kVectors>
 struct RowCopy {
   static constexpr int kMost = kColumns * (kPositions + kHalo * (kPositions / kNarrowest));
-  static constexpr int kRounds = static_cast<int>(divup(kMost, 32));
+  static constexpr int kRounds = static_cast<int>(divup(kMost, kRoundPixels<T>));
   unsigned from[kRounds];
   int to[kRounds];
 
@@ -101,7 +108,7 @@ struct RowCopy {
     const unsigned vector = threadIdx.x % kVectors;
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
-      unsigned panel = threadIdx.x / kVectors + 32 * i;
+      unsigned panel = threadIdx.x / kVectors + kRoundPixels<T> * i;
       const int pixel = rows.pixels.split(panel), x = static_cast<int>(part.column) * kColumns + pixel - rows.left;
       const unsigned image = set * s.panels + panel;
       const bool there = image < s.images && part.vector + vector < static_cast<unsigned>(s.vectors) && x >= 0 && x < rows.W &&
@@ -119,7 +126,7 @@ struct RowCopy {
       if (to[i] >= 0) {
         const bool there = inside && from[i] != kNowhere;
         const unsigned at = there ? from[i] + static_cast<unsigned>(row) * rows.step : 0;
-        async_copy(shared + to[i], rows.data + size_t{at} * kPacked, there);
+        async_copy(shared + to[i], rows.data + size_t{at} * kVector<T>, there);
       }
   }
 };

@@ -7,7 +7,6 @@ namespace {
 
 using cnnkern::gpu::load_matrices;
 using cnnkern::gpu::multiply_add;
-using cnnkern::gpu::multiply_add_tf32;
 using cnnkern::gpu::to_tf32;
 
 constexpr int kRows = 16, kColumns = 8;
@@ -70,7 +69,7 @@ void multiply_tf32(const float* a, const float* b, float* out, bool swapped) {
   for (unsigned i = 0; i < 2; ++i) fragments_b[i] = to_tf32(b[(i == 0 ? in_group : in_group + 4) * kColumns + group]);
   if (swapped) std::swap(fragments_a[0], fragments_a[1]);
   float d[4] = {1, 1, 1, 1};
-  multiply_add_tf32(d, fragments_a, fragments_b);
+  multiply_add<float>(d, fragments_a, fragments_b);
   store_product(d, out);
 }
 template <typename T>
@@ -206,7 +205,7 @@ void multiply_unrounded(float* out) {
   memcpy(&bits, &tenth, sizeof(bits));
   const unsigned rounded = kFault ? bits : to_tf32(tenth), a[4] = {rounded, rounded, rounded, rounded}, b[2] = {rounded, rounded};
   float d[4] = {};
-  multiply_add_tf32(d, a, b);
+  multiply_add<float>(d, a, b);
   out[threadIdx.x] = d[0];
 }
 template <bool kFault>
