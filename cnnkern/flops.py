@@ -22,7 +22,7 @@ def _register(counter: ModuleType) -> None:
         return
 
     def forward(x: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int, *, out_val: Any):
-        settings = (stride, padding, dilation, False, (0, 0), groups)
+        settings = (stride, padding, dilation, False, (0,), groups)
         return formulas[aten.convolution](x, weight, bias, *settings, out_val=out_val)
 
     def backward(
@@ -37,7 +37,7 @@ def _register(counter: ModuleType) -> None:
         *,
         out_val: Any,
     ):
-        settings = (stride, padding, dilation, False, (0, 0), groups, output_mask)
+        settings = (stride, padding, dilation, False, (0,), groups, output_mask)
         return formulas[aten.convolution_backward](dy, x, weight, None, *settings, out_val=out_val)
 
     counter.register_flop_formula(ours.grouped_conv2d, get_raw=True)(forward)

@@ -154,6 +154,10 @@ def conv2d(input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilati
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
+def conv3d(input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1) -> Tensor:
+    return F.conv3d(input, weight, bias, stride, padding, dilation, groups)
+
+
 def layer_norm(input: Tensor, normalized_shape, weight=None, bias=None, eps=1e-5) -> Tensor:
     if input.is_cuda and weight is not None and weight.dtype != input.dtype and not torch.is_autocast_enabled("cuda"):
         # PyTorch accepts float32 parameters with a 16-bit input only on the CPU and under autocast.

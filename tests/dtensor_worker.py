@@ -22,6 +22,7 @@ from cnnkern.nn import (
     BatchNormReLU2d,
     GroupedConv1d,
     GroupedConv2d,
+    GroupedConv3d,
     LayerNorm,
     LayerNorm2d,
 )
@@ -40,6 +41,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "GroupedConv2d": (lambda: GroupedConv2d(8, 8, 3, padding=1, groups=4), IMAGES),
     "GroupedConv2d with a stride": (lambda: GroupedConv2d(8, 16, 2, 2, groups=4, bias=False), IMAGES),
     "GroupedConv2d with another stride": (lambda: GroupedConv2d(8, 16, 2, 3, groups=4, bias=False), IMAGES),
+    "GroupedConv3d": (lambda: GroupedConv3d(8, 8, 3, padding=1, groups=4), (4, 8, 3, 5, 6)),
     "BatchNorm2d": (lambda: BatchNorm2d(8), IMAGES),
     "BatchNormReLU2d": (lambda: BatchNormReLU2d(8), IMAGES),
     "BatchNormAddReLU2d": (lambda: BatchNormAddReLU2d(8), IMAGES),

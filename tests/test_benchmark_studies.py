@@ -31,6 +31,17 @@ def test_sequences_have_a_row_each(arguments, row, capsys):
     assert lines[0].endswith("| cnnkern |")
 
 
+def test_volumes_have_a_row_per_layout(capsys):
+    threads, only = torch.get_num_threads(), "X3D, one: 1x432"
+    try:
+        assert sequences.main(["--threads", "1", "--seconds", "0", "--volumes", "--only", only]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {only}")]
+    assert [line.split(" | ")[1] for line in lines] == ["contiguous", "channels_last"]
+    assert all(line.count("x ± ") == 2 for line in lines)
+
+
 def test_sequences_take_the_processors_time_of_one_thread_alone(capsys):
     with pytest.raises(SystemExit):
         sequences.main(["--threads", "2", "--cpu-time"])

@@ -138,6 +138,7 @@ MODULES = {  # name -> (module, shape of its inputs)
     "LayerNorm2d": (cnnkern.nn.LayerNorm2d(4), SHAPES["2d"]),
     "GroupedConv1d": (cnnkern.nn.GroupedConv1d(4, 8, 3, groups=4), SHAPES["1d"]),
     "GroupedConv2d": (cnnkern.nn.GroupedConv2d(4, 8, 3, groups=4), SHAPES["2d"]),
+    "GroupedConv3d": (cnnkern.nn.GroupedConv3d(4, 4, 2, groups=4), SHAPES["3d"]),
 }
 
 

@@ -113,6 +113,7 @@ FUZZED = {
     "layer_norm": ((2, 3, 4, 5), 1, functional.layer_norm, reference.layer_norm, {}),
     "conv1d": ((3,), 1, functional.conv1d, F.conv1d, {}),
     "conv2d": ((4,), 1, functional.conv2d, F.conv2d, {}),
+    "conv3d": ((5,), 1, functional.conv3d, F.conv3d, {}),
 }
 
 

@@ -8,7 +8,7 @@ from typing_extensions import assert_type
 
 import cnnkern
 from cnnkern import functional
-from cnnkern.nn import BatchNormAddReLU2d, BatchNormReLU2d, GroupedConv1d, GroupedConv2d, LayerNorm2d
+from cnnkern.nn import BatchNormAddReLU2d, BatchNormReLU2d, GroupedConv1d, GroupedConv2d, GroupedConv3d, LayerNorm2d
 
 x = torch.randn(2, 8, 4, 4)
 mean, var = torch.zeros(8), torch.ones(8)
@@ -19,12 +19,14 @@ assert_type(functional.batch_norm_add_relu(x, x, mean, var, training=False), Ten
 assert_type(functional.add_relu(x, x), Tensor)
 assert_type(functional.conv2d(x, torch.randn(8, 1, 3, 3), None, padding=1, groups=8), Tensor)
 assert_type(functional.conv1d(x[0], torch.randn(8, 1, 3), None, padding="same", groups=8), Tensor)
+assert_type(functional.conv3d(x[None], torch.randn(2, 1, 3, 3, 3), None, padding=(1, 1, 1), groups=2), Tensor)
 assert_type(functional.layer_norm(x, (4,)), Tensor)
 assert_type(functional.layer_norm2d(x), Tensor)
 
 norm: nn.BatchNorm2d = BatchNormReLU2d(8)
 add: nn.BatchNorm2d = BatchNormAddReLU2d(8)
 of_sequences: nn.Conv1d = GroupedConv1d(8, 8, 3, groups=8)
+of_videos: nn.Conv3d = GroupedConv3d(8, 8, 3, groups=8)
 convolution: nn.Conv2d = GroupedConv2d(8, 8, 3, groups=8)
 layer_norm: nn.Module = LayerNorm2d(8)
 

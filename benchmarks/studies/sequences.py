@@ -1,15 +1,16 @@
-"""Grouped convolutions of sequences, which run on the kernels for images, beside PyTorch's.
+"""Grouped convolutions of sequences and of volumes, which run on the kernels for images, beside PyTorch's.
 
 `python -m benchmarks.studies.sequences [--threads N] [--dtype float32|bfloat16|float16] [--seconds S] [--only TEXT]
 [--cpu-time] [--volumes]` prints for each layer PyTorch's milliseconds and the speedup of cnnkern's operator: in the
 forward pass, in that of a transposed input (which both copy first), and in forward and backward. Speedups are medians
 over interleaved rounds, with their uncertainty (:mod:`cnnkern.measure.clock`). The operator is called directly; the
 last column says which layers `cnnkern.functional.conv1d` dispatches to PyTorch. `--cpu-time`, with one thread, reports
-CPU time, for a machine that others use. `--volumes` compares PyTorch's depthwise 3x3x3 convolutions of videos with
-cnnkern's 3x3 convolutions of their frames, by the time per multiplication.
+CPU time, for a machine that others use. `--volumes` times convolutions of videos instead, in both layouts, by
+`cnnkern.functional.conv3d`.
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -49,13 +50,27 @@ SEQUENCES = (
     ("groups, long", 1, 128, 16000, 32, 9, 1),
     ("groups", 8, 256, 40, 64, 9, 1),
 )
-# (what it is like, N, C, frames, height and width, stride of these)
+# (what it is like, N, C, frames, height and width, channels per group, kernel, stride)
 VOLUMES = (
-    ("X3D", 4, 54, 16, 56, 1),
-    ("X3D", 4, 54, 16, 56, 2),
-    ("X3D", 4, 108, 16, 28, 1),
-    ("CSN", 2, 64, 8, 56, 1),
-    ("CSN", 2, 128, 8, 28, 1),
+    ("X3D", 4, 54, 16, 56, 1, (3, 3, 3), (1, 1, 1)),
+    ("X3D", 4, 54, 16, 112, 1, (3, 3, 3), (1, 2, 2)),
+    ("X3D", 4, 108, 16, 28, 1, (3, 3, 3), (1, 1, 1)),
+    ("X3D", 4, 216, 16, 28, 1, (3, 3, 3), (1, 2, 2)),
+    ("X3D", 4, 216, 16, 14, 1, (3, 3, 3), (1, 1, 1)),
+    ("X3D", 4, 432, 16, 7, 1, (3, 3, 3), (1, 1, 1)),
+    ("X3D, one", 1, 54, 13, 40, 1, (3, 3, 3), (1, 1, 1)),
+    ("X3D, one", 1, 432, 13, 5, 1, (3, 3, 3), (1, 1, 1)),
+    ("X3D, stem", 4, 24, 16, 112, 1, (5, 1, 1), (1, 1, 1)),
+    ("CSN", 2, 64, 8, 56, 1, (3, 3, 3), (1, 1, 1)),
+    ("CSN", 2, 128, 8, 28, 1, (3, 3, 3), (2, 2, 2)),
+    ("CSN", 2, 256, 4, 14, 1, (3, 3, 3), (1, 1, 1)),
+    ("frames alone", 2, 128, 8, 28, 1, (1, 3, 3), (1, 1, 1)),
+    ("time alone", 2, 128, 8, 28, 1, (3, 1, 1), (1, 1, 1)),
+    ("ResNeXt", 2, 128, 8, 28, 4, (3, 3, 3), (1, 1, 1)),
+    ("ResNeXt", 2, 256, 8, 28, 8, (3, 3, 3), (2, 2, 2)),
+    ("ResNeXt", 2, 256, 4, 14, 8, (3, 3, 3), (1, 1, 1)),
+    ("ResNeXt", 2, 512, 4, 14, 16, (3, 3, 3), (1, 1, 1)),
+    ("ResNeXt", 2, 1024, 2, 7, 32, (3, 3, 3), (1, 1, 1)),
 )
 
 
@@ -131,26 +146,27 @@ def sequences(dtype: torch.dtype, timer: clock.Timer, seconds: float, only: str)
         )
 
 
-def volumes(timer: clock.Timer, seconds: float, only: str) -> None:
-    print("\n| layer | layout | forward (ms) | forward, per multiplication | with backward, per multiplication |")
+def volumes(dtype: torch.dtype, timer: clock.Timer, seconds: float, only: str) -> None:
+    print("\n| layer | layout | forward (ms) | forward | forward and backward |")
     print("|---|---|---:|---:|---:|")
-    for name, n, c, frames, side, stride in VOLUMES:
-        for layout in (torch.contiguous_format, torch.channels_last_3d):
-            row = f"{name}: {n}x{c}x{frames}x{side}x{side} kernel 3x3x3 stride {stride}"
+    for name, n, c, frames, side, width, kernel, stride in VOLUMES:
+        for kind, layout in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last_3d)):
+            row = f"{name}: {n}x{c}x{frames}x{side}x{side} width {width} kernel {'x'.join(map(str, kernel))} stride "
+            row += "x".join(map(str, stride))
             if only not in row:
                 continue
-            weight = torch.randn(c, 1, 3, 3, 3)
-            x = torch.randn(n, c, frames, side, side).to(memory_format=layout)
-            flat = torch.channels_last if layout == torch.channels_last_3d else torch.contiguous_format
-            images = torch.randn(n * frames, c, side, side).to(memory_format=flat)
-            theirs, _ = convolved(F.conv3d, x, weight, (1, stride, stride), 1, 1, c)
-            ours, _ = convolved(cnnkern.functional.conv2d, images, weight[:, :, 0].clone(), stride, 1, 1, c)
+            x = torch.randn(n, c, frames, side, side).to(dtype).to(memory_format=layout)
+            weight = (torch.randn(c, width, *kernel) * (width * math.prod(kernel)) ** -0.5).to(dtype)
+            settings = (stride, tuple(k // 2 for k in kernel), (1, 1, 1), c // width)
+            theirs, expected = convolved(F.conv3d, x, weight, *settings)
+            ours, found = convolved(cnnkern.functional.conv3d, x, weight, *settings)
+            close = 1e-4 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(found, expected, rtol=close, atol=close)
             calls = {f"eager {part}": call for part, call in theirs.items()}
             ms = timed(calls | {f"cnnkern {part}": call for part, call in ours.items()}, timer, seconds)
-            cells = [ratio([t / 3 for t in ms[f"eager {part}"]], ms[f"cnnkern {part}"]) for part in ("forward", "step")]
-            kind = "contiguous" if flat == torch.contiguous_format else "channels_last"
+            cells = [ratio(ms[f"eager {part}"], ms[f"cnnkern {part}"]) for part in ("forward", "step")]
             print(
-                f"| {row} | {kind} | {statistics.median(ms['eager forward']) * 1e3:.1f} | {' | '.join(cells)} |",
+                f"| {row} | {kind} | {statistics.median(ms['eager forward']) * 1e3:.2f} | {' | '.join(cells)} |",
                 flush=True,
             )
 
@@ -163,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--seconds", type=float, default=2.0, help="the time per row (default: 2)")
     parser.add_argument("--only", default="", metavar="TEXT", help="time only layers with TEXT in their row")
-    parser.add_argument("--volumes", action="store_true", help="compare with depthwise convolutions of volumes instead")
+    parser.add_argument("--volumes", action="store_true", help="time convolutions of volumes instead")
     parser.add_argument("--cpu-time", action="store_true", help="report CPU time of one thread instead of wall time")
     arguments = parser.parse_args(argv)
     if arguments.cpu_time and arguments.threads != 1:
@@ -172,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     timer = CpuTimer() if arguments.cpu_time else clock.HostTimer()
     print(f"threads: {arguments.threads}; {cnnkern.tune_malloc()}")
     if arguments.volumes:
-        volumes(timer, arguments.seconds, arguments.only)
+        volumes(getattr(torch, arguments.dtype), timer, arguments.seconds, arguments.only)
     else:
         sequences(getattr(torch, arguments.dtype), timer, arguments.seconds, arguments.only)
     return 0

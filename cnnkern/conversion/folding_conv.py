@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from cnnkern.conversion.deferral import FOLDED_SITE, SITE, Site, became
-from cnnkern.nn.conv import GroupedConv2d
+from cnnkern.nn.conv import GroupedConv2d, GroupedConv3d
 from cnnkern.nn.folded_conv import folded_conv
 from cnnkern.nn.traced import leaf
 
@@ -121,5 +121,5 @@ def _make(base: type, name: str, *mixin: type) -> type:
     return made
 
 
-_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, GroupedConv2d)
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, GroupedConv2d, GroupedConv3d)
 CONVOLUTIONS = {plain: _make(plain, f"Folding{plain.__name__}", FoldingConv) for plain in _PLAIN}

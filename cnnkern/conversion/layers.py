@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cnnkern.conversion import timm_layers
 from cnnkern.conversion.deferral import FOLDED_SITE, NAMES, SITE, Deferring, became, deferred
 from cnnkern.nn import batchnorm, layer_norm, sync
-from cnnkern.nn.conv import GroupedConv1d, GroupedConv2d
+from cnnkern.nn.conv import GroupedConv1d, GroupedConv2d, GroupedConv3d
 from cnnkern.nn.pooling import MaxPool2d
 
 
@@ -74,6 +74,7 @@ def replacements() -> dict[type, tuple[type, Callable[[Any], bool]]]:
         **theirs,
         nn.Conv1d: (GroupedConv1d, is_grouped),
         nn.Conv2d: (GroupedConv2d, is_grouped),
+        nn.Conv3d: (GroupedConv3d, is_grouped),
         nn.LayerNorm: (layer_norm.LayerNorm, always),
         nn.MaxPool2d: (MaxPool2d, always),
     }

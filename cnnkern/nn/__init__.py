@@ -18,7 +18,7 @@ from cnnkern.nn.batchnorm import (
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
-from cnnkern.nn.conv import GroupedConv1d, GroupedConv2d
+from cnnkern.nn.conv import GroupedConv1d, GroupedConv2d, GroupedConv3d
 from cnnkern.nn.layer_norm import LayerNorm, LayerNorm2d
 from cnnkern.nn.lazy import (
     LazyBatchNormAddReLU2d,
@@ -27,6 +27,7 @@ from cnnkern.nn.lazy import (
     LazyBatchNormReLU3d,
     LazyGroupedConv1d,
     LazyGroupedConv2d,
+    LazyGroupedConv3d,
 )
 from cnnkern.nn.pooling import MaxPool2d
 from cnnkern.nn.sync import SyncBatchNorm, SyncBatchNormAddReLU, SyncBatchNormReLU, convert_sync_batchnorm
@@ -50,6 +51,7 @@ __all__ = [
     "BatchNormReLU3d",
     "GroupedConv1d",
     "GroupedConv2d",
+    "GroupedConv3d",
     "LayerNorm",
     "LayerNorm2d",
     "LazyBatchNormAddReLU2d",
@@ -58,6 +60,7 @@ __all__ = [
     "LazyBatchNormReLU3d",
     "LazyGroupedConv1d",
     "LazyGroupedConv2d",
+    "LazyGroupedConv3d",
     "MaxPool2d",
     "SyncBatchNorm",
     "SyncBatchNormAddReLU",

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from cnnkern.nn.traced import leaf
 from cnnkern.ops.grouped_conv1d import conv1d
 from cnnkern.ops.grouped_conv2d import conv2d
+from cnnkern.ops.grouped_conv3d import conv3d
 
 
 class _GroupedConv(nn.modules.conv._ConvNd):
@@ -46,3 +47,13 @@ class GroupedConv2d(_GroupedConv, nn.Conv2d):
     """
 
     convolve = staticmethod(conv2d)
+
+
+class GroupedConv3d(_GroupedConv, nn.Conv3d):
+    """``nn.Conv3d`` that is fast on a CPU for many groups: depthwise, or groups of a few channels.
+
+    Constructor, parameters, ``padding_mode`` and checkpoints are those of :class:`torch.nn.Conv3d`.
+    Input (N, C_in, T, H, W) or (C_in, T, H, W), output (N, C_out, T', H', W') or (C_out, T', H', W').
+    """
+
+    convolve = staticmethod(conv3d)

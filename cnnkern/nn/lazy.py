@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _LazyNormBase
 
 from cnnkern.nn.batchnorm import BatchNormAddReLU2d, BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d
-from cnnkern.nn.conv import GroupedConv1d, GroupedConv2d
+from cnnkern.nn.conv import GroupedConv1d, GroupedConv2d, GroupedConv3d
 
 
 class LazyBatchNormReLU1d(_LazyNormBase, BatchNormReLU1d):
@@ -44,3 +44,9 @@ class LazyGroupedConv2d(nn.LazyConv2d, GroupedConv2d):  # type: ignore[misc]  # 
     """:class:`GroupedConv2d` whose ``in_channels`` is the first input's C. Input (N, C, H, W) or (C, H, W)."""
 
     cls_to_become = GroupedConv2d
+
+
+class LazyGroupedConv3d(nn.LazyConv3d, GroupedConv3d):  # type: ignore[misc]  # as nn.LazyConv3d itself
+    """:class:`GroupedConv3d` whose ``in_channels`` is the first input's C. Input (N, C, T, H, W) or (C, T, H, W)."""
+
+    cls_to_become = GroupedConv3d

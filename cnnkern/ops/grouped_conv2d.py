@@ -1,4 +1,5 @@
-"""Grouped and depthwise convolution. Kernels: csrc/cpu, triton_kernels; autograd: csrc/autograd."""
+"""Grouped and depthwise convolution of images; the fakes are those of volumes too. Kernels: csrc/cpu, triton_kernels;
+autograd: csrc/autograd."""
 
 from collections.abc import Sequence
 
@@ -74,16 +75,17 @@ def _pad(
 
 @torch.library.register_fake("cnnkern::grouped_conv2d")
 def _(x, weight, bias, stride, padding, dilation, groups):
-    y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, (0, 0), groups)
+    y = torch.ops.aten.convolution(x, weight, bias, stride, padding, dilation, False, (0,), groups)
     # PyTorch's own fake has other strides than its kernels where strides suggest a format that x is not dense in.
-    channels_last = torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight))
-    return torch.empty_like(y, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    rows = torch.channels_last_3d if x.dim() == 5 else torch.channels_last
+    channels_last = rows in (suggest_memory_format(x), suggest_memory_format(weight))
+    return torch.empty_like(y, memory_format=rows if channels_last else torch.contiguous_format)
 
 
 @torch.library.register_fake("cnnkern::grouped_conv2d_backward")
 def _(dy, x, weight, stride, padding, dilation, groups, output_mask):
     sizes = [weight.shape[0]]
     grads = torch.ops.aten.convolution_backward(
-        dy, x, weight, sizes, stride, padding, dilation, False, (0, 0), groups, output_mask
+        dy, x, weight, sizes, stride, padding, dilation, False, (0,), groups, output_mask
     )
     return tuple(x.new_empty(0) if g is None else g for g in grads)

@@ -63,7 +63,7 @@ struct GroupedConv2dBackward : torch::autograd::Function<GroupedConv2dBackward> 
     const auto given = [](const Tensor& t) { return t.defined() && t.sym_numel() > 0 ? OptionalTensor(t) : std::nullopt; };
     auto [ddy, dx, dweight] = at::_convolution_double_backward(
         given(grads[0]), given(grads[1]), given(grads[2]), saved[0], saved[2], saved[1], s.stride, s.padding, s.dilation,
-        /*transposed=*/false, /*output_padding=*/{0, 0}, s.groups,
+        /*transposed=*/false, /*output_padding=*/std::vector<int64_t>(s.stride.size(), 0), s.groups,
         {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
     return {ddy, dx, dweight, Tensor(), Tensor()};
   }
@@ -82,7 +82,7 @@ struct GroupedConv2d {
 
 Tensor conv2d_by_pytorch(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                          IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  return at::convolution(x, weight, bias, stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0, 0}, groups);
+  return at::convolution(x, weight, bias, stride, padding, dilation, /*transposed=*/false, /*output_padding=*/{0}, groups);
 }
 
 Tensor grouped_conv2d_autograd(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,

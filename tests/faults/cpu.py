@@ -326,8 +326,8 @@ FAULTS = [
         "grouped_conv2d",
         "a row of dy left out of the bias's gradient",
         "conv/conv_tiled.h",
-        "for (int64_t row = 0; row < dy_end - dy_begin; ++row)",
-        "for (int64_t row = 1; row < dy_end - dy_begin; ++row)",
+        "for (int64_t row = 0; row < rows; ++row)",
+        "for (int64_t row = 1; row < rows; ++row)",
         battery("grouped_conv2d", "as_good_as and float32"),
     ),
     fault(

@@ -21,7 +21,21 @@ constexpr int64_t kUnits = 64;             // pieces of work there should be, fo
 
 struct Geometry {  // of a convolution with as many output as input channels, dilation 1
   int64_t N, C, H, W, OH, OW, kh, kw, stride, ph, pw, width;  // width: channels of a group
-  int64_t taps() const { return kh * kw; }
+  int64_t T = 1, OT = 1, kt = 1, stride_t = 1, pt = 0;        // frames of a volume; an image is one
+  bool is_image() const { return T == 1 && kt == 1; }
+  int64_t taps() const { return kt * kh * kw; }
+  int64_t frame_taps() const { return kh * kw; }
+  int64_t frame_weights() const { return frame_taps() * width * lanes(); }  // of a part of a block
+  // The input frames that an output frame is computed from, and the output frames that an input frame is used for. That of an
+  // output frame `out` and an input frame `in` meets tap `in - out * stride_t + pt`.
+  std::pair<int64_t, int64_t> inputs_of(int64_t out) const {
+    const int64_t first = out * stride_t - pt;
+    return {std::max<int64_t>(first, 0), std::min(first + kt, T)};
+  }
+  std::pair<int64_t, int64_t> outputs_of(int64_t in) const {
+    const int64_t end = std::min((in + pt) / stride_t + 1, OT);
+    return {std::min(divup(std::max<int64_t>(in + pt - kt + 1, 0), stride_t), end), end};
+  }
   bool narrow() const { return width <= kNarrow; }
   // Lanes of a vector of the wide kernels: as few as waste none.
   int64_t lanes() const { return narrow() || width % kPlane == 0 ? kPlane : 8; }
@@ -96,17 +110,18 @@ inline std::vector<int64_t> places_of_taps(const Geometry& g, bool of_input) {
   std::iota(place.begin(), place.end(), int64_t{0});
   if (!of_input) return place;
   int64_t at = 0;
-  for (int64_t my = 0; my < g.stride; ++my)
-    for (int64_t mx = 0; mx < g.stride; ++mx) {
-      const Residue rows(my, g.stride, g.kh), columns(mx, g.stride, g.kw);
-      for (int64_t a = 0; a < rows.count; ++a)
-        for (int64_t b = 0; b < columns.count; ++b) place[rows.tap(a) * g.kw + columns.tap(b)] = at++;
-    }
+  for (int64_t frame = 0; frame < g.taps(); frame += g.frame_taps())
+    for (int64_t my = 0; my < g.stride; ++my)
+      for (int64_t mx = 0; mx < g.stride; ++mx) {
+        const Residue rows(my, g.stride, g.kh), columns(mx, g.stride, g.kw);
+        for (int64_t a = 0; a < rows.count; ++a)
+          for (int64_t b = 0; b < columns.count; ++b) place[frame + rows.tap(a) * g.kw + columns.tap(b)] = at++;
+      }
   return place;
 }
 
 // A block's weights in the order in which narrow_sums and wide_sums read them: parts of (taps, width, lanes). With
-// `of_input` for the gradient of the input: parts of residues of (their taps, width, lanes).
+// `of_input` for the gradient of the input: parts of frames of residues of (their taps, width, lanes).
 template <typename T>
 void pack_weights(const T* weight, const Blocks& blocks, int64_t block, bool of_input, float* out) {
   const Geometry& g = blocks.g;

@@ -224,10 +224,10 @@ inline std::pair<int64_t, int64_t> rows_inside(int64_t first, int64_t count, int
 
 // What the kernels of this header compute. Others multiply too much for packing to matter.
 inline bool forward_is_in_place(const Geometry& g, bool channels_last) {
-  return kKeepsTaps && channels_last && g.width == 1 && g.kh == g.kw && (g.kw == 3 || (g.kw == 5 && g.stride == 2));
+  return kKeepsTaps && channels_last && g.is_image() && g.width == 1 && g.kh == g.kw && (g.kw == 3 || (g.kw == 5 && g.stride == 2));
 }
 inline bool backward_is_in_place(const Geometry& g, bool channels_last) {
-  return kKeepsTaps && channels_last && g.width == 1 && g.kh == 3 && g.kw == 3;
+  return kKeepsTaps && channels_last && g.is_image() && g.width == 1 && g.kh == 3 && g.kw == 3;
 }
 
 template <typename T>

@@ -163,7 +163,7 @@ struct Sweep {
   int64_t in_pitch;       // from a kernel row to the next
   const float* weight;    // (kernel_rows, taps, channels of a group, L)
   int64_t kernel_rows, taps;  // taps of a kernel row
-  const float* bias;      // L floats
+  const float* bias;      // L floats, that each output begins with
   float* out;
   int64_t out_row, out_column;
   int64_t rows, columns;
@@ -171,7 +171,22 @@ struct Sweep {
   // output row begins `row_step` rows below the one before.
   int64_t first_row, last_row, row_step;
   bool stream;  // whether the outputs go past the caches
+  const float* sums = nullptr;  // what each output begins with instead: sums over earlier frames
+  int64_t sums_row = 0, sums_column = 0;
 
+  // Adds to what was written.
+  void add() { sums = out, sums_row = out_row, sums_column = out_column; }
+
+  // Writes somewhere else.
+  void store(float* to, int64_t row, int64_t column, bool past_caches) {
+    out = to, out_row = row, out_column = column, stream = past_caches;
+  }
+
+  template <typename V, size_t J>
+  CNNKERN_INLINED void begin(V (&sum)[J], int64_t row, int64_t first) const {
+    const float* const p = sums == nullptr ? nullptr : sums + row * sums_row + first * sums_column;
+    for (size_t j = 0; j < J; ++j) sum[j] = V::load(p == nullptr ? bias : p + j * sums_column);
+  }
   // Kernel rows that meet the image from this output row.
   std::pair<int64_t, int64_t> kernel_rows_at(int64_t row) const {
     const int64_t begin = std::clamp<int64_t>(first_row - row * row_step, 0, kernel_rows);
@@ -189,7 +204,7 @@ void narrow_sums(const Sweep& s) {
     constexpr int J = decltype(run)::value;
     for (int64_t row = 0; row < s.rows; ++row) {
       V sum[J];
-      for (int j = 0; j < J; ++j) sum[j] = V::load(s.bias);
+      s.begin(sum, row, first);
       const auto [begin, end] = s.kernel_rows_at(row);
       for (int64_t r = begin; r < end; ++r) {
         const float* const p = s.in + row * s.in_row + r * s.in_pitch + first * kStep * kPlane;
@@ -223,7 +238,7 @@ void wide_sums(const Sweep& s, int64_t width, int64_t plane) {
     const auto rows = [&](auto together, int64_t row) CNNKERN_INLINED {
       constexpr int R = decltype(together)::value;
       V sum[R][J];
-      unrolled<R * J>([&](auto i) CNNKERN_INLINED { sum[i / J][i % J] = V::load(s.bias); });
+      unrolled<R>([&](auto at) CNNKERN_INLINED { s.begin(sum[at], row + at, first); });
       // Kernel rows that meet the image from one of the rows; what the others read of them is zero.
       const int64_t begin = s.kernel_rows_at(row + R - 1).first, end = s.kernel_rows_at(row).second;
       for (int64_t r = begin; r < end; ++r) {

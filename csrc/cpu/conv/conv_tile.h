@@ -18,13 +18,16 @@ constexpr int64_t kPlanePixelsAhead = 48;  // of each of kPlane channels, in con
 constexpr int64_t kForeseenPlane = 1024;   // pixels of a plane from which on the hardware's own prefetching keeps up
 
 template <typename T>
-struct Image {  // (N, C, H, W), contiguous or channels_last
+struct Image {  // (N, C, H, W) or, a volume of T frames, (N, C, T, H, W); contiguous or channels_last
   T* data;
   int64_t N, C, H, W;
   bool channels_last;
-  T* at(int64_t n, int64_t c, int64_t h) const {
-    return data + (channels_last ? (n * H + h) * W * C + c : ((n * C + c) * H + h) * W);
+  int64_t frames = 1;
+  T* at(int64_t n, int64_t c, int64_t h, int64_t frame = 0) const {
+    const int64_t row = frame * H + h;
+    return data + (channels_last ? (n * frames * H + row) * W * C + c : (n * C + c) * channel() + row * W);
   }
+  int64_t channel() const { return frames * H * W; }  // elements from a channel to the next, if contiguous
 };
 
 // Turns a square of vectors: lane j of v[i] becomes lane i of v[j].
@@ -78,10 +81,10 @@ struct Window {
   int64_t row, rows, col, cols;
 };
 
-// Channels [c, c + count) of image n, count at most kPlane, into a plane of (rows, cols, kPlane); what lies
+// Channels [c, c + count) of a frame of image n, count at most kPlane, into a plane of (rows, cols, kPlane); what lies
 // outside the image or beyond count is zero.
 template <typename T>
-void pack(const Image<const T>& x, int64_t n, int64_t c, int64_t count, const Window& window, float* plane) {
+void pack(const Image<const T>& x, int64_t n, int64_t frame, int64_t c, int64_t count, const Window& window, float* plane) {
   using V = Vec<T>;
   const int64_t first = std::clamp<int64_t>(-window.col, 0, window.cols);  // columns of the window inside the image
   const int64_t last = std::clamp<int64_t>(x.W - window.col, first, window.cols);
@@ -97,7 +100,7 @@ void pack(const Image<const T>& x, int64_t n, int64_t c, int64_t count, const Wi
   if (top == bottom || first == last) return;
   if (x.channels_last) {
     for (int64_t r = top; r < bottom; ++r) {
-      const T* p = x.at(n, c, window.row + r) + (window.col + first) * x.C;
+      const T* p = x.at(n, c, window.row + r, frame) + (window.col + first) * x.C;
       float* out = plane + r * pitch + first * kPlane;
       if (count == kPlane)
         for (int64_t j = first; j < last; ++j, p += x.C, out += kPlane) {
@@ -110,8 +113,8 @@ void pack(const Image<const T>& x, int64_t n, int64_t c, int64_t count, const Wi
     return;
   }
   // Rows follow one another in memory, so squares of kPlane pixels are turned without regard to where a row ends.
-  const T* p = x.at(n, c, window.row + top);
-  const int64_t pixels = (bottom - top) * x.W, channel = x.H * x.W, left = channel - (window.row + top) * x.W;
+  const T* p = x.at(n, c, window.row + top, frame);
+  const int64_t pixels = (bottom - top) * x.W, channel = x.channel(), left = channel - (frame * x.H + window.row + top) * x.W;
   int64_t column = -window.col;  // of the window, of the next pixel
   int64_t row = top;
   for (int64_t i = 0; i < pixels; i += kPlane) {
@@ -145,13 +148,13 @@ void stream_copy(T* to, const T* from, int64_t n) {
   std::memcpy(to + i, from + i, (n - i) * sizeof(T));
 }
 
-// A plane of (rows, W, kPlane) into channels [c, c + count) of rows [row, row + rows) of image n; with `stream` past the
-// caches. `spare` has room for as many floats as the plane.
+// A plane of (rows, W, kPlane) into channels [c, c + count) of rows [row, row + rows) of a frame of image n; with `stream` past
+// the caches. `spare` has room for as many floats as the plane.
 template <typename T>
-void unpack(const float* plane, const Image<T>& y, int64_t n, int64_t c, int64_t count, int64_t row, int64_t rows, bool stream,
-            float* spare) {
-  const int64_t pixels = rows * y.W, channel = y.H * y.W;
-  T* p = y.at(n, c, row);
+void unpack(const float* plane, const Image<T>& y, int64_t n, int64_t frame, int64_t c, int64_t count, int64_t row, int64_t rows,
+            bool stream, float* spare) {
+  const int64_t pixels = rows * y.W, channel = y.channel();
+  T* p = y.at(n, c, row, frame);
   const int64_t distance = y.channels_last ? y.C : channel;  // between vectors
   const bool aligned = count == kPlane && short_of_alignment(p) == 0 && distance % kPlane == 0;
   if (y.channels_last) {

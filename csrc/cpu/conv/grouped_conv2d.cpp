@@ -1,10 +1,12 @@
-// grouped_conv2d: y = conv2d(x, weight, bias), as many output as input channels per group. Backward: dx, dweight, dbias.
+// grouped_conv2d: y = conv2d(x, weight, bias), as many output as input channels per group; conv3d, where x is (N, C, T, H, W).
+// Backward: dx, dweight, dbias.
 // Kernels: conv_tiled.h, and for small depthwise kernels in channels_last conv_in_place.h. The rule of dispatch: conv_rule.h.
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
 #include <array>
 #include <tuple>
+#include <vector>
 
 #include "aten.h"
 #include "check.h"
@@ -18,22 +20,32 @@ namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 namespace {
 
+// Of the result.
+std::vector<int64_t> output_sizes(const Geometry& g, int64_t dims) {
+  return dims == 5 ? std::vector{g.N, g.C, g.OT, g.OH, g.OW} : std::vector{g.N, g.C, g.OH, g.OW};
+}
+
 // The memory format of results, chosen as ATen's convolutions choose it.
 at::MemoryFormat result_format(const Tensor& x, const Tensor& weight) {
-  const auto channels_last = at::MemoryFormat::ChannelsLast;
+  const auto channels_last = x.dim() == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
   return x.suggest_memory_format() == channels_last || weight.suggest_memory_format() == channels_last
              ? channels_last
              : at::MemoryFormat::Contiguous;
 }
 
 template <typename T>
-Image<const T> image(const Tensor& t) {
-  return {t.const_data_ptr<T>(), t.size(0), t.size(1), t.size(2), t.size(3), !t.is_contiguous()};
+Image<T> of_input(T* data, const Tensor& t, const Geometry& g) {
+  return {data, g.N, g.C, g.H, g.W, !t.is_contiguous(), g.T};
 }
 
 template <typename T>
-Image<T> output(const Tensor& t) {
-  return {t.mutable_data_ptr<T>(), t.size(0), t.size(1), t.size(2), t.size(3), !t.is_contiguous()};
+Image<T> of_output(T* data, const Tensor& t, const Geometry& g) {
+  return {data, g.N, g.C, g.OH, g.OW, !t.is_contiguous(), g.OT};
+}
+
+// The gradient of the weight without a dimension of one tap where volumes are computed as images.
+Tensor taps_of(const Tensor& dweight, const Geometry& g) {
+  return dweight.dim() == 4 || g.kt > 1 ? dweight : dweight.squeeze(dweight.size(2) == 1 ? 2 : -1);
 }
 
 // Calls f with a value of the element type.
@@ -53,18 +65,19 @@ Tensor grouped_conv2d_cpu(const Tensor& x, const Tensor& weight, const OptionalT
     return aten::convolution(x, weight, bias, stride, padding, dilation, groups);
   };
   if (!covered(x, weight, b, stride, padding, dilation, groups)) return by_library();
-  const Geometry g = geometry(x, weight, stride, padding);
   const auto format = result_format(x, weight);
-  if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, Pass::forward) &&
+  const bool channels_last = format != at::MemoryFormat::Contiguous;
+  const Geometry whole = geometry(x, weight, stride, padding), g = as_images(whole, channels_last);
+  if (left_to_library(whole, x.scalar_type(), channels_last, Pass::forward) &&
       !is_own_convolution(x, weight, stride, padding, dilation, false))
     return by_library();
-  const bool reads_in_place = forward_is_in_place(g, format == at::MemoryFormat::ChannelsLast);
-  const Tensor x_ = reads_in_place ? x.contiguous(format) : in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
-  const Tensor y = aten::empty({g.N, g.C, g.OH, g.OW}, x.options().memory_format(format));
+  const bool reads_in_place = forward_is_in_place(g, channels_last);
+  const Tensor x_ = reads_in_place || x.dim() == 5 ? x.contiguous(format) : in_layout(x), weight_ = weight.contiguous(), bias_ = b.defined() ? b.contiguous() : b;
+  const Tensor y = aten::empty(output_sizes(whole, x.dim()), x.options().memory_format(format));
   with_dtype(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const Image<const T> from = image<T>(x_);
-    const Image<T> to = output<T>(y);
+    const Image<const T> from = of_input(x_.const_data_ptr<T>(), x_, g);
+    const Image<T> to = of_output(y.mutable_data_ptr<T>(), y, g);
     const T *const w = weight_.const_data_ptr<T>(), *const bias_data = b.defined() ? bias_.const_data_ptr<T>() : nullptr;
     reads_in_place ? forward_in_place(from, w, bias_data, to, g) : forward(from, w, bias_data, to, g);
   });
@@ -85,17 +98,19 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
     return std::tuple(asked(mask[0], std::get<0>(grads)), asked(mask[1], std::get<1>(grads)), asked(mask[2], std::get<2>(grads)));
   };
   if (!covered(x, weight, {}, stride, padding, dilation, groups)) return by_library(output_mask);
-  const Geometry g = geometry(x, weight, stride, padding);
-  TORCH_CHECK(dy.sizes() == at::IntArrayRef({g.N, g.C, g.OH, g.OW}) && dy.scalar_type() == x.scalar_type() && dy.device().is_cpu(),
-              "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef({g.N, g.C, g.OH, g.OW}),
-              " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
   const auto format = result_format(x, weight);
+  const bool channels_last = format != at::MemoryFormat::Contiguous;
+  const Geometry whole = geometry(x, weight, stride, padding), g = as_images(whole, channels_last);
+  const auto sizes = output_sizes(whole, x.dim());
+  TORCH_CHECK(dy.sizes() == sizes && dy.scalar_type() == x.scalar_type() && dy.device().is_cpu(),
+              "cnnkern::grouped_conv2d_backward: dy must be ", x.scalar_type(), " ", at::IntArrayRef(sizes),
+              " like the forward pass's output; got ", dy.scalar_type(), " ", dy.sizes(), " on ", dy.device());
   const Pass pass = !output_mask[0] ? Pass::weight_gradient : output_mask[1] ? Pass::both_gradients : Pass::input_gradient;
-  if (left_to_library(g, x.scalar_type(), format == at::MemoryFormat::ChannelsLast, pass) &&
+  if (left_to_library(whole, x.scalar_type(), channels_last, pass) &&
       !is_own_convolution(x, weight, stride, padding, dilation, true))
     return by_library(output_mask);
-  const bool reads_in_place = backward_is_in_place(g, format == at::MemoryFormat::ChannelsLast);
-  const auto placed = [&](const Tensor& t) { return reads_in_place ? t.contiguous(format) : in_layout(t); };
+  const bool reads_in_place = backward_is_in_place(g, channels_last);
+  const auto placed = [&](const Tensor& t) { return reads_in_place || x.dim() == 5 ? t.contiguous(format) : in_layout(t); };
   const Tensor x_ = placed(x), dy_ = placed(dy), weight_ = weight.contiguous();
   const Tensor dx = output_mask[0] ? aten::empty(x.sizes(), x.options().memory_format(format)) : none;
   const Tensor dweight = output_mask[1] ? aten::empty(weight.sizes(), weight.options().memory_format(format)) : none;
@@ -103,9 +118,9 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv2d_backward_cpu(const Tensor& dy,
   if (!output_mask[0] && !output_mask[1] && !output_mask[2]) return {dx, dweight, dbias};
   with_dtype(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const Image<const T> gradient = image<T>(dy_), from = image<T>(x_);
-    const Gradients<T> wanted{.dx = output_mask[0] ? output<T>(dx) : Image<T>{},
-                              .dweight = output_mask[1] ? dweight : Tensor(),
+    const Image<const T> gradient = of_output(dy_.const_data_ptr<T>(), dy_, g), from = of_input(x_.const_data_ptr<T>(), x_, g);
+    const Gradients<T> wanted{.dx = output_mask[0] ? of_input(dx.mutable_data_ptr<T>(), dx, g) : Image<T>{},
+                              .dweight = output_mask[1] ? taps_of(dweight, g) : Tensor(),
                               .dbias = output_mask[2] ? dbias : Tensor()};
     const T* const w = weight_.const_data_ptr<T>();
     reads_in_place ? backward_in_place(gradient, from, w, wanted, g) : backward(gradient, from, w, wanted, g);
