@@ -1,7 +1,7 @@
-"""Faults that are planted in the kernels, one at a time, each with the tests that have to notice it.
+"""The mutation tests: bugs ("faults") in the kernels, each with the tests that have to find it.
 
-`make faults` plants all of them in a copy of the tree (__main__.py). tests/test_faults.py holds them to the sources:
-that each still applies, in every `make test`, so that none rots unseen.
+`make faults` inserts them into a copy of the source tree, one at a time (__main__.py). tests/test_faults.py, which runs
+in `make test`, checks that the text that each fault replaces is still in its file.
 """
 
 from pathlib import Path
@@ -11,20 +11,20 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 class Fault(NamedTuple):
-    """A text that stands once in a file of `backend`, what is put in its place, and which tests are asked."""
+    """A text that occurs once in a file of `backend`, its replacement, and the tests that have to fail."""
 
     backend: str  # cpu, cuda (on the emulator) or triton (interpreted)
-    operator: str  # whose results are wrong: of those that share the file, the one that is tested
+    operator: str  # the operator with wrong results; if several share the file, the one that is tested
     name: str
     file: str  # of csrc/cpu, csrc/cuda or triton_kernels
     right: str
     wrong: str
-    tests: tuple[str, ...]  # pytest's arguments, of few tests that take seconds
-    tool: str = ""  # what the kernels are built with, of cpu_kernels.TOOLS or emulator.TOOLS
+    tests: tuple[str, ...]  # pytest's arguments, for a few tests that take seconds
+    tool: str = ""  # the sanitizer: one of cpu_kernels.TOOLS or emulator.TOOLS
 
     @property
     def path(self) -> Path:
-        """Of the file, from the root of the tree."""
+        """The path of the file in the tree."""
         return Path({"cpu": "csrc/cpu", "cuda": "csrc/cuda", "triton": "triton_kernels"}[self.backend]) / self.file
 
     def applies(self, root: Path = ROOT) -> bool:
@@ -32,7 +32,7 @@ class Fault(NamedTuple):
         return path.exists() and path.read_text().count(self.right) == 1
 
     def plant(self, root: Path) -> str:
-        """Puts the fault into a tree. Returns the file's text without it."""
+        """Inserts the fault into a tree. Returns the file's text without it."""
         path = root / self.path
         text = path.read_text()
         if text.count(self.right) != 1:

@@ -1,8 +1,7 @@
-"""`make faults`: plants every fault of this package, each in a copy of the tree, and expects its tests to turn red.
+"""`make faults`: mutation tests. Each inserts a bug (a fault) into a copy of the source tree; its tests have to fail.
 
-`python -m faults [--jobs N] [WORD ...]`: of all faults, those whose backend, operator or name contain every WORD. The
-same tests are also asked of kernels without a fault: they have to be green, or their red would say nothing. What is
-printed is kept in build/faults.log, line by line.
+`python -m faults [--jobs N] [WORD ...]` runs those whose backend, operator or name contain every WORD. The same tests
+also run without the bug, and have to pass. The output is also written to build/faults.log.
 """
 
 import argparse
@@ -31,7 +30,7 @@ REPORTS = re.compile(r"(?:WARNING|ERROR): \w+Sanitizer: ([\w -]+?)(?= \(|\n| on 
 
 
 def tree_in(folder: Path) -> Path:
-    """A copy of what the tests run on, with the extension as it is."""
+    """A copy of the source tree, with the built extension."""
     tree = folder / "tree"
     left = shutil.ignore_patterns(".*", "build", "dist", "results", "docs", "*.egg-info", "__pycache__", "*.so")
     shutil.copytree(ROOT, tree, ignore=left)
@@ -48,7 +47,7 @@ def sources_of(fault: Fault) -> str:
 
 
 def command_of(fault: Fault) -> tuple[list[str], dict[str, str]]:
-    """What asks a fault's tests, and what there is in its environment."""
+    """The command that runs a fault's tests, and its environment variables."""
     command = [
         sys.executable,
         "-m",
@@ -74,8 +73,8 @@ def command_of(fault: Fault) -> tuple[list[str], dict[str, str]]:
     return command, added
 
 
-def asked(tree: Path, fault: Fault) -> str:
-    """What notices it, by the tests' own words; nothing if all are green."""
+def failure(tree: Path, fault: Fault) -> str:
+    """Runs a fault's tests in the tree. Returns which one fails, or what a sanitizer reports; nothing if all pass."""
     command, added = command_of(fault)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     added |= {"PYTHONPATH": f"{tree}:{tree / 'tests'}", "CCACHE_BASEDIR": str(tree), "CCACHE_NOHASHDIR": "1"}
@@ -83,35 +82,35 @@ def asked(tree: Path, fault: Fault) -> str:
     said = done.stdout + done.stderr
     if done.returncode == 0:
         if not re.search(r"\d+ passed", said):
-            raise RuntimeError(f"no test was asked: {' '.join(fault.tests)}\n{said[-2000:]}")
+            raise RuntimeError(f"no test ran: {' '.join(fault.tests)}\n{said[-2000:]}")
         return ""
     failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.M)
     report = REPORTS.search(said)
     if "this does not build" in said or not (failed or report or done.returncode < 0):
         raise RuntimeError(f"exit status {done.returncode} of {' '.join(command)}\n{said[-6000:]}")
     reported = f"{report[1] or report[2]}, says the sanitizer" if report else ""
-    # As the C library ends a process whose heap a kernel wrote over, or the system one that reads what is not its own.
+    # The C library aborts if a kernel corrupted the heap; the system ends a process after an invalid access.
     ended = f"ended by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else ""
     return "; ".join(part for part in (*failed[:1], reported, ended) if part)
 
 
 def outcome(tree: Path, fault: Fault) -> tuple[str, str]:
-    """red, GREEN or BROKEN, with the fault in the tree, and what says so."""
+    """found, NOT FOUND or BROKEN, with the fault in the tree, and the reason."""
     text = fault.plant(tree)
     try:
-        by = asked(tree, fault)
-    except Exception as error:  # of one fault: the others are asked all the same, and the run fails at its end
+        by = failure(tree, fault)
+    except Exception as error:  # the other faults still run, and the whole run fails at its end
         return "BROKEN", str(error)
     finally:
         (tree / fault.path).write_text(text)
-    return ("red", by) if by else ("GREEN", "no test noticed")
+    return ("found", by) if by else ("NOT FOUND", "all its tests pass")
 
 
 def outcomes(tree: Path, faults: list[Fault]) -> Iterator[tuple[Fault, str, str]]:
-    """Of faults that are built and asked alike: their tests are asked without a fault first."""
+    """Outcomes of faults with the same sources and tests: these run without a fault first."""
     try:
-        by = asked(tree, faults[0])
-        unsound = by and f"without a fault {' '.join(faults[0].tests)} are red: {by}"
+        by = failure(tree, faults[0])
+        unsound = by and f"without a fault {' '.join(faults[0].tests)} fail: {by}"
     except Exception as error:  # as above
         unsound = str(error)
     for fault in faults:
@@ -144,14 +143,14 @@ def main() -> int:
             for fault, how, why in outcomes(tree, faults):
                 count[how] += 1
                 what = f"{fault.backend:6}  {fault.operator:14}  {fault.name}"
-                say(f"[{time.monotonic() - began:4.0f} s] {how:6}  {what}: {why}")
+                say(f"[{time.monotonic() - began:4.0f} s] {how:9}  {what}: {why}")
             trees.put(tree)
 
         list(pool.map(prove, groups.values()))
         minutes = (time.monotonic() - began) / 60
-        left = f"{count['GREEN']} green, {count['BROKEN']} that could not be asked"
-        say(f"{count['red']} of {len(chosen)} red, {left}, in {minutes:.0f} minutes")
-    return int(not chosen or count["red"] < len(chosen))
+        left = f"{count['NOT FOUND']} not found, {count['BROKEN']} that could not be tested"
+        say(f"{count['found']} of {len(chosen)} found, {left}, in {minutes:.0f} minutes")
+    return int(not chosen or count["found"] < len(chosen))
 
 
 if __name__ == "__main__":
