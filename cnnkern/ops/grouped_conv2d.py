@@ -27,7 +27,8 @@ def conv2d(
     """2-D convolution, fast for many groups: depthwise, and groups of a few channels.
 
     Equivalent to ``F.conv2d(input, weight, bias, stride, padding, dilation, groups)``; all its arguments are accepted.
-    PyTorch's kernel is used where it is faster (``docs/grouped_conv.md`` has the rule).
+    PyTorch's kernel is used where it is faster (``docs/grouped_conv.md`` has the rule). On a GPU float32 may be
+    multiplied in TF32, where PyTorch's settings allow that for convolutions.
 
     Shapes: ``input`` (N, C, H, W) or (C, H, W); ``weight`` (out_channels, C / groups, kH, kW); ``bias``
     (out_channels,) or None; the result (N, out_channels, H', W'). ``padding`` is a number of pixels, one for each of
