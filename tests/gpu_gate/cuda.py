@@ -37,7 +37,7 @@ def element_type(name: str) -> str | None:
 
 @functools.cache
 def modules() -> dict[str, Module]:
-    """By the stem of the source file. Raises Unavailable."""
+    """By the number that cuobjdump gives a source file's part. Raises Unavailable."""
     if not cnnkern._C.build_info()["cuda"]:
         raise Unavailable("the extension was built without CUDA")
     cuobjdump = toolkit("cuobjdump")
@@ -47,7 +47,7 @@ def modules() -> dict[str, Module]:
     with tempfile.TemporaryDirectory() as folder:
         run(cuobjdump, "-xelf", "all", "-xptx", "all", cnnkern._C.__file__, cwd=Path(folder))
         for path in sorted(Path(folder).iterdir()):
-            stem, architecture, kind = path.name.split(".")
+            *_, stem, architecture, kind = path.name.split(".")
             module = found.setdefault(stem, Module({}, {}))
             (module.cubins if kind == "cubin" else module.ptx)[architecture] = path.read_bytes()
     return found
