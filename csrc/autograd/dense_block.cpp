@@ -2,6 +2,7 @@
 
 #include <ATen/Functions.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include "aten.h"
 #include "autograd/composite.h"
@@ -70,7 +71,9 @@ struct FeaturesNode final : Node {
     const auto node = x.grad_fn();
     auto* const found = node ? dynamic_cast<FeaturesNode*>(&*node) : nullptr;
     const bool unchanged = found != nullptr && version_of(x) == found->version && width_of_prefix(x, found->rows) > 0;
-    return unchanged && x.size(1) == found->mean.size(0) && is_undisturbed() ? found : nullptr;
+    // Who looks at operators is to see all of them.
+    const bool seen = c10::impl::TorchDispatchModeTLS::any_modes_set() || at::tracer::impl::is_dispatch_enabled();
+    return unchanged && x.size(1) == found->mean.size(0) && !seen ? found : nullptr;
   }
 };
 
