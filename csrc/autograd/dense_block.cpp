@@ -1,6 +1,7 @@
 #include "autograd/dense_block.h"
 
 #include <ATen/Functions.h>
+#include <ATen/TracerMode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
