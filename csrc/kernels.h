@@ -48,6 +48,11 @@ using bn_add_act_backward = Four(const Tensor& dy, const Tensor& x, Optional wei
 using bn_add_into = Two(const Tensor& x, const Tensor& residual, Optional weight, Optional bias, Optional running_mean,
                         Optional running_var, bool training, double momentum, double eps);
 
+using prefix_bn_relu = Three(const Tensor& x, Optional weight, Optional bias, Optional running_mean, Optional running_var,
+                             const Tensor& mean, const Tensor& var, double momentum, double eps, bool rows);
+using prefix_bn_relu_backward = Two(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
+                                    const Tensor& rstd, const Tensor& dx, bool rows, std::array<bool, 2> output_mask);
+
 using bn_prelu = Three(const Tensor& x, Optional residual, Optional weight, Optional bias, const Tensor& slope, Optional running_mean,
                        Optional running_var, bool training, double momentum, double eps);
 using bn_prelu_backward = Five(const Tensor& dy, const Tensor& x, Optional residual, Optional weight, Optional bias,
@@ -91,6 +96,12 @@ namespace cnnkern {
 // No operator, but the end of one of PyTorch's: residual += batch_norm(x), written to the residual's memory, whose elements have to
 // lie as those of x do. Gives mean and rstd. On CPU tensors; who calls it sees to versions and gradients.
 signature::bn_add_into bn_add_into;
+
+// No operators either, but what bn_act with a relu is in training, and its gradient, on the first channels of a CPU tensor whose
+// statistics are given: x is (N, C, H, W), `rows` says that it has channels innermost. Gives y, mean and rstd as bn_act does, and
+// dweight and dbias; dx has channels beside it as x has, and the gradient is added to it. Who calls it checks its arguments.
+signature::prefix_bn_relu prefix_bn_relu;
+signature::prefix_bn_relu_backward prefix_bn_relu_backward;
 
 // Whether the launchers of cnnkern/backends.py answer for CUDA tensors in the place of the kernels of csrc/cuda.
 void let_launchers_answer(bool do_so);

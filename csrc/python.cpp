@@ -9,6 +9,7 @@
 #include <map>
 #include <string>
 
+#include "autograd/dense_block.h"
 #include "autograd/recompute.h"
 #include "block_pool.h"
 #include "deferred/batch_norm.h"
@@ -75,6 +76,12 @@ PYBIND11_MODULE(_C, m) {
            pybind11::arg("empty"), pybind11::arg("kept"),
            "Of modules, and of dictionaries that have to be empty. Appends objects to the list `kept`; keep that as long.")
       .def("holds", &cnnkern::Snapshot::holds, "Whether nothing has changed.");
+  pybind11::class_<cnnkern::FeatureBuffer, std::shared_ptr<cnnkern::FeatureBuffer>>(m, "FeatureBuffer", "The channels of a dense block.")
+      .def("features", &cnnkern::FeatureBuffer::features, "All channels so far, as a tensor.")
+      .def("append", &cnnkern::FeatureBuffer::append, pybind11::call_guard<pybind11::gil_scoped_release>(),
+           "Whether a tensor's channels are behind them now; if not, PyTorch has to concatenate.");
+  m.def("feature_buffer", &cnnkern::FeatureBuffer::of, pybind11::call_guard<pybind11::gil_scoped_release>(), pybind11::arg("x"),
+        pybind11::arg("further"), "A FeatureBuffer with the channels of x; None where PyTorch has to concatenate.");
   m.def("pool_sizes", [] { const auto s = cnnkern::block_pool::sizes(); return std::tuple(s.used, s.kept, s.most); },
         "Bytes of blocks in use, of unused blocks, and the most that results have needed at one time.");
   m.def("empty_pool", &cnnkern::block_pool::give_back, "Returns unused blocks to the system.");

@@ -7,7 +7,7 @@
 namespace cnnkern {
 
 #define DECLARE(op) signature::op op##_cpu;
-#define KERNELS(f) CNNKERN_OPERATORS(f) f(bn_add_into)
+#define KERNELS(f) CNNKERN_OPERATORS(f) f(bn_add_into) f(prefix_bn_relu) f(prefix_bn_relu_backward)
 CNNKERN_DECLARE_FOR_EACH_CPU(KERNELS, DECLARE)
 
 std::tuple<Tensor, Tensor> bn_add_into(const Tensor& x, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -15,6 +15,20 @@ std::tuple<Tensor, Tensor> bn_add_into(const Tensor& x, const Tensor& residual, 
                                        double momentum, double eps) {
   static const auto kernel = CNNKERN_FOR_THIS_CPU(bn_add_into);
   return kernel(x, residual, weight, bias, running_mean, running_var, training, momentum, eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor> prefix_bn_relu(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                                                  const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                                                  const Tensor& mean, const Tensor& var, double momentum, double eps, bool rows) {
+  static const auto kernel = CNNKERN_FOR_THIS_CPU(prefix_bn_relu);
+  return kernel(x, weight, bias, running_mean, running_var, mean, var, momentum, eps, rows);
+}
+
+std::tuple<Tensor, Tensor> prefix_bn_relu_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight,
+                                                   const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, const Tensor& dx,
+                                                   bool rows, std::array<bool, 2> output_mask) {
+  static const auto kernel = CNNKERN_FOR_THIS_CPU(prefix_bn_relu_backward);
+  return kernel(dy, x, weight, bias, mean, rstd, dx, rows, output_mask);
 }
 
 }  // namespace cnnkern

@@ -64,7 +64,8 @@ def _twin(name: str) -> Twin:
     )
 
 
-TWINS = {name: _twin(name) for name in cnnkern.nn.__all__ if name[0].isupper()}
+LAYERS = [name for name in cnnkern.nn.__all__ if name[0].isupper() and name != "DenseBlock"]  # which contains layers
+TWINS = {name: _twin(name) for name in LAYERS}
 
 
 def inputs_of(twin: Twin, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -288,6 +288,7 @@ def test_densenets_of_other_packages(package):
 def test_those_of_the_zoo(name):
     torch.manual_seed(0)
     model = cnnkern.models.create_model(name, num_classes=4)
+    eager = cnnkern.models.create_model(name, num_classes=4, fused=False)
     x = torch.randn(2, 1 if name == "densenet_small" else 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
     def within() -> Tensor:
@@ -298,4 +299,4 @@ def test_those_of_the_zoo(name):
         torch.autograd.grad(call().square().mean(), list(model.parameters())) for call in (lambda: model(x), within)
     ]
     assert_same(*map(list, found))
-    assert held(within) < (0.35 if name == "densenet121" else 0.45) * held(lambda: model(x))
+    assert held(within) < (0.3 if name == "densenet121" else 0.45) * held(lambda: eager(x))

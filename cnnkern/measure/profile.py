@@ -47,6 +47,7 @@ KIND_OF = {
     **{f"aten::{name}_batch_norm_backward": NORM for name in ("cudnn", "miopen")},
     **{f"aten::{name}_backward": NORM for name in _DERIVATIVES},
     **{f"cnnkern::{name}{half}": NORM for name in _FUSED for half in ("", "_backward")},
+    "DenseBlockBnRelu": NORM,  # the gradient of a batch norm in a dense block, which is no operator
     **{f"aten::{name}": LAYER_NORM for name in ("layer_norm", "native_layer_norm_backward")},
     **{f"cnnkern::{name}{half}": LAYER_NORM for name in ("layer_norm", "layer_norm2d") for half in ("", "_backward")},
     **{f"aten::max_pool2d{name}": POOLING for name in ("", "_with_indices", "_with_indices_backward")},

@@ -6,7 +6,6 @@ of two plainer blocks, :class:`DenseBlock` and :class:`TransitionBlock`.
 
 from collections import OrderedDict
 
-import torch
 from torch import Tensor, nn
 
 from cnnkern.models.layers import layer_set
@@ -27,19 +26,6 @@ class DenseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv2(self.norm2(self.conv1(self.norm1(x))))
-
-
-class DenselyConnected(nn.ModuleDict):
-    """Layers that each see the input and the outputs of all before, side by side.
-
-    (N, C, H, W) -> (N, C + depth * growth, H, W).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = [x]
-        for layer in self.values():
-            features.append(layer(torch.cat(features, 1)))
-        return torch.cat(features, 1)
 
 
 class DenseNet(nn.Module):
@@ -64,8 +50,8 @@ class DenseNet(nn.Module):
             )
         )
         for i, depth in enumerate(depths, start=1):
-            block = DenselyConnected(
-                {f"denselayer{j + 1}": DenseLayer(channels + j * growth, growth, fused) for j in range(depth)}
+            block = layers.DenseBlock(
+                {f"denselayer{j + 1}": DenseLayer(channels + j * growth, growth, fused) for j in range(depth)}, growth
             )
             self.features.add_module(f"denseblock{i}", block)
             channels += depth * growth
@@ -135,15 +121,13 @@ class DenseBlock(nn.Module):
 
     def __init__(self, depth: int, growth: int, in_channels: int | None = None, *, fused: bool = True) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            norm_relu_conv(None if in_channels is None else in_channels + i * growth, growth, 3, fused)
-            for i in range(depth)
+        channels = [None if in_channels is None else in_channels + i * growth for i in range(depth)]
+        self.layers = layer_set(fused).DenseBlock(
+            {str(i): norm_relu_conv(c, growth, 3, fused) for i, c in enumerate(channels)}, growth
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.cat([x, layer(x)], dim=1)
-        return x
+        return self.layers(x)
 
 
 class TransitionBlock(nn.Sequential):

@@ -3,6 +3,8 @@
 Each class has the constructor, the parameters and the state-dict keys of its namesake there.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ __all__ = [
     "BatchNormAddReLU2d",
     "BatchNormReLU1d",
     "BatchNormReLU2d",
+    "DenseBlock",
     "GroupedConv2d",
     "LayerNorm",
     "LayerNorm2d",
@@ -92,3 +95,16 @@ class LayerNorm2d(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class DenseBlock(nn.ModuleDict):
+    """Layers that each see the input and the outputs of all layers before, concatenated."""
+
+    def __init__(self, layers: Mapping[str, nn.Module], growth: int) -> None:
+        super().__init__(layers)
+
+    def forward(self, input: Tensor) -> Tensor:
+        features = [input]
+        for layer in self.values():
+            features.append(layer(torch.cat(features, 1)))
+        return torch.cat(features, 1)

@@ -19,6 +19,7 @@ from cnnkern.nn.batchnorm import (
     BatchNormReLU3d,
 )
 from cnnkern.nn.conv import GroupedConv1d, GroupedConv2d, GroupedConv3d
+from cnnkern.nn.dense_block import DenseBlock
 from cnnkern.nn.layer_norm import LayerNorm, LayerNorm2d
 from cnnkern.nn.lazy import (
     LazyBatchNormAddReLU2d,
@@ -49,6 +50,7 @@ __all__ = [
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "DenseBlock",
     "GroupedConv1d",
     "GroupedConv2d",
     "GroupedConv3d",

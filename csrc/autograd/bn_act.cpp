@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "autograd/composite.h"
+#include "autograd/dense_block.h"
 #include "autograd/node.h"
 #include "autograd/strides.h"
 #include "check.h"
@@ -102,6 +103,8 @@ std::tuple<Tensor, Tensor, Tensor> bn_act_autograd(const Tensor& x, const Option
     return bn_act_by_pytorch(x, weight, bias, running_mean, running_var, training, momentum, eps, act, act_param);
   check_statistics_want_no_gradient("cnnkern::bn_act", running_mean, running_var);
   const bool records = at::GradMode::is_enabled() && (requires_grad(x) || requires_grad(w) || requires_grad(b));
+  if (records && training && act == "relu")
+    if (auto found = bn_relu_of_features(x, weight, bias, running_mean, running_var, momentum, eps)) return *std::move(found);
   const RunningStatistics statistics(training, running_mean, running_var, records);
   const auto forward = [&] {
     return forward_op().call(x, weight, bias, statistics.mean(), statistics.var(), training, momentum, eps, act, act_param);

@@ -25,7 +25,8 @@ namespace cnnkern {
 // `Operator` keeps what its gradient needs beside tensors, and has
 //   kName, kInputs      its name, and how many tensors may want a gradient
 //   recipe(inputs, of_results)   what computes the result again, if it has one: recorded() gives it what it was given
-//   backward(dy, saved, needs)   their gradients, one for each; `needs` says which are wanted
+//   backward(dy, saved, needs)   their gradients, one for each; `needs` says which are wanted. Or, if there are several results,
+//   backward(grads, saved, needs, node)
 // Saved tensors may come back from a hook in other strides than they had: what depends on those is kept in the operator.
 template <typename Operator>
 struct OperatorNode final : torch::autograd::Node, HasRecipe {
@@ -51,10 +52,14 @@ struct OperatorNode final : torch::autograd::Node, HasRecipe {
     torch::autograd::variable_list saved;
     saved.reserve(saved_.size());
     for (const auto& variable : saved_) saved.push_back(variable.unpack());
-    if (!grads[0].defined()) return torch::autograd::variable_list(Operator::kInputs);
     std::array<bool, Operator::kInputs> needs;
     for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
-    return op.backward(grads[0], saved, needs);
+    if constexpr (requires { op.backward(std::move(grads), saved, needs, *this); }) {
+      return op.backward(std::move(grads), saved, needs, *this);
+    } else {
+      if (!grads[0].defined()) return torch::autograd::variable_list(Operator::kInputs);
+      return op.backward(grads[0], saved, needs);
+    }
   }
 
   Operator op{};
