@@ -78,3 +78,40 @@ def _(self, x, y):
     w = F.dropout2d(self.features[1](x), 0.2, self.training)
     v = F.dropout(self.bn(x), 0.0, True, inplace=True)
     return F.relu(z) + F.relu(w) + F.relu(v) + torch.rand((), dtype=x.dtype)
+
+
+@written("FreesItsParametersBetween")
+def _(self, x, y):
+    """As FSDP does, which holds their memory by another tensor."""
+    norm = self.features[1]
+    kept = [p.detach() for p in norm.parameters()]
+    values = [p.clone() for p in kept]
+    with torch.no_grad():
+        z, s = norm(x), norm(x) + x
+        for t in kept:
+            t.untyped_storage().resize_(0)
+        z, s = F.relu(z), F.silu(s)
+        for t, value in zip(kept, values, strict=True):
+            t.untyped_storage().resize_(value.nbytes)
+            t.copy_(value)
+    return F.relu(y) + z + s
+
+
+@written("SharesItsParametersWithArrays")
+def _(self, x, y):
+    norm = self.features[1]
+    arrays = [p.detach().numpy() for p in norm.parameters()]
+    z = norm(x)
+    for a in arrays:
+        a *= 2
+    z = F.relu(z)
+    for a in arrays:
+        a /= 2
+    return F.relu(y) + z
+
+
+@written("MakesTensorsLikeIt")
+def _(self, x, y):
+    s = self.features[1](x) + x.clone()
+    made = [t.new_tensor([1.0, 2.0]).sum() + t.new(2, 3).numel() + t.new_zeros(2).sum() for t in (y, s)]
+    return F.relu(y) * made[0] + F.relu(s) * made[1]
