@@ -56,15 +56,7 @@ PYBIND11_MODULE(_C, m) {
       .def("fusions", &cnnkern::Site::fusions, "How many were fused with which operation.")
       .def("alone", &cnnkern::Site::alone, "How many were computed without fusion, by reason.")
       .def("batch_norm", &cnnkern::defer_batch_norm, pybind11::call_guard<pybind11::gil_scoped_release>(),
-           "A batch norm whose result is deferred if possible, so that the next activation or addition is fused with it.")
-      .def("over_processes",
-           [](const std::shared_ptr<cnnkern::Site>& site, const at::Tensor& x, const at::Tensor& mean, const at::Tensor& var,
-              const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias, double eps,
-              decltype(cnnkern::OverProcesses::gradients) gradients, decltype(cnnkern::OverProcesses::again) again) {
-             return cnnkern::defer_over_processes(site, x, mean, var, weight, bias, eps, {std::move(gradients), std::move(again)});
-           },
-           pybind11::call_guard<pybind11::gil_scoped_release>(),
-           "The same with the statistics of several processes and these gradients; None if it cannot be deferred.");
+           "A batch norm whose result is deferred if possible, so that the next activation or addition is fused with it.");
   pybind11::class_<cnnkern::FoldedConv::Settings>(m, "ConvSettings", "The settings of a folded convolution.")
       .def(pybind11::init<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, int64_t, std::vector<int64_t>, std::string,
                           std::string, int64_t, int64_t, std::vector<at::ScalarType>>());

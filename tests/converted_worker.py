@@ -138,18 +138,6 @@ def fully_sharded() -> None:
     compare(wrapped, ALL)
 
 
-def fully_sharded_layer_by_layer() -> None:
-    """The parameters of a batch norm have no memory as soon as its call returns."""
-    mesh = init_device_mesh("cpu", (2,))
-
-    def wrapped(model: nn.Module) -> nn.Module:
-        for layer in [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]:
-            fully_shard(layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
-
-    compare(wrapped, {"relu", "add + relu"})
-
-
 def fully_sharded_by_the_older_way() -> None:
     def wrapped(model: nn.Module) -> nn.Module:
         return FullyShardedDataParallel(
@@ -162,5 +150,5 @@ def fully_sharded_by_the_older_way() -> None:
 if __name__ == "__main__":
     run_task({f.__name__: f for f in (
         data_parallel, data_parallel_that_checkpoints, data_parallel_that_accumulates, fully_sharded,
-        fully_sharded_layer_by_layer, fully_sharded_by_the_older_way,
+        fully_sharded_by_the_older_way,
     )})  # fmt: skip

@@ -9,13 +9,31 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from gloo import run_task
-from sync_layers import ADDING, CHANNELS, FUSED, KINDS, SPLITS, drawn, of_this_process, silu
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cnnkern
 from cnnkern import reference, testing
 from cnnkern.nn import SyncBatchNorm, SyncBatchNormAddReLU, SyncBatchNormReLU, convert_sync_batchnorm
+
+SPLITS = {2: ((3, 3), (5, 1), (6, 0)), 3: ((2, 2, 2), (4, 0, 2), (1, 4, 1))}
+CHANNELS = 5
+
+
+def silu(*arguments, **keywords) -> SyncBatchNorm:
+    module = SyncBatchNorm(*arguments, **keywords)
+    module.act = "silu"
+    return module
+
+
+def add_silu(*arguments, **keywords) -> SyncBatchNorm:
+    module = SyncBatchNormAddReLU(*arguments, **keywords)
+    module.act = "silu"
+    return module
+
+
+KINDS = (SyncBatchNorm, SyncBatchNormReLU, SyncBatchNormAddReLU, silu, add_silu)
+ADDING = (SyncBatchNormAddReLU, add_silu)
 
 
 def equal_to_one_process_on_the_whole_batch() -> None:
@@ -25,6 +43,23 @@ def equal_to_one_process_on_the_whole_batch() -> None:
             for layout in ("contiguous", "channels_last"):
                 for kind in KINDS:
                     compare(kind, split, dtype, layout, rank)
+
+
+def drawn(kind: Callable, dtype: torch.dtype, layout: str = "contiguous", **keywords) -> tuple[nn.Module, list[Tensor]]:
+    """A layer, and x, dy and where it adds the residual of the whole batch. Parameters are float32 at least."""
+    g = torch.Generator().manual_seed(1)
+    module = kind(CHANNELS, dtype=torch.promote_types(dtype, torch.float32), **keywords)
+    x, dy, r = (testing.with_layout(testing.randn((6, CHANNELS, 4, 7), g, dtype), layout) for _ in range(3))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(testing.randn((CHANNELS,), g, parameter.dtype))
+    return module, [x, dy, r] if isinstance(module, SyncBatchNormAddReLU) else [x, dy]
+
+
+def of_this_process(t: Tensor, layout: str = "contiguous", split: tuple[int, ...] | None = None) -> Tensor:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    split = split or SPLITS[world][1]
+    return testing.with_layout(t[sum(split[:rank]) : sum(split[: rank + 1])], layout)
 
 
 def written_out(module: nn.Module, x: Tensor, residual: Tensor | None, *statistics, training: bool = True) -> Tensor:
@@ -133,7 +168,7 @@ class Called(TorchDispatchMode):
 
 def nothing_is_read_by_the_host_and_memory_is_passed_over_once_a_part() -> None:
     reads = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
-    for kind, momentum in itertools.product(FUSED, (0.1, None)):
+    for kind, momentum in itertools.product(KINDS, (0.1, None)):
         module, tensors = drawn(kind, torch.float32, momentum=momentum)
         x, dy, *residual = (of_this_process(t) for t in tensors)
         inputs = [t.requires_grad_() for t in (x, *residual)]

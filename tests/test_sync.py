@@ -19,10 +19,10 @@ from tests.child import refuse_lack_of_memory, run_child
 WORKER = Path(__file__).with_name("sync_worker.py")
 
 
-def torchrun(task: str, processes: int, worker: Path = WORKER) -> subprocess.CompletedProcess:
+def torchrun(task: str, processes: int) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-    return run_child([*command, str(worker), task], env=environment, timeout=240)
+    return run_child([*command, str(WORKER), task], env=environment, timeout=240)
 
 
 @pytest.mark.parametrize(
@@ -48,19 +48,6 @@ def torchrun(task: str, processes: int, worker: Path = WORKER) -> subprocess.Com
 )
 def test_in_processes(task, processes):
     done = torchrun(task, processes)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-@pytest.mark.parametrize(
-    "task",
-    [
-        "its_activation_and_its_addition_are_in_its_kernels",
-        "processes_may_use_its_result_in_different_ways",
-        "frozen_parts_ask_for_no_collective",
-    ],
-)
-def test_converted_layers_in_processes(task):
-    done = torchrun(task, 2, WORKER.with_name("sync_converted_worker.py"))
     assert done.returncode == 0, done.stderr[-4000:]
 
 

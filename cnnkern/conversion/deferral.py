@@ -8,10 +8,8 @@ from torch import Tensor
 from cnnkern import compat
 from cnnkern.extension import extension
 from cnnkern.nn.batchnorm import _FusedBatchNorm
-from cnnkern.nn.sync import SyncBatchNorm
 from cnnkern.ops import route, tuned
 from cnnkern.ops.bn_act import batch_norm_act
-from cnnkern.ops.sync_bn import sync_batch_norm_by
 
 Site = extension and extension.Site  # without the extension nothing is deferred
 
@@ -50,46 +48,25 @@ class Deferring(_FusedBatchNorm):
 
 def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
     """The batch norm without an activation; its result is deferred if possible."""
-    return norm._normalize(input, lambda *arguments: _deferred(norm, *arguments[:-2]))
 
+    def waiting(input: Tensor, *arguments: Any) -> Tensor:
+        *arguments, _, _ = arguments
+        if torch.compiler.is_compiling():
+            return _compiled(input, *arguments)
+        if Site is None or route.is_pytorchs((input,), arguments[:4]):
+            return batch_norm_act(input, *arguments, "none")
+        if type(input) is not Tensor or _is_captured_unseen(input):
+            return batch_norm_act(input, *arguments, "none")
+        site = norm.__dict__.get(SITE)
+        if site is None:
+            site = norm.__dict__[SITE] = Site()
+        if tuned.table is not None:
+            operator, act = _usual(site)
+            if tuned.loses(operator, input, arguments[2], arguments[3], act, arguments[4]):
+                return route.by_pytorch(batch_norm_act, input, *arguments, "none")
+        return site.batch_norm(input, *arguments)
 
-def deferred_over_processes(norm: SyncBatchNorm, input: Tensor) -> Tensor:
-    """The same for a synchronised batch norm. Its statistics and its collectives are not deferred."""
-
-    def together(input: Tensor, *arguments: Any) -> Tensor:
-        mean, var, weight, bias, training, momentum, eps, _, _ = arguments
-        if not (training and norm._several()):
-            return _deferred(norm, input, *arguments[:-2])
-        defer = _not_deferred if Site is None or _is_captured_unseen(input) else site_of(norm).over_processes
-        return sync_batch_norm_by(defer, input, mean, var, weight, bias, momentum, eps, norm.process_group)
-
-    return norm._normalize(input, together)
-
-
-def _not_deferred(*_: Any) -> None:
-    return None
-
-
-def site_of(norm: _FusedBatchNorm) -> Any:
-    site = norm.__dict__.get(SITE)
-    if site is None:
-        site = norm.__dict__[SITE] = Site()
-    return site
-
-
-def _deferred(norm: _FusedBatchNorm, input: Tensor, *arguments: Any) -> Tensor:
-    if torch.compiler.is_compiling():
-        return _compiled(input, *arguments)
-    if Site is None or route.is_pytorchs((input,), arguments[:4]):
-        return batch_norm_act(input, *arguments, "none")
-    if type(input) is not Tensor or _is_captured_unseen(input):
-        return batch_norm_act(input, *arguments, "none")
-    site = site_of(norm)
-    if tuned.table is not None:
-        operator, act = _usual(site)
-        if tuned.loses(operator, input, arguments[2], arguments[3], act, arguments[4]):
-            return route.by_pytorch(batch_norm_act, input, *arguments, "none")
-    return site.batch_norm(input, *arguments)
+    return norm._normalize(input, waiting)
 
 
 def _compiled(input: Tensor, *arguments: Any) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cnnkern.conversion import timm_layers
-from cnnkern.conversion.deferral import FOLDED_SITE, NAMES, SITE, Deferring, became, deferred, deferred_over_processes
+from cnnkern.conversion.deferral import FOLDED_SITE, NAMES, SITE, Deferring, became, deferred
 from cnnkern.nn import batchnorm, layer_norm, sync
 from cnnkern.nn.conv import GroupedConv1d, GroupedConv2d, GroupedConv3d
 from cnnkern.nn.pooling import MaxPool2d
@@ -17,7 +17,7 @@ def kind_now(module: nn.Module) -> tuple[str, str]:
     """The kind of a batch norm in a report, by what it was fused with so far, and the reason."""
     if FOLDED_SITE in module.__dict__:
         return became("Conv + BatchNorm", module.__dict__[FOLDED_SITE])
-    if isinstance(module, _ConvertedBatchNorm | ConvertedSyncBatchNorm) or timm_layers.is_batch_norm_act(module):
+    if isinstance(module, _ConvertedBatchNorm) or timm_layers.is_batch_norm_act(module):
         return became("BatchNorm", module.__dict__.get(SITE))
     kind = "BatchNorm" + " + add" * isinstance(module, batchnorm._FusedBatchNormAdd)
     return kind + (f" + {NAMES[module.act]}" if module.act != "none" else ""), ""
@@ -29,20 +29,9 @@ class _ConvertedBatchNorm(Deferring):
     """
 
     act = "none"
-    synchronised: type  # what convert_sync_batchnorm makes of it
 
     def forward(self, input: Tensor) -> Tensor:
         return deferred(self, input)
-
-
-class ConvertedSyncBatchNorm(sync.SyncBatchNorm):
-    """What ``convert_sync_batchnorm`` makes of a converted batch norm: its result is deferred too."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return deferred_over_processes(self, input)
-
-
-_ConvertedBatchNorm.synchronised = ConvertedSyncBatchNorm
 
 
 class ConvertedBatchNorm1d(_ConvertedBatchNorm, batchnorm.BatchNorm1d):
@@ -99,8 +88,7 @@ def originals() -> dict[type, type]:
     found = {ours: plain for plain, (ours, _) in replacements().items()}
     found |= {ours: found.get(plain, plain) for plain, ours in CONVOLUTIONS.items()}
     found |= sequential.originals()
-    found |= dict.fromkeys((sync.SyncBatchNorm, ConvertedSyncBatchNorm), nn.SyncBatchNorm)
-    return found | timm_layers.synchronised()
+    return found | timm_layers.synchronised() | {sync.SyncBatchNorm: nn.SyncBatchNorm}
 
 
 def replace(module: nn.Module, ours: type) -> None:

@@ -10,9 +10,10 @@ import sys
 
 from torch import Tensor, fx, nn
 
-from cnnkern.conversion.deferral import Deferring, deferred, deferred_over_processes
+from cnnkern.conversion.deferral import Deferring, deferred
 from cnnkern.nn import layer_norm, sync
 from cnnkern.nn.traced import leaf
+from cnnkern.ops.bn_act import batch_norm_act
 
 
 class _BatchNormAct(Deferring):
@@ -33,7 +34,9 @@ class SyncBatchNormAct(sync.SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
             return leaf(self, input)
-        return self._modules["act"](self.drop(deferred_over_processes(self, input)))
+        operator = self._over_processes(batch_norm_act)
+        y = self._normalize(input, lambda *arguments: operator(*arguments[:-2], "none"))
+        return self._modules["act"](self.drop(y))
 
     _behind = _BatchNormAct._behind
 
@@ -77,7 +80,7 @@ def known() -> dict[type, type]:
 def is_batch_norm_act(module: nn.Module) -> bool:
     """Whether this is a `BatchNormAct2d`, timm's or its replacement."""
     theirs = getattr(sys.modules.get("timm.layers.norm_act"), "BatchNormAct2d", None)
-    return isinstance(module, _BatchNormAct | SyncBatchNormAct) or (theirs is not None and type(module) is theirs)
+    return isinstance(module, _BatchNormAct) or (theirs is not None and type(module) is theirs)
 
 
 def synchronised() -> dict[type, type]:

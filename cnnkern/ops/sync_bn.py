@@ -1,6 +1,5 @@
 """Batch norm over processes, residual and activation. Kernels: csrc, triton_kernels; autograd: sync_bn_autograd.py."""
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from cnnkern.ops import fake, route
 from cnnkern.ops.bn_act import batch_norm_act
 from cnnkern.ops.bn_add_act import batch_norm_add_act
-from cnnkern.ops.sync_bn_autograd import Behind, Group, normalized, statistics_of
+from cnnkern.ops.sync_bn_autograd import Group, normalized
 from cnnkern.triton_kernels import check
 
 if TYPE_CHECKING:
@@ -50,11 +49,13 @@ def sync_batch_norm_act(
     Source: Zhang et al., Context Encoding for Semantic Segmentation, 2018 (arXiv:1803.08904), section 3.2.
     """
     over = Group.of(group)
-    transformed = _is_transformed()
+    transformed = not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
     if transformed and over.size > 1 and training:
         raise NotImplementedError("sync_batch_norm_act: torch.func transforms end at a process's own tensors")
     inputs = (input,) if residual is None else (input, residual)
-    alone = _is_of_one_process(inputs, (running_mean, running_var, weight, bias))
+    # An exported program is of one process, and differentiable: the other two functions decide what it names.
+    alone = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    alone = alone or route.is_pytorchs(inputs, (running_mean, running_var, weight, bias))
     if alone and over.size > 1 and training:
         raise NotImplementedError(
             "sync_batch_norm_act: with several processes it accepts plain tensors only, and cannot be exported"
@@ -70,49 +71,6 @@ def sync_batch_norm_act(
     check.sync_bn_residual(op, input, residual, act, act_param)
     y, mean, var, count = normalized(input, residual, weight, bias, eps, (act, act_param), over)
     if running_mean is not None and running_var is not None:  # at last: nothing behind it refuses
-        _update(running_mean, running_var, mean, var, count, momentum)
-    return y
-
-
-def _is_transformed() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _is_of_one_process(inputs: tuple[Tensor, ...], vectors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a call is of one process whatever the group: an exported program is, and differentiable. The functions of
-    one process decide what it names."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or route.is_pytorchs(inputs, vectors)
-
-
-def sync_batch_norm_by(
-    defer: Callable[..., Tensor | None],
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | Tensor,
-    eps: float,
-    group: "ProcessGroup | None",
-) -> Tensor:
-    """:func:`sync_batch_norm_act` in training, without an activation, with a deferred result.
-
-    ``defer`` gets input, mean, variance, weight, bias, eps, and the two functions that compute gradients. It returns
-    None if the result cannot be deferred. The statistics and the collectives are not deferred.
-    """
-    vectors = running_mean, running_var, weight, bias
-    if torch.compiler.is_compiling() or _is_transformed() or _is_of_one_process((input,), vectors):
-        return sync_batch_norm_act(input, *vectors, True, momentum, eps, "none", group=group)
-    check.batch_norm("cnnkern::sync_bn", input, weight, bias, running_mean, running_var, True, eps, alone=False)
-    over = Group.of(group)
-    mean, var, rstd, count = statistics_of(input, eps, over)
-    # Copies, which nobody else reads.
-    own = [t.to(torch.promote_types(input.dtype, torch.float32), copy=True) for t in (mean, var)]
-    behind = Behind(count, weight, bias, over)
-    y = defer(input, *own, weight, bias, eps, behind.gradients, behind.again)
-    if y is None:
-        y = normalized(input, None, weight, bias, eps, ("none", None), over, (mean, var, rstd, count))[0]
-    if running_mean is not None and running_var is not None:
         _update(running_mean, running_var, mean, var, count, momentum)
     return y
 

@@ -4,7 +4,7 @@ Of first order by its operators, with one collective between the sums and the ma
 own operators and a sum over processes that is differentiable.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import torch
 import torch.distributed as dist
@@ -63,12 +63,6 @@ def combined(gathered: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tens
     return mean, var, (var + eps).rsqrt(), count
 
 
-@torch.no_grad()
-def statistics_of(x: Tensor, eps: float, group: Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean, biased variance, rstd and number of elements over all processes: one collective."""
-    return combined(group.gathered(_ops.sync_bn_stats(x)), eps)
-
-
 class _Saved(NamedTuple):
     x: Tensor
     weight: Tensor | None
@@ -115,18 +109,10 @@ def _gradients(dy: Tensor, saved: _Saved, settings: _Settings, needs: tuple[bool
     return dx, dresidual, *found
 
 
-def _differentiable_gradients(
-    dy: Tensor, saved: _Saved, settings: _Settings, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Gradients.apply(dy, *saved, settings, needs)
-    return _gradients(dy, saved, settings, needs)
-
-
 class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, eps, act, group, statistics):
-        mean, var, rstd, count = statistics or statistics_of(x, eps, group)
+    def forward(ctx, x, residual, weight, bias, eps, act, group):
+        mean, var, rstd, count = combined(group.gathered(_ops.sync_bn_stats(x)), eps)
         y, mask = _ops.sync_bn(x, residual, weight, bias, mean, rstd, *act)
         adds = residual is not None
         masked = adds and act[0] == "relu"
@@ -149,9 +135,13 @@ class _SyncBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, *_):
         if dy is None:
-            return (None,) * 8
+            return (None,) * 7
         saved, needs = _Saved(*ctx.saved_tensors), tuple(ctx.needs_input_grad[:4])
-        return *_differentiable_gradients(dy, saved, ctx.settings, needs), *[None] * 4
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _Gradients.apply(dy, *saved, ctx.settings, needs)
+        else:
+            grads = _gradients(dy, saved, ctx.settings, needs)
+        return *grads, None, None, None
 
 
 class _Gradients(torch.autograd.Function):
@@ -260,29 +250,6 @@ def normalized(
     eps: float,
     act: tuple[str, float | None],
     group: Group,
-    statistics: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, and mean, biased variance and number of elements over all processes; from `statistics_of` x, where known."""
-    return _SyncBatchNorm.apply(x, residual, weight, bias, eps, act, group, statistics)
-
-
-class Behind:
-    """What csrc/deferred calls for a deferred batch norm over processes: OverProcesses in nodes.h."""
-
-    def __init__(self, count: Tensor, weight: Tensor | None, bias: Tensor | None, group: Group) -> None:
-        self._count, self._group = count, group
-        self._types = None if weight is None else weight.dtype, None if bias is None else bias.dtype
-
-    def gradients(self, dy: Tensor, *rest: Any) -> list[Tensor | None]:
-        """Of x, the residual, weight and bias."""
-        x, weight, bias, mean, rstd, mask, residual, channels_last, act, act_param, needs = rest
-        saved = _Saved(x, weight, bias, mean, rstd, self._count, mask, residual)
-        adds = mask is not None or residual is not None
-        settings = _Settings(channels_last, (act, act_param), adds, self._types, self._group)
-        return list(_differentiable_gradients(dy, saved, settings, tuple(needs)))
-
-    def again(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
-        """The batch norm's result as a function of x, weight and bias."""
-        saved = _Saved(x, weight, bias, mean, rstd, self._count, None, None)
-        settings = _Settings(False, ("none", None), False, self._types, self._group)
-        return _written_out(x, None, weight, bias, saved, settings)
+    """y, and mean, biased variance and number of elements over all processes."""
+    return _SyncBatchNorm.apply(x, residual, weight, bias, eps, act, group)

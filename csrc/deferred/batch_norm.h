@@ -7,7 +7,6 @@
 #include <optional>
 #include <string>
 
-#include "deferred/nodes.h"
 #include "deferred/site.h"
 
 namespace cnnkern {
@@ -17,10 +16,5 @@ namespace cnnkern {
 at::Tensor defer_batch_norm(const std::shared_ptr<Site>& site, const at::Tensor& x, const std::optional<at::Tensor>& running_mean,
                             const std::optional<at::Tensor>& running_var, const std::optional<at::Tensor>& weight,
                             const std::optional<at::Tensor>& bias, bool training, double momentum, double eps);
-
-// The batch norm of x with the statistics of several processes, whose gradients `over` computes; nothing if it cannot be deferred.
-std::optional<at::Tensor> defer_over_processes(const std::shared_ptr<Site>& site, const at::Tensor& x, const at::Tensor& mean,
-                                               const at::Tensor& var, const std::optional<at::Tensor>& weight,
-                                               const std::optional<at::Tensor>& bias, double eps, const OverProcesses& over);
 
 }  // namespace cnnkern

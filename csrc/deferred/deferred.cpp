@@ -6,7 +6,6 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
-#include <typeinfo>
 
 #include "autograd/below.h"
 #include "autograd/composite.h"
@@ -41,7 +40,7 @@ void keep_recipe(const Tensor& y, const NormArguments& norm, const Tensor& resid
   const auto node = torch::autograd::impl::gradient_edge(y).function;
   if (auto* has_recipe = dynamic_cast<HasRecipe*>(&*node))
     has_recipe->keep_recipe(y, [&] {
-      return recipe_of_batch_norm(norm.x, residual, norm.read_weight, norm.read_bias, result.mean, result.rstd, act.name, act.param);
+      return recipe_of_batch_norm(norm.x, residual, norm.weight, norm.bias, result.mean, result.rstd, act.name, act.param);
     });
 }
 
@@ -106,7 +105,8 @@ Tensor tensor_of(const c10::intrusive_ptr<Deferred>& impl) {
 
 Deferred::Deferred(std::shared_ptr<Source> source, const at::TensorOptions& like, at::IntArrayRef sizes, const Strides& strides,
                    const NormPointer& norm, const For& where, const Tensor& residual)
-    : TensorImpl(like.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU, like.dtype(), like.device()),
+    : TensorImpl(c10::DispatchKeySet({like.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU, kDeferredKey}), like.dtype(),
+                 like.device()),
       source_(std::move(source)), residual_(residual), norm_(norm), where_(where), grad_mode_(at::GradMode::is_enabled()),
       inference_(c10::InferenceMode::is_enabled()), stream_(stream_of(like.device())), capture_(capture_of(stream_)),
       waiting_(Waiting::of_this_thread()) {
@@ -124,7 +124,6 @@ c10::intrusive_ptr<Deferred> Deferred::make(std::shared_ptr<Source> source, cons
 Tensor Deferred::laid(const Tensor& value, const Strides& strides) {
   if (value.strides() == at::IntArrayRef(strides)) return value;
   const auto made = c10::make_intrusive<Deferred>(nullptr, value.options(), value.sizes(), strides, NormPointer{}, For{}, Tensor());
-  made->waiting_->enter(made);
   made->keep_laid(value);
   return tensor_of(made);
 }
@@ -135,10 +134,7 @@ Tensor Deferred::compute_at_once(Source& source, const Strides& strides) {
 }
 
 Deferred* Deferred::of(const Tensor& t) {
-  const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
-  if (typeid(impl) != typeid(Deferred)) return nullptr;
-  auto* const deferred = static_cast<Deferred*>(t.unsafeGetTensorImpl());
-  return deferred->state_ == kReal ? nullptr : deferred;
+  return t.defined() && t.key_set().has(kDeferredKey) ? dynamic_cast<Deferred*>(t.unsafeGetTensorImpl()) : nullptr;
 }
 
 bool Deferred::has_storage() const {
@@ -209,7 +205,6 @@ Tensor Deferred::in_own_strides(const Tensor& value) const {
 void Deferred::become(const Tensor& value) {
   const Tensor laid = in_own_strides(value);
   state_ = kReal;
-  waiting_->leave(this);
   forget();
   TensorImpl::shallow_copy_from(laid.getIntrusivePtr());
 }
@@ -241,6 +236,7 @@ Tensor as_computed(const Tensor& t) {
 }
 
 void Deferred::forget() {
+  waiting_->leave(this);
   source_ = nullptr;
   residual_ = value_ = Tensor();
   norm_ = {};
@@ -295,7 +291,6 @@ void Deferred::drop() noexcept {
     TORCH_WARN("cnnkern: a batch norm whose output was dropped did not update its statistics: ", error.what());
   }
   state_ = kReal;
-  waiting_->leave(this);
   forget();
 }
 
@@ -331,7 +326,6 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& a
   const Lock lock(mutex_);
   if (!takes(self) || adds_zero_ || (in_place && is_observed(self))) return std::nullopt;
   if (act.slope.defined() && !norm_ && grad_mode_ && act.slope.requires_grad()) return std::nullopt;
-  if (act.slope.defined() && norm_ && source_->norm()->over) return std::nullopt;  // whose parts have no PReLU
   const bool sum = residual_.defined();
   const Result result = compute(act);
   const bool of_result = !in_place && (!sum || reads_result(act.name));

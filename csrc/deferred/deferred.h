@@ -1,19 +1,18 @@
 // A tensor whose values are computed when they are first used, together with the operation that uses them.
 //
 // To Python it is an ordinary torch.Tensor: its TensorImpl has sizes, strides and a place in the autograd graph, but no memory
-// yet. While it is deferred, its thread has a dispatch key above autograd in its thread-local set, so dispatch.cpp is called first
-// for all operators of that thread. If one kernel computes an activation or addition together with the result, it is called. Any
-// other operator on it, and any access to its memory, first materialises the result ("make_real"): it becomes an ordinary tensor.
-// The tensor itself does not have the key, because PyTorch derives a tensor's device from its keys (new_tensor).
+// yet. It carries a dispatch key above autograd, so dispatch.cpp is called first for every operator that gets it. If one kernel
+// computes that activation or addition together with the result, it is called. Any other operator, and any access to the
+// tensor's memory, first materialises the result ("make_real"): it becomes an ordinary tensor.
 //
-// dispatch.cpp materialises the result before an operator that would write to the result's inputs, or read or write its running
+// While a result is deferred, its thread has the key in its thread-local set, so dispatch.cpp is called for all operators of that
+// thread. It materialises the result before an operator that would write to the result's inputs, or read or write its running
 // statistics. So nothing that PyTorch can observe happens later than without deferring.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/Stream.h>
 
-#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -75,8 +74,8 @@ class Deferred final : public c10::TensorImpl {
   bool conflicts_with(const c10::StorageImpl* memory, bool writes);
   // Makes this the node of the result, which is `self`.
   void put(const at::Tensor& self, const decltype(torch::autograd::Edge::function)& node);
-  // Counts the operators that went past it, if there is something to compute.
-  int passed() { return state_ == kLaid ? 0 : ++passed_; }
+  // Counts the operators that went past it.
+  int passed() { return ++passed_; }
 
   // Of c10::TensorImpl.
   bool has_storage() const override;
@@ -121,7 +120,7 @@ class Deferred final : public c10::TensorImpl {
   c10::Stream stream_;
   uint64_t capture_;  // the CUDA graph capture in which the layer was called; 0: none
   std::shared_ptr<Waiting> waiting_;
-  std::atomic<State> state_ = kOpen;
+  State state_ = kOpen;
   bool again_ = false;  // it was computed before: the running statistics already contain this batch
   bool adds_zero_ = false;  // a sum with the number 0
   std::string fused_with_;

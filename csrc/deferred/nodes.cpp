@@ -37,6 +37,11 @@ const auto& prelu_backward() {
   return op;
 }
 
+// The batch norm's result, recomputed differentiably from what its node saved.
+Tensor batch_norm_again(const variable_list& saved, bool training) {
+  return bn_act_composite(saved[0], saved[1], saved[2], saved[3], saved[4], training, {"none", {}});
+}
+
 }  // namespace
 
 Tensor activated(const Tensor& pre, const Activation& act) {
@@ -72,15 +77,9 @@ void NormNode::fill(const NormArguments& norm, const Tensor& mean, const Tensor&
   if (filled_) return;
   for (const Tensor& t : {norm.x, norm.weight, reads_bias ? norm.bias : Tensor(), mean, rstd})
     saved_.push_back(saved_with_recipe(t));
-  if (reads_bias && norm.bias.defined()) bias_ = copy_of(norm.read_bias);
-  training_ = norm.training, over_ = norm.over;
+  if (reads_bias && norm.bias.defined()) bias_ = copy_of(norm.bias);
+  training_ = norm.training;
   filled_ = true;
-}
-
-Tensor NormNode::again(const variable_list& saved, bool differentiable) const {
-  // Values need no collective: whether one is called must not depend on what was fused.
-  if (over_ && differentiable) return over_->again(saved[0], optional_of(saved[1]), optional_of(saved[2]), saved[3], saved[4]);
-  return bn_act_composite(saved[0], saved[1], saved[2], saved[3], saved[4], training_, {"none", {}});
 }
 
 variable_list NormNode::unpack() {
@@ -118,16 +117,6 @@ variable_list NormNode::apply(variable_list&& grads) {
   TORCH_CHECK(same || before.act.name == "none", "cnnkern: a gradient was replaced on its way from an activation to the batch norm "
               "before it, which computes both in one; please report this");
   const auto saved = unpack();
-  if (over_) {
-    // Whether there is a collective must not depend on which gradients this process asks for.
-    const std::array<bool, 4> needs = {next_edge(0).is_valid(), false, next_edge(1).is_valid(), next_edge(2).is_valid()};
-    const auto found = over_->gradients(dy, saved[0], optional_of(saved[1]), optional_of(saved[2]), saved[3].contiguous(),
-                                        saved[4].contiguous(), std::nullopt, std::nullopt, batch_norm_in_rows(saved[0]),
-                                        before.act.name, before.act.param, needs);
-    Tensor dx = found[0].value_or(Tensor());
-    if (needs[0]) dx = in_strides_of_batch_norm_gradient(dx, saved[0], dy, before.strides, before.act.name);
-    return {dx, found[2].value_or(Tensor()), found[3].value_or(Tensor())};
-  }
   std::array<bool, 3> needs;
   for (size_t i = 0; i < needs.size(); ++i) needs[i] = task_should_compute_output(i);
   auto [dx, dweight, dbias] = norm_backward().call(dy, saved[0], optional_of(saved[1]), optional_of(saved[2]), saved[3].contiguous(),
@@ -147,7 +136,7 @@ variable_list ActNode::apply(variable_list&& grads) {
   }
   const bool create_graph = at::GradMode::is_enabled();
   at::AutoGradMode enable(true);
-  Tensor y = norm.again(norm.unpack(), create_graph);
+  Tensor y = batch_norm_again(norm.unpack(), norm.training());
   if (!create_graph) y = y.detach();
   if (!y.requires_grad()) y.requires_grad_();
   return torch::autograd::grad({activation_by_pytorch(y, act)}, {y}, {dz}, /*retain_graph=*/create_graph, create_graph);
@@ -165,7 +154,7 @@ variable_list PReluNode::apply(variable_list&& grads) {
   if (!sum && !(post_hooks().empty() && norm.unobserved(next_edge(0).function.use_count()))) {
     const bool create_graph = at::GradMode::is_enabled();
     at::AutoGradMode enable(true);
-    Tensor y = norm.again(saved, create_graph), s = create_graph && slopes.requires_grad() ? slopes : slopes.detach();
+    Tensor y = batch_norm_again(saved, norm.training()), s = create_graph && slopes.requires_grad() ? slopes : slopes.detach();
     if (!create_graph) y = y.detach();
     for (Tensor* t : {&y, &s})
       if (!t->requires_grad()) t->requires_grad_();
@@ -200,12 +189,6 @@ variable_list ActOfSumNode::apply(variable_list&& grads) {
   const auto saved = norm.unpack();
   const Tensor bits = mask.unpack(), added = residual.unpack();
   const bool recomputes = recomputes_sum(act.name);
-  if (norm.over()) {  // the batch norm's node computes the rest, with its collective
-    const auto found = norm.over()->gradients(dz, saved[0], optional_of(saved[1]), recomputes ? optional_of(saved[2]) : std::nullopt,
-                                              saved[3].contiguous(), saved[4].contiguous(), recomputes ? std::nullopt : optional_of(bits),
-                                              optional_of(added), channels_last, act.name, act.param, {false, true, false, false});
-    return {restrided(*found[1], strides_of_gradient(dz, strides, act.name))};
-  }
   const std::array<bool, 4> needs = {norm.next_edge(0).is_valid(), true, norm.next_edge(1).is_valid(), norm.next_edge(2).is_valid()};
   auto [dx, dresidual, dweight, dbias] =
       add_backward().call(dz, saved[0], optional_of(saved[1]), recomputes ? optional_of(saved[2]) : std::nullopt, saved[3].contiguous(),

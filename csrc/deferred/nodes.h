@@ -10,9 +10,6 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/saved_variable.h>
 
-#include <array>
-#include <functional>
-#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -43,28 +40,10 @@ struct Activation {
   operator ActivationName() const { return {name, param}; }
 };
 
-// How the gradients of a batch norm over several processes are computed: functions of cnnkern/ops/sync_bn_autograd.py, which call
-// collectives.
-struct OverProcesses {
-  using Optional = std::optional<at::Tensor>;
-  // The gradients of x, the residual, weight and bias, if they are needed. Only that of x takes a collective.
-  std::function<std::vector<Optional>(const at::Tensor& dy, const at::Tensor& x, const Optional& weight, const Optional& bias,
-                                      const at::Tensor& mean, const at::Tensor& rstd, const Optional& mask, const Optional& residual,
-                                      bool channels_last, const std::string& act, std::optional<double> act_param,
-                                      const std::array<bool, 4>& needs)>
-      gradients;
-  // The result, as a function of x, weight and bias.
-  std::function<at::Tensor(const at::Tensor& x, const Optional& weight, const Optional& bias, const at::Tensor& mean,
-                           const at::Tensor& rstd)>
-      again;
-};
-
 // A batch norm's arguments, as autograd saves them.
 struct NormArguments {
   at::Tensor x, weight, bias;
   bool training;
-  at::Tensor read_weight, read_bias;  // what kernels read: weight and bias, or copies made at the call
-  std::shared_ptr<const OverProcesses> over = nullptr;  // set if the given statistics are functions of x
 };
 
 // A copy that autograd and modes do not see.
@@ -83,9 +62,6 @@ class NormNode final : public torch::autograd::Node, public HasRecipe {
   void fill(const NormArguments& norm, const at::Tensor& mean, const at::Tensor& rstd, bool reads_bias);
   torch::autograd::variable_list unpack();  // x, weight, bias, mean, rstd
   bool training() const { return training_; }
-  const OverProcesses* over() const { return over_.get(); }
-  // The result, recomputed from what was saved; differentiably on request.
-  at::Tensor again(const torch::autograd::variable_list& saved, bool differentiable) const;
   // Whether only the activation's node passes a gradient to this one, and nothing else sees it. `uses`: references to this node.
   bool unobserved(size_t uses) const;
 
@@ -104,7 +80,6 @@ class NormNode final : public torch::autograd::Node, public HasRecipe {
   std::vector<torch::autograd::SavedVariable> saved_;
   at::Tensor bias_;  // a copy: PyTorch's batch norm does not save its bias, which may change before the gradient is asked for
   bool training_ = false, filled_ = false;
-  std::shared_ptr<const OverProcesses> over_;
 };
 
 using NormPointer = decltype(make_node<NormNode>());

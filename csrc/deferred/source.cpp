@@ -44,16 +44,14 @@ bool Remembered::holds_memory(const Tensor& t) const {
   return memory_of(t) == memory_ && memory_->nbytes() == bytes_ && t.storage().resizable() == resizable_;
 }
 
-bool Remembered::holds_version(const Tensor& t) const { return t.is_inference() || t._version() == version_; }
-
-bool Remembered::holds(const Tensor& t) const { return holds_memory(t) && holds_version(t); }
+bool Remembered::holds(const Tensor& t) const { return holds_memory(t) && (t.is_inference() || t._version() == version_); }
 
 BatchNorm::BatchNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& running_mean, const Tensor& running_var,
                      bool training, double momentum, double eps, bool any_strides)
-    : arguments_{x, weight, bias, training, weight, bias}, running_mean_(running_mean), running_var_(running_var), momentum_(momentum),
-      eps_(eps), any_strides_(any_strides) {}
+    : arguments_{x, weight, bias, training}, running_mean_(running_mean), running_var_(running_var), momentum_(momentum), eps_(eps),
+      any_strides_(any_strides) {}
 
-bool BatchNorm::can_wait() {
+bool BatchNorm::can_wait() const {
   const Tensor& x = arguments_.x;
   if (!is_plain(x) || x.dim() < 2 || x.dim() > 5 || x.numel() == 0 || !x.is_floating_point()) return false;
   if (!x.is_contiguous() && !is_rows(x)) return false;
@@ -61,8 +59,7 @@ bool BatchNorm::can_wait() {
   if (!(eps_ >= 0) || running_mean_.defined() != running_var_.defined()) return false;
   for (const Tensor* t : tensors()) {
     if (!t->defined()) continue;
-    const bool is_parameter = t == &arguments_.weight || t == &arguments_.bias;
-    if (has_tangent(*t) || !t->has_storage() || !(is_parameter || is_seen(*t))) return false;
+    if (has_tangent(*t) || !is_seen(*t)) return false;
     if (t == &x) continue;
     const bool mixed = t->scalar_type() == at::kFloat && x.element_size() == 2;
     if (!is_plain(*t) || t->device() != x.device() || t->dim() != 1 || t->size(0) != x.size(1) ||
@@ -71,10 +68,9 @@ bool BatchNorm::can_wait() {
   }
   if (requires_grad(running_mean_) || requires_grad(running_var_)) return false;
   // Recorded only if the result can be deferred.
-  for (size_t i = 0; i < remembered_.size(); ++i)
-    if (tensors()[i]->defined()) remembered_[i].remember(*tensors()[i]);
-  for (Tensor* t : {&arguments_.read_weight, &arguments_.read_bias})
-    if (t->defined() && !(is_seen(*t) && is_alone_in_memory(*t))) *t = copy_of(*t);
+  auto& remembered = const_cast<BatchNorm*>(this)->remembered_;
+  for (size_t i = 0; i < remembered.size(); ++i)
+    if (tensors()[i]->defined()) remembered[i].remember(*tensors()[i]);
   return true;
 }
 
@@ -92,11 +88,9 @@ bool BatchNorm::keeps_statistic(const c10::StorageImpl* memory) const {
 void BatchNorm::check_unchanged(bool statistics) const {
   for (size_t i = 0; i < (statistics ? 5 : 3); ++i) {
     const Tensor& t = *tensors()[i];
-    const Remembered& was = remembered_[i];
     // Another thread may train with the same statistics: the update uses their current values.
     const bool updates = i >= 3 && arguments_.training;
-    const bool copied = (i == 1 && !t.is_same(arguments_.read_weight)) || (i == 2 && !t.is_same(arguments_.read_bias));
-    TORCH_CHECK(!t.defined() || (updates ? was.holds_memory(t) : copied ? was.holds_version(t) : was.holds(t)), "cnnkern: ",
+    TORCH_CHECK(!t.defined() || (updates ? remembered_[i].holds_memory(t) : remembered_[i].holds(t)), "cnnkern: ",
                 i == 0 ? "the input" : i < 3 ? "a parameter" : "a running statistic",
                 " of a batch norm was changed by other means than PyTorch's operators, or by another thread, after the batch norm "
                 "was called and before its output was used. Use the output first, or leave this batch norm unconverted.");
@@ -111,8 +105,7 @@ std::pair<OptionalTensor, OptionalTensor> BatchNorm::statistics(bool again) cons
 }
 
 Result BatchNorm::compute(const Tensor& residual, const Activation& act, bool again) {
-  const Tensor &x = arguments_.x, &weight = arguments_.read_weight, &bias = arguments_.read_bias;
-  const bool training = arguments_.training;
+  const auto& [x, weight, bias, training] = arguments_;
   const auto [mean, var] = statistics(again);
   Result result;
   if (act.slope.defined())
@@ -138,8 +131,7 @@ bool BatchNorm::adds_into(const Tensor& r) const {
 
 Result BatchNorm::add_into(const Tensor& r, bool again) {
   RECORD_FUNCTION("cnnkern::bn_add_into", std::vector<c10::IValue>());
-  const Tensor &x = arguments_.x, &weight = arguments_.read_weight, &bias = arguments_.read_bias;
-  const bool training = arguments_.training;
+  const auto& [x, weight, bias, training] = arguments_;
   const auto [mean, var] = statistics(again);
   Result result;
   std::tie(result.mean, result.rstd) =

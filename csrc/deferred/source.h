@@ -46,7 +46,6 @@ class Remembered {
   void remember(const at::Tensor& t);
   bool holds(const at::Tensor& t) const;
   bool holds_memory(const at::Tensor& t) const;  // whatever is in it
-  bool holds_version(const at::Tensor& t) const;  // wherever it is
 
  private:
   const c10::StorageImpl* memory_ = nullptr;
@@ -60,10 +59,8 @@ class BatchNorm final : public Source {
   BatchNorm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& running_mean,
             const at::Tensor& running_var, bool training, double momentum, double eps, bool any_strides);
 
-  // Sets how gradients are computed if the given statistics are functions of x.
-  void take_gradients(std::shared_ptr<const OverProcesses> over) { arguments_.over = std::move(over); }
-  // Whether cnnkern's kernels support it, and nothing can observe when it is computed. Prepares it for being deferred.
-  bool can_wait();
+  // Whether cnnkern's kernels support it, and nothing can observe when it is computed.
+  bool can_wait() const;
 
   Result compute(const at::Tensor& residual, const Activation& act, bool again) override;
   bool adds_into(const at::Tensor& r) const override;
