@@ -50,7 +50,11 @@ def _twin(name: str) -> Twin:
     if name.startswith("GroupedConv"):
         twin = getattr(nn, prefix + name.removeprefix("Grouped"))
         rest = (1, 1, 1, 4)  # stride, padding, dilation, groups
-        return Twin(twin, (8, 3, *rest) if lazy else (8, 8, 3, *rest), (3, 8, 6, 7) if "2d" in name else (3, 8, 7))
+        return Twin(
+            twin,
+            (8, 3, *rest) if lazy else (8, 8, 3, *rest),
+            {"1d": (3, 8, 7), "2d": (3, 8, 6, 7), "3d": (3, 8, 4, 5, 6)}[name[-2:]],
+        )
     adds, relu = "Add" in name, name.endswith("ReLU") or "ReLU" in name or "Act" in name
     dimensions = "2d" if name.startswith("Sync") else name[-2:]
     twin = nn.SyncBatchNorm if name.startswith("Sync") else getattr(nn, f"{prefix}BatchNorm{dimensions}")

@@ -6,8 +6,9 @@
 Needs qemu-aarch64-static (Debian's qemu-user-static), g++-aarch64-linux-gnu, uv and ninja on the path, and apt-get and
 dpkg, which fetch an aarch64 Python from Debian's mirrors as files: nothing is installed on this machine, and no
 administrator is needed. setup.py runs in that Python, so that what it asks of the machine and of torch is answered as
-an aarch64 machine would; the compilers that it starts are this machine's own. torch is the newest release whose aarch64
-wheel needs no CUDA libraries.
+an aarch64 machine would; the compilers that it starts are this machine's own. qemu has been seen to hang where setup.py
+starts one beside other threads: a second call with --folder goes on from what is compiled. torch is the newest release
+whose aarch64 wheel needs no CUDA libraries.
 """
 
 from __future__ import annotations
