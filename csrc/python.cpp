@@ -16,6 +16,7 @@
 #include "deferred/capture.h"
 #include "deferred/concatenation.h"
 #include "deferred/folded_conv.h"
+#include "deferred/folded_linear.h"
 #include "deferred/memory.h"
 #include "deferred/snapshot.h"
 #include "kernels.h"
@@ -59,18 +60,23 @@ PYBIND11_MODULE(_C, m) {
            "A batch norm whose result is deferred if possible, so that the next activation or addition is fused with it.");
   pybind11::class_<cnnkern::FoldedConv::Settings>(m, "ConvSettings", "The settings of a folded convolution.")
       .def(pybind11::init<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, int64_t, std::vector<int64_t>, std::string,
-                          std::string, int64_t, int64_t, std::vector<at::ScalarType>>());
-  pybind11::class_<cnnkern::FoldedConv, std::shared_ptr<cnnkern::FoldedConv>>(m, "FoldedConv", pybind11::dynamic_attr(),
-                                                                              "The convolution of a folded model.")
-      .def(pybind11::init<const at::Tensor&, const std::optional<at::Tensor>&, cnnkern::FoldedConv::Settings, cnnkern::FoldedConv::Pack,
-                          const std::vector<at::Tensor>&>())
-      .def("holds", &cnnkern::FoldedConv::holds, "Whether the sources are these and unchanged.")
-      .def("call", &cnnkern::FoldedConv::call, pybind11::call_guard<pybind11::gil_scoped_release>(),
-           "The deferred convolution of an input; None if PyTorch's has to compute it.")
-      .def("run", [](cnnkern::FoldedConv& conv, const at::Tensor& x, const std::string& act) { return conv.run(x, {}, {act}, x.scalar_type()); },
-           pybind11::call_guard<pybind11::gil_scoped_release>(), "The convolution fused with an activation.")
-      .def("take_over", &cnnkern::FoldedConv::take_over, pybind11::call_guard<pybind11::gil_scoped_release>(),
-           "The same, in place of another convolution, whose deferred result is given.");
+                          std::string, int64_t, int64_t>());
+  using cnnkern::Folded;
+  pybind11::class_<Folded, std::shared_ptr<Folded>>(m, "Folded", pybind11::dynamic_attr(), "A layer of a folded model.")
+      .def("holds", &Folded::holds, "Whether the sources are these and unchanged.")
+      .def("call", &Folded::call, pybind11::call_guard<pybind11::gil_scoped_release>(),
+           "The deferred result for an input; None if PyTorch's layer has to compute it.")
+      .def("run", [](Folded& layer, const at::Tensor& x, const std::string& act) { return layer.run(x, {}, {act}, x.scalar_type()); },
+           pybind11::call_guard<pybind11::gil_scoped_release>(), "The layer fused with an activation.")
+      .def("take_over", &Folded::take_over, pybind11::call_guard<pybind11::gil_scoped_release>(),
+           "The same, in place of another layer, whose deferred result is given.");
+  pybind11::class_<cnnkern::FoldedConv, Folded, std::shared_ptr<cnnkern::FoldedConv>>(m, "FoldedConv", "A convolution of a folded model.")
+      .def(pybind11::init<const at::Tensor&, const std::optional<at::Tensor>&, cnnkern::FoldedConv::Settings,
+                          const std::vector<at::ScalarType>&, Folded::Pack, const std::vector<at::Tensor>&>());
+  pybind11::class_<cnnkern::FoldedLinear, Folded, std::shared_ptr<cnnkern::FoldedLinear>>(m, "FoldedLinear",
+                                                                                          "A linear layer of a folded model.")
+      .def(pybind11::init<const at::Tensor&, const std::optional<at::Tensor>&, int64_t, const std::vector<at::ScalarType>&, Folded::Pack,
+                          const std::vector<at::Tensor>&>());
   pybind11::class_<cnnkern::Snapshot>(m, "Snapshot", "The identities of everything that a call of some modules reads.")
       .def(pybind11::init<const pybind11::list&, const pybind11::list&, const pybind11::list&>(), pybind11::arg("modules"),
            pybind11::arg("empty"), pybind11::arg("kept"),
@@ -91,7 +97,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("sees_captures", &cnnkern::sees_captures, "Whether batch norms can be deferred while a CUDA graph is captured.");
   m.def("learn_parts", &cnnkern::learn_parts, pybind11::arg("whole"), pybind11::arg("part"),
         "What memory that is a part of other memory looks like, from a tensor on each.");
-  m.def("convolution_of", &cnnkern::convolution_of, "The FoldedConv whose deferred result a tensor is; else None.");
+  m.def("folded_of", &cnnkern::folded_of, "The Folded whose deferred result a tensor is; else None.");
   pybind11::class_<cnnkern::Packed, std::shared_ptr<cnnkern::Packed>>(m, "Packed", "What autograd saves in place of a tensor.");
   m.def("pack", [](const at::Tensor& t) { return std::make_shared<cnnkern::Packed>(t, cnnkern::Depth::kAny); }, pybind11::arg("tensor"),
         "cnnkern.recompute's saved-tensor hook.");

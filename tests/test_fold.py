@@ -22,18 +22,18 @@ from tests.zoo import small_vgg
 CONV, RELU, ADD = "Conv + BatchNorm", "Conv + BatchNorm + ReLU", "Conv + BatchNorm + add + ReLU"
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 FAMILIES = {
-    "alexnet": {"Conv + ReLU": 5},
-    "vgg11": {"Conv + ReLU": 8},
-    "vgg11_bn": {RELU: 8},
+    "alexnet": {"Conv + ReLU": 5, "Linear + ReLU": 2, "Linear": 1},
+    "vgg11": {"Conv + ReLU": 8, "Linear + ReLU": 2, "Linear": 1},
+    "vgg11_bn": {RELU: 8, "Linear + ReLU": 2, "Linear": 1},
     "squeezenet1_1": {"Conv + ReLU": 26},
-    "resnet18": {RELU: 9, ADD: 8, CONV: 3},
-    "resnet50": {RELU: 33, ADD: 16, CONV: 4},
-    "resnext50_32x4d": {RELU: 33, ADD: 16, CONV: 4},
-    "densenet121": {RELU: 59, "BatchNorm + ReLU": 62, "Conv": 61},
-    "googlenet": {RELU: 57},
-    "inception_v3": {RELU: 94},
-    "mnasnet0_5": {RELU: 35, "Conv + BatchNorm + add": 10, CONV: 7},
-    "mobilenet_v2": {"Conv + BatchNorm + ReLU6": 35, "Conv + BatchNorm + add": 10, CONV: 7},
+    "resnet18": {RELU: 9, ADD: 8, CONV: 3, "Linear": 1},
+    "resnet50": {RELU: 33, ADD: 16, CONV: 4, "Linear": 1},
+    "resnext50_32x4d": {RELU: 33, ADD: 16, CONV: 4, "Linear": 1},
+    "densenet121": {RELU: 59, "BatchNorm + ReLU": 62, "Conv": 61, "Linear": 1},
+    "googlenet": {RELU: 57, "Linear": 1},
+    "inception_v3": {RELU: 94, "Linear": 1},
+    "mnasnet0_5": {RELU: 35, "Conv + BatchNorm + add": 10, CONV: 7, "Linear": 1},
+    "mobilenet_v2": {"Conv + BatchNorm + ReLU6": 35, "Conv + BatchNorm + add": 10, CONV: 7, "Linear": 1},
     "mobilenet_v3_small": {
         "Conv + BatchNorm + Hardswish": 18,
         "Conv + BatchNorm + add": 6,
@@ -41,6 +41,8 @@ FAMILIES = {
         CONV: 5,
         "Conv + ReLU": 9,
         "Conv + Hardsigmoid": 9,
+        "Linear + Hardswish": 1,
+        "Linear": 1,
     },
     "efficientnet_b0": {
         "Conv + BatchNorm + SiLU": 33,
@@ -48,12 +50,13 @@ FAMILIES = {
         CONV: 7,
         "Conv + SiLU": 16,
         "Conv + Sigmoid": 16,
+        "Linear": 1,
     },
-    "regnet_y_400mf": {RELU: 33, ADD: 16, CONV: 4, "Conv + ReLU": 16, "Conv + Sigmoid": 16},
-    "shufflenet_v2_x0_5": {RELU: 37, CONV: 19},
-    "convnext_tiny": {"Conv": 22, "LayerNorm": 18, "LayerNorm2d": 5},
-    "swin_t": {"Conv": 1, "LayerNorm": 29},
-    "vit_b_16": {"Conv": 1, "LayerNorm": 25},
+    "regnet_y_400mf": {RELU: 33, ADD: 16, CONV: 4, "Conv + ReLU": 16, "Conv + Sigmoid": 16, "Linear": 1},
+    "shufflenet_v2_x0_5": {RELU: 37, CONV: 19, "Linear": 1},
+    "convnext_tiny": {"Conv": 22, "Linear + GELU": 18, "Linear": 19, "LayerNorm": 18, "LayerNorm2d": 5},
+    "swin_t": {"Conv": 1, "Linear + GELU": 12, "Linear + add": 12, "Linear": 28, "LayerNorm": 29},
+    "vit_b_16": {"Conv": 1, "Linear + GELU": 12, "Linear + add": 12, "Linear": 1, "LayerNorm": 25},
 }
 SIZES = {"inception_v3": 96, "alexnet": 64}
 
@@ -266,10 +269,10 @@ def test_what_cannot_be_folded_says_so():
     model[1].train()
     with pytest.raises(ValueError, match=r"cnnkern.fold: batch norm '1' is in training mode; call eval\(\) first"):
         cnnkern.fold(model)
-    linear = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
-    same = cnnkern.fold(linear)
-    assert [type(m) for m in same.modules()] == [type(m) for m in linear.modules()]
-    assert str(cnnkern.conversion_report(same)) == "cnnkern.fold: no convolution in this model, nothing to fold"
+    norm = nn.Sequential(nn.Bilinear(2, 2, 2), nn.BatchNorm1d(2)).eval()
+    same, nothing = cnnkern.fold(norm), "no convolution or linear layer in this model, nothing to fold"
+    assert [type(m) for m in same.modules()] == [type(m) for m in norm.modules()]
+    assert str(cnnkern.conversion_report(same)) == f"cnnkern.fold: {nothing}"
     batch = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, track_running_stats=False)).eval()
     assert counts(cnnkern.fold(batch)) == {"Conv": 1, "BatchNorm": 1}  # its statistics are the batch's
     judged(cnnkern.fold(batch), batch, torch.randn(2, 2, 3, 3))

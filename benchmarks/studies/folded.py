@@ -3,8 +3,9 @@
 `python -m benchmarks.studies.folded [MODEL ...] [--batch N[,N]] [--contenders NAME[,NAME]] [--threads N] [--seconds S]
 [--bfloat16] [--default-malloc]` prints milliseconds and the speedup over eager in the same layout, on photographs.
 Outputs are compared first. `folded-by-layer` is folded without runs of layers (docs/deferred.md). `--layers` times the
-models' 1x1 and depthwise convolutions instead, each followed by its ReLU, on oneDNN's kernel and on cnnkern's, and says
-which of them `cnnkern.fold` uses. `--grouped` does that for the grouped convolutions of six networks.
+models' 1x1 and depthwise convolutions and linear layers instead, each followed by a ReLU, by PyTorch and on oneDNN's
+kernel and cnnkern's, and says which of the two `cnnkern.fold` uses. `--grouped` does that for the grouped convolutions
+of six networks.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 import cnnkern
 from cnnkern.conversion.sequential import FoldingSequential
 from cnnkern.nn.folded_conv import folded_conv, own_kernel, prefers_own
+from cnnkern.nn.folded_linear import folded_linear
+from cnnkern.nn.folded_linear import prefers_own as linear_prefers_own
 from cnnkern.testing import with_layout
 
 from ..suite import timing
@@ -75,20 +78,36 @@ def model_rows(name: str, batch: int, arguments: argparse.Namespace) -> None:
 
 
 def kernel_row(
-    label: str, conv: nn.Conv2d, weight: Tensor, bias: Tensor, x: Tensor, arguments: argparse.Namespace
+    label: str, layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor, x: Tensor, arguments: argparse.Namespace
 ) -> None:
-    steps = {}
-    for name in ("oneDNN", "cnnkern"):
-        folded = folded_conv(conv, weight, bias, [], own=name == "cnnkern")
+    """A layer with these weight and bias: PyTorch's and its ReLU, and both ways to fold them."""
+    plain = copy.deepcopy(layer)
+    plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias)
+    steps = {"PyTorch": lambda: run(lambda t: plain(t).relu_(), x)}
+    for name, own in (("oneDNN", False), ("cnnkern", True)):
+        if isinstance(layer, nn.Linear):
+            folded = folded_linear(weight, bias, [], own)
+        else:
+            folded = folded_conv(layer, weight, bias, [], own)
         steps[name] = lambda folded=folded: run(lambda t: folded.run(t, "relu"), x)
     close = 1e-4
-    torch.testing.assert_close(steps["cnnkern"](), steps["oneDNN"](), rtol=close, atol=close)
+    for name in ("oneDNN", "cnnkern"):
+        torch.testing.assert_close(steps[name](), steps["PyTorch"](), rtol=close, atol=close)
     deadline = time.perf_counter() + arguments.seconds
     samples = timing.interleave(steps, deadline=deadline, min_rounds=5, max_rounds=200)
-    theirs, mine = (statistics.median(samples[n]) * 1e3 for n in ("oneDNN", "cnnkern"))
-    taken = "cnnkern" if prefers_own(conv, x.dtype, x.shape) else "oneDNN"
+    plain_ms, theirs, mine = (statistics.median(samples[n]) * 1e3 for n in ("PyTorch", "oneDNN", "cnnkern"))
+    taken = "cnnkern" if is_own(layer, x) else "oneDNN"
     verdict = "" if (taken == "cnnkern") == (mine < theirs) else " (the slower)"
-    print(f"| {label} | {theirs:.3f} | {mine:.3f} | {theirs / mine:.2f}x | {taken}{verdict} |", flush=True)
+    print(
+        f"| {label} | {plain_ms:.3f} | {theirs:.3f} | {mine:.3f} | {theirs / mine:.2f}x | {taken}{verdict} |",
+        flush=True,
+    )
+
+
+def is_own(layer: nn.Conv2d | nn.Linear, x: Tensor) -> bool:
+    if isinstance(layer, nn.Linear):
+        return linear_prefers_own(x.dtype, x[..., 0].numel())
+    return prefers_own(layer, x.dtype, x.shape)
 
 
 def grouped_rows(batch: int, arguments: argparse.Namespace) -> None:
@@ -110,9 +129,9 @@ def grouped_rows(batch: int, arguments: argparse.Namespace) -> None:
         kernel_row(f"{passes.kind(layer)}: {layer}", conv, weight, bias, x, arguments)
 
 
-def layers_of(name: str) -> dict[str, tuple[nn.Conv2d, tuple[int, ...]]]:
-    """The different convolutions of a model that a kernel of cnnkern computes, and the shapes of their images."""
-    found: dict[str, tuple[nn.Conv2d, tuple[int, ...]]] = {}
+def layers_of(name: str) -> dict[str, tuple[nn.Conv2d | nn.Linear, tuple[int, ...]]]:
+    """The different layers of a model that a kernel of cnnkern computes, and the shapes of an image's inputs."""
+    found: dict[str, tuple[nn.Conv2d | nn.Linear, tuple[int, ...]]] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
         if isinstance(module, nn.Conv2d) and own_kernel(module) in ("pointwise", "depthwise"):
@@ -121,6 +140,9 @@ def layers_of(name: str) -> dict[str, tuple[nn.Conv2d, tuple[int, ...]]]:
             kernel = f"{'depthwise ' * (module.groups > 1)}{module.kernel_size[0]}x{module.kernel_size[1]}"
             label = f"{kernel}{stride}, {'x'.join(map(str, shape))} to {module.out_channels} channels"
             found.setdefault(label, (module, shape))
+        elif isinstance(module, nn.Linear):
+            shape = tuple(inputs[0].shape[1:])
+            found.setdefault(f"linear, {'x'.join(map(str, shape))} to {module.out_features}", (module, shape))
 
     model = build(name).eval()
     for module in model.modules():
@@ -130,9 +152,11 @@ def layers_of(name: str) -> dict[str, tuple[nn.Conv2d, tuple[int, ...]]]:
 
 
 def layer_rows(name: str, batch: int, arguments: argparse.Namespace) -> None:
-    for label, (conv, shape) in layers_of(name).items():
-        x = torch.randn(batch, *shape).to(memory_format=torch.channels_last)
-        kernel_row(f"{label}, batch {batch}", conv, conv.weight.detach(), torch.randn(conv.out_channels), x, arguments)
+    for label, (layer, shape) in layers_of(name).items():
+        x, weight = torch.randn(batch, *shape), layer.weight.detach()
+        if isinstance(layer, nn.Conv2d):
+            x = x.to(memory_format=torch.channels_last)
+        kernel_row(f"{label}, batch {batch}", layer, weight, torch.randn(len(weight)), x, arguments)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bfloat16", action="store_true", help="run the models in bfloat16")
     parser.add_argument("--grouped", action="store_true", help="time grouped convolutions by themselves")
     parser.add_argument(
-        "--layers", action="store_true", help="time the models' 1x1 and depthwise convolutions by themselves"
+        "--layers", action="store_true", help="time the models' 1x1 and depthwise convolutions and linear layers"
     )
     parser.add_argument("--default-malloc", action="store_true", help="do not call cnnkern.tune_malloc()")
     arguments = parser.parse_args(argv)
@@ -178,7 +202,8 @@ def main(argv: list[str] | None = None) -> int:
     malloc = "malloc's defaults" if arguments.default_malloc else cnnkern.tune_malloc()
     print(f"threads: {arguments.threads}; {malloc}; {passes.PEAK}: {passes.peak_gflops():.0f} GFLOP/s\n")
     if arguments.grouped or arguments.layers:
-        print("| layer, channels_last | oneDNN (ms) | cnnkern (ms) | ratio | taken |\n|---|---:|---:|---:|---|")
+        print("| layer, channels_last | PyTorch (ms) | oneDNN (ms) | cnnkern (ms) | oneDNN to cnnkern | taken |")
+        print("|---|---:|---:|---:|---:|---|")
         for batch in arguments.batch:
             if arguments.grouped:
                 grouped_rows(batch, arguments)

@@ -84,9 +84,10 @@ def originals() -> dict[type, type]:
     """cnnkern's layer -> the original one, also after ``convert_sync_batchnorm``."""
     from cnnkern.conversion import sequential
     from cnnkern.conversion.folding_conv import CONVOLUTIONS
+    from cnnkern.conversion.folding_linear import LINEARS
 
     found = {ours: plain for plain, (ours, _) in replacements().items()}
-    found |= {ours: found.get(plain, plain) for plain, ours in CONVOLUTIONS.items()}
+    found |= {ours: found.get(plain, plain) for plain, ours in (CONVOLUTIONS | LINEARS).items()}
     found |= sequential.originals()
     return found | timm_layers.synchronised() | {sync.SyncBatchNorm: nn.SyncBatchNorm}
 

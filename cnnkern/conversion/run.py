@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from cnnkern.conversion.deferral import FOLDED_SITE, SITE
-from cnnkern.conversion.folding_conv import FoldingConv, sources
+from cnnkern.conversion.folding import FoldingLayer
 from cnnkern.extension import extension
 
 _GLOBAL_HOOKS = [
@@ -32,7 +33,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 class Run:
-    """Consecutive layers, some of them convolutions. ``modules`` are all modules that would be called, in order.
+    """Consecutive layers, some of them folded. ``modules`` are all modules that would be called, in order.
 
     Each item of ``groups`` is a layer, or a convolution and the batch norm after it.
     """
@@ -41,12 +42,12 @@ class Run:
         self.steps: list[Callable[[Tensor], Tensor | None]] = []
         self.folded: list[tuple[Any, list[Tensor]]] = []
         for layer, *norms in groups:
-            if not isinstance(layer, FoldingConv):
+            if not isinstance(layer, FoldingLayer):
                 self.steps.append(layer.forward)
                 continue
             norm = norms[0] if norms else None
             folded, site = layer.folded(norm), vars(norm)[FOLDED_SITE] if norms else vars(layer)[SITE]
-            self.folded.append((folded, sources(layer, norm)))
+            self.folded.append((folded, layer.sources(norm)))
             self.steps.append(lambda x, call=folded.call, site=site: call(site, x))
         self.kept: list[Any] = []  # keeps alive what the snapshot points to
         # After folding has stored its results in the modules.
@@ -62,11 +63,11 @@ class Run:
             x.requires_grad or any(t.requires_grad for _, made_of in self.folded for t in made_of)
         ):
             return None
-        if torch._C._get_tracing_state() is not None or not self.holds():
+        if forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None or not self.holds():
             return None
         y: Tensor | None = x
         for step in self.steps:
             y = step(y)  # type: ignore[arg-type]
-            if y is None:  # PyTorch's convolution has to compute it
+            if y is None:  # PyTorch's layer has to compute it
                 return None
         return y

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cnnkern.conversion.deferral import FOLDED_SITE, SITE
-from cnnkern.conversion.folding_conv import FoldingConv, sources
+from cnnkern.conversion.folding import FoldingLayer
+from cnnkern.conversion.folding_conv import FoldingConv
 from cnnkern.conversion.layers import BATCH_NORMS
 from cnnkern.conversion.run import Run, is_plain
 
@@ -110,8 +111,8 @@ def _walk(child: nn.Module | None) -> Iterator[nn.Module | None]:
             yield from _walk(inner)
 
 
-def _has_run(conv: FoldingConv) -> bool:
-    return SITE in vars(conv) and all(type(t) in (Tensor, nn.Parameter) for t in sources(conv, None))
+def _has_run(layer: FoldingLayer) -> bool:
+    return SITE in vars(layer) and layer.is_of_plain_tensors(None)
 
 
 def _is_torchs(layer: nn.Module) -> bool:
@@ -120,8 +121,8 @@ def _is_torchs(layer: nn.Module) -> bool:
 
 
 def _groups(layers: list[nn.Module]) -> list[tuple[nn.Module, ...]] | None:
-    """The layers in groups, a convolution with its batch norm; None if one has to be called. The first is a
-    convolution."""
+    """The layers in groups, a convolution with its batch norm; None if one has to be called. The first is a folded
+    layer."""
     groups: list[tuple[nn.Module, ...]] = []
     for layer in layers:
         before = groups[-1][0] if groups and len(groups[-1]) == 1 else None
@@ -129,7 +130,7 @@ def _groups(layers: list[nn.Module]) -> list[tuple[nn.Module, ...]] | None:
             if FOLDED_SITE not in vars(layer) or not before.takes(layer):
                 return None
             groups[-1] = (before, layer)
-        elif _has_run(layer) if isinstance(layer, FoldingConv) else groups and _is_torchs(layer):
+        elif _has_run(layer) if isinstance(layer, FoldingLayer) else groups and _is_torchs(layer):
             groups.append((layer,))
         else:
             return None

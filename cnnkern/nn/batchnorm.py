@@ -14,7 +14,7 @@ from cnnkern.ops.bn_add_act import batch_norm_add_act
 from cnnkern.ops.route import alike
 from cnnkern.triton_kernels import check
 
-convolution_of = extension and extension.convolution_of  # without the extension no convolution is folded
+folded_of = extension and extension.folded_of  # without the extension nothing is folded
 
 
 class _FusedBatchNorm(_BatchNorm):
@@ -63,13 +63,13 @@ class _FusedBatchNorm(_BatchNorm):
 
     def _within_convolution(self, input: Tensor, *residual: Tensor) -> Tensor | None:
         """The result, if the input is the deferred result of a folded convolution; else None."""
-        if convolution_of is None or type(input) is not Tensor or torch.compiler.is_compiling():
+        if folded_of is None or type(input) is not Tensor or torch.compiler.is_compiling():
             return None
-        before = convolution_of(input)
-        conv = None if before is None else before.of()
-        if conv is None or not alike(input, *residual):
+        before = folded_of(input)
+        layer = None if before is None else before.of()
+        if layer is None or not alike(input, *residual):
             return None
-        y = conv.take_norm(before, self, input)
+        y = layer.take_norm(before, self, input)
         return None if y is None else self._behind(y, *residual)
 
     def _behind(self, y: Tensor, *residual: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
-"""The convolution of a folded model (csrc/deferred/folded_conv.cpp): its settings, and oneDNN's weight layouts."""
+"""The convolution of a folded model, as csrc/deferred/folded_conv.cpp computes it."""
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnkern.extension import extension
-
-_mkldnn = torch.ops.mkldnn
-
+from cnnkern.nn.onednn import dtypes, mkldnn, packing
 
 # The largest results for which cnnkern's kernels are faster: pixels over the batch, and elements.
 _POINTWISE_PIXELS, _DEPTHWISE_ELEMENTS = 2**12, 2**18
@@ -89,37 +86,10 @@ def folded_conv(
         chosen = _Own(chosen.kernel if own else "")
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     stride, dilation, groups = conv.stride, conv.dilation, conv.groups
-    settings = extension.ConvSettings(stride, padding, dilation, groups, pad, mode, *chosen, _dtypes())
-    known: dict[torch.dtype, list[Tensor]] = {}
+    settings = extension.ConvSettings(stride, padding, dilation, groups, pad, mode, *chosen)
 
-    def pack(shape: list[int], dtype: torch.dtype) -> Tensor:
-        """The weight in oneDNN's layout for an input of this shape. In another layout every call would reorder it.
+    def reorder(weight: Tensor, shape: Sequence[int]) -> Tensor:
+        return mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, shape)
 
-        The function does not refer to the layer: the layer refers to it through the extension, and Python's garbage
-        collector would not find that cycle.
-        """
-        packed = _mkldnn._reorder_convolution_weight(weight.to(dtype), padding, stride, dilation, groups, shape)
-        order, others = _order(packed), known.setdefault(dtype, [])
-        for other in others:  # shapes with the same layout share it
-            if _order(other) == order:
-                return other
-        others.append(packed)
-        return packed
-
-    return extension.FoldedConv(weight, bias, settings, pack, list(sources))
-
-
-@functools.cache
-def _dtypes() -> list[torch.dtype]:
-    """The dtypes for which oneDNN has fused operators."""
-    if not torch.backends.mkldnn.is_available() or _mkldnn._is_mkldnn_acl_supported():
-        return []  # Arm's library has none
-    found = [torch.float32]
-    found += [torch.bfloat16] * _mkldnn._is_mkldnn_bf16_supported()
-    return found + [torch.float16] * _mkldnn._is_mkldnn_fp16_supported()
-
-
-def _order(packed: Tensor) -> Sequence[int]:
-    """Identifies a weight's layout: oneDNN's descriptor, without its padding bytes."""
-    descriptor = _mkldnn._get_mkldnn_serialized_md(packed).tolist()
-    return [*descriptor[:108], *descriptor[112:316], *descriptor[320:]]
+    pack = packing(weight, reorder)
+    return extension.FoldedConv(weight, bias, settings, dtypes(), pack, list(sources))

@@ -226,12 +226,13 @@ Tensor Deferred::as_computed(const std::string& reason) {
   return state_ == kLaid ? value_ : Tensor();
 }
 
-Tensor as_computed(const Tensor& t) {
+Tensor as_computed(const Tensor& t, const char* layer) {
   Deferred* deferred = Deferred::of(t);
   if (deferred == nullptr) return t;
-  const Tensor value = deferred->as_computed("a convolution follows");
+  const std::string reason = std::string("a ") + layer + " follows";
+  const Tensor value = deferred->as_computed(reason);
   if (value.defined()) return value;
-  deferred->make_real_for("a convolution follows");
+  deferred->make_real_for(reason);
   return t;
 }
 

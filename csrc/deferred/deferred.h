@@ -129,8 +129,8 @@ class Deferred final : public c10::TensorImpl {
   std::recursive_mutex mutex_;
 };
 
-// The values of t in the strides in which they were computed, for operators that accept any strides.
-at::Tensor as_computed(const at::Tensor& t);
+// The values of t in the strides in which they were computed, for a layer that accepts any strides.
+at::Tensor as_computed(const at::Tensor& t, const char* layer);
 
 // Creates the tensor as PyTorch does, without the accesses to its memory that would materialise it.
 at::Tensor tensor_of(const c10::intrusive_ptr<Deferred>& impl);

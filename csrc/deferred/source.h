@@ -1,4 +1,4 @@
-// How a deferred result is computed: a batch norm here, a folded convolution in folded_conv.cpp.
+// How a deferred result is computed: a batch norm here, a layer of a folded model in folded.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
