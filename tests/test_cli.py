@@ -167,7 +167,7 @@ def test_the_library_refuses_a_broken_extension(broken):
 
 def test_the_library_says_that_torch_is_missing():
     code = f"import sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); import cnnkern"
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True)
+    done = run_child([sys.executable, "-I", "-S", "-c", code])
     assert done.stderr.splitlines()[-1].endswith("cnnkern: PyTorch is not installed; `pip install torch` installs it")
 
 
