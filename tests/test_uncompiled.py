@@ -83,6 +83,7 @@ eager = cnnkern.functional.batch_norm_act(**arguments)
 assert torch.equal(compiled(**arguments), eager)
 model = cnnkern.convert(torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.ReLU()))
 assert model(x.detach()).min() == 0
+assert "not fused, which needs the compiled extension" in str(cnnkern.conversion_report(model))
 print("all right")
 """
 

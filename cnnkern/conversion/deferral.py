@@ -104,6 +104,8 @@ def _is_captured_unseen(input: Tensor) -> bool:
 
 def became(layer: str, site: Any) -> tuple[str, str]:
     """The kind of layer in a report, by what its results were fused with so far, and why they were not."""
+    if Site is None:
+        return layer, "not fused, which needs the compiled extension"
     fused = {} if site is None else {name: n for name, n in site.fusions().items() if n > 0}
     if fused:
         return f"{layer} + {NAMES[max(fused, key=lambda name: fused[name])]}", ""
