@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnnkern import functional, testing
+from tests.convolution_twins import MIXED, assert_same_error, assert_same_error_for_dtypes
 from tests.test_grouped_conv1d import called
 from tests.test_grouped_conv2d import LIBRARY, OURS, who_answers
 
@@ -180,24 +181,12 @@ ERRORS = [
 
 @pytest.mark.parametrize(("shape", "weight", "keywords"), ERRORS, ids=str)
 def test_the_same_errors_as_torch(shape, weight, keywords):
-    x, w = torch.randn(shape), torch.randn(weight)
-    with pytest.raises(Exception) as theirs:  # noqa: PT011  the type is what is asked for
-        F.conv3d(x, w, **keywords)
-    with pytest.raises(theirs.type) as ours:
-        functional.conv3d(x, w, **keywords)
-    # That of another type of an argument says how the call was written; that of the bias's dtype is the operator's.
-    if theirs.type is RuntimeError and "bias type" not in str(theirs.value):
-        assert str(ours.value) == str(theirs.value)
+    assert_same_error("conv3d", shape, weight, keywords)
 
 
-@pytest.mark.parametrize("dtypes", [(FLOAT, DOUBLE), (DOUBLE, FLOAT), (torch.complex64, FLOAT)], ids=str)
+@pytest.mark.parametrize("dtypes", MIXED, ids=str)
 def test_a_dtype_that_does_not_fit(dtypes):
-    x, w = torch.randn(VIDEOS).to(dtypes[0]), torch.randn(DEPTHWISE).to(dtypes[1])
-    with pytest.raises(RuntimeError) as theirs:
-        F.conv3d(x, w, groups=6)
-    with pytest.raises(RuntimeError) as ours:
-        functional.conv3d(x, w, groups=6)
-    assert str(ours.value) == str(theirs.value)
+    assert_same_error_for_dtypes("conv3d", VIDEOS, DEPTHWISE, dtypes)
 
 
 def test_a_gradient_of_another_shape_is_refused(generator):
