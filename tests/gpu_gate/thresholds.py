@@ -14,6 +14,10 @@ SECTORS_OF_ALL = {
         1.85,
         "a tap beside a pixel begins beside a sector; both are in the first-level cache",
     ),
+    "^ln_images_bwd_": (
+        1.2,
+        "mean and rstd of each lane's pixel, and the weights of a vector's two channels, are loaded as single elements",
+    ),
     "^max_pool_columns_": (
         1.35,
         "in planes windows begin beside a sector; what neighbours share is in the first-level cache",
