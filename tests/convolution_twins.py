@@ -1,12 +1,14 @@
-"""Errors of cnnkern.functional's convolutions of sequences and volumes beside torch.nn.functional's."""
+"""Shared by the tests of convolutions of sequences and of volumes: errors as PyTorch's, and bit-equal reruns."""
 
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cnnkern import functional
+from cnnkern import functional, testing
 
 FLOAT, DOUBLE = torch.float32, torch.float64
 MIXED = [(FLOAT, DOUBLE), (DOUBLE, FLOAT), (torch.complex64, FLOAT)]  # dtypes of input and weight that do not fit
@@ -32,3 +34,18 @@ def assert_same_error_for_dtypes(
     with pytest.raises(RuntimeError) as mine:
         getattr(functional, name)(x, w, groups=shape[1])
     assert str(mine.value) == str(theirs.value)
+
+
+def assert_reruns_are_bit_equal(name: str, drawn: Iterable[tuple[dict[str, Any], torch.Tensor]]) -> None:
+    """Of each (inputs, dy), with one thread, one again and two."""
+    threads = torch.get_num_threads()
+    try:
+        for inputs, dy in drawn:
+            runs = []
+            for n in (1, 1, 2):
+                torch.set_num_threads(n)
+                runs.append(testing.run(getattr(functional, name), testing.CASES["grouped_conv2d"], inputs, dy))
+            for other, (key, value) in itertools.product(runs[1:], runs[0].items()):
+                assert torch.equal(value, other[key]), key
+    finally:
+        torch.set_num_threads(threads)

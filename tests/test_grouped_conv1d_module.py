@@ -1,7 +1,6 @@
 """`cnnkern.nn.GroupedConv1d` beside its counterpart in torch, converted, compiled, exported; what is saved, counted."""
 
 import copy
-import itertools
 import pickle
 
 import pytest
@@ -13,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cnnkern
 from cnnkern import functional, testing
 from cnnkern.nn import GroupedConv1d, LazyGroupedConv1d
+from tests.convolution_twins import assert_reruns_are_bit_equal
 from tests.test_grouped_conv1d import CASE, arguments, called
 from tests.twins import assert_as_good_as_twin
 
@@ -196,18 +196,9 @@ def test_flops_are_counted_as_those_of_the_twin(settings):
 
 
 def test_reruns_are_bit_equal_for_any_number_of_threads(generator):
-    threads = torch.get_num_threads()
-    try:
-        for width, kernel in ((1, 31), (1, 3), (8, 3)):
-            inputs, dy = arguments((3, 32, 200), generator, width=width, kernel=kernel)
-            runs = []
-            for n in (1, 1, 2):
-                torch.set_num_threads(n)
-                runs.append(testing.run(functional.conv1d, CASE, inputs, dy))
-            for other, (name, value) in itertools.product(runs[1:], runs[0].items()):
-                assert torch.equal(value, other[name]), name
-    finally:
-        torch.set_num_threads(threads)
+    kinds = ((1, 31), (1, 3), (8, 3))
+    drawn = (arguments((3, 32, 200), generator, width=width, kernel=kernel) for width, kernel in kinds)
+    assert_reruns_are_bit_equal("conv1d", drawn)
 
 
 def test_a_contiguous_input_and_the_weight_alone_are_saved(generator):

@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnnkern import functional, testing
-from tests.convolution_twins import MIXED, assert_same_error, assert_same_error_for_dtypes
+from tests.convolution_twins import (
+    MIXED,
+    assert_reruns_are_bit_equal,
+    assert_same_error,
+    assert_same_error_for_dtypes,
+)
 from tests.test_grouped_conv1d import called
 from tests.test_grouped_conv2d import LIBRARY, OURS, who_answers
 
@@ -205,18 +210,9 @@ def test_autocast_runs_in_the_lower_precision(generator):
 
 
 def test_reruns_are_bit_equal_for_any_number_of_threads(generator):
-    threads = torch.get_num_threads()
-    try:
-        for width, layout in itertools.product((1, 8), ("contiguous", "channels_last")):
-            inputs, dy = arguments((3, 32, 5, 20, 20), generator, width=width, layout=layout)
-            runs = []
-            for n in (1, 1, 2):
-                torch.set_num_threads(n)
-                runs.append(testing.run(functional.conv3d, CASE, inputs, dy))
-            for other, (name, value) in itertools.product(runs[1:], runs[0].items()):
-                assert torch.equal(value, other[name]), name
-    finally:
-        torch.set_num_threads(threads)
+    kinds = itertools.product((1, 8), ("contiguous", "channels_last"))
+    drawn = (arguments((3, 32, 5, 20, 20), generator, width=width, layout=layout) for width, layout in kinds)
+    assert_reruns_are_bit_equal("conv3d", drawn)
 
 
 def test_the_input_and_the_weight_alone_are_saved(generator):

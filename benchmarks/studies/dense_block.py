@@ -1,12 +1,12 @@
-"""What a dense block gains by one buffer in the place of concatenations (docs/memory.md).
+"""What a dense block gains by one buffer instead of concatenations (docs/memory.md).
 
 `python -m benchmarks.studies.dense_block [MODEL] [--side N] [--batch N] [--channels-last] [--recompute] [--seconds S]`
 
-Of a DenseNet of the zoo it prints what the graph of an image keeps for the gradient, and the most memory of a training
-step: in PyTorch's operators, with cnnkern's layers and concatenations, and with `cnnkern.nn.DenseBlock`'s buffer. Then
-what concatenations, and the additions of their gradients, take of a step, and what it could gain at most if statistics
-of older feature maps were known: the bound of what the buffer can gain. Last it times steps of the three in interleaved
-rounds. `--recompute`: the second and third within `cnnkern.recompute`.
+For a DenseNet of the zoo, it compares PyTorch's operators, cnnkern's layers with concatenations, and
+`cnnkern.nn.DenseBlock`'s buffer. It prints the elements that autograd saves per image, and the peak memory of a
+training step. Then the share of a step that concatenations and the additions of their gradients take, and the share that known
+statistics of older feature maps would save: together the bound of the gain. Then it times steps of the three in
+interleaved rounds. `--recompute` runs the second and third within `cnnkern.recompute`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A layer of a folded model that multiplies with weights: its result waits for what follows (csrc/deferred)."""
+"""The convolutions and linear layers of a folded model, whose results are deferred (csrc/deferred)."""
 
 import threading
 import weakref
@@ -12,13 +12,13 @@ from cnnkern.conversion.deferral import SITE, Site, became
 from cnnkern.nn.traced import leaf
 
 _LOCK = threading.Lock()
-CACHE = "_cnnkern_folded"  # in a layer: it with its folded weights, by the batch norm they were folded with
+CACHE = "_cnnkern_folded"  # in a layer: its folded forms, by the id of the batch norm after it (of None without one)
 
 
 class FoldingLayer(nn.Module):
-    """Of a layer's own class and an heir of this one, a class is made for each."""
+    """A base class. :func:`folding_classes` combines a subclass with each class of PyTorch's layers."""
 
-    kind: str  # in a report
+    kind: str  # its name in a report
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
@@ -37,26 +37,26 @@ class FoldingLayer(nn.Module):
         return super().forward(input) if y is None else y
 
     def sources(self, norm: nn.Module | None) -> list[Tensor]:
-        """What the weights of the layer and of the batch norm behind it are made of."""
+        """The tensors from which the folded weights are computed: of this layer, and of the batch norm after it."""
         found = [self.weight, self.bias]
         if norm is not None:
             found += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
         return [t for t in found if t is not None]
 
     def settings(self, norm: nn.Module | None) -> tuple:
-        """What else they depend on."""
+        """What else the folded weights depend on."""
         raise NotImplementedError
 
     def make(self, norm: nn.Module | None, sources: list[Tensor]) -> Any:
-        """The layer as the extension computes it, with the norm in its weights."""
+        """The extension's form of this layer, with the norm folded into its weights."""
         raise NotImplementedError
 
     def is_current(self, folded: Any, norm: nn.Module | None) -> bool:
-        """Whether `folded` is what `folded(norm)` would make now."""
+        """Whether nothing has changed since `folded` was made."""
         return folded is not None and folded.settings == self.settings(norm) and folded.holds(self.sources(norm))
 
     def folded(self, norm: nn.Module | None) -> Any:
-        """This layer, with the norm behind it in its weights; None where they are of unusual types."""
+        """The extension's form of this layer and the norm, kept until they change; None for tensor subclasses."""
         cache = self.__dict__.setdefault(CACHE, {})
         found = cache.get(id(norm))
         if self.is_current(found, norm):
@@ -75,11 +75,11 @@ class FoldingLayer(nn.Module):
         return all(type(t) in (Tensor, nn.Parameter) for t in self.sources(norm))
 
     def became(self) -> tuple[str, str] | None:
-        """The kind of layer in a report, and why it is no other; None where the layer behind it tells."""
+        """The kind of layer in a report, and why it is not fused; None if the report has it with the layer after it."""
         return became(self.kind, self.__dict__.get(SITE))
 
     def take_norm(self, before: Any, norm: nn.Module, input: Tensor) -> Tensor | None:
-        """The norm of `input`, which is the waiting result of `before`, as one layer; None where it is two."""
+        """The norm of `input`, the deferred result of `before`, as one layer with this one; None if they stay two."""
         return None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ class FoldingLayer(nn.Module):
 
 
 def site(layer: nn.Module, name: str) -> Any:
-    """What became of a layer's results."""
+    """The record of how a layer's results were computed."""
     found = layer.__dict__.get(name)
     if found is None:
         found = layer.__dict__[name] = Site()
@@ -95,5 +95,5 @@ def site(layer: nn.Module, name: str) -> Any:
 
 
 def folding_classes(mixin: type, plain: tuple[type, ...], module: str) -> dict[type, type]:
-    """Layers -> the classes that they get in a folded model. `module` has to have these: pickle looks there."""
+    """From classes of layers to their classes in a folded model. These have to be in `module`, where pickle looks."""
     return {base: type(f"Folding{base.__name__}", (mixin, base), {"__module__": module}) for base in plain}

@@ -9,11 +9,11 @@ from torch import Tensor
 from cnnkern.extension import extension
 from cnnkern.nn.onednn import dtypes, mkldnn, packing
 
-_OWN_ROWS = 2**12  # the most vectors in an input for which our kernel is faster
+_OWN_ROWS = 2**12  # up to this many input vectors cnnkern's kernel is faster
 
 
 def prefers_own(dtype: torch.dtype, rows: int) -> bool:
-    """Whether a kernel of ours, and not oneDNN's, computes a folded linear layer of an input of so many vectors.
+    """Whether cnnkern's kernel, and not oneDNN's, computes a folded linear layer of an input with this many vectors.
 
     ``python -m benchmarks.studies.folded --layers`` times both for the layers of networks.
     """
@@ -25,10 +25,10 @@ def _own_rows() -> int:
 
 
 def folded_linear(weight: Tensor, bias: Tensor | None, sources: Sequence[Tensor], own: bool | None = None) -> Any:
-    """A linear layer of these weight and bias, made of ``sources``, which notes whether these change.
+    """A linear layer with this weight and bias, computed from ``sources``; it can tell whether these have changed.
 
-    It computes ``act(linear(x) + residual)`` on the CPU in the dtypes that oneDNN has kernels for. `own` says whether a
-    kernel of ours computes float32, for who times both.
+    It computes ``act(linear(x) + residual)`` on the CPU in the dtypes that oneDNN has kernels for. `own` selects
+    cnnkern's kernel or oneDNN's in float32, to time both; None follows :func:`prefers_own`.
     """
     rows = _own_rows() if own is None else 2**62 if own else 0
 

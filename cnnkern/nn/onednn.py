@@ -1,4 +1,4 @@
-"""What Python knows of oneDNN: for which dtypes PyTorch has its fused operators, and weights in its order."""
+"""PyTorch's oneDNN operators: the dtypes for which they are fused, and weights packed in oneDNN's layout."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ mkldnn = torch.ops.mkldnn
 
 @functools.cache
 def dtypes() -> list[torch.dtype]:
-    """Those that oneDNN has fused operators for."""
+    """The dtypes for which PyTorch has oneDNN's fused operators here."""
     if not torch.backends.mkldnn.is_available() or mkldnn._is_mkldnn_acl_supported():
         return []  # Arm's library has none
     found = [torch.float32]
@@ -22,17 +22,17 @@ def dtypes() -> list[torch.dtype]:
 def packing(
     weight: Tensor, reorder: Callable[[Tensor, Sequence[int]], Tensor]
 ) -> Callable[[list[int], torch.dtype], Tensor]:
-    """Packs a weight for an input of a shape, with `reorder`: in another order it would be reordered in every call.
+    """Returns a function that packs a weight for an input's shape by `reorder`, so that no call has to reorder it.
 
-    What is returned does not hold the layer, which holds it through the extension, where Python's collector sees no
-    cycle.
+    The function must not refer to the layer: the layer refers to it through the extension, and Python's collector does
+    not see such a cycle.
     """
     known: dict[torch.dtype, list[Tensor]] = {}
 
     def pack(shape: list[int], dtype: torch.dtype) -> Tensor:
         packed = reorder(weight.to(dtype), shape)
         order, others = _order(packed), known.setdefault(dtype, [])
-        for other in others:  # shapes that want one order share it
+        for other in others:  # shapes with the same layout share one packed weight
             if _order(other) == order:
                 return other
         others.append(packed)
@@ -42,6 +42,6 @@ def packing(
 
 
 def _order(packed: Tensor) -> Sequence[int]:
-    """What tells two orders of a weight apart: oneDNN's descriptor, without the bytes in it that are padding."""
+    """oneDNN's descriptor of a packed weight, without its padding bytes: equal for equal layouts."""
     descriptor = mkldnn._get_mkldnn_serialized_md(packed).tolist()
     return [*descriptor[:108], *descriptor[112:316], *descriptor[320:]]

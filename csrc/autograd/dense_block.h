@@ -1,19 +1,19 @@
-// The channels of a dense block in one buffer, in the place of concatenations.
+// Keeps all features of a dense block in one buffer instead of concatenating them.
 //
-// Each layer of a dense block reads what all before it gave, side by side. Here a layer's result is written behind the channels that
-// are there, and the next layer gets a tensor that is the first channels of the buffer's memory: an ordinary tensor, with a place in
-// the graph. Channels are written once, before any tensor shows them. All tensors on the buffer have one version counter, so that
+// Each layer of a dense block reads the outputs of all layers before it, side by side. Here a layer's output is written after the
+// channels already in the buffer. The next layer gets an ordinary tensor on the buffer's memory, its first channels, with a node in
+// the graph. A channel is written once, before any tensor contains it. All tensors on the buffer share one version counter, so
 // autograd notices a write to any of them.
 //
-// In the graph there is a chain, of `features`, each the first channels of the next:
+// The graph has a chain of `features`. Each is the first channels of the next:
 //
 //   x -> Append -> features -> (norm) -> features' -> Append -> features -> ... -> View -> the block's result
 //                     |                                 ^
 //                     View -> what the layer gets    the layer's result
 //
-// bn_act with a relu, called in training with what the layer gets (`bn_relu_of_features`), takes known statistics, and has a node with
-// two inputs and two results: the normalised channels, and the same features. Its backward pass adds its gradient to that of the
-// features, in place: it alone holds that. Who else uses the layer's input has a gradient of it as of any tensor.
+// If bn_act with ReLU is called on a layer's input in training (`bn_relu_of_features`), it uses the known statistics. Its node has two
+// inputs and two results: the normalised channels, and the same features. Its backward pass adds its gradient to that of the features,
+// in place, if nothing else refers to that. Other users of the layer's input get a gradient as of any tensor.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -28,12 +28,12 @@ namespace cnnkern {
 
 class FeatureBuffer : public std::enable_shared_from_this<FeatureBuffer> {
  public:
-  // With the channels of x, and room for `further` channels. Null where PyTorch concatenates: unless x is a plain CPU tensor (N, C, H, W)
-  // with a gradient, under no mode, transform, or foreign saved-tensor hooks.
+  // With the channels of x, and room for `further` channels. Null, so that PyTorch concatenates, unless x is a plain CPU tensor
+  // (N, C, H, W) that requires a gradient, without modes, transforms or other saved-tensor hooks.
   static std::shared_ptr<FeatureBuffer> of(const Tensor& x, int64_t further);
-  // All channels so far, for who reads them next.
+  // All channels so far, as the next layer's input.
   Tensor features();
-  // Whether t is behind them now; false where PyTorch concatenates it: if it has another shape or dtype, or there is no room.
+  // Writes t after them. False, so that PyTorch concatenates, if it has another shape or dtype, or if there is no room.
   bool append(const Tensor& t);
 
  private:
@@ -49,7 +49,7 @@ class FeatureBuffer : public std::enable_shared_from_this<FeatureBuffer> {
   uint32_t version_;
   int64_t channels_ = 0;
   Tensor features_;                               // the end of the chain
-  const torch::autograd::Node* handed_ = nullptr;  // the node of what was handed out of it
+  const torch::autograd::Node* handed_ = nullptr;  // the node of the layer input that was last returned
 };
 
 // y, mean and rstd of bn_act(x, ..., "relu") in training, if x is a buffer's features, unchanged.

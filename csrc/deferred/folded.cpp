@@ -39,12 +39,12 @@ class FoldedSource final : public Source {
   at::ScalarType dtype_;
 };
 
-// A mode that counts operations, say, is to see the original's.
+// Modes, for example one that counts operations, have to see those of the original model.
 bool is_seen_by_modes() { return c10::impl::TorchDispatchModeTLS::any_modes_set(); }
 
-const FoldedSource* waiting_layer(const Tensor& t) {
+const FoldedSource* source_of(const Tensor& t) {
   const Deferred* deferred = Deferred::of(t);
-  if (deferred == nullptr || t.requires_grad()) return nullptr;  // what follows has a gradient to hand to it
+  if (deferred == nullptr || t.requires_grad()) return nullptr;  // its gradient is needed
   return dynamic_cast<const FoldedSource*>(deferred->waiting_source());
 }
 
@@ -86,15 +86,15 @@ std::optional<Tensor> Folded::call(const std::shared_ptr<Site>& site, const Tens
   return defer(site, x, x_was, sizes, gives_rows(input), computed_in(x));
 }
 
-Tensor Folded::take_over(const std::shared_ptr<Site>& site, const Tensor& waiting) {
-  const FoldedSource* before = waiting_layer(waiting);
-  TORCH_CHECK(before != nullptr, "cnnkern: take_over needs the result of a folded layer that waits");
+Tensor Folded::take_over(const std::shared_ptr<Site>& site, const Tensor& deferred) {
+  const FoldedSource* before = source_of(deferred);
+  TORCH_CHECK(before != nullptr, "cnnkern: take_over needs the deferred result of a folded layer");
   const Tensor x = before->x();
   const Remembered x_was = before->x_was();
   const auto dtype = before->dtype();
-  const bool rows = !waiting.is_contiguous();
-  Deferred::of(waiting)->take_over("BatchNorm");
-  return defer(site, x, x_was, waiting.sizes().vec(), rows, dtype);
+  const bool rows = !deferred.is_contiguous();
+  Deferred::of(deferred)->take_over("BatchNorm");
+  return defer(site, x, x_was, deferred.sizes().vec(), rows, dtype);
 }
 
 Tensor Folded::defer(const std::shared_ptr<Site>& site, const Tensor& x, const Remembered& x_was, const std::vector<int64_t>& sizes,
@@ -145,11 +145,11 @@ FusedActivation::FusedActivation(const Activation& act) {
   else if (act.slope.numel() == 1)
     fused = {"leaky_relu", act.slope.item<double>()};
   else
-    behind = act;
+    after = act;
 }
 
 std::shared_ptr<Folded> folded_of(const Tensor& t) {
-  const FoldedSource* source = is_seen_by_modes() ? nullptr : waiting_layer(t);
+  const FoldedSource* source = is_seen_by_modes() ? nullptr : source_of(t);
   return source == nullptr ? nullptr : source->layer();
 }
 

@@ -1,5 +1,5 @@
-// A layer of a folded model that multiplies with weights: its residual and activation run in its kernel. Its result is deferred as a
-// batch norm's is, for the batch norm, the addition and the activation behind it.
+// A convolution or linear layer of a folded model. The residual addition and the activation after it run in its kernel. Its result is
+// deferred, as a batch norm's is, so that the batch norm, addition and activation that follow can be fused.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,17 +23,17 @@ class Folded : public std::enable_shared_from_this<Folded> {
   // The weight in oneDNN's order for an input of these sizes and dtype.
   using Pack = std::function<at::Tensor(const std::vector<int64_t>&, at::ScalarType)>;
 
-  // Computes with weight and bias, which were made of `sources`, parameters and statistics of modules. oneDNN has kernels for `dtypes`.
+  // `sources` are the parameters and statistics from which weight and bias were computed. oneDNN has kernels for `dtypes`.
   Folded(const at::Tensor& weight, const std::optional<at::Tensor>& bias, std::vector<at::ScalarType> dtypes, Pack pack,
          const std::vector<at::Tensor>& sources);
   virtual ~Folded() = default;
 
-  // Whether it is still what these sources give.
+  // Whether these are its sources, unchanged.
   bool holds(const std::vector<at::Tensor>& sources) const { return seal_.holds(sources); }
-  // The layer of the input; nothing where PyTorch's has to compute it.
+  // The layer's result; nothing if PyTorch's layer has to compute it.
   std::optional<at::Tensor> call(const std::shared_ptr<Site>& site, const at::Tensor& input);
-  // The same in place of another one, whose result `waiting` is.
-  at::Tensor take_over(const std::shared_ptr<Site>& site, const at::Tensor& waiting);
+  // The result of this layer for the input of another one, whose deferred result is `deferred`.
+  at::Tensor take_over(const std::shared_ptr<Site>& site, const at::Tensor& deferred);
 
   // act(layer(x) + residual), the residual being optional; in any strides.
   virtual at::Tensor run(const at::Tensor& x, const at::Tensor& residual, const Activation& act, at::ScalarType dtype) = 0;
@@ -43,11 +43,17 @@ class Folded : public std::enable_shared_from_this<Folded> {
   virtual bool fits(const at::Tensor& x) const = 0;  // whether it computes an input of this shape
   virtual std::vector<int64_t> output_sizes(const at::Tensor& x) const = 0;
   virtual bool gives_rows(const at::Tensor& input) const = 0;  // whether PyTorch's result has channels innermost
-  at::ScalarType computed_in(const at::Tensor& t) const;  // what autocast makes of its dtype
+  at::ScalarType computed_in(const at::Tensor& t) const;  // its dtype under the current autocast
   bool is_librarys(const at::Tensor& x, at::ScalarType dtype) const;  // whether oneDNN has the dtype
   std::optional<at::Tensor> bias_as(at::ScalarType dtype) const;
   // The weight in oneDNN's order for an input of these sizes.
   at::Tensor packed(const std::vector<int64_t>& sizes, at::ScalarType dtype);
+  // Weight and bias as one of cnnkern's kernels reads them: pack(weight, bias), called once.
+  template <typename Pack>
+  const float* own_packed(const Pack& pack) {
+    std::call_once(packs_own_, [&] { own_packed_ = pack(weight_, bias_); });
+    return own_packed_.const_data_ptr<float>();
+  }
 
   at::Tensor weight_, bias_;
 
@@ -59,11 +65,13 @@ class Folded : public std::enable_shared_from_this<Folded> {
   std::vector<at::ScalarType> dtypes_;
   Pack pack_;
   Seal seal_;
+  std::once_flag packs_own_;
+  at::Tensor own_packed_;
   std::mutex mutex_;
   std::map<std::pair<at::ScalarType, std::vector<int64_t>>, at::Tensor> packed_;
 };
 
-// An activation of ours as oneDNN has it behind a layer; "none" for one that it lacks.
+// oneDNN's name and parameters of an activation, as the epilogue of a layer; "none" if it lacks it.
 struct PostOperator {
   using Scalars = c10::List<std::optional<at::Scalar>>;
   const char* name = "none";
@@ -73,13 +81,13 @@ struct PostOperator {
 };
 PostOperator post_operator(const Activation& act);
 
-// For kernels of ours that have the activation in their epilogue: it, and what is left to do behind them.
+// For cnnkern's kernels: the activation of their epilogue, and the one to compute after them. One of the two is "none".
 struct FusedActivation {
-  Activation fused, behind;
+  Activation fused, after;
   explicit FusedActivation(const Activation& act);
 };
 
-// The layer whose result this is, where it waits.
+// The layer whose deferred result t is; null if it is none.
 std::shared_ptr<Folded> folded_of(const at::Tensor& t);
 
 template <typename Signature>

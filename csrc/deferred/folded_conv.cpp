@@ -98,7 +98,6 @@ Tensor FoldedConv::by_own(const Tensor& x, const Tensor& residual, const Activat
   static auto* const depthwise = CNNKERN_FOR_THIS_CPU(depthwise);
   constexpr auto kRows = at::MemoryFormat::ChannelsLast;
   const bool is_pointwise = settings_.own == "pointwise";
-  std::call_once(packs_own_, [&] { own_packed_ = (is_pointwise ? pack_pointwise : pack_depthwise)(weight_, bias_); });
   const int64_t stride = settings_.stride[0], channels = weight_.size(0);
   const bool strides = is_pointwise && stride > 1;
   const Tensor from = (strides ? x.slice(2, 0, std::nullopt, stride).slice(3, 0, std::nullopt, stride) : x).contiguous(kRows);
@@ -107,7 +106,7 @@ Tensor FoldedConv::by_own(const Tensor& x, const Tensor& residual, const Activat
   const Tensor y = aten::empty(sizes, x.options().memory_format(kRows));
   const auto [fused, after] = FusedActivation(act);
   const Behind behind{added.defined() ? added.const_data_ptr<float>() : nullptr, fused};
-  const float *const in = from.const_data_ptr<float>(), *const packed = own_packed_.const_data_ptr<float>();
+  const float *const in = from.const_data_ptr<float>(), *const packed = own_packed(is_pointwise ? pack_pointwise : pack_depthwise);
   float* const out = y.mutable_data_ptr<float>();
   const ImageSizes image{x.size(0), x.size(2), x.size(3), sizes[2], sizes[3], stride};
   if (is_pointwise)

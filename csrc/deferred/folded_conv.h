@@ -35,8 +35,6 @@ class FoldedConv final : public Folded {
   at::Tensor by_own(const at::Tensor& x, const at::Tensor& residual, const Activation& act);
 
   Settings settings_;
-  std::once_flag packs_own_;
-  at::Tensor own_packed_;  // for cnnkern's kernel
 };
 
 }  // namespace cnnkern

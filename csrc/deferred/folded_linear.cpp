@@ -35,9 +35,9 @@ Tensor FoldedLinear::run(const Tensor& x, const Tensor& residual, const Activati
   const auto sizes = output_sizes(x);
   const Tensor added = residual.defined() ? residual.contiguous().view({rows.size(0), sizes.back()}) : residual;
   const bool own = dtype == at::kFloat && weight_.scalar_type() == dtype && rows.size(0) <= own_to_rows_;
-  const auto [fused, behind] = FusedActivation(act);
+  const auto [fused, after] = FusedActivation(act);
   const Tensor y = (own ? by_own(rows, added, fused) : by_library(rows, added, fused)).view(sizes);
-  return behind.name == "none" ? y : activated(y, behind);
+  return after.name == "none" ? y : activated(y, after);
 }
 
 Tensor FoldedLinear::by_library(const Tensor& x, const Tensor& residual, const Activation& act) {
@@ -52,14 +52,13 @@ Tensor FoldedLinear::by_library(const Tensor& x, const Tensor& residual, const A
   return std::string_view(post.name) == "none" ? activated(y, act) : y;
 }
 
-// By the kernel of 1x1 convolutions: a vector is a pixel's.
+// By the kernel of 1x1 convolutions: a row is a pixel.
 Tensor FoldedLinear::by_own(const Tensor& x, const Tensor& residual, const Activation& act) {
   static auto* const pack_pointwise = CNNKERN_FOR_THIS_CPU(pack_pointwise);
   static auto* const pointwise = CNNKERN_FOR_THIS_CPU(pointwise);
-  std::call_once(packs_own_, [&] { own_packed_ = pack_pointwise(weight_, bias_); });
   const Tensor y = aten::empty({x.size(0), weight_.size(0)}, x.options());
   const Behind behind{residual.defined() ? residual.const_data_ptr<float>() : nullptr, act};
-  pointwise(x.const_data_ptr<float>(), own_packed_.const_data_ptr<float>(), y.mutable_data_ptr<float>(), x.size(1), y.size(1), x.size(0),
+  pointwise(x.const_data_ptr<float>(), own_packed(pack_pointwise), y.mutable_data_ptr<float>(), x.size(1), y.size(1), x.size(0),
             behind);
   return y;
 }

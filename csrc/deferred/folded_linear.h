@@ -22,8 +22,6 @@ class FoldedLinear final : public Folded {
   at::Tensor by_own(const at::Tensor& x, const at::Tensor& residual, const Activation& act);
 
   int64_t own_to_rows_;
-  std::once_flag packs_own_;
-  at::Tensor own_packed_;  // for cnnkern's kernel
 };
 
 }  // namespace cnnkern

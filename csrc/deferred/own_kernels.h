@@ -1,4 +1,4 @@
-// The kernels of ours for folded layers, by instruction set.
+// Declares cnnkern's kernels for folded layers, for each instruction set.
 #pragma once
 
 #include "folded_kernels.h"

@@ -265,17 +265,18 @@ struct BatchNormBackward {
     if constexpr (Gate::kRows > 0) gate.prepare(c, n, table.row(kOfGate) + c);
   }
 
+  // `from`: x, or where x would begin if it lay as dy does (prefix_bn_relu.cpp).
   template <bool kPartial, typename At>
-  V gradient(const At& at, int64_t i, int64_t n, V& centered) const {
+  V gradient(const At& at, const T* from, int64_t i, int64_t n, V& centered) const {
     const V center = at(kCenter);
-    centered = (kPartial ? vload(x + i, n, center) : vload(x + i)) - center;
+    centered = (kPartial ? vload(from + i, n, center) : vload(from + i)) - center;
     return gate.template through<kPartial>(at, kPartial ? vload(dy + i, n, V(0)) : vload(dy + i), centered, i, n);
   }
 
   template <bool kPartial, typename At>
   void term(const At& at, int64_t i, int64_t n, VectorSums<V, kSums>& sums) const {
     V centered;
-    const V g = gradient<kPartial>(at, i, n, centered);
+    const V g = gradient<kPartial>(at, x, i, n, centered);
     sums[0] = sums[0] + g;
     sums[1] = at::vec::fmadd(g, centered, sums[1]);
     if constexpr (Gate::kSums > 0)
@@ -312,14 +313,14 @@ struct BatchNormBackward {
   template <typename At>
   void map(const At& at, int64_t i, bool stream) const {
     V centered;
-    const V g = gradient<false>(at, i, 0, centered);
+    const V g = gradient<false>(at, x, i, 0, centered);
     if (dx != nullptr) vput(dx + i, result(at, g, centered), stream);
     if (dresidual != nullptr) vput(dresidual + i, g, stream);
   }
   template <typename At>
   void map_part(const At& at, int64_t i, int64_t n) const {
     V centered;
-    const V g = gradient<true>(at, i, n, centered);
+    const V g = gradient<true>(at, x, i, n, centered);
     if (dx != nullptr) vstore(dx + i, result(at, g, centered), n);
     if (dresidual != nullptr) vstore(dresidual + i, g, n);
   }

@@ -85,28 +85,22 @@ struct Backward : BatchNormBackward<T, ThroughActivation<T, Relu>> {
       __builtin_prefetch(x + part.fetched(i), 0, 2), __builtin_prefetch(all.dy + i, 0, 2);
     }
     template <bool kPartial, typename At>
-    V gradient(const At& at, int64_t i, int64_t n, V& centered) const {
-      const V center = at(Base::kCenter);
-      centered = (kPartial ? vload(x + i, n, center) : vload(x + i)) - center;
-      return all.gate.template through<kPartial>(at, kPartial ? vload(all.dy + i, n, V(0)) : vload(all.dy + i), centered, i, n);
-    }
-    template <bool kPartial, typename At>
     void term(const At& at, int64_t i, int64_t n, VectorSums<V, kSums>& sums) const {
       V centered;
-      const V g = gradient<kPartial>(at, i, n, centered);
+      const V g = all.template gradient<kPartial>(at, x, i, n, centered);
       sums[0] = sums[0] + g;
       sums[1] = at::vec::fmadd(g, centered, sums[1]);
     }
     template <typename At>
     void map(const At& at, int64_t i, bool) const {  // never past the caches, as dx is read too
       V centered;
-      const V g = gradient<false>(at, i, 0, centered);
+      const V g = all.template gradient<false>(at, x, i, 0, centered);
       vstore(dx + i, vload(dx + i) + all.result(at, g, centered));
     }
     template <typename At>
     void map_part(const At& at, int64_t i, int64_t n) const {
       V centered;
-      const V g = gradient<true>(at, i, n, centered);
+      const V g = all.template gradient<true>(at, x, i, n, centered);
       vstore(dx + i, vload(dx + i, n, V(0)) + all.result(at, g, centered), n);
     }
   };
