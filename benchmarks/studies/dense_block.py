@@ -4,9 +4,9 @@
 
 For a DenseNet of the zoo, it compares PyTorch's operators, cnnkern's layers with concatenations, and
 `cnnkern.nn.DenseBlock`'s buffer. It prints the elements that autograd saves per image, and the peak memory of a
-training step. Then the share of a step that concatenations and the additions of their gradients take, and the share that
-known statistics of older feature maps would save: together the bound of the gain. Then it times steps of the three in
-interleaved rounds. `--recompute` runs the second and third within `cnnkern.recompute`.
+training step. Then the share of a step that concatenations and the additions of their gradients take, and the share
+that known statistics of older feature maps would save: together the bound of the gain. Then it times steps of the
+three in interleaved rounds. `--recompute` runs the second and third within `cnnkern.recompute`.
 """
 
 import argparse
