@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import cnnkern
-from benchmarks.studies import accuracy, cores, onednn, passes, sequences, sweeps, sync
+from benchmarks.studies import accuracy, batch_norm_passes, cores, onednn, passes, sequences, sync
 from benchmarks.suite.bandwidth import Bandwidth
 from cnnkern import testing
 from cnnkern.testing import Layer
@@ -90,20 +90,24 @@ def test_batch_norm_over_processes_is_timed_beside_the_formula(capfd, monkeypatc
         assert over_alone == pytest.approx(ours / alone, rel=0.1)
 
 
-def test_sweeps_count_every_tensor_once(monkeypatch, capsys):
-    monkeypatch.setattr(sweeps, "SHAPES", ((2, 8, 16, 16),))
-    monkeypatch.setattr(sweeps, "MINIMUM_BYTES", 2**16)
+def test_batch_norm_passes_count_every_tensor_once(monkeypatch, capsys):
+    monkeypatch.setattr(batch_norm_passes, "SHAPES", ((2, 8, 16, 16),))
+    monkeypatch.setattr(batch_norm_passes, "MINIMUM_BYTES", 2**16)
     monkeypatch.setattr(cnnkern, "tune_malloc", lambda: "malloc left alone")
-    clock = {name: [2e-6] for name in sweeps.steps((2, 8, 16, 16), "contiguous", torch.float32, False)}
-    monkeypatch.setattr(sweeps.timing, "interleave", lambda steps, **limits: {name: clock[name] for name in steps})
-    assert sweeps.main(["--threads", str(torch.get_num_threads())]) == 0
+    clock = {name: [2e-6] for name in batch_norm_passes.steps((2, 8, 16, 16), "contiguous", torch.float32, False)}
+
+    def interleave(steps, **limits):
+        return {name: clock[name] for name in steps}
+
+    monkeypatch.setattr(batch_norm_passes.timing, "interleave", interleave)
+    assert batch_norm_passes.main(["--threads", str(torch.get_num_threads())]) == 0
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "2x8x16x16" in line]
     assert [line[3] for line in lines[:4]] == ["0.002"] * 4
     # 16 KiB a tensor in two microseconds
     assert [float(line[4].rstrip(" |")) for line in lines[:4]] == [16.4, 16.4, 16.4, 24.6]
 
     threads = ["--threads", str(torch.get_num_threads())]
-    assert sweeps.main([*threads, "--dtype", "bfloat16", "--cached"]) == 0  # one image, of half the bytes
+    assert batch_norm_passes.main([*threads, "--dtype", "bfloat16", "--cached"]) == 0  # one image, of half the bytes
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "1x8x16x16" in line]
     assert [float(line[4].rstrip(" |")) for line in lines[:4]] == [4.1, 4.1, 4.1, 6.1]
 

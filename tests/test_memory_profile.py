@@ -72,7 +72,7 @@ def test_what_a_kernel_does_with_shared_memory_and_its_own_stack_is_left_out():
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_first_pixels_that_are_unlike_the_rest_cost_no_further_sweep(layout):
+def test_first_pixels_that_are_unlike_the_rest_cost_no_further_pass(layout):
     """Where the few elements that sums are shifted by are far from all others, sums are taken again. First pixels are
     what equal steps through a batch of 16 give: corners of images, which padding makes unlike the rest."""
     x = torch.randn(16, 8, 16, 16, generator=torch.Generator().manual_seed(0))

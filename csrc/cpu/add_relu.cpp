@@ -10,7 +10,7 @@
 #include "aten.h"
 #include "check.h"
 #include "cpu/bits.h"
-#include "cpu/sweep.h"
+#include "cpu/passes.h"
 #include "memory_layout.h"
 
 namespace cnnkern {

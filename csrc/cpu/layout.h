@@ -3,7 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "cpu/sweep.h"
+#include "cpu/passes.h"
 #include "memory_layout.h"
 
 namespace cnnkern {

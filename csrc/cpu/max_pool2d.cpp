@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "aten.h"
-#include "cpu/sweep.h"
+#include "cpu/passes.h"
 #include "pooling.h"
 
 namespace cnnkern {

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/sweep.h"
+#include "cpu/passes.h"
 
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
@@ -177,20 +177,20 @@ class PieceSums {
 };
 
 template <typename S, int kSums>
-struct PlaneSweeps : Sweeps {
+struct PlanePasses : Passes {
   Planes s;
   virtual void add(PieceSums<S, kSums>& piece, int64_t n, int64_t part, int64_t ahead) const = 0;
   virtual void map(int64_t begin, int64_t end, int64_t ahead, bool stream) const = 0;
 
  protected:
-  ~PlaneSweeps() = default;
+  ~PlanePasses() = default;
 };
 
 template <typename Policy>
-struct PlaneSweepsOf final : SweepsOf<Policy, PlaneSweeps<compute_t<typename Policy::Scalar>, Policy::Reduction::kSums>> {
+struct PlanePassesOf final : PassesOf<Policy, PlanePasses<compute_t<typename Policy::Scalar>, Policy::Reduction::kSums>> {
   using S = compute_t<typename Policy::Scalar>;
   static constexpr int kSums = Policy::Reduction::kSums;
-  using SweepsOf<Policy, PlaneSweeps<S, kSums>>::SweepsOf;
+  using PassesOf<Policy, PlanePasses<S, kSums>>::PassesOf;
   void add(PieceSums<S, kSums>& piece, int64_t n, int64_t part, int64_t ahead) const override {
     piece.template add<typename Policy::Reduction>(this->policy, n, part, ahead);
   }
@@ -201,12 +201,12 @@ struct PlaneSweepsOf final : SweepsOf<Policy, PlaneSweeps<compute_t<typename Pol
 
 // Without sums there is one pass, in the order of memory.
 template <typename S, int kSums>
-void map_planes(PlaneSweeps<S, kSums>& sweeps, int64_t ahead, bool stream) {
-  const Planes s = sweeps.s;
-  if (s.N > 1) sweeps.prepare(0, s.C);
+void map_planes(PlanePasses<S, kSums>& passes, int64_t ahead, bool stream) {
+  const Planes s = passes.s;
+  if (s.N > 1) passes.prepare(0, s.C);
   const auto planes = [&](int64_t begin, int64_t end) {
-    if (s.N == 1) sweeps.prepare(begin, end);  // planes are channels; on few elements these take a good part of the time
-    sweeps.map(begin * s.HW, end * s.HW, ahead, stream);
+    if (s.N == 1) passes.prepare(begin, end);  // planes are channels; on few elements these take a good part of the time
+    passes.map(begin * s.HW, end * s.HW, ahead, stream);
     stream_fence();
   };
   if (s.numel() < kSerial)
@@ -216,24 +216,24 @@ void map_planes(PlaneSweeps<S, kSums>& sweeps, int64_t ahead, bool stream) {
 }
 
 template <typename S, int kSums>
-C10_NOINLINE void sweep_planes(PlaneSweeps<S, kSums>& sweeps) {
-  const Planes s = sweeps.s;
+C10_NOINLINE void pass_over_planes(PlanePasses<S, kSums>& passes) {
+  const Planes s = passes.s;
   const int64_t threads = s.numel() < kSerial ? 1 : at::get_num_threads();
-  const PlaneCut cut(s, sweeps.element_bytes, threads);
-  const bool stream = sweeps.streams(s.numel());
-  const int64_t far = kAhead / sweeps.element_bytes;
-  if (!sweeps.reduces) return map_planes(sweeps, far, stream);
+  const PlaneCut cut(s, passes.element_bytes, threads);
+  const bool stream = passes.streams(s.numel());
+  const int64_t far = kAhead / passes.element_bytes;
+  if (!passes.reduces) return map_planes(passes, far, stream);
   const auto end_of = [&](int64_t block) { return std::min(s.C, (block + 1) * cut.block); };
-  const auto prepare = [&](int64_t block) { sweeps.prepare(block * cut.block, end_of(block)); };
+  const auto prepare = [&](int64_t block) { passes.prepare(block * cut.block, end_of(block)); };
   const auto finish = [&](int64_t block, const double* sums) {  // (kSums, channels of a block)
-    sweeps.finish(block * cut.block, end_of(block), sums, cut.block);
+    passes.finish(block * cut.block, end_of(block), sums, cut.block);
   };
   // Second pass over part of a block's planes in image n.
   const auto map = [&](int64_t block, int64_t n, int64_t part, int64_t ahead) {
     const int64_t c0 = block * cut.block, channels = end_of(block) - c0, p0 = part * cut.part;
     const int64_t begin = (n * s.C + c0) * s.HW + p0;
     // A plane that is cut into parts is one block.
-    sweeps.map(begin, begin + (cut.parts > 1 ? std::min(cut.part, s.HW - p0) : channels * s.HW), ahead, stream);
+    passes.map(begin, begin + (cut.parts > 1 ? std::min(cut.part, s.HW - p0) : channels * s.HW), ahead, stream);
   };
   // A thread owns blocks of channels, and makes the second pass while they are in its cache, if that keeps all threads busy.
   if (threads == 1 || 20 * cut.blocks >= 17 * threads * divup(cut.blocks, threads)) {
@@ -243,7 +243,7 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S, kSums>& sweeps) {
       const auto reduce = [&](int64_t block, int64_t n, int64_t ahead) {
         for (int64_t p = 0; p < cut.parts; ++p) {
           if (n % cut.group == 0) piece.start(block);
-          sweeps.add(piece, n, p, ahead);
+          passes.add(piece, n, p, ahead);
           if ((n + 1) % cut.group != 0 && n + 1 != s.N) continue;
           std::fill_n(part, kSums * cut.block, 0.0);
           piece.add_to(part);
@@ -262,9 +262,9 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S, kSums>& sweeps) {
         for (int64_t n = 0; n < s.N; ++n) {
           const int64_t written = s.N - 1 - n;
           const int64_t ahead = block + 1 < end ? ((n - written) * s.C + cut.block) * s.HW : 0;
-          if (sweeps.maps)
+          if (passes.maps)
             for (int64_t p = 0; p < cut.parts; ++p) map(block, written, p, ahead);
-          if (block + 1 < end) reduce(block + 1, n, sweeps.maps ? 0 : s.C * s.HW);
+          if (block + 1 < end) reduce(block + 1, n, passes.maps ? 0 : s.C * s.HW);
         }
       }
       stream_fence();
@@ -283,7 +283,7 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S, kSums>& sweeps) {
     PieceSums<S, kSums> piece(s, cut);
     for (int64_t u = begin; u < end; ++u) {
       piece.start(u % cut.blocks);
-      cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) { sweeps.add(piece, n, p, far); });
+      cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) { passes.add(piece, n, p, far); });
       piece.add_to(&partial[u * kSums * cut.block]);
     }
     stream_fence();
@@ -294,7 +294,7 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S, kSums>& sweeps) {
       for (int64_t j = 0; j < kSums * cut.block; ++j) sums[j] += partial[(piece * cut.blocks + block) * kSums * cut.block + j];
     finish(block, sums);
   }
-  if (sweeps.maps) {
+  if (passes.maps) {
     at::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
       for (int64_t u = end; u-- > begin;)
         cut.for_images(u / cut.blocks, s.N, [&](int64_t n, int64_t p) { map(u % cut.blocks, n, p, 0); });
@@ -306,9 +306,9 @@ C10_NOINLINE void sweep_planes(PlaneSweeps<S, kSums>& sweeps) {
 template <typename Policy>
 void run_planes(Policy& policy, const Planes& s) {
   policy.table.resize(s.C, s.C);
-  PlaneSweepsOf<Policy> sweeps(policy);
-  sweeps.s = s;
-  sweep_planes(sweeps);
+  PlanePassesOf<Policy> passes(policy);
+  passes.s = s;
+  pass_over_planes(passes);
 }
 
 }  // namespace CPU_CAPABILITY

@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/sweep.h"
+#include "cpu/passes.h"
 
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
@@ -85,7 +85,7 @@ void map_rows(const Policy& policy, int64_t width, int64_t begin, int64_t end, b
 }
 
 template <typename S, int kSums>
-struct RowSweeps : Sweeps {
+struct RowPasses : Passes {
   Rows s;
   virtual void resize(int64_t width) = 0;
   virtual void replicate() = 0;
@@ -93,13 +93,13 @@ struct RowSweeps : Sweeps {
   virtual void map(int64_t width, int64_t begin, int64_t end, bool fetch, bool stream) const = 0;
 
  protected:
-  ~RowSweeps() = default;
+  ~RowPasses() = default;
 };
 
 template <typename Policy>
-struct RowSweepsOf final : SweepsOf<Policy, RowSweeps<compute_t<typename Policy::Scalar>, Policy::Reduction::kSums>> {
+struct RowPassesOf final : PassesOf<Policy, RowPasses<compute_t<typename Policy::Scalar>, Policy::Reduction::kSums>> {
   using S = compute_t<typename Policy::Scalar>;
-  using SweepsOf<Policy, RowSweeps<S, Policy::Reduction::kSums>>::SweepsOf;
+  using PassesOf<Policy, RowPasses<S, Policy::Reduction::kSums>>::PassesOf;
   void resize(int64_t width) override { this->policy.table.resize(this->s.C, width); }
   void replicate() override { this->policy.table.replicate(); }
   void reduce(int64_t width, int64_t begin, int64_t end, bool fetch, double* sums, S* acc) const override {
@@ -111,9 +111,9 @@ struct RowSweepsOf final : SweepsOf<Policy, RowSweeps<compute_t<typename Policy:
 };
 
 template <typename S, int kSums>
-C10_NOINLINE void sweep_rows(RowSweeps<S, kSums>& sweeps) {
+C10_NOINLINE void pass_over_rows(RowPasses<S, kSums>& passes) {
   constexpr int64_t L = at::vec::Vectorized<S>::size();
-  const Rows s = sweeps.s;
+  const Rows s = passes.s;
   // Short or odd rows are read several at once, as one row of whole vectors.
   int64_t join = 1;
   if (s.C < 256)
@@ -123,26 +123,26 @@ C10_NOINLINE void sweep_rows(RowSweeps<S, kSums>& sweeps) {
   const int64_t pieces = std::clamp<int64_t>(numel / kSerial, 1, std::clamp<int64_t>(divup(numel, width) / 32, 4, 64));
   const int64_t piece = std::max<int64_t>(divup(divup(numel, width), pieces), 1) * width;
   const int64_t units = std::max<int64_t>(divup(numel, piece), 1);
-  const bool stream = sweeps.streams(numel) && width % L == 0 &&
-                      reinterpret_cast<uintptr_t>(sweeps.output) % (L * sweeps.element_bytes) == 0;
-  const bool fetch = numel * sweeps.element_bytes > kCoreCache;
+  const bool stream = passes.streams(numel) && width % L == 0 &&
+                      reinterpret_cast<uintptr_t>(passes.output) % (L * passes.element_bytes) == 0;
+  const bool fetch = numel * passes.element_bytes > kCoreCache;
   const auto parallel = [&](int64_t n, const auto& f) {
     if (numel < kSerial || n == 1)
       f(int64_t{0}, n);
     else
       at::parallel_for(0, n, 1, f);
   };
-  sweeps.resize(width);
+  passes.resize(width);
   parallel(divup(s.C, kChannels), [&](int64_t begin, int64_t end) {
-    sweeps.prepare(begin * kChannels, std::min(s.C, end * kChannels));
+    passes.prepare(begin * kChannels, std::min(s.C, end * kChannels));
   });
-  sweeps.replicate();
-  if (sweeps.reduces) {
+  passes.replicate();
+  if (passes.reduces) {
     c10::SmallVector<double, 512> sums(units * kSums * width, 0.0);
     parallel(units, [&](int64_t begin, int64_t end) {
       std::vector<S> acc(kSums * width);
       for (int64_t u = begin; u < end; ++u)
-        sweeps.reduce(width, u * piece, std::min(numel, (u + 1) * piece), fetch, &sums[u * kSums * width], acc.data());
+        passes.reduce(width, u * piece, std::min(numel, (u + 1) * piece), fetch, &sums[u * kSums * width], acc.data());
       stream_fence();
     });
     parallel(divup(s.C, kChannels), [&](int64_t begin, int64_t end) {
@@ -153,26 +153,26 @@ C10_NOINLINE void sweep_rows(RowSweeps<S, kSums>& sweeps) {
           for (int64_t j = 0; j < width; j += s.C)
             for (int64_t c = 0; c < channels; ++c)
               for (int k = 0; k < kSums; ++k) total[k][c] += row[k * width + j + c];
-        sweeps.finish(c0, c0 + channels, total[0], kChannels);
+        passes.finish(c0, c0 + channels, total[0], kChannels);
       }
     });
-    sweeps.replicate();
+    passes.replicate();
   }
-  if (!sweeps.maps) return;
+  if (!passes.maps) return;
   parallel(units, [&](int64_t begin, int64_t end) {
     // In reverse order, so that what the first pass read last is still in cache; forward within a stretch.
     const int64_t first = begin * piece, last = std::min(numel, end * piece), stretch = divup(kStretch, width) * width;
     for (int64_t i = divup(last - first, stretch); i-- > 0;)
-      sweeps.map(width, first + i * stretch, std::min(last, first + (i + 1) * stretch), fetch, stream);
+      passes.map(width, first + i * stretch, std::min(last, first + (i + 1) * stretch), fetch, stream);
     stream_fence();
   });
 }
 
 template <typename Policy>
 void run_rows(Policy& policy, const Rows& s) {
-  RowSweepsOf<Policy> sweeps(policy);
-  sweeps.s = s;
-  sweep_rows(sweeps);
+  RowPassesOf<Policy> passes(policy);
+  passes.s = s;
+  pass_over_rows(passes);
 }
 
 }  // namespace CPU_CAPABILITY

@@ -22,7 +22,7 @@ LAYER_NORM = ("tests/test_layer_norm.py", "-k", "extreme_scales and device")
 THREADS = "many_threads or reruns"
 
 FAULTS = [
-    # ---- batch norm: batch_norm.h, sweep.h, planes.h, rows.h
+    # ---- batch norm: batch_norm.h, passes.h, planes.h, rows.h
     fault(
         "bn_act",
         "a factor left out of backward's slope",
@@ -76,7 +76,7 @@ FAULTS = [
     ),
     fault(
         "bn_act",
-        "an element of a plane left out of the second sweep",
+        "an element of a plane left out of the second pass",
         "planes.h",
         "policy.map_part(K::broadcast(policy, c), i, n);",
         "policy.map_part(K::broadcast(policy, c), i, n - 1);",
@@ -98,7 +98,7 @@ FAULTS = [
     fault(
         "bn_act",
         "sums kept in float for 65,536 additions",
-        "sweep.h",
+        "passes.h",
         "constexpr int64_t kFlush = 16; ",
         "constexpr int64_t kFlush = 65536; ",
         (LONG, "-k", "bn_act and contiguous"),

@@ -6,7 +6,7 @@
 // output bit for bit, and nothing but x and two vectors of C is saved.
 // Memory traffic, in tensors read or written, while a channel (planes) or the tensor (rows) stays in cache: 2 forward,
 // 3 backward; rows beyond the last-level cache 3 and 5. A thread owns blocks of channels, or pieces of rows.
-// Accumulators: the arithmetic type for 64 additions, then double (see sweep.h).
+// Accumulators: the arithmetic type for 64 additions, then double (see passes.h).
 #include <array>
 
 #include "cpu/batch_norm/batch_norm.h"

@@ -5,7 +5,7 @@
 // Traffic in tensors read or written, while a channel (planes) or the tensor (rows) stays in cache: 3 forward, 4 backward;
 // rows beyond the last-level cache 4 and 6. Where the residual is read backward: 5, and 8. A thread owns blocks of channels, or pieces of rows.
 // bn_add_into: pre + residual written to the residual's memory, by the same passes.
-// Accumulators: the arithmetic type for 64 additions, then double (see sweep.h).
+// Accumulators: the arithmetic type for 64 additions, then double (see passes.h).
 
 #include <array>
 

@@ -3,9 +3,9 @@
 //   y = relu(pre), pre = (x - mean) * weight * rstd + bias
 // Backward adds, with g = dy * [y > 0] and n elements per channel:
 //   dx += weight * rstd * (g - sum(g) / n - (x - mean) * rstd * sum(g * (x - mean) * rstd) / n)
-// x and dx are prefixes, y and dy are dense. The sweeps are those of bn_act, with pointers that are moved by image (planes) or by
+// x and dx are prefixes, y and dy are dense. The passes are those of bn_act, with pointers that are moved by image (planes) or by
 // row. Memory traffic, in tensors read or written: 2 forward; 4 backward while a channel (planes) or the tensor (rows) stays in
-// cache, rows beyond the last-level cache 6. Accumulators: the arithmetic type for 64 additions, then double (see sweep.h).
+// cache, rows beyond the last-level cache 6. Accumulators: the arithmetic type for 64 additions, then double (see passes.h).
 #include <array>
 
 #include "cpu/batch_norm/batch_norm.h"
@@ -16,7 +16,7 @@ namespace cnnkern {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// A part of x or dx that is dense: an image of planes, or a row. The sweeps count elements as in a dense tensor, y or dy; in a
+// A part of x or dx that is dense: an image of planes, or a row. The passes count elements as in a dense tensor, y or dy; in a
 // prefix each part begins `gap` elements later than the one before would end.
 struct Part {
   int64_t index, gap_after, end;  // from `end` on, what is fetched ahead lies `gap_after` later
@@ -111,10 +111,10 @@ struct Backward : BatchNormBackward<T, ThroughActivation<T, Relu>> {
 };
 
 template <typename Policy>
-struct PlanesOfPrefix final : SweepsOf<Policy, PlaneSweeps<compute_t<typename Policy::Scalar>, Policy::Reduction::kSums>> {
+struct PlanesOfPrefix final : PassesOf<Policy, PlanePasses<compute_t<typename Policy::Scalar>, Policy::Reduction::kSums>> {
   using S = compute_t<typename Policy::Scalar>;
   static constexpr int kSums = Policy::Reduction::kSums;
-  using SweepsOf<Policy, PlaneSweeps<S, kSums>>::SweepsOf;
+  using PassesOf<Policy, PlanePasses<S, kSums>>::PassesOf;
 
   auto image(int64_t n) const { return this->policy.of({n, this->policy.widest_gap(), (n + 1) * size()}); }
   int64_t size() const { return this->s.C * this->s.HW; }
@@ -132,13 +132,13 @@ struct PlanesOfPrefix final : SweepsOf<Policy, PlaneSweeps<compute_t<typename Po
 };
 
 template <typename Policy>
-struct RowsOfPrefix final : SweepsOf<Policy, RowSweeps<compute_t<typename Policy::Scalar>, Policy::Reduction::kSums>> {
+struct RowsOfPrefix final : PassesOf<Policy, RowPasses<compute_t<typename Policy::Scalar>, Policy::Reduction::kSums>> {
   using T = typename Policy::Scalar;
   using S = compute_t<T>;
   using V = Vec<T>;
   static constexpr int kSums = Policy::Reduction::kSums;
   static constexpr int64_t L = V::size(), kFetched = kAhead / static_cast<int64_t>(sizeof(T));
-  using SweepsOf<Policy, RowSweeps<S, kSums>>::SweepsOf;
+  using PassesOf<Policy, RowPasses<S, kSums>>::PassesOf;
 
   // Rows are not joined to wider ones, as gaps are between them: of a table that is wider only the first C columns are used.
   void resize(int64_t width) override { this->policy.table.resize(this->s.C, width); }
@@ -200,14 +200,14 @@ struct RowsOfPrefix final : SweepsOf<Policy, RowSweeps<compute_t<typename Policy
 template <typename Policy>
 void run_prefix(Policy policy, const Layout& layout) {
   if (layout.rows) {
-    RowsOfPrefix<Policy> sweeps(policy);
-    sweeps.s = layout.as_rows();
-    sweep_rows(sweeps);
+    RowsOfPrefix<Policy> passes(policy);
+    passes.s = layout.as_rows();
+    pass_over_rows(passes);
   } else {
     policy.table.resize(layout.C, layout.C);
-    PlanesOfPrefix<Policy> sweeps(policy);
-    sweeps.s = layout.as_planes();
-    sweep_planes(sweeps);
+    PlanesOfPrefix<Policy> passes(policy);
+    passes.s = layout.as_planes();
+    pass_over_planes(passes);
   }
 }
 

@@ -6,7 +6,7 @@
 //                     sums and n over all processes; dresidual = g
 // The passes are those of bn_act and bn_add_act, one per part. Memory traffic, in tensors read or written: 1 and 2 (3 with a
 // residual) forward, 2 and 3 (4) backward: as for those operators if a channel does not stay in cache.
-// Accumulators: the arithmetic type for 64 additions, then double (see sweep.h).
+// Accumulators: the arithmetic type for 64 additions, then double (see passes.h).
 #include <array>
 
 #include "cpu/batch_norm/batch_norm.h"

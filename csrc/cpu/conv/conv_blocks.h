@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "cpu/conv/conv_kernels.h"
-#include "cpu/sweep.h"
+#include "cpu/passes.h"
 
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {

@@ -16,7 +16,7 @@ void with_taps(int64_t taps, const F& f) {
 }
 
 // One part's sums over its taps; `step` pixels of the plane lie between the first taps of two neighbouring outputs.
-inline void sums(const Geometry& g, const Sweep& s, int64_t step, int64_t plane) {
+inline void sums(const Geometry& g, const OutputPlane& s, int64_t step, int64_t plane) {
   const auto narrow = [&](auto taps) {
     constexpr int K = decltype(taps)::value, strided = K >= 3 ? K : 0, few = K <= 3 ? K : 0, few_strided = K == 3 ? 3 : 0;
     if (g.width == 1) return step == 1 ? narrow_sums<1, 1, K>(s) : narrow_sums<1, 2, strided>(s);

@@ -12,7 +12,7 @@
 #include <utility>
 
 #include "cpu/conv/conv_tile.h"
-#include "cpu/sweep.h"
+#include "cpu/passes.h"
 
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
@@ -157,7 +157,7 @@ CNNKERN_INLINE void add_row(V (&sum)[J], const V (&tap)[kTaps], const Value& val
 }
 
 // Where the runs of a plane of outputs read and write; strides in floats.
-struct Sweep {
+struct OutputPlane {
   const float* in;        // first tap of the first output
   int64_t in_row;         // from an output row to the next
   int64_t in_pitch;       // from a kernel row to the next
@@ -197,7 +197,7 @@ struct Sweep {
 // Groups of kWidth channels; kStep pixels of the plane lie between the first taps of two neighbouring outputs, and
 // kTaps in a kernel row, or any number of them with 0.
 template <int kWidth, int kStep, int kTaps>
-void narrow_sums(const Sweep& s) {
+void narrow_sums(const OutputPlane& s) {
   using V = Simd<kPlane>;
   constexpr int64_t tap_weights = kWidth * kPlane;
   over_runs<kTaps == 0 ? 7 : kRun>(s.columns, [&](auto run, int64_t first) CNNKERN_INLINED {
@@ -231,7 +231,7 @@ void narrow_sums(const Sweep& s) {
 
 // As narrow_sums, where a tap is the `width` channels of a group from `in` on, in planes that are `plane` apart.
 template <int L, int kStep, int kTaps>
-void wide_sums(const Sweep& s, int64_t width, int64_t plane) {
+void wide_sums(const OutputPlane& s, int64_t width, int64_t plane) {
   using V = Simd<L>;
   over_runs<kTaps == 0 ? 7 : kRun>(s.columns, [&](auto run, int64_t first) CNNKERN_INLINED {
     constexpr int J = decltype(run)::value;
@@ -292,7 +292,7 @@ struct Products {
   const float* in;  // the input at the kernel's first tap
   int64_t in_row, in_pixel, in_pitch;  // from an output row, from an output pixel, from a kernel row to the next
   int64_t rows, columns;
-  int64_t first_row, last_row, row_step;  // as of a Sweep
+  int64_t first_row, last_row, row_step;  // as of an OutputPlane
 
   // From kernel row `row` on; only output rows from which one of `count` kernel rows meets the image.
   Products of_kernel_rows(int64_t row, int64_t count) const {

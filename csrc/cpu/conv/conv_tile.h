@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/sweep.h"
+#include "cpu/passes.h"
 #include "cpu/vec.h"
 
 namespace cnnkern {

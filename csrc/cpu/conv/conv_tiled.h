@@ -87,29 +87,29 @@ void forward(const Image<const T>& x, const T* weight, const T* bias, const Imag
       for (int64_t part = 0; part < blocks.parts(); ++part) {
         const int64_t lane = blocks.lane(part), group = blocks.group(part);
         const float* const weights = &packed[b * block_floats + part * blocks.part_weights()];
-        Sweep sweep{.in = nullptr,
-                    .in_row = g.stride * cols * kPlane,
-                    .in_pitch = cols * kPlane,
-                    .weight = nullptr,
-                    .kernel_rows = g.kh,
-                    .taps = g.kw,
-                    .bias = &packed[b * block_floats + blocks.weights() + lane],
-                    .out = out + lane / kPlane * out_plane + lane % kPlane,
-                    .out_row = g.OW * kPlane,
-                    .out_column = kPlane,
-                    .rows = end - begin,
-                    .columns = g.OW,
-                    .first_row = -window.row,
-                    .last_row = g.H - window.row,
-                    .row_step = g.stride,
-                    .stream = false};
+        OutputPlane outputs{.in = nullptr,
+                            .in_row = g.stride * cols * kPlane,
+                            .in_pitch = cols * kPlane,
+                            .weight = nullptr,
+                            .kernel_rows = g.kh,
+                            .taps = g.kw,
+                            .bias = &packed[b * block_floats + blocks.weights() + lane],
+                            .out = out + lane / kPlane * out_plane + lane % kPlane,
+                            .out_row = g.OW * kPlane,
+                            .out_column = kPlane,
+                            .rows = end - begin,
+                            .columns = g.OW,
+                            .first_row = -window.row,
+                            .last_row = g.H - window.row,
+                            .row_step = g.stride,
+                            .stream = false};
         for (int64_t frame = first; frame < last; ++frame) {
-          sweep.in = kept(frame) + group / kPlane * plane + group % kPlane;
-          sweep.weight = weights + (frame - out_frame * g.stride_t + g.pt) * g.frame_weights();
+          outputs.in = kept(frame) + group / kPlane * plane + group % kPlane;
+          outputs.weight = weights + (frame - out_frame * g.stride_t + g.pt) * g.frame_weights();
           if (in_place && frame + 1 == last)
-            sweep.store(in_image(y, n, blocks.first(b, 0) + lane, begin, out_frame), g.OW * y.C, y.C, stream && whole_lines);
-          sums(g, sweep, g.stride, plane);
-          sweep.add();
+            outputs.store(in_image(y, n, blocks.first(b, 0) + lane, begin, out_frame), g.OW * y.C, y.C, stream && whole_lines);
+          sums(g, outputs, g.stride, plane);
+          outputs.add();
         }
       }
       for (int64_t p = 0; p < blocks.planes && !in_place; ++p)
@@ -188,35 +188,35 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
           const int64_t in_row = (row + g.ph) / s - rows.count + 1 - lo, in_col = (column + g.pw) / s - columns.count + 1 - dy_col;
           const auto at = [&](float* to, int64_t pixel) { return to + ((row - begin) * g.W + column) * pixel; };
           const int64_t from = group / kPlane * dy_plane + group % kPlane + (in_row * dy_cols + in_col) * kPlane;
-          Sweep sweep{.in = kept(0) + from,
-                      .in_row = dy_cols * kPlane,
-                      .in_pitch = dy_cols * kPlane,
-                      .weight = zeros,
-                      .kernel_rows = 0,
-                      .taps = columns.count,
-                      .bias = zeros,
-                      .out = at(dx_at + lane / kPlane * dx_plane + lane % kPlane, kPlane),
-                      .out_row = s * g.W * kPlane,
-                      .out_column = s * kPlane,
-                      .rows = row < end ? divup(end - row, s) : 0,
-                      .columns = column < g.W ? divup(g.W - column, s) : 0,
-                      .first_row = -lo - in_row,
-                      .last_row = g.OH - lo - in_row,
-                      .row_step = 1,
-                      .stream = false};
+          OutputPlane outputs{.in = kept(0) + from,
+                              .in_row = dy_cols * kPlane,
+                              .in_pitch = dy_cols * kPlane,
+                              .weight = zeros,
+                              .kernel_rows = 0,
+                              .taps = columns.count,
+                              .bias = zeros,
+                              .out = at(dx_at + lane / kPlane * dx_plane + lane % kPlane, kPlane),
+                              .out_row = s * g.W * kPlane,
+                              .out_column = s * kPlane,
+                              .rows = row < end ? divup(end - row, s) : 0,
+                              .columns = column < g.W ? divup(g.W - column, s) : 0,
+                              .first_row = -lo - in_row,
+                              .last_row = g.OH - lo - in_row,
+                              .row_step = 1,
+                              .stream = false};
           int64_t frame = first;
           do {  // once for a frame that no output is computed from: its gradient is zero
             if (frame < last) {
-              sweep.in = kept(frame) + from;
-              sweep.weight = &packed[b * blocks.weights() + of_residue + weights_of(frame)];
-              sweep.kernel_rows = rows.count;
+              outputs.in = kept(frame) + from;
+              outputs.weight = &packed[b * blocks.weights() + of_residue + weights_of(frame)];
+              outputs.kernel_rows = rows.count;
             }
             if (in_place && frame + 1 >= last) {
               float* const to = in_image(grads.dx, n, blocks.first(b, 0) + lane, begin, in_frame);
-              sweep.store(at(to, g.C), s * g.W * g.C, s * g.C, stream && whole_lines);
+              outputs.store(at(to, g.C), s * g.W * g.C, s * g.C, stream && whole_lines);
             }
-            sums(g, sweep, 1, dy_plane);
-            sweep.add();
+            sums(g, outputs, 1, dy_plane);
+            outputs.add();
           } while (++frame < last);
           of_residue += rows.count * columns.count * g.width * L;
         }

@@ -11,7 +11,7 @@
 #include <memory>
 #include <tuple>
 
-#include "cpu/sweep.h"
+#include "cpu/passes.h"
 #include "layer_norm_tensors.h"
 
 namespace cnnkern {

@@ -198,7 +198,7 @@ struct Layout {
 
 // A policy as the drivers of the passes see it: without its type, so that a driver is compiled once per arithmetic type
 // and not once per kernel. Each call is for a block of channels, or for a run of elements.
-struct Sweeps {
+struct Passes {
   int64_t element_bytes;
   bool reduces, maps;
   const void* output;
@@ -209,14 +209,14 @@ struct Sweeps {
   virtual void finish(int64_t begin, int64_t end, const double* sums, int64_t step) = 0;  // sums from `begin` on
 
  protected:
-  ~Sweeps() = default;
+  ~Passes() = default;
 };
 
-// What is the same in either layout. `Interface` is PlaneSweeps or RowSweeps, each a Sweeps.
+// What is the same in either layout. `Interface` is PlanePasses or RowPasses, each a Passes.
 template <typename Policy, typename Interface>
-struct SweepsOf : Interface {
+struct PassesOf : Interface {
   Policy& policy;
-  explicit SweepsOf(Policy& policy) : policy(policy) {
+  explicit PassesOf(Policy& policy) : policy(policy) {
     this->element_bytes = sizeof(typename Policy::Scalar);
     this->reduces = policy.reduces(), this->maps = policy.maps(), this->output = policy.output();
   }
@@ -228,7 +228,7 @@ struct SweepsOf : Interface {
   }
 
  protected:
-  ~SweepsOf() = default;
+  ~PassesOf() = default;
 };
 
 }  // namespace CPU_CAPABILITY

@@ -1,8 +1,8 @@
 """What each pass of batch norm + ReLU costs by itself, in time and bytes: where a training step's time goes.
 
-`python -m benchmarks.studies.sweeps [--threads N] [--dtype TYPE] [--cached]` prints a table. Inputs change from call to
-call, so that none is in cache; malloc keeps large blocks (`cnnkern.tune_malloc`). With `--cached` one image, always the
-same, stays in the caches: the cost of arithmetic without memory.
+`python -m benchmarks.studies.batch_norm_passes [--threads N] [--dtype TYPE] [--cached]` prints a table. Inputs change
+from call to call, so that none is in cache; malloc keeps large blocks (`cnnkern.tune_malloc`). With `--cached` one
+image, always the same, stays in the caches: the cost of arithmetic without memory.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def steps(shape: tuple[int, ...], layout: str, dtype: torch.dtype, cached: bool)
         backward(dy, x, *vectors[:2], mean, rstd, True, "relu", [dx, True, True])
 
     return {
-        "forward, inference: one sweep": (lambda: run_forward(False), 1, 1),
+        "forward, inference: one pass": (lambda: run_forward(False), 1, 1),
         "forward, training: sums, then output": (lambda: run_forward(True), 1, 1),
         "backward, sums only": (lambda: run_backward(False), 2, 0),
         "backward: sums, then dx": (lambda: run_backward(True), 2, 1),
@@ -52,7 +52,7 @@ def steps(shape: tuple[int, ...], layout: str, dtype: torch.dtype, cached: bool)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.sweeps", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.batch_norm_passes", description=__doc__)
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: PyTorch's choice)"
     )
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     dtype = getattr(torch, arguments.dtype)
     print(cnnkern.tune_malloc())
     print(f"threads: {torch.get_num_threads()}; GB/s count each tensor once, whatever a kernel reads twice\n")
-    print("| shape | layout | sweeps | ms | GB/s |\n|---|---|---|---:|---:|")
+    print("| shape | layout | passes | ms | GB/s |\n|---|---|---|---:|---:|")
     for shape, layout in itertools.product(SHAPES, LAYOUTS):
         shape = (1, *shape[1:]) if arguments.cached else shape
         found = steps(shape, layout, dtype, arguments.cached)
