@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 
-from ..suite.groups import AGAIN
+from ..suite.groups import AGAIN, GROUPED_ALONE, GROUPED_AND_COMPILED
 from ..suite.rows import Row, is_spoilt
 from ..suite.timing import geometric_mean
 from .figures import NOISY, percent, times
@@ -182,10 +182,14 @@ def _mean(rows: Iterable[Row], way: tuple[str, str]) -> str:
     return times(geometric_mean(ratios)) + "~" * is_spoilt(len(ratios), len(timed))
 
 
+LEFT_OUT = ("eager", GROUPED_ALONE, GROUPED_AND_COMPILED)
+
+
 def models(rows: Iterable[Row]) -> Table:
     """(header, lines): a line per model, input and mode, a column per contender; a cell has the speedup over eager of
-    its contiguous and its channels_last row, each in the layout of eager's."""
-    rows = [r for r in _usual(rows) if r.suite == "models" and r.ratio is not None and r.contender != "eager"]
+    its contiguous and its channels_last row, each in the layout of eager's. Without models in which only grouped
+    convolutions are replaced: the tables of every model have those."""
+    rows = [r for r in _usual(rows) if r.suite == "models" and r.ratio is not None and r.contender not in LEFT_OUT]
     contenders = list(dict.fromkeys(r.contender for r in rows))
     lines: dict[tuple[str, str, str], dict[tuple[str, str], str]] = {}
     for r in rows:

@@ -19,9 +19,9 @@ from .options import Options
 LAYOUTS = ("contiguous", "channels_last")
 OUT_OF_PLACE = "out of place"  # eager, with a new tensor per step; "eager" is in place, as networks are written
 AGAIN = "eager, again"  # eager a second time in the same rounds: the difference is the noise floor
-# Contenders of the models: the converted model compiled, and the model with only its grouped convolutions replaced,
-# compiled.
+# Contenders of the models: the converted model compiled, and the model with only its grouped convolutions replaced.
 CONVERTED_AND_COMPILED = "torch.compile, converted"
+GROUPED_ALONE = "GroupedConv2d alone"
 GROUPED_AND_COMPILED = "torch.compile, GroupedConv2d alone"
 MAX_AUTOTUNE = "torch.compile, max-autotune"  # the reference, compiled as fast as torch can; that may take minutes
 

@@ -20,6 +20,7 @@ from . import peers, reasons
 from .groups import (
     AGAIN,
     CONVERTED_AND_COMPILED,
+    GROUPED_ALONE,
     GROUPED_AND_COMPILED,
     LAYOUTS,
     MAX_AUTOTUNE,
@@ -49,8 +50,7 @@ GPU_SECONDS = 3.0  # of a group on a GPU, most of them spent on the host: models
 TRAINED_TWICE = {"resnet50": 16, "densenet121": 16}  # at this batch size as well
 LARGE_INFERENCE = (1, 16)  # batch sizes
 SIZE = 224
-# Contenders: the model with only its grouped convolutions replaced; the model folded for inference.
-GROUPED_ALONE, FOLDED = "GroupedConv2d alone", "cnnkern.fold"
+FOLDED = "cnnkern.fold"  # a contender: the model folded for inference
 COMPILED = frozenset({"torch.compile", MAX_AUTOTUNE, CONVERTED_AND_COMPILED, GROUPED_AND_COMPILED})
 WITH_GROUPS = ("resnext50_32x4d", "regnet_y_400mf", "mobilenet_v2", "efficientnet_b0", "convnext_tiny")
 CHECKED, SMALL = 2, 64  # images that are compared, and the side of the patches that gradients are compared on
