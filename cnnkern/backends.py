@@ -186,7 +186,7 @@ def _cpu_kernel(operator: str) -> str:
 
 def kernels_on(device: str) -> str:
     """The name of the kernels used on "cpu" or "cuda": those of batch norm, which hold for every operator."""
-    kernel = _cpu_kernel("bn_act") if device == "cpu" else _cuda_kernel("bn_act")
+    kernel = _cpu_kernel("bn_act") if device == "cpu" else _cuda_kernel()
     return kernel.partition(":")[0].removeprefix("C++ ")
 
 
