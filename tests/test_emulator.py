@@ -133,6 +133,11 @@ EVERY_KERNEL = {
             for width in widths
             for stride in (1, 2)
         ),
+        *(  # of which a block has one group, or a part of it
+            ((2, 2 * width, 6, 5), "channels_last", {"width": width, "stride": stride})
+            for width in (40, 56, 72, 120)
+            for stride in (1, 2)
+        ),
         ((2, 3, 6, 7), "contiguous", {"dilation": 2, "padding": 2}),  # for any convolution
     ],
     "layer_norm": [

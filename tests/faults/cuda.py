@@ -5,6 +5,7 @@ from faults import Fault
 EVERY = "tests/test_emulator.py::test_every_kernel"
 BATTERY = ("tests/test_battery.py", EVERY)
 
+WIDE = (EVERY, "-k", "grouped_conv2d-bfloat16")  # groups of more than 32 channels have kernels in 16 bits alone
 IN_TF32 = ("tests/test_grouped_rows.py::test_every_kernel_in_tf32",)
 HARD = ("tests/test_numerics.py", "-k", "emulator and bn_act and (extreme_scales or eager_loses or outlier)")
 
@@ -355,8 +356,8 @@ FAULTS = [
             (
                 "positions of x that are other ones of dy",
                 "grouped_rows_sums",
-                "(k / 2 * kDeep + k % 2) * kPitch<kVectors>);",
-                "(k / 2 * kDeep + 1 - k % 2) * kPitch<kVectors>);",
+                "(k / 2 * kDeep + k % 2) * kPitch<kOut>);",
+                "(k / 2 * kDeep + 1 - k % 2) * kPitch<kOut>);",
                 "float32",
             ),
             (
@@ -365,6 +366,28 @@ FAULTS = [
                 "dy_sum += v;",
                 "dy_sum += v * (1 + 0x1p-12f);",
                 "float32",
+            ),
+        )
+    ),
+    *(
+        Fault(
+            "cuda",
+            "grouped_conv2d",
+            f"wide groups: {name}",
+            f"conv/{file}.cuh",
+            right,
+            wrong,
+            WIDE,
+            "address+undefined",
+        )
+        for name, file, right, wrong in (
+            ("outputs of a block beside", "row_stream", "out = {first + out_split * s.out, ", "out = {first, "),
+            ("inputs of a block beside", "row_stream", "in = {first + in_split * s.in, ", "in = {first, "),
+            (
+                "gradients of inputs that another block has",
+                "grouped_rows_sums",
+                " && (!Width::cut || Tiles::chunk(half) < part.in.count)",
+                "",
             ),
         )
     ),

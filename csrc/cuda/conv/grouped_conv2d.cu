@@ -21,7 +21,6 @@ namespace {
 
 using gpu::ConvGeometry;
 
-constexpr int64_t kWidest = gpu::kMostWide;  // channels per group
 constexpr int64_t kLongest = 31;             // rows or columns of a kernel
 
 // What the kernels support. ATen computes everything else, and raises its own errors.
@@ -33,7 +32,8 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
   const int64_t C = x.size(1), O = weight.size(0), width = weight.size(1);
   if (groups < 2 || x.numel() == 0 || weight.numel() == 0 || width * groups != C || O % groups != 0 || weight.device() != x.device()) return false;
   if (bias.defined() && (bias.dim() != 1 || bias.size(0) != O || bias.scalar_type() != type || bias.device() != x.device())) return false;
-  if (width > kWidest || O / groups > kWidest) return false;
+  const int64_t widest = type == at::kBFloat16 || type == at::kHalf ? gpu::kWidest : gpu::kMostWide;  // channels per group
+  if (width > widest || O / groups > widest) return false;
   int64_t y = x.size(0) * O, sums = O * width;
   for (int d = 0; d < 2; ++d) {
     const int64_t size = x.size(2 + d), kernel = weight.size(2 + d), span = dilation[d] * (kernel - 1) + 1;
@@ -67,6 +67,7 @@ bool left_to_library(const ConvGeometry& g, Pass pass, std::initializer_list<Ten
                                                                    : !forward && g.inputs() == 32;
     return (float32 && !g.tf32) || apart || (behind && !own);
   }
+  if (g.inputs() > gpu::kMostWide || g.outputs() > gpu::kMostWide) return true;
   if (own) return false;
   if (!gpu::grouped_planes_take(g)) return true;
   return !float32 && (g.inputs() > 4 || pass == Pass::weight_gradient);

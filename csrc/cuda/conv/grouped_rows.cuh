@@ -1,9 +1,10 @@
 // Convolution 3x3 of rows of channels (NHWC) by groups of several channels, on tensor cores: in 16 bits, or float32 in TF32. A
-// block has 64 channels (48 of groups of 24; half as many of float32) of a stream of rows (row_stream.cuh), a warp 8 of their
-// outputs at all positions. Every row of the input is read once and multiplied by the three rows of the kernel: the output rows
-// that it is added to are accumulators, and filters are in registers. Groups of 2 and 4 channels are multiplied eight channels by
-// eight, with zeros between groups, so that a NaN in one spreads to the others of its eight. Float32 is rounded to TF32 as operands
-// are loaded. Products are exact, sums in float.
+// block has 64 channels (48 of groups of 24; half as many of float32) of a stream of rows (row_stream.cuh), or one group of more
+// than 32 channels, of which it has at most 64 outputs from 80 channels on. A warp has 8 of the outputs at all positions. A block
+// reads every row of its input once and multiplies it by the three rows of the kernel: the output rows that it is added to are
+// accumulators, and filters are in registers. Groups of 2 and 4 channels are multiplied eight channels by eight, with zeros between
+// groups, so that a NaN in one spreads to the others of its eight. Float32 is rounded to TF32 as operands are loaded. Products are
+// exact, sums in float.
 #pragma once
 
 #include "cuda/conv/grouped_planes.cuh"
@@ -161,14 +162,14 @@ struct RowStore {
   static __device__ __forceinline__ int pixel(int i) { return threadIdx.x / kVectors + kRoundPixels<T> * i; }
 
   __device__ __forceinline__ void enter(const RowStream& s, const RowTensor<T>& rows, const StreamPart& part, unsigned set) {
-    const unsigned vector = part.vector + threadIdx.x % kVectors;
+    const int vector = threadIdx.x % kVectors;
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       const int column = pixel(i) % kPixels, position = column / Turn::kOutColumns, panel = s.panel_of(position), in_panel = s.in_panel(position);
       const int x = (static_cast<int>(part.column) + in_panel) * Turn::kOutColumns + column % Turn::kOutColumns - rows.left;
       const unsigned image = set * s.panels + panel;
-      const bool there = image < s.images && vector < static_cast<unsigned>(s.vectors) && in_panel < s.tile && x >= 0 && x < rows.W;
-      to[i] = there ? image * rows.H * rows.step + x * s.vectors + vector : kNowhere;
+      const bool there = image < s.images && vector < part.out.count && in_panel < s.tile && x >= 0 && x < rows.W;
+      to[i] = there ? image * rows.H * rows.step + x * s.vectors + part.out.first + vector : kNowhere;
     }
   }
 
@@ -183,28 +184,33 @@ struct RowStore {
   }
 };
 
-// How many accesses of a pixel a block has, which are whole groups; its threads; and how many blocks share a multiprocessor.
+// Kernels are compiled for groups of kWidth channels; those that lack in narrower ones are zero. From kWide on a block has one group.
+constexpr int kWide = 40;
+
+// Room for a pixel's accesses that a block reads and that it writes; blocks that share a multiprocessor; turns in the ring.
 template <int kWidth>
-constexpr int kColumnsOf = kWidth == 24 ? 6 : 8;
-template <typename T>
-constexpr int kMostThreads = 8 * kRoundPixels<T>;
+constexpr int kReads = kWidth == 24 ? 6 : kWidth < kWide ? 8 : kWidth / 8;
+template <int kWidth>
+constexpr int kWrites = kReads<kWidth> > 9 ? 8 : kReads<kWidth>;
 template <typename T, int kWidth>
-constexpr int kBlocksOf = sizeof(T) == 4 || kWidth <= 8 ? 3 : 2;
+constexpr int kBlocksOf = sizeof(T) == 4 || kWidth <= 8 ? 3 : kWidth < 72 ? 2 : 1;
+template <typename Turn, int kWidth>
+constexpr int kDepthOf = kWidth > 72 && Turn::kIn == 2 ? 2 : Turn::kDepth;  // that fit in 99 KB
 
 // The first of the accesses that hold the inputs of a warp's outputs, in a pixel.
 template <typename T, int kWidth>
 __device__ __forceinline__ int group_of_warp(int warp) {
-  return warp / (kWidth / kOutputs) * (kWidth / kVector<T>);
+  return kWidth < kWide ? warp / (kWidth / kOutputs) * (kWidth / kVector<T>) : 0;
 }
 
 template <typename T, typename Turn, int kWidth>
-__global__ void __launch_bounds__(kMostThreads<T>, kBlocksOf<T, kWidth>)
+__global__ void __launch_bounds__(kWrites<kWidth>* kRoundPixels<T>, kBlocksOf<T, kWidth>)
     grouped_rows_kernel(RowStream s, TurnShape shape, RowTensor<const T> x, Filters<T> filters, const T* __restrict__ bias, RowTensor<T> y) {
-  constexpr int kVectors = kColumnsOf<kWidth>, kWarm = (Turn::kRows - 1) / Turn::kOut, kDepth = Turn::kDepth;
-  using Copy = RowCopy<T, Turn::kInColumns, Turn::kHalo, 16 * Turn::kTiles, kVectors>;
-  using Store = RowStore<T, Turn, kVectors>;
+  constexpr int kIn = kReads<kWidth>, kOut = kWrites<kWidth>, kWarm = (Turn::kRows - 1) / Turn::kOut, kDepth = kDepthOf<Turn, kWidth>;
+  using Copy = RowCopy<T, Turn::kInColumns, Turn::kHalo, 16 * Turn::kTiles, kIn, kOut * kRoundPixels<T>>;
+  using Store = RowStore<T, Turn, kOut>;
   GPU_DYN_SHARED(unsigned char, shared);
-  const StreamPart part(s, kVectors);
+  const StreamPart part(s);
   StreamPlace finished(s, part.begin);
   const unsigned warm = part.begin - static_cast<unsigned>(smaller(kWarm, finished.turn));  // outputs of a part have rows before it
   const int row_bytes = Copy::bytes(s), turn_bytes = Turn::kIn * row_bytes;
@@ -212,13 +218,13 @@ __global__ void __launch_bounds__(kMostThreads<T>, kBlocksOf<T, kWidth>)
 
   Copy copy;
   StreamPlace ahead(s, warm);
-  copy.enter(s, x, part, ahead.set);
+  copy.enter(s, x, part.in, part.column, ahead.set);
   int slot_ahead = 0;
   const auto copy_next = [&] {
 #pragma unroll
     for (int i = 0; i < Turn::kIn; ++i)
       copy.copy(x, ahead.turn * Turn::kIn + i - shape.top, shared + slot_ahead * turn_bytes + i * row_bytes);
-    if (ahead.next(s)) copy.enter(s, x, part, ahead.set);
+    if (ahead.next(s)) copy.enter(s, x, part.in, part.column, ahead.set);
     slot_ahead = slot_ahead + 1 == kDepth ? 0 : slot_ahead + 1;
   };
 #pragma unroll 1
@@ -228,16 +234,15 @@ __global__ void __launch_bounds__(kMostThreads<T>, kBlocksOf<T, kWidth>)
   }
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = group_of_warp<T, kWidth>(warp);
-  const unsigned vector = part.vector + warp * kWarpVectors<T>;
-  const int64_t output = vector * int64_t{kVector<T>};
-  const bool active = vector < static_cast<unsigned>(s.vectors);
+  const int64_t output = (part.out.first + warp * kWarpVectors<T>)*int64_t{kVector<T>};
+  const bool active = warp * kWarpVectors<T> < part.out.count;
   WarpFilters<T, kWidth> b;
-  b.load(filters, output, (part.vector + group) * int64_t{kVector<T>}, active);
+  b.load(filters, output, (part.in.first + group) * int64_t{kVector<T>}, active);
   float start[2] = {0, 0};
   if (bias != nullptr && active)
 #pragma unroll
     for (int k = 0; k < 2; ++k) start[k] = static_cast<float>(bias[output + lane % 4 * 2 + k]);
-  const OperandPlace<Turn, kVectors> place(s, group, kWidth / kVector<T>);
+  const OperandPlace<Turn, kIn> place(s, group, kWidth / kVector<T>);
   Accumulators<Turn> sums;
   const auto begin_rows = [&](int from) {
 #pragma unroll
@@ -267,7 +272,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, kBlocksOf<T, kWidth>)
     }
     if (t == part.end) break;
     if (active) {
-      add_turn<T, Turn, kWidth, kVectors>(shared + slot * turn_bytes, row_bytes, s.panel + Turn::kHalo, place, b, sums);
+      add_turn<T, Turn, kWidth, kIn>(shared + slot * turn_bytes, row_bytes, s.panel + Turn::kHalo, place, b, sums);
 #pragma unroll
       for (int r = 0; r < Turn::kOut; ++r)
 #pragma unroll
@@ -277,7 +282,7 @@ __global__ void __launch_bounds__(kMostThreads<T>, kBlocksOf<T, kWidth>)
 #pragma unroll
             for (int k = 0; k < 2; ++k) {
               const int pixel = (r * Store::kPositions + 16 * m + 8 * k + lane / 4) * Turn::kOutColumns + c;
-              T* const to = reinterpret_cast<T*>(done + t % 2 * Store::kBytes + pixel * kPitch<kVectors>) + warp * kOutputs + lane % 4 * 2;
+              T* const to = reinterpret_cast<T*>(done + t % 2 * Store::kBytes + pixel * kPitch<kOut>) + warp * kOutputs + lane % 4 * 2;
               const float pair[2] = {sums[r][c][m][2 * k], sums[r][c][m][2 * k + 1]};
               write<2>(to, pair);
             }
@@ -295,21 +300,30 @@ __global__ void __launch_bounds__(kMostThreads<T>, kBlocksOf<T, kWidth>)
   }
 }
 
+// Channels of the widest groups that the kernels compute.
+constexpr int64_t kWidest = 128;
+
 // What the kernels compute, of tensors that are aligned to vectors: in 16 bits, or in float32 where TF32 is allowed.
 inline bool grouped_rows_take(const ConvGeometry& g, bool float32) {
   const int64_t width = g.inputs();
-  const bool known = width == 2 || width == 4 || width == 8 || width == 16 || width == 24 || (width == 32 && !float32);
-  return g.rows && g.square() && g.kh == 3 && known && g.outputs() == width && g.C % kOutputs == 0 && g.ph <= 2 && g.pw <= 2;
+  const bool narrow = width == 2 || width == 4 || width == 8 || width == 16 || width == 24;
+  const bool wide = !float32 && (width == 32 || (width >= kWide && width <= kWidest && width % kOutputs == 0));
+  return g.rows && g.square() && g.kh == 3 && (narrow || wide) && g.outputs() == width && g.C % kOutputs == 0 && g.ph <= 2 && g.pw <= 2;
 }
 
-// Calls f with the width of a group, or with eight.
+// Calls f with the width of groups that a kernel is compiled for.
 template <typename T, typename F>
 void with_width(const ConvGeometry& g, const F& f) {
   if (g.inputs() <= 8) return f(std::integral_constant<int, 8>{});
   if (g.inputs() == 16) return f(std::integral_constant<int, 16>{});
-  if constexpr (sizeof(T) == 2)
+  if (g.inputs() == 24) return f(std::integral_constant<int, 24>{});
+  if constexpr (sizeof(T) == 2) {
     if (g.inputs() == 32) return f(std::integral_constant<int, 32>{});
-  f(std::integral_constant<int, 24>{});
+    if (g.inputs() <= 48) return f(std::integral_constant<int, 48>{});
+    if (g.inputs() <= 56) return f(std::integral_constant<int, 56>{});
+    if (g.inputs() <= 72) return f(std::integral_constant<int, 72>{});
+    f(std::integral_constant<int, 128>{});
+  }
 }
 
 // A plane of images that is read, or written.
@@ -323,13 +337,15 @@ template <typename T, typename Turn>
 void stream_rows(const ConvGeometry& g, const ImageRows<const T>& x, const ImageRows<T>& y, TurnShape shape, int64_t left, int64_t y_left,
                  int64_t turns, int64_t positions, const Filters<T>& filters, const T* bias, Stream stream) {
   with_width<T>(g, [&](auto width) {
-    constexpr int kVectors = kColumnsOf<width()>, kPositions = 16 * Turn::kTiles;
-    const RowStream s(g.N, g.C / kVector<T>, positions, turns, kPositions, kVectors, kProcessors * kBlocksOf<T, width()>);
+    constexpr int kIn = kReads<width()>, kOut = kWrites<width()>, kPositions = 16 * Turn::kTiles, kThreads = kOut * kRoundPixels<T>;
+    const int64_t vectors = g.C / kVector<T>;
+    const auto channels = width() < kWide ? ChannelTiling::of_groups(vectors, kIn) : ChannelTiling::of_one(vectors, g.inputs() / kVector<T>, kIn, kOut);
+    const RowStream s(g.N, vectors, positions, turns, kPositions, channels, kProcessors * kBlocksOf<T, width()>);
     const RowTensor<const T> from(x.data, x.H, x.W, left, s.vectors, Turn::kInColumns * (s.tile + Turn::kHalo));
     const RowTensor<T> to(y.data, y.H, y.W, y_left, s.vectors, 1);
-    const int row_bytes = RowCopy<T, Turn::kInColumns, Turn::kHalo, kPositions, kVectors>::bytes(s);
-    const size_t shared = Turn::kDepth * Turn::kIn * row_bytes + 2 * RowStore<T, Turn, kVectors>::kBytes;
-    launch(grouped_rows_kernel<T, Turn, width()>, s.grid(), dim3(kVectors * kRoundPixels<T>), shared, stream, s, shape, from, filters, bias, to);
+    const int row_bytes = RowCopy<T, Turn::kInColumns, Turn::kHalo, kPositions, kIn, kThreads>::bytes(s);
+    const size_t shared = kDepthOf<Turn, width()> * Turn::kIn * row_bytes + 2 * RowStore<T, Turn, kOut>::kBytes;
+    launch(grouped_rows_kernel<T, Turn, width()>, s.grid(), dim3(kThreads), shared, stream, s, shape, from, filters, bias, to);
   });
 }
 
