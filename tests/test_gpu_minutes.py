@@ -63,7 +63,7 @@ def test_what_came_back_is_published(dry_run, tmp_path, monkeypatch, capsys):
         (folder / path.name).write_text(json.dumps(json.loads(path.read_text()) | {"dry_run": False}))
     assert minutes.main(["--merge", str(folder), "--name", "card"]) == 0
     runs = {path.stem: files.load(path) for path in files.published()}
-    assert set(runs) == {"card-models", "card-operators", "card-kernels"}
+    assert set(runs) == {"card-models", "card-operators", "card-tf32", "card-kernels"}
     measured = [r for r in runs["card-models"].rows if r.suite == "models"]
     assert {r.dtype for r in measured} == {"bfloat16"}
     assert {r.contender for r in measured} == {"eager", "cnnkern", "torch.compile", "torch.compile, converted"}

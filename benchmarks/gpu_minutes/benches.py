@@ -92,12 +92,13 @@ class Passes:
 
     layer: Layer
     device: str
+    dtype: torch.dtype = torch.bfloat16
 
 
 @lru_cache(maxsize=2)
 def steps_of(of: Passes, layout: str) -> dict[tuple[str, str], Callable[[], object]]:
     """Drawn and compared once. Only those of two layouts are kept: they may be gigabytes."""
-    return passes.steps(of.layer, layout, torch.bfloat16, of.device)
+    return passes.steps(of.layer, layout, of.dtype, of.device)
 
 
 class PassBench:

@@ -13,6 +13,7 @@ SCHEMA = 1
 RUNS = {
     "models": ("models", "graphed", "compile"),
     "operators": ("grouped", "batch_norm", "depthwise", "layer_norm"),
+    "tf32": ("tf32",),
     "kernels": ("kernels",),
 }
 
@@ -48,7 +49,7 @@ def read(folder: Path) -> Sections:
 
 
 def merge(folder: Path, prefix: str) -> list[Path]:
-    """Publishes what the sections in `folder` hold as `prefix`-models, `prefix`-operators and `prefix`-kernels."""
+    """Publishes what the sections in `folder` hold as `prefix`-models and the other RUNS."""
     sections = read(folder)
     measured = sections.found.get("bandwidth", {"bandwidths": []})["bandwidths"]
     bandwidths = [Bandwidth(**b) for b in measured]

@@ -134,7 +134,9 @@ def kernels_by_kind(scale: Scale, seconds: float) -> Found:
     return found
 
 
-def convolution_groups(layers: list[tuple[Layer, tuple[str, ...]]], scale: Scale) -> list[Group]:
+def convolution_groups(
+    layers: list[tuple[Layer, tuple[str, ...]]], scale: Scale, dtype: torch.dtype = DTYPE
+) -> list[Group]:
     return [
         Group(
             suite="operators",
@@ -148,10 +150,10 @@ def convolution_groups(layers: list[tuple[Layer, tuple[str, ...]]], scale: Scale
             ),
             open=lambda of=of, name=name: PassBench(of, name),
             weight=0.7,
-            dtype="bfloat16",
+            dtype=str(dtype).removeprefix("torch."),
         )
         for layer, layouts in layers
-        for of in [Passes(layer, scale.device)]
+        for of in [Passes(layer, scale.device, dtype)]
         for name in ("forward", "dx", "dweight")
     ]
 
@@ -175,6 +177,16 @@ def grouped(scale: Scale, seconds: float) -> Found:
         for width in widths
     ]
     return timed(convolution_groups(layers, scale), scale, seconds)
+
+
+def tf32(scale: Scale, seconds: float) -> Found:
+    """Grouped 3x3 of float32 with PyTorch's default, which allows TF32 in convolutions."""
+    layers = [
+        (convolution(scale, -(-256 // width) * width, plane, width, 3, stride), ("channels_last",))
+        for plane, stride in ((28, 1), (56, 2))
+        for width in (8, 4, 16, 24)
+    ]
+    return timed(convolution_groups(layers, scale, torch.float32), scale, seconds)
 
 
 def depthwise(scale: Scale, seconds: float) -> Found:
@@ -227,6 +239,7 @@ SECTIONS = (
     Section("kernels", 70, kernels_by_kind),
     Section("batch_norm", 60, batch_norm),
     Section("depthwise", 40, depthwise),
+    Section("tf32", 25, tf32),
     Section("compile", 170, models_compiled),
     Section("layer_norm", 20, layer_norm),
 )
