@@ -72,6 +72,13 @@ def test_status_names_every_operator_and_its_kernels():
             assert "CNNKERN_CUDA=1" in kernels["cuda"]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_kernels_of_a_device_are_those_of_every_operator(device):
+    assert {kernels[device].partition(":")[0].removeprefix("C++ ") for kernels in backends.status().values()} == {
+        backends.kernels_on(device)
+    }
+
+
 def test_every_operator_has_an_answer_for_cuda_tensors():
     for operator in backends.status():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cnnkern::{operator}", "CUDA")

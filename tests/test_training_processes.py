@@ -111,8 +111,8 @@ def test_a_signal_leaves_the_last_checkpoint_and_nothing_unfinished(tmp_path, se
         process.send_signal(signal.Signals[sent])
         _, said = process.communicate(timeout=60)
     refuse_lack_of_memory(subprocess.CompletedProcess(process.args, process.returncode, None, said))
-    # Python ends by the signal itself, which a shell also shows as 130, if the interruption hit code that was run from a
-    # string, as dataclasses and namedtuples are made.
+    # Python ends by the signal itself, which a shell also shows as 130, if the interruption hit code that is run from a
+    # string. Dataclasses and named tuples are made by such code.
     assert process.returncode in (status, -signal.Signals[sent]), said
     assert said.split("cnnkern: ")[1:] == message
     assert "Traceback" not in said

@@ -18,6 +18,7 @@ MODELS = {
     "resnet50": ("resnet50", "resnet50"),
     "resnext50": ("resnext50_32x4d", "resnext50_32x4d"),
     "regnety_032": ("regnet_y_3_2gf", "regnety_032"),
+    "regnetx_032": ("regnet_x_3_2gf", "regnetx_032"),
     "densenet121": ("densenet121", "densenet121"),
     "efficientnet_b0": ("efficientnet_b0", "efficientnet_b0"),
     "mobilenet_v2": ("mobilenet_v2", "mobilenetv2_100"),

@@ -30,7 +30,7 @@ PANELS = (
     ("Whole models, CPU", "cpu-models", "models"),
     ("Whole models, H200", "cuda-h200-models", "models"),
     ("Operators, CPU", "cpu-all-networks", "operators"),
-    ("Operators, H200", "cuda-h200-operators", "operators"),
+    ("Operators, H100", "cuda-h100-minutes-operators", "operators"),
 )
 MODES = {"training": "a training step", "inference": "inference (models folded)"}
 TITLE = "Speedup over eager PyTorch: longer bars are faster, the vertical line is eager"

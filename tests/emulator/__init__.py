@@ -140,12 +140,13 @@ class Emulator:
         torch.backends.cudnn.allow_tf32 = self.tf32
 
     def gives_to_our_kernels(self, calls: list[tuned.Call]) -> None:
-        """Until the end of the context these kernels see a table of `cnnkern tune` that says so, of bfloat16."""
+        """Until the end of the context these kernels see a table of `cnnkern tune` that says so."""
         for call in calls:
             _, dtype, numbers = call.own_convolution()
-            assert dtype == torch.bfloat16
+            name = str(dtype).removeprefix("torch.")
+            assert name in ("float32", "bfloat16", "float16")
             self.library.emulator_own_convolution(
-                (ctypes.c_int64 * len(numbers))(*numbers), ctypes.c_size_t(len(numbers))
+                name.encode(), (ctypes.c_int64 * len(numbers))(*numbers), ctypes.c_size_t(len(numbers))
             )
 
     def _rows(self, function: str) -> list[tuple[str, list[str]]]:

@@ -15,6 +15,7 @@
 #include <c10/core/CPUAllocator.h>
 
 #include <memory>
+#include <string>
 #include <vector>
 
 // Memory of its own for each result: a sanitizer sees what is written beyond it.
@@ -39,9 +40,11 @@ extern "C" __attribute__((visibility("default"))) void emulator_install() {
   for (const auto registers : registrations()) registers(*library);
 }
 
-// The table of `cnnkern tune` that these kernels see has one convolution more: the numbers of a pass of a call in bfloat16.
-extern "C" __attribute__((visibility("default"))) void emulator_own_convolution(const int64_t* numbers, size_t count) {
-  own.emplace_back(false, at::kBFloat16, std::vector<int64_t>(numbers, numbers + count));
+// The table of `cnnkern tune` that these kernels see has one convolution more: the dtype and the numbers of a pass of a call.
+extern "C" __attribute__((visibility("default"))) void emulator_own_convolution(const char* dtype, const int64_t* numbers, size_t count) {
+  const std::string name = dtype;
+  const auto type = name == "bfloat16" ? at::kBFloat16 : name == "float16" ? at::kHalf : at::kFloat;
+  own.emplace_back(false, type, std::vector<int64_t>(numbers, numbers + count));
   cnnkern::set_own_convolutions(own);
 }
 

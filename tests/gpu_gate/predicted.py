@@ -7,7 +7,7 @@ from benchmarks.suite import files
 from benchmarks.suite.rows import Row
 from cnnkern import testing
 
-MEASURED = "cuda-h200-operators"  # a published run
+MEASURED = "cuda-h100-minutes-operators"  # a published run
 BATCH_NORMS = ("bn_act", "bn_add_act", "bn_prelu")  # read x for the sums forward, and x and dy for those backward
 LAUNCH = 3e-6  # seconds of a launch that has nothing to do: `benchmarks/studies/norm_rows.cu`, the finalise kernel
 OWN_WIDTHS = (1, 4, 8, 16, 24)  # of convolutions in channels_last; cuDNN computes the others

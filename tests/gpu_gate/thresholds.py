@@ -159,11 +159,18 @@ RULES = (
     cuda(r"^depthwise_rows_(?:gradient_)?kernel<c10::\w+, 3", "of 64 channels", dynamic_shared=2448),
     cuda(r"^depthwise_rows_(?:gradient_)?kernel<c10::\w+, 5", "the same", dynamic_shared=6800),
     cuda(r"^depthwise_rows_(?:gradient_)?kernel<c10::\w+, 7", "the same", dynamic_shared=13328),
-    cuda("^grouped_rows_kernel<.*ForwardTurn<1>", "rings of six rows, and two rows of results", dynamic_shared=43776),
-    cuda("^grouped_rows_kernel<.*ForwardTurn<2>", "of three pairs of rows, and the same", dynamic_shared=71424),
+    cuda(
+        "^grouped_rows_kernel<.*ForwardTurn<1, 1>", "rings of six rows, and two rows of results", dynamic_shared=43776
+    ),
+    cuda("^grouped_rows_kernel<.*ForwardTurn<1, 2>", "the same, and four rows of results", dynamic_shared=52992),
+    cuda(
+        "^grouped_rows_kernel<.*ForwardTurn<2, 1>",
+        "of three pairs of rows, and two rows of results",
+        dynamic_shared=71424,
+    ),
     cuda("^grouped_rows_kernel<.*SpreadTurn", "of six rows, and twice two rows of results", dynamic_shared=33984),
-    cuda("^grouped_rows_kernel<.*ForwardTurn<1>, 128>", "rows of twice as many channels", dynamic_shared=74496),
-    cuda("^grouped_rows_kernel<.*ForwardTurn<2>, 128>", "the same in two pairs of rows", dynamic_shared=87552),
+    cuda("^grouped_rows_kernel<.*ForwardTurn<1, 2>, 128>", "rows of twice as many channels", dynamic_shared=83712),
+    cuda("^grouped_rows_kernel<.*ForwardTurn<2, 1>, 128>", "the same in two pairs of rows", dynamic_shared=87552),
     cuda("^grouped_rows_kernel<.*SpreadTurn, 128>", "the same in six rows", dynamic_shared=47808),
     cuda("^grouped_rows_(?:sums_)?kernel<c10.*, (?:SumWidth<)?24\\b", "two blocks of six warps each", occupancy=0.18),
     cuda("^grouped_rows_(?:sums_)?kernel<float", "two or three blocks of four warps", registers=168, occupancy=0.12),
@@ -297,7 +304,7 @@ RULES = (
         divisions=3,
     ),
     cuda(
-        "^grouped_rows_kernel<.*ForwardTurn<1>, 8>",
+        "^grouped_rows_kernel<.*ForwardTurn<1, 1>, 8>",
         "registers for three blocks on a multiprocessor: ptxas keeps four of them on the stack",
         "sm_100",
         spills=6,

@@ -49,13 +49,25 @@ bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntA
 
 enum class Pass { forward, input_gradient, weight_gradient };
 
-// The dispatch rule for what is covered, measured on an H100 in fp32 and on an H200 in bf16 (docs/results.md). Depthwise
-// kernels are faster than cuDNN in every pass. In channels_last, 16 bits and aligned memory, wider groups run on tensor cores:
-// faster up to 24 channels, except the forward pass of 16 at stride 2; for 32 channels cuDNN is faster in the forward pass at
-// stride 2 and in the gradients at stride 1. In planes of 16 bits these kernels are faster up to 4 channels, except the
-// weight's gradient. Assumed, not measured: in fp32 planes they reach half of the 67 TFLOP/s of the fp32 units, and are faster;
-// in TF32 they are faster where they are in 16 bits. Without TF32 those convolutions are left to cuDNN, also by a table, which
-// does not say under which setting it was measured.
+// Whether cuDNN is faster in a pass of what grouped_rows.cuh computes. In 16 bits cuDNN has fast kernels for widths that are powers
+// of two: for 16 in the forward pass at stride 2, for 32 in that and in the gradients but dx at stride 2, for 64 in all but dx. For
+// 24, 40, 48, 56, 72 and 112 it takes 2 to 12 times as long. In TF32 it is faster in the forward pass at stride 2, up to 16.
+// Measured on an H100 and an H200 at batch 128 (docs/results.md). Assumed: width 2 as 4, 120 as 112, the forward pass of wide groups
+// at stride 2 as their dx. Widths that were not measured are cuDNN's.
+bool library_is_faster(const ConvGeometry& g, Pass pass, bool float32) {
+  const int64_t width = g.inputs();
+  const bool forward = pass == Pass::forward, dx = pass == Pass::input_gradient, strided = g.sh == 2;
+  if (float32) return forward && strided && width <= 16;
+  if (width == 16) return forward && strided;
+  if (width == 32) return strided ? !dx : !forward;
+  if (width == 64) return !dx;
+  return width > 72 && width != 112 && width != 120;
+}
+
+// The dispatch rule for what is covered. Depthwise kernels compute every pass: one row of the measured ones was slower than cuDNN
+// (docs/grouped_conv.md). In planes of 16 bits the kernels of wider groups are faster up to 4 channels, except for the weight's
+// gradient. Assumed, not measured: in fp32 planes they reach half of the 67 TFLOP/s of the fp32 units, and are faster. Without TF32
+// convolutions in rows are left to cuDNN, also by a table, which does not say under which setting it was measured.
 // `own`: the table of `cnnkern tune`, which overrides what was measured here.
 bool left_to_library(const ConvGeometry& g, Pass pass, std::initializer_list<Tensor> read, bool own) {
   const auto type = read.begin()->scalar_type();
@@ -63,9 +75,7 @@ bool left_to_library(const ConvGeometry& g, Pass pass, std::initializer_list<Ten
   const bool float32 = type == at::kFloat;
   if (gpu::grouped_rows_take(g, float32)) {
     const bool apart = !std::all_of(read.begin(), read.end(), [](const Tensor& t) { return gpu::aligned_to_vectors(t.const_data_ptr()); });
-    const bool forward = pass == Pass::forward, behind = g.sh == 2 ? forward && g.inputs() >= 16 && g.inputs() != 24
-                                                                   : !forward && g.inputs() == 32;
-    return (float32 && !g.tf32) || apart || (behind && !own);
+    return (float32 && !g.tf32) || apart || (!own && library_is_faster(g, pass, float32));
   }
   if (g.inputs() > gpu::kMostWide || g.outputs() > gpu::kMostWide) return true;
   if (own) return false;

@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(Width::out* kRoundPixels<T>, Width::out > 8 ? 
             }
 #pragma unroll
             for (int ky = 0; ky < 3; ++ky)
-              if (Turn::in(ky) == i) {
+              if (Turn::out(i, ky) >= 0) {
                 const int age = ky / kStride;
                 const unsigned met[2] = {b[age][2 * m], b[age][2 * m + 1]};
                 multiply_add<T>(sum[ky][j], a, met);
