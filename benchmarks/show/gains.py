@@ -32,12 +32,12 @@ class Gain:
     contender: str = "cnnkern"
 
 
-GPU, CPU = "training step, H200, bf16", "training step, CPU, float32"
+H100, H200, CPU = "training step, H100, bf16", "training step, H200, bf16", "training step, CPU, float32"
 ROWS = (
-    Gain("ResNet-50, batch 256", GPU, "cuda-h200-models", "resnet50", 256, "training"),
-    Gain("ResNeXt-50, batch 256", GPU, "cuda-h200-models", "resnext50", 256, "training"),
-    Gain("RegNetY-3.2GF, batch 256", GPU, "cuda-h200-models", "regnety_032", 256, "training"),
-    Gain("ConvNeXt-T, batch 256", GPU, "cuda-h200-models", "convnext_tiny", 256, "training"),
+    Gain("ResNet-50, batch 256", H100, "cuda-h100-minutes-models", "resnet50", 256, "training"),
+    Gain("RegNetX-3.2GF, batch 256", H100, "cuda-h100-minutes-models", "regnetx_032", 256, "training"),
+    Gain("ResNet-50, batch 256", H200, "cuda-h200-models", "resnet50", 256, "training"),
+    Gain("ConvNeXt-T, batch 256", H200, "cuda-h200-models", "convnext_tiny", 256, "training"),
     Gain("ResNet-50, batch 16", CPU, "cpu-models", "resnet50", 16, "training"),
     Gain("MobileNetV2, batch 8", CPU, "cpu-models", "mobilenet_v2", 8, "training"),
     Gain("EfficientNet-B0, batch 8", CPU, "cpu-models", "efficientnet_b0", 8, "training"),

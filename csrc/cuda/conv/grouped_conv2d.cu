@@ -52,8 +52,7 @@ enum class Pass { forward, input_gradient, weight_gradient };
 // Whether cuDNN is faster in a pass of what grouped_rows.cuh computes. In 16 bits cuDNN has fast kernels for widths that are powers
 // of two: for 16 in the forward pass at stride 2, for 32 in that and in the gradients but dx at stride 2, for 64 in all but dx. For
 // 24, 40, 48, 56, 72 and 112 it takes 2 to 12 times as long. In TF32 it is faster in the forward pass at stride 2, up to 16.
-// Measured on an H100 and an H200 at batch 128 (docs/results.md). Assumed: width 2 as 4, 120 as 112, the forward pass of wide groups
-// at stride 2 as their dx. Widths that were not measured are cuDNN's.
+// Measured on an H100 and an H200 at batch 128 (docs/results.md). Assumed: width 2 as 4, 120 as 112. Widths that were not measured are cuDNN's.
 bool library_is_faster(const ConvGeometry& g, Pass pass, bool float32) {
   const int64_t width = g.inputs();
   const bool forward = pass == Pass::forward, dx = pass == Pass::input_gradient, strided = g.sh == 2;
