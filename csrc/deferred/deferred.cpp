@@ -105,8 +105,7 @@ Tensor tensor_of(const c10::intrusive_ptr<Deferred>& impl) {
 
 Deferred::Deferred(std::shared_ptr<Source> source, const at::TensorOptions& like, at::IntArrayRef sizes, const Strides& strides,
                    const NormPointer& norm, const For& where, const Tensor& residual)
-    : TensorImpl(c10::DispatchKeySet({like.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU, kDeferredKey}), like.dtype(),
-                 like.device()),
+    : TensorImpl(c10::DispatchKeySet(like.device().is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU), like.dtype(), like.device()),
       source_(std::move(source)), residual_(residual), norm_(norm), where_(where), grad_mode_(at::GradMode::is_enabled()),
       inference_(c10::InferenceMode::is_enabled()), stream_(stream_of(like.device())), capture_(capture_of(stream_)),
       waiting_(Waiting::of_this_thread()) {
@@ -134,7 +133,11 @@ Tensor Deferred::compute_at_once(Source& source, const Strides& strides) {
 }
 
 Deferred* Deferred::of(const Tensor& t) {
-  return t.defined() && t.key_set().has(kDeferredKey) ? dynamic_cast<Deferred*>(t.unsafeGetTensorImpl()) : nullptr;
+  if (!t.defined()) return nullptr;
+  c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
+  if (typeid(impl) != typeid(Deferred)) return nullptr;
+  auto* const result = static_cast<Deferred*>(&impl);
+  return result->state_ == kReal ? nullptr : result;
 }
 
 bool Deferred::has_storage() const {
@@ -215,6 +218,7 @@ void Deferred::keep_laid(const Tensor& value) {
   forget();
   value_ = value;
   state_ = kLaid;
+  key_set_ = key_set_.add(kDeferredKey);  // it may stay so when nothing of its thread waits
 }
 
 Tensor Deferred::as_computed(const std::string& reason) {

@@ -1,12 +1,12 @@
 // A tensor whose values are computed when they are first used, together with the operation that uses them.
 //
 // To Python it is an ordinary torch.Tensor: its TensorImpl has sizes, strides and a place in the autograd graph, but no memory
-// yet. It carries a dispatch key above autograd, so dispatch.cpp is called first for every operator that gets it. If one kernel
-// computes that activation or addition together with the result, it is called. Any other operator, and any access to the
-// tensor's memory, first materialises the result ("make_real"): it becomes an ordinary tensor.
+// yet. While it is deferred, its thread has a dispatch key above autograd in its thread-local set, so dispatch.cpp is called first
+// for all operators of that thread. If one kernel computes an activation or addition together with the result, it is called. Any
+// other operator, and any access to the tensor's memory, also from another thread, first materialises the result ("make_real"): it
+// becomes an ordinary tensor.
 //
-// While a result is deferred, its thread has the key in its thread-local set, so dispatch.cpp is called for all operators of that
-// thread. It materialises the result before an operator that would write to the result's inputs, or read or write its running
+// dispatch.cpp also materialises the result before an operator that would write to the result's inputs, or read or write its running
 // statistics. So nothing that PyTorch can observe happens later than without deferring.
 #pragma once
 
