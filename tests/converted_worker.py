@@ -138,6 +138,19 @@ def fully_sharded() -> None:
     compare(wrapped, ALL)
 
 
+def fully_sharded_norm_by_norm() -> None:
+    """Each batch norm a unit by itself, whose parameters are freed before its output is used."""
+    mesh = init_device_mesh("cpu", (2,))
+
+    def wrapped(model: nn.Module) -> nn.Module:
+        for module in list(model.modules()):
+            if isinstance(module, nn.BatchNorm2d):
+                fully_shard(module, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    compare(wrapped, set())
+
+
 def fully_sharded_by_the_older_way() -> None:
     def wrapped(model: nn.Module) -> nn.Module:
         return FullyShardedDataParallel(
@@ -150,5 +163,5 @@ def fully_sharded_by_the_older_way() -> None:
 if __name__ == "__main__":
     run_task({f.__name__: f for f in (
         data_parallel, data_parallel_that_checkpoints, data_parallel_that_accumulates, fully_sharded,
-        fully_sharded_by_the_older_way,
+        fully_sharded_norm_by_norm, fully_sharded_by_the_older_way,
     )})  # fmt: skip

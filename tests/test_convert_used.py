@@ -23,7 +23,7 @@ WORKER = Path(__file__).with_name("converted_worker.py")
 TASKS = ["data_parallel", "data_parallel_that_checkpoints", "data_parallel_that_accumulates", "fully_sharded"]
 
 
-@pytest.mark.parametrize("task", [*TASKS, "fully_sharded_by_the_older_way"])
+@pytest.mark.parametrize("task", [*TASKS, "fully_sharded_norm_by_norm", "fully_sharded_by_the_older_way"])
 def test_in_two_processes(task):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(WORKER), task]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}

@@ -1,5 +1,6 @@
 """Batch norms with deferred results, and the report of how these results were computed."""
 
+import sys
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
             return _compiled(input, *arguments)
         if Site is None or route.is_pytorchs((input,), arguments[:4]):
             return batch_norm_act(input, *arguments, "none")
-        if type(input) is not Tensor or _is_captured_unseen(input):
+        if type(input) is not Tensor or _is_captured_unseen(input) or _frees_parameters(norm):
             return batch_norm_act(input, *arguments, "none")
         site = norm.__dict__.get(SITE)
         if site is None:
@@ -100,6 +101,12 @@ def _is_captured_unseen(input: Tensor) -> bool:
     """Whether a CUDA graph is being captured and the extension, built without CUDA, cannot tell. The capture might end
     before a deferred result is used."""
     return input.is_cuda and not extension.sees_captures() and torch.cuda.is_current_stream_capturing()
+
+
+def _frees_parameters(norm: _FusedBatchNorm) -> bool:
+    """Whether the parameters are freed at the end of the call: the batch norm is a unit of FSDP2 by itself."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(norm, fsdp.FSDPModule)
 
 
 def became(layer: str, site: Any) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """What changes a tensor, or its place in the graph, without an operator."""
 
 import contextlib
+import threading
 
 import numpy as np
 import torch
@@ -14,6 +15,23 @@ def frozen(self: nn.Module, x: Tensor) -> Tensor:
     """The batch norm's output where no gradient is asked for, though they are recorded."""
     weight, bias = self.bn.weight.detach(), self.bn.bias.detach()
     return torch.func.functional_call(self.bn, {"weight": weight, "bias": bias}, (x,))
+
+
+# --- the result's device and dtype, by which a tensor is made
+
+
+@written("MakesATensorLikeIt")
+def _(self, x, y):
+    return F.relu(y) * y.new_tensor([2.0, 3.0]).sum() + y.new([1.0])
+
+
+@written("MakesATensorInAnotherThread")
+def _(self, x, y):
+    made = []
+    thread = threading.Thread(target=lambda: made.append(y.detach().mean()))
+    thread.start()
+    thread.join()
+    return F.relu(y) * made[0]
 
 
 # --- the result's place in the graph
