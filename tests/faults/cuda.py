@@ -386,8 +386,8 @@ FAULTS = [
             (
                 "gradients of inputs that another block has",
                 "grouped_rows_sums",
-                " && (!Width::cut || Tiles::chunk(half) < part.in.count)",
-                "",
+                "first = Width::cut ? part.in_split * s.in * kVector<T> : 0;",
+                "first = 0;",
             ),
         )
     ),
