@@ -1,7 +1,10 @@
 """What tools/matrix.py writes of a release of torch, with environments and builds that are not made."""
 
+import sys
+
 import pytest
 
+from tests.child import run_child
 from tests.programs import ROOT, from_tools
 
 tool = from_tools("matrix")
@@ -69,3 +72,11 @@ def test_no_test_at_all_is_no_verdict(monkeypatch, tmp_path):
     monkeypatch.setattr(tool, "run", lambda *command, **options: type("Done", (), {"stdout": "5 deselected in 1.0s"}))
     with pytest.raises(tool.Failed, match="no test has passed"):
         tool.operators_tests(tmp_path / "bin" / "python")
+
+
+def test_a_build_takes_the_time_of_its_compilers():
+    burn = "import time\nwhile time.process_time() < 0.3: pass"
+    started_by_another = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}], check=True)"
+    before = tool.processor_time()
+    run_child([sys.executable, "-c", started_by_another], check=True)
+    assert tool.processor_time() - before >= 0.3
