@@ -1,8 +1,8 @@
-// The derivative of grouped_conv2d: the gradient operator's kernel; second derivatives by PyTorch's own formula. In forward
+// The derivative of grouped_conv2d: the gradient operator's kernel; second derivatives by PyTorch's convolutions. In forward
 // mode and under torch.func transforms PyTorch's own convolution answers.
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/_convolution_double_backward.h>
 #include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
 #include <torch/library.h>
 
 #include "autograd/composite.h"
@@ -57,14 +57,37 @@ struct GroupedConv2dBackward : torch::autograd::Function<GroupedConv2dBackward> 
     return {dx, dweight, dbias};
   }
 
+  // A convolution is linear in x and in the weight, so each of these is one with the other's gradient in its place.
+  // at::_convolution_double_backward is the same, but takes a convolution for each group, and torch 2.11 cannot trace it with
+  // symbolic sizes.
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
+    const Tensor &dy = saved[0], &x = saved[1], &weight = saved[2];
     const Settings s = Settings::of(ctx);
-    const auto given = [](const Tensor& t) { return t.defined() && t.sym_numel() > 0 ? OptionalTensor(t) : std::nullopt; };
-    auto [ddy, dx, dweight] = at::_convolution_double_backward(
-        given(grads[0]), given(grads[1]), given(grads[2]), saved[0], saved[2], saved[1], s.stride, s.padding, s.dilation,
-        /*transposed=*/false, /*output_padding=*/std::vector<int64_t>(s.stride.size(), 0), s.groups,
-        {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
+    const std::vector<int64_t> no_output_padding(s.stride.size(), 0);
+    const auto is_given = [](const Tensor& t) { return t.defined() && t.sym_numel() > 0; };
+    const bool ddx = is_given(grads[0]), ddweight = is_given(grads[1]), ddbias = is_given(grads[2]);
+
+    Tensor ddy, dx, dweight;
+    if (ctx->needs_input_grad(0)) {
+      const auto add = [&](const Tensor& t) { ddy = ddy.defined() ? ddy + t : t; };
+      const auto conv = [&](const Tensor& of, const Tensor& by) {
+        return at::convolution(of, by, {}, s.stride, s.padding, s.dilation, /*transposed=*/false, no_output_padding, s.groups);
+      };
+      if (ddx) add(conv(grads[0], weight));
+      if (ddweight) add(conv(x, grads[1]));
+      if (ddbias) {
+        std::vector<int64_t> per_channel(dy.dim() - 1, 1);  // of images or of volumes
+        per_channel[0] = -1;
+        add(grads[2].view(per_channel).expand_as(dy));
+      }
+    }
+    const auto gradients = [&](const Tensor& of, const Tensor& by, Mask mask) {
+      return at::convolution_backward(dy, of, by, /*bias_sizes=*/{}, s.stride, s.padding, s.dilation, /*transposed=*/false,
+                                      no_output_padding, s.groups, mask);
+    };
+    if (ddweight && ctx->needs_input_grad(1)) dx = std::get<0>(gradients(x, grads[1], {true, false, false}));
+    if (ddx && ctx->needs_input_grad(2)) dweight = std::get<1>(gradients(grads[0], weight, {false, true, false}));
     return {ddy, dx, dweight, Tensor(), Tensor()};
   }
 };
