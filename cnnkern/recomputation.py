@@ -25,9 +25,9 @@ def recompute() -> Iterator[None]:
     saves how to recompute it instead: by one pass over what the norm saves anyway, or by concatenating again. Gradients
     are bit-equal. Only the forward pass has to run within the block:
 
-    >>> with cnnkern.recompute():
-    ...     loss = model(images).square().mean()
-    >>> loss.backward()
+        with cnnkern.recompute():
+            loss = model(images).square().mean()
+        loss.backward()
 
     Input and parameters of the norm may not change between forward and backward. If the input did, the backward pass
     raises the RuntimeError that autograd raises for a saved tensor. Tensors that were concatenated may change. The

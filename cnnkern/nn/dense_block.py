@@ -15,10 +15,10 @@ class DenseBlock(nn.ModuleDict):
     (N, C, H, W) -> (N, C + len(layers) * growth, H, W). Each layer maps all channels so far, (N, ..., H, W), to
     (N, growth, H, W). Equivalent to
 
-    >>> features = [x]
-    >>> for layer in layers.values():
-    ...     features.append(layer(torch.cat(features, 1)))
-    >>> y = torch.cat(features, 1)
+        features = [x]
+        for layer in layers.values():
+            features.append(layer(torch.cat(features, 1)))
+        y = torch.cat(features, 1)
 
     State-dict keys are those of torchvision's dense blocks where the layers have their names.
 

@@ -40,8 +40,8 @@ def keep_operators() -> Iterator[None]:
     and runs on cnnkern's kernels. AOTInductor can compile it, and Python can load it again. It cannot be exported to
     ONNX.
 
-    >>> with cnnkern.keep_operators():
-    ...     program = torch.export.export(model, (x,))
+        with cnnkern.keep_operators():
+            program = torch.export.export(model, (x,))
     """
     token = _kept.set(True)
     try:
