@@ -172,8 +172,31 @@ RULES = (
     cuda("^grouped_rows_kernel<.*ForwardTurn<1, 2>, 128>", "rows of twice as many channels", dynamic_shared=83712),
     cuda("^grouped_rows_kernel<.*ForwardTurn<2, 1>, 128>", "the same in two pairs of rows", dynamic_shared=87552),
     cuda("^grouped_rows_kernel<.*SpreadTurn, 128>", "the same in six rows", dynamic_shared=47808),
-    cuda("^grouped_rows_(?:sums_)?kernel<c10.*, (?:SumWidth<)?24\\b", "two blocks of six warps each", occupancy=0.18),
-    cuda("^grouped_rows_(?:sums_)?kernel<float", "two or three blocks of four warps", registers=168, occupancy=0.12),
+    cuda(
+        "^grouped_rows_(?:sums_)?kernel<c10.*, (?:SumWidth<)?(?:24|48)\\b",
+        "two blocks of six warps each",
+        registers=168,
+        occupancy=0.18,
+    ),
+    cuda(
+        "^grouped_rows_kernel<.*, 56>",
+        "two blocks of seven warps each: ptxas keeps some values on the stack",
+        occupancy=0.21,
+        spills=40,
+        stack=64,
+    ),
+    cuda(
+        "^grouped_rows_kernel<.*, 72>", "filters of 72 channels: one block of nine warps", registers=168, occupancy=0.14
+    ),
+    cuda("^grouped_rows_kernel<.*, 128>", "of 128 channels: one block of eight warps", registers=255, occupancy=0.12),
+    cuda(
+        "^grouped_rows_sums_kernel<c10.*SumWidth<40",
+        "sums over 40 channels: one block of nine warps",
+        registers=168,
+        occupancy=0.14,
+    ),
+    cuda("^grouped_rows_sums_kernel<c10.*, 2, SumWidth<32", "ptxas keeps two values on the stack", spills=4, stack=8),
+    cuda("^grouped_rows_(?:sums_)?kernel<float", "two or three blocks of three warps", registers=168, occupancy=0.09),
     cuda("^grouped_rows_sums_kernel<.*, 1, ", "of four rows of x and of dy", dynamic_shared=41472),
     cuda("^grouped_rows_sums_kernel<.*, 2, ", "of three pairs of rows of x and rows of dy", dynamic_shared=76032),
     cuda(
