@@ -28,7 +28,7 @@ from .means import NO_NETWORKS
 # Title, published run, suite.
 PANELS = (
     ("Whole models, CPU", "cpu-models", "models"),
-    ("Whole models, H200", "cuda-h200-models", "models"),
+    ("Whole models, H100", "cuda-h100-minutes-models", "models"),
     ("Operators, CPU", "cpu-all-networks", "operators"),
     ("Operators, H100", "cuda-h100-minutes-operators", "operators"),
 )
