@@ -44,6 +44,6 @@ class Fault(NamedTuple):
 
 
 def all_faults() -> list[Fault]:
-    from faults import cpu, cuda, triton
+    from faults import cpu, cuda, cuda_convolutions, triton
 
-    return [*cpu.FAULTS, *cuda.FAULTS, *triton.FAULTS]
+    return [*cpu.FAULTS, *cuda.FAULTS, *cuda_convolutions.FAULTS, *triton.FAULTS]
