@@ -85,3 +85,17 @@ def test_mask_of_backward_is_that_of_the_output_on_a_gpu(dtype, layout, generato
             torch.ones_like(x), x, weight, torch.zeros_like(weight), mean, rstd, True, "relu", [True] * 3
         )[2]
         assert torch.equal(count.double(), (y > 0).sum((0, 2, 3)).double())
+
+
+@needs_gpu
+@pytest.mark.parametrize("width", [4, 8, 16, 24, 32, 40, 48, 56, 64, 72, 112, 120])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d).removeprefix("torch."))
+def test_grouped_convolutions_of_every_width_on_a_gpu(dtype, width, generator):
+    case = testing.CASES["grouped_conv2d"]
+    channels = 3 * width if width >= 8 else 24
+    for stride, (n, h, w) in itertools.product((1, 2), ((3, 7, 7), (2, 29, 45), (5, 14, 14))):
+        inputs = case.inputs((n, channels, h, w), dtype, generator=generator, width=width, stride=stride, padding=1)
+        dy = testing.randn(case.reference(**inputs).shape, generator, dtype).cuda()
+        inputs = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        inputs["input"] = testing.with_layout(inputs["input"], "channels_last")
+        testing.check(case, inputs, testing.with_layout(dy, "channels_last"))

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu_minutes import __main__ as minutes
 from benchmarks.gpu_minutes import benches, merge, prepare, sections
-from benchmarks.show import published, tables
+from benchmarks.show import published, remarks, tables
 from benchmarks.suite import files, models
 from tests.results import assert_one_line
 
@@ -81,8 +81,24 @@ def test_a_run_that_was_cut_off_counts(dry_run, tmp_path, monkeypatch):
     folder.mkdir()
     content = json.loads((dry_run / "depthwise.json").read_text()) | {"dry_run": False}
     (folder / "depthwise.json").write_text(json.dumps(content))
-    (path,) = merge.merge(folder, "cut")
+    (path,) = merge.merge([folder], "cut")
     assert path.stem == "cut-operators"
+
+
+def test_a_section_that_was_repeated_replaces_the_older_one(dry_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "RESULTS", tmp_path / "results")
+    folders = {"older": ("depthwise", "layer_norm"), "newer": ("depthwise",)}
+    for name, sections_of in folders.items():
+        (tmp_path / name).mkdir()
+        for section in sections_of:
+            content = json.loads((dry_run / f"{section}.json").read_text()) | {"dry_run": False}
+            content["where"] |= {"commit": name}
+            (tmp_path / name / f"{section}.json").write_text(json.dumps(content))
+    (path,) = merge.merge([tmp_path / name for name in folders], "both")
+    found = files.load(path).rows
+    assert {r.commit for r in found if r.operator == "grouped_conv2d"} == {"newer"}
+    assert {r.commit for r in found if r.operator == "layer_norm2d"} == {"older"}
+    assert "commits newer, older, " in remarks.origin(found, "")
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"schema": 9}', None])

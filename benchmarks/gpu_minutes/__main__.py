@@ -2,8 +2,8 @@
 step's time goes, norms, and models compiled.
 
 `python -m benchmarks.gpu_minutes --minutes 12 --out DIR` writes a file after every section, so that a run that is cut
-off counts. `--merge DIR` turns what came back into published results. `--prepare DIR` builds the package here for the
-GPU machine's Python and torch, into a folder that is carried there: `PYTHONPATH=DIR/site python3 -m
+off counts. `--merge DIR ...` turns what came back into published results. `--prepare DIR` builds the package here for
+the GPU machine's Python and torch, into a folder that is carried there: `PYTHONPATH=DIR/site python3 -m
 cnnkern.benchmarks.gpu_minutes`. `--dry-run` goes through all of it on a CPU, on tiny shapes.
 """
 
@@ -44,7 +44,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--sections", nargs="+", choices=names, default=names, help="run only these sections (default: all)"
     )
     parser.add_argument("--dry-run", action="store_true", help="run tiny shapes on the CPU; the figures mean nothing")
-    parser.add_argument("--merge", type=Path, metavar="DIR", help="publish the results in DIR, and measure nothing")
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="publish the results in these folders, of a section the last ones, and measure nothing",
+    )
     parser.add_argument(
         "--name", default="cuda-minutes", help="the beginning of the published results' names (default: cuda-minutes)"
     )

@@ -48,19 +48,24 @@ def read(folder: Path) -> Sections:
     return result
 
 
-def merge(folder: Path, prefix: str) -> list[Path]:
-    """Publishes what the sections in `folder` hold as `prefix`-models and the other RUNS."""
-    sections = read(folder)
-    measured = sections.found.get("bandwidth", {"bandwidths": []})["bandwidths"]
+def merge(folders: list[Path], prefix: str) -> list[Path]:
+    """Publishes the sections in `folders` as one run for each of RUNS: `prefix`-models, `prefix`-operators and so on.
+
+    A section that several folders have is taken from the last of them: what was repeated when its kernels had changed.
+    """
+    sessions = {name: session for session in map(read, folders) for name in session.found}
+    measured = sessions["bandwidth"].found["bandwidth"]["bandwidths"] if "bandwidth" in sessions else []
     bandwidths = [Bandwidth(**b) for b in measured]
     written = []
     for name, parts in RUNS.items():
+        there = [part for part in parts if part in sessions]
         made: list[rows.Row] = []
-        for part in parts:
-            if part in sections.found:
-                content = sections.found[part]
-                made += rows.from_records(content["records"], content["refused"], bandwidths, "default", sections.where)
+        for part in there:
+            content, where = sessions[part].found[part], sessions[part].where
+            made += rows.from_records(content["records"], content["refused"], bandwidths, "default", where)
         if any(r.status == "ok" for r in made):
-            made += rows.bandwidth_rows(bandwidths, sections.where)
-            written.append(files.publish(f"{prefix}-{name}", files.Run(made, sections.created)))
+            if "bandwidth" in sessions:
+                made += rows.bandwidth_rows(bandwidths, sessions["bandwidth"].where)
+            created = max(sessions[part].created for part in there)
+            written.append(files.publish(f"{prefix}-{name}", files.Run(made, created)))
     return written

@@ -98,10 +98,10 @@ def refused_lines(rows: Iterable[Row]) -> list[str]:
 
 
 def origin(rows: list[Row], created: str) -> str:
-    r = rows[0]
+    r, commits = rows[0], dict.fromkeys(r.commit for r in rows if r.suite != "bandwidth" or r is rows[0])
     return (
         f"{r.machine} ({r.cpu_capability}), {r.device}, threads: {r.threads}, torch {r.torch}, "
-        f"cnnkern {r.cnnkern}, commit {r.commit}, {created}"
+        f"cnnkern {r.cnnkern}, commit{'s' * (len(commits) > 1)} {', '.join(commits)}, {created}"
     )
 
 

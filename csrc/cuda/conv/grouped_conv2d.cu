@@ -21,7 +21,7 @@ namespace {
 
 using gpu::ConvGeometry;
 
-constexpr int64_t kLongest = 31;             // rows or columns of a kernel
+constexpr int64_t kLongest = 31;  // rows or columns of a kernel
 
 // What the kernels support. ATen computes everything else, and raises its own errors.
 bool covered(const Tensor& x, const Tensor& weight, const Tensor& bias, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -51,8 +51,9 @@ enum class Pass { forward, input_gradient, weight_gradient };
 
 // Whether cuDNN is faster in a pass of what grouped_rows.cuh computes. In 16 bits cuDNN has fast kernels for widths that are powers
 // of two: for 16 in the forward pass at stride 2, for 32 in that and in the gradients but dx at stride 2, for 64 in all but dx. For
-// 24, 40, 48, 56, 72 and 112 it takes 2 to 12 times as long. In TF32 it is faster in the forward pass at stride 2, up to 16.
-// Measured on an H100 and an H200 at batch 128 (docs/results.md). Assumed: width 2 as 4, 120 as 112. Widths that were not measured are cuDNN's.
+// 24, 40, 48, 56, 72 and 112 it takes 1.8 to 12 times as long. In TF32 it is faster in the forward pass at stride 2, up to 16.
+// Measured on an H100, and up to width 32 on an H200, at batch 128 (docs/results.md). Assumed: width 2 as 4, 120 as 112. Widths that
+// were not measured are cuDNN's.
 bool library_is_faster(const ConvGeometry& g, Pass pass, bool float32) {
   const int64_t width = g.inputs();
   const bool forward = pass == Pass::forward, dx = pass == Pass::input_gradient, strided = g.sh == 2;
