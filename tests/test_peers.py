@@ -56,7 +56,7 @@ def test_peers_have_a_plan_of_their_own():
 
 
 def test_the_documents_say_what_each_needs():
-    table = dict(re.findall(r"^\| ([\w-]+) \| `pip install ([\w ]+)` \|", (ROOT / "docs/convert.md").read_text(), re.M))
+    table = dict(re.findall(r"^\| ([\w-]+) \| `pip install ([\w ]+)` \|", (ROOT / "docs/fold.md").read_text(), re.M))
     assert {name: tuple(needs.split()) for name, needs in table.items()} == {
         name: peer.packages for name, peer in peers.PEERS.items()
     }
