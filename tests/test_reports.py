@@ -12,6 +12,7 @@ from rich.console import Console
 
 from benchmarks import __main__ as driver
 from benchmarks.show import chart, comparison, figures, gains, means, page, published, remarks, report, tables, terminal
+from benchmarks.show.titles import TITLES, title
 from benchmarks.suite import files, rows
 from tests.results import assert_one_line, row, some_rows
 
@@ -331,7 +332,19 @@ def test_every_published_run_has_a_page_that_is_current_and_in_the_site():
     texts = {path: text for path, text in published.wanted() if path.parent == ROOT / published.PAGES}
     assert {path: path.read_text() for path in (ROOT / published.PAGES).iterdir()} == texts
     site = (ROOT / "mkdocs.yml").read_text()
-    assert re.findall(r"runs/(\S+)\.md", site) == [file.stem for file in PUBLISHED]
+    assert published.navigation(site) == site, "`python -m benchmarks.show.published` writes it"
+    listed = dict(re.findall(r'- "(.+)": runs/(\S+)\.md', site))
+    assert set(listed.values()) == {file.stem for file in PUBLISHED}
+    for name_of_page, name in listed.items():
+        page = (ROOT / published.PAGES / f"{name}.md").read_text()
+        assert page.partition("\n")[0].replace("`", "") == f"# {name_of_page}"
+
+
+def test_every_published_run_has_a_title_of_its_own():
+    assert set(TITLES) == {file.stem for file in PUBLISHED}
+    assert len(set(TITLES.values())) == len(TITLES)
+    with pytest.raises(ValueError, match="'unknown' has no title: give it one"):
+        title("unknown")
 
 
 def test_results_are_a_page_that_is_read():
@@ -364,6 +377,7 @@ def test_published_rewrites_documents_and_checks_them(monkeypatch, tmp_path, cap
     (tmp_path / "docs").mkdir()
     monkeypatch.setattr(published, "ROOT", tmp_path)
     monkeypatch.setattr(files, "published", list)
+    (tmp_path / "mkdocs.yml").write_text("nav:\n      - Every run:\n          - runs/gone.md\n  - Other: page.md\n")
     document, plain = tmp_path / "docs" / "page.md", tmp_path / "README.md"
     plain.write_text("No results here.\n")
     document.write_text("Before.\n<!-- results: cpu-resnet50 origin -->\nold\n<!-- end of results -->\nAfter.\n")
@@ -373,4 +387,6 @@ def test_published_rewrites_documents_and_checks_them(monkeypatch, tmp_path, cap
     assert "old" not in document.read_text()
     assert re.search(r"^Measured on .*\.$", document.read_text(), re.MULTILINE)
     assert published.main(["--check"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["docs/page.md: differs", "docs/page.md: written"]
+    assert (tmp_path / "mkdocs.yml").read_text() == "nav:\n      - Every run:\n  - Other: page.md\n"
+    changed = ("docs/page.md", "mkdocs.yml")
+    assert capsys.readouterr().out.splitlines() == [f"{f}: {did}" for did in ("differs", "written") for f in changed]

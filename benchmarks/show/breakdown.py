@@ -204,6 +204,19 @@ def models(rows: Iterable[Row]) -> Table:
     return ["model", "input", "mode", *contenders], table
 
 
+def kernels(rows: Iterable[Row]) -> Table:
+    """(header, lines): for each model and kind of kernel, the time of all its kernels in one step."""
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
+    for r in rows:
+        if r.suite == "kernels" and r.median_ms is not None:
+            found.setdefault((r.network, r.shape, r.layout, r.operator), {})[r.contender] = r
+    lines = []
+    for key, of in found.items():
+        ratio = of["cnnkern"].ratio if "cnnkern" in of else None
+        lines.append([*key, *(_milliseconds(of.get(name), 0) for name in ("eager", "cnnkern")), times(ratio)])
+    return ["model", "input", "layout", "kind of kernel", "eager, ms", "cnnkern, ms", "speedup"], lines
+
+
 def slower(rows: Iterable[Row]) -> Table:
     """(header, lines): a line per operator or model and mode that has rows slower than eager, with the slowest."""
     groups: Groups = {}
