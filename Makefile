@@ -1,15 +1,20 @@
-# make: set-up only · test · prove · faults · bench · lint · types · docs · wheel · gpu-report. Each sets up .venv first, and then
-# only what has changed.
-#   make test ARGS="-k bn_act"     ARGS go to pytest (which runs in two processes), or to the benchmarks
-#   make prove                     the tests that are marked slow, which `make test` leaves out (CONTRIBUTING.md)
-#   make faults ARGS="cpu add_relu"  mutation tests: inserts bugs into a copy of the tree; tests have to fail
-#   make sanitize                  the whole conformance suite on emulated CUDA kernels, with each sanitizer (docs/emulator.md)
-#   make gpu-report                compiles the GPU kernels for every architecture and writes docs/gpu-report.md
-#   PYTHON=python3.12 make         chooses the interpreter (3.10 to 3.13) of .venv
-#   make wheel TORCH=2.11          for another torch (and PYTHON_VERSION=3.12); TORCH=any: without an extension
-#   CNNKERN_CUDA=0 make            leaves the CUDA kernels out; 1 insists on them (see setup.py)
+# make               sets up .venv and builds the extension in the source tree. Every command below does so first, if needed
+# make help          prints this list
+# make test          the tests that are not marked slow, in two processes. ARGS go to pytest: make test ARGS="-k bn_act"
+# make prove         the tests that are marked slow (CONTRIBUTING.md)
+# make lint          ruff: rules and format
+# make types         mypy
+# make docs          builds the documentation's site; warnings are errors
+# make bench         the benchmark suite. ARGS go to it: make bench ARGS="--quick"
+# make wheel         builds and tests a wheel. TORCH=2.11 for another torch (and PYTHON_VERSION=3.12), TORCH=any: no extension
+# make faults        mutation tests: inserts bugs into a copy of the tree, and tests have to fail. ARGS="cpu add_relu" selects
+# make sanitize      the whole conformance suite on emulated CUDA kernels, with each sanitizer (docs/emulator.md)
+# make gpu-report    compiles the GPU kernels for every architecture and writes docs/gpu-report.md
+#
+# Environment: PYTHON=python3.12 chooses the interpreter (3.10 to 3.13) of .venv. CNNKERN_CUDA=0 leaves the CUDA kernels out,
+# CNNKERN_CUDA=1 insists on them (setup.py).
 
-.PHONY: setup test prove faults sanitize gpu-report bench lint types docs wheel
+.PHONY: help setup test prove faults sanitize gpu-report bench lint types docs wheel
 .DEFAULT_GOAL := setup
 
 SUITABLE = -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1
@@ -22,6 +27,9 @@ SUITABLE_PYTHON = $(shell for p in python3 python3.13 python3.12 python3.11 pyth
 ADVICE = no Python 3.10 to 3.13 on the path: `apt-get install python3 python3-venv`, or PYTHON=/path/to/python3
 endif
 BOOTSTRAP = $(or $(SUITABLE_PYTHON),$(error cnnkern: $(ADVICE))) tools/bootstrap.py
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 setup:
 	@$(BOOTSTRAP)

@@ -1,6 +1,7 @@
-"""`cnnkern bench` without a model, also `python -m benchmarks`: runs the suites in worker processes, one per setting
-of malloc.
+"""The benchmark suite: `cnnkern bench` without a model, also `python -m benchmarks`.
 
+Times cnnkern's operators and converted networks against eager PyTorch and torch.compile, on a CPU with tuned malloc
+and with malloc's defaults.
 Prints tables, and writes a file of rows and report.html. With --compare it fails if a row of cnnkern has become slower
 than in an earlier run by more than the noise of both.
 """
@@ -29,6 +30,8 @@ START_SECONDS = 6.0  # until a worker has imported torch and starts to time
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
+        if message.startswith("unrecognized arguments"):
+            message += "; the options of `cnnkern bench --help` need a MODEL, those of the suite are in --quick --help"
         self.exit(2, f"benchmarks: {message}\n")
 
 

@@ -38,12 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: Sequence[str] | None) -> int:
-    parser = argparse.ArgumentParser(prog="cnnkern", description="Fused kernels for convolutional networks.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser(
-        "doctor",
-        help="show versions, the kernel of each operator and whether it gives correct results, and what is missing",
+    parser = argparse.ArgumentParser(
+        prog="cnnkern",
+        description="Fused kernels for convolutional networks.",
+        epilog="`cnnkern COMMAND --help` lists the options of a command.",
     )
+    commands = parser.add_subparsers(dest="command", required=True)
+    shows = "show versions, the kernel of each operator and whether it gives correct results, and what is missing"
+    commands.add_parser("doctor", help=shows, description=shows.capitalize() + ".")
     handed_on = {"bench": bench, "train": train, "tune": tune}
     commands.add_parser(
         "bench",
@@ -55,14 +57,18 @@ def run(arguments: Sequence[str] | None) -> int:
         add_help=False,
         help="time cnnkern's operators against PyTorch's on this machine, and use the faster one from then on",
     )
-    commands.add_parser("train", add_help=False, help="train a model of the zoo (see cnnkern train --help)")
+    commands.add_parser("train", add_help=False, help="train a model of the zoo on images")
     zoo_parser = commands.add_parser(
         "zoo",
-        help="list the models of the zoo with parameters, operations and fused layers",
-        description="Without a command it lists the models with parameters, operations and fused layers.",
+        help="list the models of the zoo (small and well-known networks) with parameters, operations and fused layers",
+        description="Without a command: list the models of the zoo with parameters, operations and fused layers.",
     )
     actions = zoo_parser.add_subparsers(dest="action")
-    show_parser = actions.add_parser("show", help="show the layers of one model")
+    layers, side_by_side = (
+        "show the layers of one model",
+        "train models on handwritten digits and draw them side by side",
+    )
+    show_parser = actions.add_parser("show", help=layers, description=layers.capitalize() + ".")
     show_parser.add_argument("name", metavar="NAME", help="the model; `cnnkern zoo` lists all")
     show_parser.add_argument(
         "--input", type=image_size, metavar="C,H,W", help="the shape of its input (default: the model's usual input)"
@@ -70,7 +76,7 @@ def run(arguments: Sequence[str] | None) -> int:
     show_parser.add_argument(
         "--eager", action="store_true", help="show the model in PyTorch's own operators, without fused layers"
     )
-    compare_parser = actions.add_parser("compare", help="train models on handwritten digits and draw them side by side")
+    compare_parser = actions.add_parser("compare", help=side_by_side, description=side_by_side.capitalize() + ".")
     compare_parser.add_argument("names", metavar="NAME", nargs="+", help="the models; `cnnkern zoo` lists all")
     compare_parser.add_argument(
         "--epochs",

@@ -223,6 +223,7 @@ def test_unknown_arguments_are_refused(capsys):
         ("--seconds nan", "not below zero"),
         ("--compile-seconds inf", "not below zero"),
         ("--filter ,", "no row has ',' in its name"),
+        ("--train", "unrecognized arguments: --train; the options of `cnnkern bench --help` need a MODEL"),
     ],
 )
 def test_impossible_arguments_of_bench(options, message):

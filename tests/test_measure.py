@@ -336,6 +336,7 @@ def test_the_command_runs_from_anywhere(tmp_path):
         (["mine.py:make", "--seconds", "0"], 2, "must be a number above zero"),
         (["mine.py:make", "--infer", "--recompute"], 2, "--recompute is for training: leave --infer out"),
         (["resnet18"], 1, "expected MODEL to be"),
+        (["--json", "zoo:resnet18"], 2, "these options need a MODEL: torchvision:NAME"),
     ],
 )
 def test_errors_of_the_command(arguments, status, message, tmp_path, monkeypatch, capsys):
@@ -357,6 +358,14 @@ def test_wrong_results_are_the_exit_status(monkeypatch, capsys, tmp_path):
     said, errors = capsys.readouterr()
     assert "Results DIFFER" in said
     assert errors.endswith("the converted model gives other results\n")
+
+
+def test_the_help_says_that_a_model_may_be_left_out(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["bench", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "[MODEL]" in said
+    assert "Without MODEL: runs the benchmark suite" in said
 
 
 def test_what_names_a_model():

@@ -66,14 +66,8 @@ def checkout(tmp_path, monkeypatch) -> Path:
         shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "requirements.txt").write_text("torch==2.14.1\nruff==0.17.6\n")
-    for name in (
-        "setup.py",
-        "tools/build_extension.py",
-        "pyproject.toml",
-        "csrc/check.h",
-        "csrc/cpu/batch_norm/bn_act.cpp",
-        "include/Python.h",
-    ):
+    sources = ("csrc/check.h", "csrc/cpu/batch_norm/bn_act.cpp", "include/Python.h")
+    for name in ("setup.py", "tools/build_extension.py", "pyproject.toml", *sources):
         (tmp_path / name).write_text(name)
     (tmp_path / "site/torch/version.py").write_text("2.14.1")
     (tmp_path / "site/torch-2.14.1+cu130.dist-info").mkdir()
@@ -344,6 +338,13 @@ def test_make_without_a_suitable_interpreter(checkout):
     assert "no Python 3.10 to 3.13" in fail_in_one_line(checkout, make)
     assert "PYTHON=python3 does not run" in fail_in_one_line(checkout, make, "PYTHON=python3")
     assert "PYTHON=python3.12 does not run" in fail_in_one_line(checkout, make, "test", "PYTHON=python3.12")
+
+
+@needs_make
+def test_make_help_names_every_command():
+    said = run_child([make, "help"], cwd=ROOT).stdout
+    commands = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split()
+    assert set(re.findall(r"^make ([a-z-]+)", said, re.M)) == set(commands) - {"setup"}
 
 
 def test_one_range_of_interpreters(bootstrap):

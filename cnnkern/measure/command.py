@@ -87,11 +87,11 @@ def arguments_for(loaded: Loaded, given: list[tuple[int, ...]] | None) -> tuple[
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cnnkern bench",
-        description="Compares a model in eager PyTorch with the same model on cnnkern's layers: results, times, "
-        "memory, and where the time goes.",
-        epilog="Without MODEL it runs the benchmark suite; `cnnkern bench --quick --help` lists its options.",
+        description="With MODEL: compares the model in eager PyTorch with its converted copy: results, times, memory, "
+        "and where the time goes. Without MODEL: runs the benchmark suite, which has other options; `cnnkern "
+        "bench --quick --help` lists them.",
     )
-    parser.add_argument("model", metavar="MODEL", help=f"the model: {FORMS}")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=f"{FORMS} (default: the benchmark suite)")
     add_model_options(parser, seconds=30.0)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--train", action="store_true", help="time training steps (the default)")
@@ -104,6 +104,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE as JSON")
     parser.add_argument("--html", metavar="FILE", help="write the tables to FILE as an HTML page")
     options = parser.parse_args(arguments)
+    if options.model is None:
+        parser.error(f"these options need a MODEL: {FORMS}")
     if options.recompute and options.infer:
         parser.error("--recompute is for training: leave --infer out")
     return options

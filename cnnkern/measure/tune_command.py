@@ -31,7 +31,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         prog="cnnkern tune",
         description="Times cnnkern's operators against PyTorch's, call by call of a model, and records which is "
         "faster. From then on the faster one computes such calls on this machine.",
-        epilog="CNNKERN_TUNE=0 ignores the table; cnnkern doctor shows it.",
+        epilog="The environment variable CNNKERN_TUNE=0 turns the table off; `cnnkern doctor` shows the table.",
     )
     parser.add_argument("model", metavar="MODEL", nargs="?", help=f"the model: {FORMS} (default: {', '.join(DEFAULT)})")
     add_model_options(parser, seconds=60.0)
