@@ -301,7 +301,7 @@ ALL = (torch.float32, *OF_16_BITS)
     ],
     ids=str,
 )
-def test_who_answers_for_a_grouped_convolution(variant, planes, rows, layout, dtype, generator, monkeypatch):
+def test_the_rule_of_dispatch_of_grouped_convolutions(variant, planes, rows, layout, dtype, generator, monkeypatch):
     case = CASES["grouped_conv2d"]
     inputs = case.inputs((2, 24, 7, 8), dtype, generator=generator, **variant)
     inputs["input"] = testing.with_layout(inputs["input"], layout)

@@ -235,7 +235,7 @@ RULE = {
 
 
 @pytest.mark.parametrize("case", RULE, ids=str)
-def test_who_answers(case, generator):
+def test_the_rule_of_dispatch(case, generator):
     shape, width, kernel, stride, dtype = case
     inputs, _ = arguments(shape, generator, dtype, width=width, kernel=kernel, stride=stride)
     assert ("cnnkern::grouped_conv2d" in called(lambda: functional.conv1d(**inputs))) == RULE[case]

@@ -243,7 +243,7 @@ RULE = {
 
 
 @pytest.mark.parametrize("case", RULE, ids=str)
-def test_who_computes_it(case, generator):
+def test_the_rule_of_dispatch(case, generator):
     width, kernel, layout, dtype = case
     inputs, dy = arguments((2, 2 * width, 5, 4, 6), generator, dtype, width=width, kernel=kernel, layout=layout)
     ones = (1, 1, 1)

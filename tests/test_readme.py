@@ -42,6 +42,21 @@ def test_code_runs_as_printed(options, code):
     exec(compile(code, "document", "exec"), {"__name__": "document"})
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_tests_that_documents_name_exist(path):
+    for file, test in re.findall(r"\b(tests/\w[\w/]*\.py)(?:::(\w+))?", path.read_text()):
+        assert (ROOT / file).is_file(), file
+        assert not test or f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"
+
+
+RULES = {"kernels.md": 3, "layer_norm.md": 4, "grouped_conv.md": 7}  # pages with rules of dispatch: at least so many
+
+
+@pytest.mark.parametrize("page", RULES)
+def test_rules_of_dispatch_name_their_tests(page):
+    assert len(re.findall(r"tests/\w+\.py::test_\w+", (ROOT / "docs" / page).read_text())) >= RULES[page]
+
+
 def commands():
     """`make bench` and `make test` with arguments; what stands in backquotes for a shell, or in a block of its own."""
     found = set()
