@@ -1,4 +1,4 @@
-"""`cnnkern.convert` where a batch norm is added in place onto another tensor: `r += bn(x)` has the same effects as in
+"""`cnnkern.convert` where a batch norm is added in place to another tensor: `r += bn(x)` has the same effects as in
 eager."""
 
 import copy

@@ -50,7 +50,7 @@ class Deferring(_FusedBatchNorm):
 def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
     """The batch norm without an activation; its result is deferred if possible."""
 
-    def waiting(input: Tensor, *arguments: Any) -> Tensor:
+    def compute(input: Tensor, *arguments: Any) -> Tensor:
         *arguments, _, _ = arguments
         if torch.compiler.is_compiling():
             return _compiled(input, *arguments)
@@ -67,7 +67,7 @@ def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
                 return route.by_pytorch(batch_norm_act, input, *arguments, "none")
         return site.batch_norm(input, *arguments)
 
-    return norm._normalize(input, waiting)
+    return norm._normalize(input, compute)
 
 
 def _compiled(input: Tensor, *arguments: Any) -> Tensor:

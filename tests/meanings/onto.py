@@ -1,4 +1,4 @@
-"""Additions in place onto another tensor than the batch norm's output, `r += bn(x)`, as in blocks of many branches."""
+"""In-place additions to another tensor than the batch norm's output, `r += bn(x)`, as in blocks of many branches."""
 
 import torch
 import torch.nn.functional as F
