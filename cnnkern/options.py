@@ -151,7 +151,7 @@ def make_parser() -> Parser:
     add("--overwrite", False, action="store_true", help="replace the run in the output folder")
     add("--resume", False, action="store_true", help="continue from the checkpoint in the output folder")
     add("--resume-from", type=Path, metavar="FILE", help="continue from this checkpoint, or the one in this folder")
-    add("--compare", False, action="store_true", help="only time training steps, with fused layers and in eager PyTorch")
+    add("--compare", False, action="store_true", help="only time training steps, with fused and with eager layers")
     return parser
 
 
