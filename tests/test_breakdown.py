@@ -34,6 +34,13 @@ def timed(seconds, **setting):
     return rows.from_records(records, [], BANDWIDTHS, "tuned", WHERE)
 
 
+def test_kernels_of_a_step_by_kind():
+    setting = {"suite": "kernels", "operator": "optimiser", "network": "resnet18", "shape": "2x3x8x8"}
+    header, (line,) = breakdown.kernels([*timed({"eager": 3e-3, "cnnkern": 1e-3}, **setting), *row()])
+    assert header == ["model", "kind of kernel", "eager, ms", "cnnkern, ms", "speedup", "input", "layout"]
+    assert line == ["resnet18", "optimiser", "3", "1", "3.00x", "2x3x8x8", "contiguous"]
+
+
 def test_what_tuned_malloc_is_worth_to_eager_and_to_cnnkern():
     found = [
         replace(r, malloc=malloc)

@@ -45,7 +45,7 @@ def test_models_are_compared_with_eager_before_they_are_timed(monkeypatch):
         itertools.product(("training", "inference"), ("eager", "cnnkern"), ("ok",))
     ), remarks.refused_lines(measured)
     header, lines = tables.model_table(measured)
-    assert header == [*tables.MODELS, "MiB"]
+    assert header == [*tables.MODELS, tables.PEAK]
     assert len(lines) == 2
     assert all(r.peak_bytes > 0 for r in measured)
     assert all(r.copy_gb_s > 0 for r in measured)
@@ -136,7 +136,7 @@ def test_large_models_have_more_contenders(monkeypatch):
         assert {(r.contender, r.status) for r in found} == both | more, remarks.refused_lines(measured)
         assert {r.shape for r in found} == shapes
     header, lines = tables.model_table([r for r in measured if r.mode == "training"])
-    assert header == [*tables.MODELS, "MiB", tables.OTHERS]
+    assert header == [*tables.MODELS, tables.PEAK, tables.OTHERS]
     assert [line[-1].startswith(models.GROUPED_ALONE) for line in lines] == [True] * 4
     swapped = models.with_grouped_convolutions(Grouped())
     assert type(swapped[0]) is cnnkern.nn.GroupedConv2d

@@ -209,12 +209,13 @@ def kernels(rows: Iterable[Row]) -> Table:
     found: dict[tuple[str, ...], dict[str, Row]] = {}
     for r in rows:
         if r.suite == "kernels" and r.median_ms is not None:
-            found.setdefault((r.network, r.shape, r.layout, r.operator), {})[r.contender] = r
+            found.setdefault((r.network, r.operator, r.shape, r.layout), {})[r.contender] = r
     lines = []
-    for key, of in found.items():
+    for (model, kind, *setting), of in found.items():
         ratio = of["cnnkern"].ratio if "cnnkern" in of else None
-        lines.append([*key, *(_milliseconds(of.get(name), 0) for name in ("eager", "cnnkern")), times(ratio)])
-    return ["model", "input", "layout", "kind of kernel", "eager, ms", "cnnkern, ms", "speedup"], lines
+        figures = [_milliseconds(of.get(name), 0) for name in ("eager", "cnnkern")]
+        lines.append([model, kind, *figures, times(ratio), *setting])
+    return ["model", "kind of kernel", "eager, ms", "cnnkern, ms", "speedup", "input", "layout"], lines
 
 
 def slower(rows: Iterable[Row]) -> Table:

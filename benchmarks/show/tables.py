@@ -37,9 +37,10 @@ DETAILS = [
     "vs eager",
 ]
 MEANS = ["operator", "network", "shapes", "mode", "layout", "malloc", "implementation", "of bandwidth", "vs eager"]
-MODELS = ["model", "input", "mode", "layout", "malloc", "cnnkern", "images/s", "vs eager", "noise"]
+MODELS = ["model", "input", "mode", "layout", "malloc", "cnnkern, time", "images/s", "vs eager", "noise"]
+PEAK = "peak MiB, eager/cnnkern"
 OTHERS = "others vs eager"
-OVERHEAD = ["call", "mode", "cnnkern", "vs eager", "noise"]
+OVERHEAD = ["call", "mode", "cnnkern, time", "vs eager", "noise"]
 
 
 def settings(rows: Iterable[Row]) -> list[str]:
@@ -115,7 +116,7 @@ def model_table(rows: Iterable[Row]) -> tuple[list[str], list[list[str]]]:
         return r.operator, r.shape, r.mode, r.layout, r.malloc
 
     pairs = against_eager(rows, "models")
-    peaks = ["MiB"] * any(r.peak_bytes is not None for pair in pairs for r in pair)
+    peaks = [PEAK] * any(r.peak_bytes is not None for pair in pairs for r in pair)
     compiled = ["vs torch.compile"] * any(r.ratio_to_compile is not None for _, r in pairs)
     others: dict[tuple[str, ...], list[str]] = {}
     for r in rows:
@@ -149,7 +150,7 @@ def sections(rows: list[Row], details: bool) -> list[tuple[str, list[str], list[
     return [t for t in tables[0 if details else 1 :] if t[2]]
 
 
-NUMBERS = {"median", "noise", "GB/s", "of bandwidth", "vs eager", "vs torch.compile", "images/s", "MiB"}
+NUMBERS = {"median", "noise", "GB/s", "of bandwidth", "vs eager", "vs torch.compile", "images/s", PEAK, "cnnkern, time"}
 NUMBERS |= {"shapes", "eager", "cnnkern", "rows", "within 10 %", "first run", "second run", "difference"}
 
 
@@ -171,7 +172,8 @@ def markdown(rows: list[Row], created: str) -> str:
         if lines:
             parts.append(f"**{title}**\n\n" + "\n".join(f"- {line}" for line in lines))
     parts.append(
-        "`vs eager` is eager's time over the contender's in the same layout, the median over interleaved rounds: above "
-        f"1 is faster.\nMeasured on {origin(rows, created)}; {bandwidth_line(rows)}; {load_line(rows)}."
+        "`vs eager` is the speedup: eager's time over the implementation's in the same layout, the median over "
+        f"interleaved rounds. Above 1 is faster.\nMeasured on {origin(rows, created)}; {bandwidth_line(rows)}; "
+        f"{load_line(rows)}."
     )
     return "\n\n".join(parts) + "\n"
