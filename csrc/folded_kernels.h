@@ -16,8 +16,21 @@ struct ImageSizes {
   int64_t N, H, W, OH, OW, stride;
 };
 
+// A 1x1 convolution, a depthwise one and another 1x1 one, each with an activation: of MobileNets. The first or the last may be missing.
+struct MobileBlock {
+  ImageSizes image;  // of the depthwise convolution
+  int64_t inputs, channels, outputs;  // of the block, between its convolutions, and of the last one
+  const float* expand;  // packed, as the others; null: x has `channels` channels
+  ActivationName expand_act;
+  const float* depthwise;
+  int64_t k, padding;
+  ActivationName depthwise_act;
+  const float* project;  // null: y has `channels` channels
+  int64_t bands;  // of rows, into which each image is cut for the threads
+};
+
 // f(kernel) for each of them. The packed ones hold the bias too.
-#define CNNKERN_FOLDED_KERNELS(f) f(pack_pointwise) f(pointwise) f(pack_depthwise) f(depthwise)
+#define CNNKERN_FOLDED_KERNELS(f) f(pack_pointwise) f(pointwise) f(pack_depthwise) f(depthwise) f(mobile_block)
 
 namespace folded_signature {
 
@@ -29,6 +42,9 @@ using pointwise = void(const float* x, const float* packed, float* y, int64_t in
 using pack_depthwise = at::Tensor(const at::Tensor& weight, const at::Tensor& bias);
 using depthwise = void(const float* x, const float* packed, float* y, int64_t channels, int64_t k, int64_t padding,
                        const ImageSizes& sizes, const Behind& behind);
+
+// What lies between the convolutions stays in a cache. `behind` is of the last one.
+using mobile_block = void(const float* x, const MobileBlock& block, float* y, const Behind& behind);
 
 }  // namespace folded_signature
 }  // namespace cnnkern

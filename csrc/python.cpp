@@ -66,13 +66,23 @@ PYBIND11_MODULE(_C, m) {
       .def("holds", &Folded::holds, "Whether the sources are these and unchanged.")
       .def("call", &Folded::call, pybind11::call_guard<pybind11::gil_scoped_release>(),
            "The deferred result for an input; None if PyTorch's layer has to compute it.")
-      .def("run", [](Folded& layer, const at::Tensor& x, const std::string& act) { return layer.run(x, {}, {act}, x.scalar_type()); },
+      .def("run", [](Folded& layer, const at::Tensor& x, const std::string& act) { return layer.run(cnnkern::FoldedInput(x, false), {}, {act}, x.scalar_type()); },
            pybind11::call_guard<pybind11::gil_scoped_release>(), "The layer fused with an activation.")
       .def("take_over", &Folded::take_over, pybind11::call_guard<pybind11::gil_scoped_release>(),
            "The same, in place of another layer, whose deferred result is given.");
   pybind11::class_<cnnkern::FoldedConv, Folded, std::shared_ptr<cnnkern::FoldedConv>>(m, "FoldedConv", "A convolution of a folded model.")
       .def(pybind11::init<const at::Tensor&, const std::optional<at::Tensor>&, cnnkern::FoldedConv::Settings,
                           const std::vector<at::ScalarType>&, Folded::Pack, const std::vector<at::Tensor>&>());
+  using Block = cnnkern::FoldedConv::Block;
+  pybind11::class_<Block>(m, "MobileBlock", "Folded 1x1, depthwise and 1x1 convolutions in one kernel; the first or the last may be None.")
+      .def(pybind11::init([](cnnkern::FoldedConv* expand, cnnkern::FoldedConv* depthwise, cnnkern::FoldedConv* project, const std::string& act) {
+             return Block{expand, depthwise, project, {act}, {act}};
+           }),
+           pybind11::keep_alive<1, 2>(), pybind11::keep_alive<1, 3>(), pybind11::keep_alive<1, 4>())
+      .def("run", [](const Block& block, const at::Tensor& x, const std::optional<at::Tensor>& residual, const std::string& act) {
+             return block.run(x, cnnkern::tensor_or_undefined(residual), {act});
+           }, pybind11::call_guard<pybind11::gil_scoped_release>(), "act(block(x) + residual).")
+      .def("is_faster", &Block::is_faster, "Whether cnnkern.fold uses it for x.");
   pybind11::class_<cnnkern::FoldedLinear, Folded, std::shared_ptr<cnnkern::FoldedLinear>>(m, "FoldedLinear",
                                                                                           "A linear layer of a folded model.")
       .def(pybind11::init<const at::Tensor&, const std::optional<at::Tensor>&, int64_t, const std::vector<at::ScalarType>&, Folded::Pack,

@@ -165,6 +165,11 @@ void Deferred::release_resources() {
   TensorImpl::release_resources();
 }
 
+std::shared_ptr<Source> Deferred::waiting_source() {
+  const Lock lock(mutex_);
+  return state_ == kOpen && !is_sum() ? source_ : nullptr;
+}
+
 bool Deferred::conflicts_with(const c10::StorageImpl* memory, bool writes) {
   const Lock lock(mutex_);
   if (state_ == kReal || state_ == kLaid) return false;
@@ -250,6 +255,7 @@ void Deferred::forget() {
 void Deferred::make_real() { make_real_for("its memory is read"); }
 
 void Deferred::report(const std::string& reason) {
+  if (activated_) return;
   if (state_ == kOpen && is_sum())
     where_.site->fused(where_.mode, adds_zero_ ? "0" : "add");
   else if (state_ == kOpen)
@@ -290,7 +296,7 @@ void Deferred::drop() noexcept {
   try {
     if (state_ == kOpen) {
       if (source_->updates_statistics() || (norm_ && norm_.use_count() > 1)) compute(Activation());
-      where_.site->missed(where_.mode, "its output is not used");
+      if (!activated_) where_.site->missed(where_.mode, "its output is not used");
     }
   } catch (const std::exception& error) {
     TORCH_WARN("cnnkern: a batch norm whose output was dropped did not update its statistics: ", error.what());
@@ -317,7 +323,7 @@ bool Deferred::is_where_it_was_put(const Tensor& self) const {
 }
 
 bool Deferred::takes(const Tensor& self) const {
-  return state_ == kOpen && is_where_it_was_put(self) && at::GradMode::is_enabled() == grad_mode_ &&
+  return state_ == kOpen && source_->takes_more() && is_where_it_was_put(self) && at::GradMode::is_enabled() == grad_mode_ &&
          c10::InferenceMode::is_enabled() == inference_ && is_undisturbed() && stream_of(device()) == stream_ &&
          capture_of(stream_) == capture_;
 }
@@ -332,6 +338,7 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& a
   if (!takes(self) || adds_zero_ || (in_place && is_observed(self))) return std::nullopt;
   if (act.slope.defined() && !norm_ && grad_mode_ && act.slope.requires_grad()) return std::nullopt;
   const bool sum = residual_.defined();
+  if (auto source = norm_ || sum ? nullptr : source_->followed_by(act)) return activate_later(self, std::move(source), act, in_place);
   const Result result = compute(act);
   const bool of_result = !in_place && (!sum || reads_result(act.name));
   const Strides strides = of_result ? strides_of(result.value) : Strides(this->strides().begin(), this->strides().end());
@@ -377,6 +384,21 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& a
   any_strides ? keep_laid(result.value) : become(result.value);
   if (!inference_) bump_version();
   return put_in_graph(self);
+}
+
+// The activation's result, deferred again.
+Tensor Deferred::activate_later(const Tensor& self, std::shared_ptr<Source> source, const Activation& act, bool in_place) {
+  where_.site->fused(where_.mode, fused_with_ = act.name);
+  if (in_place) {
+    source_ = std::move(source);
+    activated_ = true;
+    if (!inference_) bump_version();
+    return self;
+  }
+  state_ = kSpent;
+  const auto made = make(std::move(source), self.options(), sizes(), Strides(strides().begin(), strides().end()), {}, where_);
+  made->activated_ = true;
+  return tensor_of(made);
 }
 
 void make_real(c10::TensorImpl* result) { static_cast<Deferred*>(result)->make_real(); }

@@ -51,7 +51,7 @@ class Deferred final : public c10::TensorImpl {
   // The same, with the reason for the report: the operator that needed the result.
   void make_real_for(const std::string& reason);
   // What computes the result, if it is deferred and no sum.
-  const Source* waiting_source() const { return state_ == kOpen && !is_sum() ? source_.get() : nullptr; }
+  std::shared_ptr<Source> waiting_source();
   bool has_any_strides() const { return state_ == kLaid || (state_ == kOpen && source_->has_any_strides()); }
   // Marks the result as fused into another computation. It is computed only if it is used again.
   void take_over(const std::string& by);
@@ -100,6 +100,7 @@ class Deferred final : public c10::TensorImpl {
   // Whether one kernel can add `other`: shape, dtype, device and strides.
   bool may_add(const at::Tensor& self, const at::Tensor& other) const;
   bool is_sum() const { return residual_.defined() || adds_zero_; }
+  at::Tensor activate_later(const at::Tensor& self, std::shared_ptr<Source> source, const Activation& act, bool in_place);
   void put_sum(const at::Tensor& self, const at::Tensor& sum, const at::Tensor& other);
   at::Tensor moved_out(const at::Tensor& self);
   Result compute(const Activation& act);
@@ -123,6 +124,7 @@ class Deferred final : public c10::TensorImpl {
   State state_ = kOpen;
   bool again_ = false;  // it was computed before: the running statistics already contain this batch
   bool adds_zero_ = false;  // a sum with the number 0
+  bool activated_ = false;  // its source computes an activation too, and the site knows
   std::string fused_with_;
   Remembered residual_was_;
   int passed_ = 0;

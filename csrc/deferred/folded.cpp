@@ -18,37 +18,63 @@ namespace {
 
 class FoldedSource final : public Source {
  public:
-  FoldedSource(std::shared_ptr<Folded> layer, const Tensor& x, const Remembered& x_was, at::ScalarType dtype)
-      : layer_(std::move(layer)), x_(x), x_was_(x_was), dtype_(dtype) {}
+  FoldedSource(std::shared_ptr<Folded> layer_, FoldedInput input_, at::ScalarType dtype_)
+      : layer(std::move(layer_)), input(std::move(input_)), dtype(dtype_) {}
   Result compute(const Tensor& residual, const Activation& act, bool) override {
-    TORCH_CHECK(x_was_.holds(x_), "cnnkern: the input of a folded ", layer_->name(), " was changed by other means than PyTorch's "
-                "operators, or by another thread, before its output was used");
-    return {layer_->run(x_, residual, act, dtype_), {}, {}, {}};
+    return {layer->run(input, residual, act, dtype), {}, {}, {}};
   }
-  std::vector<Tensor> reads() const override { return {x_}; }
+  std::shared_ptr<Source> followed_by(const Activation& act) override {
+    return layer->leads(act, dtype) ? std::make_shared<ActivatedSource>(layer, input, dtype, act) : nullptr;
+  }
+  std::vector<Tensor> reads() const override { return input.reads(); }
   bool has_any_strides() const override { return true; }
-  const std::shared_ptr<Folded>& layer() const { return layer_; }
-  const Tensor& x() const { return x_; }
-  const Remembered& x_was() const { return x_was_; }
-  at::ScalarType dtype() const { return dtype_; }
 
- private:
-  std::shared_ptr<Folded> layer_;
-  Tensor x_;
-  Remembered x_was_;
-  at::ScalarType dtype_;
+  const std::shared_ptr<Folded> layer;
+  const FoldedInput input;
+  const at::ScalarType dtype;
 };
 
 // Modes, for example one that counts operations, have to see those of the original model.
 bool is_seen_by_modes() { return c10::impl::TorchDispatchModeTLS::any_modes_set(); }
 
-const FoldedSource* source_of(const Tensor& t) {
-  const Deferred* deferred = Deferred::of(t);
+template <typename Kind>
+std::shared_ptr<Kind> source_of(const Tensor& t) {
+  Deferred* deferred = Deferred::of(t);
   if (deferred == nullptr || t.requires_grad()) return nullptr;  // its gradient is needed
-  return dynamic_cast<const FoldedSource*>(deferred->waiting_source());
+  return std::dynamic_pointer_cast<Kind>(deferred->waiting_source());
 }
 
 }  // namespace
+
+FoldedInput::FoldedInput(const Tensor& x, bool deferred) : x_(x), deferred_(deferred) {
+  if (!deferred)
+    was_.remember(x);
+  else if (!x.is_inference())
+    version_ = x._version();
+}
+
+std::shared_ptr<ActivatedSource> FoldedInput::before() const { return deferred_ ? source_of<ActivatedSource>(x_) : nullptr; }
+
+Tensor FoldedInput::value(const char* layer) const {
+  const bool holds = deferred_ ? x_.is_inference() || x_._version() == version_ : was_.holds(x_);
+  TORCH_CHECK(holds, "cnnkern: the input of a folded ", layer, " was changed by other means than PyTorch's operators, or by another "
+              "thread, before its output was used");
+  return deferred_ ? as_computed(x_, layer) : x_;
+}
+
+std::vector<Tensor> FoldedInput::reads() const {
+  const auto source = before();
+  return source == nullptr ? std::vector<Tensor>{x_} : source->reads();
+}
+
+ActivatedSource::ActivatedSource(std::shared_ptr<Folded> layer_, FoldedInput input_, at::ScalarType dtype_, Activation act_)
+    : layer(std::move(layer_)), input(std::move(input_)), dtype(dtype_), act(std::move(act_)) {}
+
+Result ActivatedSource::compute(const Tensor& residual, const Activation& none, bool) {
+  TORCH_INTERNAL_ASSERT(!residual.defined() && none.name == "none");
+  layer->count_alone();
+  return {layer->run(input, residual, act, dtype), {}, {}, {}};
+}
 
 Folded::Folded(const Tensor& weight, const OptionalTensor& bias, std::vector<at::ScalarType> dtypes, Pack pack,
                const std::vector<Tensor>& sources)
@@ -77,32 +103,37 @@ OptionalTensor Folded::bias_as(at::ScalarType dtype) const {
 
 std::optional<Tensor> Folded::call(const std::shared_ptr<Site>& site, const Tensor& input) {
   if (is_seen_by_modes()) return std::nullopt;
-  const Tensor x = as_computed(input, name());
-  if (!takes(x)) return std::nullopt;
+  const auto before = source_of<ActivatedSource>(input);
+  const bool follows = before != nullptr && is_undisturbed() && computed_in(input) == computed_in(weight_) && this->follows(*before);
+  const Tensor x = follows ? input : as_computed(input, name());
+  if (follows ? !fits(x) : !takes(x)) return std::nullopt;
   const auto sizes = output_sizes(x);
   if (*std::min_element(sizes.begin(), sizes.end()) <= 0) return std::nullopt;
-  Remembered x_was;
-  x_was.remember(x);
-  return defer(site, x, x_was, sizes, gives_rows(input), computed_in(x));
+  return defer(site, FoldedInput(x, follows), sizes, gives_rows(input), computed_in(x));
 }
 
 Tensor Folded::take_over(const std::shared_ptr<Site>& site, const Tensor& deferred) {
-  const FoldedSource* before = source_of(deferred);
+  const auto before = source_of<FoldedSource>(deferred);
   TORCH_CHECK(before != nullptr, "cnnkern: take_over needs the deferred result of a folded layer");
-  const Tensor x = before->x();
-  const Remembered x_was = before->x_was();
-  const auto dtype = before->dtype();
-  const bool rows = !deferred.is_contiguous();
   Deferred::of(deferred)->take_over("BatchNorm");
-  return defer(site, x, x_was, deferred.sizes().vec(), rows, dtype);
+  return defer(site, before->input, deferred.sizes().vec(), !deferred.is_contiguous(), before->dtype);
 }
 
-Tensor Folded::defer(const std::shared_ptr<Site>& site, const Tensor& x, const Remembered& x_was, const std::vector<int64_t>& sizes,
-                     bool rows, at::ScalarType dtype) {
+Tensor Folded::defer(const std::shared_ptr<Site>& site, const FoldedInput& input, const std::vector<int64_t>& sizes, bool rows,
+                     at::ScalarType dtype) {
   const Strides strides = plain_strides(sizes, rows);
-  const auto source = std::make_shared<FoldedSource>(shared_from_this(), x, x_was, dtype);
+  const auto source = std::make_shared<FoldedSource>(shared_from_this(), input, dtype);
   if (!site->defers(0) || !is_undisturbed()) return Deferred::compute_at_once(*source, strides);
-  return tensor_of(Deferred::make(source, x.options().dtype(dtype), sizes, strides, {}, {site, 0}));
+  return tensor_of(Deferred::make(source, input.options().dtype(dtype), sizes, strides, {}, {site, 0}));
+}
+
+Tensor Folded::run(const FoldedInput& input, const Tensor& residual, const Activation& act, at::ScalarType dtype) {
+  if (const auto before = input.before()) {
+    const Tensor y = run_with(*before, residual, act);
+    before->layer->count_together();  // also if it is faster alone, for a shape like this
+    if (y.defined()) return y;
+  }
+  return compute(input.value(name()), residual, act, dtype);
 }
 
 Tensor Folded::packed(const std::vector<int64_t>& sizes, at::ScalarType dtype) {
@@ -149,8 +180,8 @@ FusedActivation::FusedActivation(const Activation& act) {
 }
 
 std::shared_ptr<Folded> folded_of(const Tensor& t) {
-  const FoldedSource* source = is_seen_by_modes() ? nullptr : source_of(t);
-  return source == nullptr ? nullptr : source->layer();
+  const auto source = is_seen_by_modes() ? nullptr : source_of<FoldedSource>(t);
+  return source == nullptr ? nullptr : source->layer;
 }
 
 }  // namespace cnnkern

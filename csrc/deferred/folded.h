@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <atomic>
 #include <functional>
 #include <map>
 #include <memory>
@@ -17,6 +18,40 @@
 #include "deferred/source.h"
 
 namespace cnnkern {
+
+class Folded;
+
+// A folded layer's input: a tensor, or the deferred result of a folded layer and an activation, if one kernel computes both layers.
+class FoldedInput {
+ public:
+  FoldedInput(const at::Tensor& x, bool deferred);
+  // The layer whose result it is, if that is still deferred; else null, and value() is the input.
+  std::shared_ptr<class ActivatedSource> before() const;
+  at::Tensor value(const char* layer) const;  // raises an error if it was changed by other means than PyTorch's operators
+  std::vector<at::Tensor> reads() const;
+  const at::TensorOptions options() const { return x_.options(); }
+
+ private:
+  at::Tensor x_;
+  bool deferred_;
+  int64_t version_ = 0;  // of a deferred one
+  Remembered was_;
+};
+
+// act(layer(input)), deferred.
+class ActivatedSource final : public Source {
+ public:
+  ActivatedSource(std::shared_ptr<Folded> layer, FoldedInput input, at::ScalarType dtype, Activation act);
+  Result compute(const at::Tensor& residual, const Activation& none, bool again) override;
+  std::vector<at::Tensor> reads() const override { return input.reads(); }
+  bool has_any_strides() const override { return true; }
+  bool takes_more() const override { return false; }
+
+  const std::shared_ptr<Folded> layer;
+  const FoldedInput input;
+  const at::ScalarType dtype;
+  const Activation act;
+};
 
 class Folded : public std::enable_shared_from_this<Folded> {
  public:
@@ -35,14 +70,23 @@ class Folded : public std::enable_shared_from_this<Folded> {
   // The result of this layer for the input of another one, whose deferred result is `deferred`.
   at::Tensor take_over(const std::shared_ptr<Site>& site, const at::Tensor& deferred);
 
-  // act(layer(x) + residual), the residual being optional; in any strides.
-  virtual at::Tensor run(const at::Tensor& x, const at::Tensor& residual, const Activation& act, at::ScalarType dtype) = 0;
+  // act(layer(input) + residual), the residual being optional; in any strides. With the layers before it, if one kernel does.
+  at::Tensor run(const FoldedInput& input, const at::Tensor& residual, const Activation& act, at::ScalarType dtype);
   virtual const char* name() const = 0;  // in messages
+  // Whether act(layer(x)) should be deferred for the layer after it: that it can be, and usually was computed with that layer.
+  bool leads(const Activation& act, at::ScalarType dtype) const { return alone_ <= together_ && can_lead(act, dtype); }
+  void count_alone() { ++alone_; }
+  void count_together() { ++together_; }
 
  protected:
   virtual bool fits(const at::Tensor& x) const = 0;  // whether it computes an input of this shape
   virtual std::vector<int64_t> output_sizes(const at::Tensor& x) const = 0;
   virtual bool gives_rows(const at::Tensor& input) const = 0;  // whether PyTorch's result has channels innermost
+  virtual bool can_lead(const Activation& /*act*/, at::ScalarType) const { return false; }
+  // Whether one kernel can compute `before` and this layer; and their result, undefined if layer by layer is faster.
+  virtual bool follows(const ActivatedSource& /*before*/) const { return false; }
+  virtual at::Tensor run_with(const ActivatedSource& /*before*/, const at::Tensor& /*residual*/, const Activation& /*act*/) { return {}; }
+  virtual at::Tensor compute(const at::Tensor& x, const at::Tensor& residual, const Activation& act, at::ScalarType dtype) = 0;
   at::ScalarType computed_in(const at::Tensor& t) const;  // its dtype under the current autocast
   bool is_librarys(const at::Tensor& x, at::ScalarType dtype) const;  // whether oneDNN has the dtype
   std::optional<at::Tensor> bias_as(at::ScalarType dtype) const;
@@ -59,8 +103,8 @@ class Folded : public std::enable_shared_from_this<Folded> {
 
  private:
   bool takes(const at::Tensor& x) const;
-  at::Tensor defer(const std::shared_ptr<Site>& site, const at::Tensor& x, const Remembered& x_was,
-                   const std::vector<int64_t>& sizes, bool rows, at::ScalarType dtype);
+  at::Tensor defer(const std::shared_ptr<Site>& site, const FoldedInput& input, const std::vector<int64_t>& sizes, bool rows,
+                   at::ScalarType dtype);
 
   std::vector<at::ScalarType> dtypes_;
   Pack pack_;
@@ -69,6 +113,7 @@ class Folded : public std::enable_shared_from_this<Folded> {
   at::Tensor own_packed_;
   std::mutex mutex_;
   std::map<std::pair<at::ScalarType, std::vector<int64_t>>, at::Tensor> packed_;
+  std::atomic<int64_t> alone_ = 0, together_ = 0;  // results that were deferred for the layer after it
 };
 
 // oneDNN's name and parameters of an activation, as the epilogue of a layer; "none" if it lacks it.

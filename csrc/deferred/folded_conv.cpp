@@ -40,7 +40,7 @@ bool FoldedConv::gives_rows(const Tensor& input) const {
   return (!input.is_contiguous() && is_rows(input)) || (!weight_.is_contiguous() && is_rows(weight_));
 }
 
-Tensor FoldedConv::run(const Tensor& x, const Tensor& residual, const Activation& act, at::ScalarType dtype) {
+Tensor FoldedConv::compute(const Tensor& x, const Tensor& residual, const Activation& act, at::ScalarType dtype) {
   const Tensor padded = (settings_.pad.empty() ? x : at::pad(x, settings_.pad, settings_.pad_mode)).to(dtype);
   if (x.dim() < 4 || !is_librarys(padded, dtype)) return by_parts(padded, residual, act);
   if (!is_own(padded, dtype)) return by_library(padded, residual, act);
@@ -90,11 +90,15 @@ Tensor FoldedConv::by_grouped(const Tensor& x, const Tensor& residual, const Act
   return act.name == "relu" ? y.relu_() : activated(y, act);
 }
 
+const float* FoldedConv::packed_for_own() {
+  static auto* const pack_pointwise = CNNKERN_FOR_THIS_CPU(pack_pointwise);
+  static auto* const pack_depthwise = CNNKERN_FOR_THIS_CPU(pack_depthwise);
+  return own_packed(settings_.own == "pointwise" ? pack_pointwise : pack_depthwise);
+}
+
 // By cnnkern's kernel, which includes the addition and the activation.
 Tensor FoldedConv::by_own(const Tensor& x, const Tensor& residual, const Activation& act) {
-  static auto* const pack_pointwise = CNNKERN_FOR_THIS_CPU(pack_pointwise);
   static auto* const pointwise = CNNKERN_FOR_THIS_CPU(pointwise);
-  static auto* const pack_depthwise = CNNKERN_FOR_THIS_CPU(pack_depthwise);
   static auto* const depthwise = CNNKERN_FOR_THIS_CPU(depthwise);
   constexpr auto kRows = at::MemoryFormat::ChannelsLast;
   const bool is_pointwise = settings_.own == "pointwise";
@@ -106,7 +110,7 @@ Tensor FoldedConv::by_own(const Tensor& x, const Tensor& residual, const Activat
   const Tensor y = aten::empty(sizes, x.options().memory_format(kRows));
   const auto [fused, after] = FusedActivation(act);
   const Behind behind{added.defined() ? added.const_data_ptr<float>() : nullptr, fused};
-  const float *const in = from.const_data_ptr<float>(), *const packed = own_packed(is_pointwise ? pack_pointwise : pack_depthwise);
+  const float *const in = from.const_data_ptr<float>(), *const packed = packed_for_own();
   float* const out = y.mutable_data_ptr<float>();
   const ImageSizes image{x.size(0), x.size(2), x.size(3), sizes[2], sizes[3], stride};
   if (is_pointwise)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "deferred/folded.h"
+#include "folded_kernels.h"
 
 namespace cnnkern {
 
@@ -21,13 +22,31 @@ class FoldedConv final : public Folded {
   FoldedConv(const at::Tensor& weight, const std::optional<at::Tensor>& bias, Settings settings,
              const std::vector<at::ScalarType>& dtypes, Pack pack, const std::vector<at::Tensor>& sources);
 
-  at::Tensor run(const at::Tensor& x, const at::Tensor& residual, const Activation& act, at::ScalarType dtype) override;
   const char* name() const override { return "convolution"; }
 
+  // Convolutions that one kernel computes (mobile_block.cpp): 1x1, depthwise and 1x1, where the first or the last may be null.
+  struct Block {
+    FoldedConv *expand, *depthwise, *project;
+    Activation expand_act, depthwise_act;  // if another one follows
+    at::Tensor run(const at::Tensor& x, const at::Tensor& residual, const Activation& act) const;
+    bool is_faster(const at::Tensor& x) const;  // than layer by layer
+
+   private:
+    ImageSizes image(const at::Tensor& x) const;
+    int64_t bands(const at::Tensor& x) const;
+  };
+
  private:
+  at::Tensor compute(const at::Tensor& x, const at::Tensor& residual, const Activation& act, at::ScalarType dtype) override;
   bool fits(const at::Tensor& x) const override { return x.dim() == weight_.dim() && x.size(1) == weight_.size(1) * settings_.groups; }
   std::vector<int64_t> output_sizes(const at::Tensor& x) const override;
   bool gives_rows(const at::Tensor& input) const override;
+  // Of blocks.
+  bool can_lead(const Activation& act, at::ScalarType dtype) const override;
+  bool follows(const ActivatedSource& before) const override;
+  at::Tensor run_with(const ActivatedSource& before, const at::Tensor& residual, const Activation& act) override;
+  bool is_of_block(const char* kind) const;
+  const float* packed_for_own();
   at::Tensor by_parts(const at::Tensor& x, const at::Tensor& residual, const Activation& act);
   at::Tensor by_library(const at::Tensor& x, const at::Tensor& residual, const Activation& act);
   bool is_own(const at::Tensor& x, at::ScalarType dtype) const;

@@ -30,7 +30,7 @@ std::vector<int64_t> FoldedLinear::output_sizes(const Tensor& x) const {
   return sizes;
 }
 
-Tensor FoldedLinear::run(const Tensor& x, const Tensor& residual, const Activation& act, at::ScalarType dtype) {
+Tensor FoldedLinear::compute(const Tensor& x, const Tensor& residual, const Activation& act, at::ScalarType dtype) {
   const Tensor rows = x.to(dtype).contiguous().view({-1, x.size(-1)});
   const auto sizes = output_sizes(x);
   const Tensor added = residual.defined() ? residual.contiguous().view({rows.size(0), sizes.back()}) : residual;

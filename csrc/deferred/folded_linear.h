@@ -11,10 +11,10 @@ class FoldedLinear final : public Folded {
   FoldedLinear(const at::Tensor& weight, const std::optional<at::Tensor>& bias, int64_t own_to_rows,
                const std::vector<at::ScalarType>& dtypes, Pack pack, const std::vector<at::Tensor>& sources);
 
-  at::Tensor run(const at::Tensor& x, const at::Tensor& residual, const Activation& act, at::ScalarType dtype) override;
   const char* name() const override { return "linear layer"; }
 
  private:
+  at::Tensor compute(const at::Tensor& x, const at::Tensor& residual, const Activation& act, at::ScalarType dtype) override;
   bool fits(const at::Tensor& x) const override;
   std::vector<int64_t> output_sizes(const at::Tensor& x) const override;
   bool gives_rows(const at::Tensor&) const override { return false; }

@@ -5,6 +5,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <array>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -36,6 +37,10 @@ class Source {
   // Whether it reads or updates a running statistic in this memory, which no operator may access before.
   virtual bool keeps_statistic(const c10::StorageImpl*) const { return false; }
   virtual bool updates_statistics() const { return false; }
+  // What computes act(result), if that should be deferred again, because a layer that follows may compute both. Null if not.
+  virtual std::shared_ptr<Source> followed_by(const Activation& /*act*/) { return nullptr; }
+  // Whether an activation or an addition can be fused with the result.
+  virtual bool takes_more() const { return true; }
   // Whether it may compute the result in other strides than PyTorch's. It is copied into PyTorch's if needed.
   virtual bool has_any_strides() const { return false; }
 };

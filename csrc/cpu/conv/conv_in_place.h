@@ -4,6 +4,7 @@
 // row, whose taps lie partly outside, are treated one by one.
 #pragma once
 
+#include <limits>
 #include <memory>
 
 #include "cpu/conv/conv_blocks.h"
@@ -59,8 +60,8 @@ CNNKERN_INLINE void over_channels(int64_t channels, bool stream, const F& f) {
     [&](T* p, const V& v) CNNKERN_INLINED { vstore(p, vec(v), count); });
 }
 
-// The outputs of a row, and the kernel rows of theirs that meet the image. Strides in elements.
-template <typename T>
+// The outputs of a row, and the kernel rows of theirs that meet the image. Strides in elements. kBounded: they are clamped.
+template <typename T, bool kBounded = false>
 struct RowInPlace {
   const T* in;        // pixel 0 of the first such row of the input
   int64_t in_row, in_pixel;
@@ -74,33 +75,41 @@ struct RowInPlace {
   int64_t out_pixel, columns;
   int64_t channels;
   bool stream;
+  // Of rows in a ring: how many there are before its end, and its elements.
+  int64_t before_wrap = std::numeric_limits<int64_t>::max(), ring = 0;
+  float low = 0, high = 0;
+  const T* row(int64_t r) const { return in + r * in_row - (r < before_wrap ? 0 : ring); }
+  Simd<kPlane> bounded(const Simd<kPlane>& v) const {
+    if constexpr (!kBounded) return v;
+    return simd(at::vec::clamp(vec(v), Vec<float>(low), Vec<float>(high)));
+  }
 };
 
 // J outputs from the j-th on, all of whose taps lie in the image.
-template <int J, int kStep, int kTaps, typename T>
-void run_in_place(const RowInPlace<T>& s, int64_t j) {
+template <int J, int kStep, int kTaps, typename T, bool kBounded>
+void run_in_place(const RowInPlace<T, kBounded>& s, int64_t j) {
   using V = Simd<kPlane>;
-  const T* const in = s.in + (s.first + j * kStep) * s.in_pixel;
+  const int64_t in = (s.first + j * kStep) * s.in_pixel;
   T* const out = s.out + j * s.out_pixel;
   over_channels<T>(s.channels, s.stream, [&](int64_t c, const auto& load, const auto& store) CNNKERN_INLINED {
     V sum[J];
     const V start = s.bias != nullptr ? V::load(s.bias + c) : V::all(0);
     unrolled<J>([&](auto i) CNNKERN_INLINED { sum[i] = start; });
     for (int64_t r = 0; r < s.kernel_rows; ++r) {
-      const T* const p = in + r * s.in_row + c;
+      const T* const p = s.row(r) + in + c;
       if (r + kStep >= s.kernel_rows)  // rows that are not in a cache yet
         unrolled<J * kStep>([&](auto i) CNNKERN_INLINED { __builtin_prefetch(p + (J * kStep + i) * s.in_pixel, 0, 3); });
       V tap[kTaps];
       unrolled<kTaps>([&](auto t) CNNKERN_INLINED { tap[t] = V::load(s.weight + r * s.weight_row + t * s.weight_tap + c); });
       add_row<J, kStep>(sum, tap, [&](int i) CNNKERN_INLINED { return load(p + i * s.in_pixel); });
     }
-    unrolled<J>([&](auto i) CNNKERN_INLINED { store(out + i * s.out_pixel + c, sum[i]); });
+    unrolled<J>([&](auto i) CNNKERN_INLINED { store(out + i * s.out_pixel + c, s.bounded(sum[i])); });
   });
 }
 
 // The j-th output, whatever of its `taps` lies in the image.
-template <int kStep, typename T>
-void pixel_in_place(const RowInPlace<T>& s, int64_t j, int64_t taps) {
+template <int kStep, typename T, bool kBounded>
+void pixel_in_place(const RowInPlace<T, kBounded>& s, int64_t j, int64_t taps) {
   using V = Simd<kPlane>;
   const int64_t first = s.first + j * kStep;
   const int64_t begin = std::clamp<int64_t>(-first, 0, taps), end = std::clamp<int64_t>(s.width - first, begin, taps);
@@ -108,8 +117,8 @@ void pixel_in_place(const RowInPlace<T>& s, int64_t j, int64_t taps) {
     V sum = s.bias != nullptr ? V::load(s.bias + c) : V::all(0);
     for (int64_t r = 0; r < s.kernel_rows; ++r)
       for (int64_t t = begin; t < end; ++t)
-        sum = V::fma(load(s.in + r * s.in_row + (first + t) * s.in_pixel + c), V::load(s.weight + r * s.weight_row + t * s.weight_tap + c), sum);
-    store(s.out + j * s.out_pixel + c, sum);
+        sum = V::fma(load(s.row(r) + (first + t) * s.in_pixel + c), V::load(s.weight + r * s.weight_row + t * s.weight_tap + c), sum);
+    store(s.out + j * s.out_pixel + c, s.bounded(sum));
   });
 }
 
@@ -120,8 +129,8 @@ inline std::pair<int64_t, int64_t> columns_inside(int64_t first, int64_t step, i
   return {begin, std::clamp<int64_t>(last < 0 ? 0 : last / step + 1, begin, columns)};
 }
 
-template <int kStep, int kTaps, typename T>
-void row_in_place(const RowInPlace<T>& s) {
+template <int kStep, int kTaps, typename T, bool kBounded>
+void row_in_place(const RowInPlace<T, kBounded>& s) {
   const auto [begin, end] = columns_inside(s.first, kStep, kTaps, s.width, s.columns);
   for (int64_t j = 0; j < begin; ++j) pixel_in_place<kStep>(s, j, kTaps);
   over_runs<kRunInPlace>(end - begin, [&, begin = begin](auto run, int64_t first) CNNKERN_INLINED {

@@ -1,0 +1,394 @@
+"""Blocks of mobile networks that a folded model computes in one kernel: 1x1, depthwise and 1x1 convolutions, or two of
+them. As good as eager in every shape, and nothing that a model does between the layers changes what it computes."""
+
+import copy
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import cnnkern
+from benchmarks.studies import mobile_blocks
+from cnnkern import _C, testing
+from cnnkern.nn.folded_conv import folded_conv
+from tests.test_fold import LAYOUTS, judged, randomised
+from tests.test_fold_own import in_nan, new_memory_is_nan
+
+pytestmark = pytest.mark.skipif(_C.cpu_capability() == "DEFAULT", reason="without AVX2 oneDNN computes the layers")
+
+# Inputs (0: no first 1x1), channels between, outputs (0: no last 1x1), size of the kernel, stride, padding.
+SHAPES = [
+    (3, 16, 5, 3, 1, 1),
+    (16, 96, 24, 3, 2, 1),
+    (5, 33, 7, 5, 1, 2),
+    (24, 40, 24, 5, 2, 2),
+    (1, 1, 1, 3, 1, 0),
+    (8, 200, 65, 3, 1, 2),
+    (7, 20, 9, 5, 1, 4),
+    (0, 32, 16, 3, 1, 1),
+    (0, 19, 3, 5, 2, 0),
+    (4, 24, 0, 3, 2, 1),
+    (16, 210, 0, 5, 1, 2),
+    (9, 17, 0, 3, 1, 0),
+]
+SIZES = [(1, 7, 7), (2, 9, 5), (3, 5, 14), (1, 30, 11), (5, 8, 60)]  # N, H, W
+ACTIVATIONS = ["relu6", "none", "silu", "relu", "hardswish"]
+
+
+def act_of(name: str) -> Callable[[Tensor], Tensor]:
+    return (lambda t: t) if name == "none" else getattr(F, name)
+
+
+class Parts:
+    """The convolutions of a block, folded with a bias, and the block of them."""
+
+    def __init__(self, inputs: int, channels: int, outputs: int, k: int, stride: int, padding: int, act: str) -> None:
+        self.act = act
+        self.convs = {
+            "expand": nn.Conv2d(inputs, channels, 1) if inputs else None,
+            "depthwise": nn.Conv2d(channels, channels, k, stride, padding, groups=channels),
+            "project": nn.Conv2d(channels, outputs, 1, bias=outputs % 2 == 0) if outputs else None,
+        }
+        self.inputs = inputs or channels
+        self.folded = {name: conv and self._fold(conv) for name, conv in self.convs.items()}
+        self.block = _C.MobileBlock(*self.folded.values(), act)
+
+    @staticmethod
+    def _fold(conv: nn.Conv2d) -> _C.FoldedConv:
+        return folded_conv(conv, conv.weight.detach(), None if conv.bias is None else conv.bias.detach(), [], own=True)
+
+    def acts(self, last: str) -> list[str]:
+        return [self.act] * (sum(conv is not None for conv in self.convs.values()) - 1) + [last]
+
+    def eager(self, x: Tensor, residual: Tensor | None, last: str) -> Tensor:
+        convs = [copy.deepcopy(conv).to(x.dtype) for conv in self.convs.values() if conv is not None]
+        for conv, act in zip(convs[:-1], self.acts(last), strict=False):
+            x = act_of(act)(conv(x))
+        y = convs[-1](x)
+        return act_of(last)(y if residual is None else y + residual)
+
+    def by_layer(self, x: Tensor, last: str) -> Tensor:
+        for layer, act in zip([f for f in self.folded.values() if f is not None], self.acts(last), strict=True):
+            x = layer.run(x, act)
+        return x
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_good_as_eager_whatever_the_shape(shape):
+    """With and without a residual, every layout, images cut into bands or not; memory that nobody wrote is NaN."""
+    torch.manual_seed(0)
+    with torch.no_grad(), new_memory_is_nan():
+        for i, (n, h, w) in enumerate(SIZES):
+            parts = Parts(*shape, act=ACTIVATIONS[i])
+            last = ACTIVATIONS[(i + 2) % 5]
+            plain = torch.randn(n, parts.inputs, h, w)
+            y = parts.eager(plain, None, "none")
+            strided = torch.randn(n, parts.inputs, h, 2 * w)[..., ::2].flip(2)
+            for x in (*(in_nan(plain.to(memory_format=layout)) for layout in LAYOUTS), strided):
+                for residual in (None, in_nan(torch.randn_like(y)), torch.randn(y.shape).mT.contiguous().mT):
+                    wide = None if residual is None else residual.double()
+                    with threads(1 + i % 3):
+                        mine = parts.block.run(x, residual, last)
+                    testing.assert_as_good_as(
+                        {last: mine},
+                        {last: parts.eager(x, residual, last)},
+                        {last: parts.eager(x.double(), wide, last)},
+                    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bit_equal_to_the_layers_with_any_number_of_threads(shape):
+    parts = Parts(*shape, act="relu6")
+    for n, h, w in SIZES:
+        x = torch.randn(n, parts.inputs, h, w)
+        expected = parts.by_layer(x, "relu")
+        for count in (1, 2, 3, 7):
+            with threads(count):
+                assert torch.equal(parts.block.run(x, None, "relu"), expected)
+
+
+def test_nan_passes_and_infinities_stay():
+    parts = Parts(1, 4, 2, 3, 1, 1, act="relu6")
+    values = torch.tensor([float("inf"), -float("inf"), 1.0, float("nan"), 9.0]).repeat(5, 1).view(1, 1, 5, 5)
+    torch.testing.assert_close(
+        parts.block.run(values, None, "none"), parts.eager(values, None, "none"), equal_nan=True, rtol=1e-5, atol=1e-5
+    )
+
+
+def blocks_run(call: Callable[[], object]) -> int:
+    """How many blocks a call computes in one kernel."""
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        call()
+    return sum(event.count for event in recorded.key_averages() if event.key == "cnnkern::mobile_block")
+
+
+class Inverted(nn.Module):
+    """An inverted residual. `between` is called with the results of its layers, as code of a model might be."""
+
+    def __init__(self, channels: int = 6, act: type[nn.Module] = nn.ReLU6, inplace: bool = True, k: int = 3) -> None:
+        super().__init__()
+        wide = 3 * channels
+        self.expand = nn.Conv2d(channels, wide, 1, bias=False)
+        self.bn1, self.act1 = nn.BatchNorm2d(wide), act(inplace=inplace)
+        self.depthwise = nn.Conv2d(wide, wide, k, padding=k // 2, groups=wide, bias=False)
+        self.bn2, self.act2 = nn.BatchNorm2d(wide), act(inplace=inplace)
+        self.project, self.bn3 = nn.Conv2d(wide, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        self.between: Callable[[str, Tensor], Tensor] = lambda _, t: t
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.between("expanded", self.act1(self.bn1(self.expand(x))))
+        z = self.between("depthwise", self.act2(self.bn2(self.depthwise(y))))
+        return self.between("projected", self.bn3(self.project(z))) + x
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Mish], ids=lambda a: a.__name__)
+@pytest.mark.parametrize("inplace", [True, False], ids=["in place", "new"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
+def test_a_model_runs_its_blocks(act, inplace, mode):
+    """From the first call on, and what is fused with what is reported as layer by layer."""
+    torch.manual_seed(0)
+    model = randomised(nn.Sequential(Inverted(act=act, inplace=inplace), Inverted(act=act, inplace=inplace, k=5)))
+    folded = cnnkern.fold(model)
+    for _ in range(3):
+        with mode():
+            x = torch.randn(2, 6, 14, 12)
+            assert blocks_run(lambda x=x: folded(x).sum()) == 2
+        judged(folded, model, x.clone(), layouts=LAYOUTS)
+    name = {"ReLU6": "relu6"}.get(act.__name__, act.__name__)
+    found = {kind.lower(): count for kind, count in cnnkern.conversion_report(folded).counts.items()}
+    assert found == {f"conv + batchnorm + {name.lower()}": 4, "conv + batchnorm + add": 2}
+
+
+def test_torchvisions_networks():
+    """Without squeeze-excitation all of a block, else its first two layers. The rule leaves some 5x5 to oneDNN."""
+    for name, count in (
+        ("mobilenet_v2", 17),
+        ("mnasnet0_5", 17),
+        ("mobilenet_v3_large", 15 - 3),
+        ("efficientnet_b0", 15 - 7),
+    ):
+        model = mobile_blocks.build(name).eval()
+        folded = cnnkern.fold(randomised(model))
+        x = torch.randn(4, 3, 64, 64)
+        judged(folded, model, x)
+        with torch.no_grad(), threads(1):
+            folded(x).sum(), folded(x).sum()
+            assert blocks_run(lambda folded=folded, x=x: folded(x).sum()) == count, name
+        judged(folded, model, x, layouts=LAYOUTS)
+
+
+KEPT: list[Tensor] = []
+
+
+def _keep(_: str, t: Tensor) -> Tensor:
+    KEPT.append(t)
+    return t
+
+
+def _scaled_in_place(name: str, t: Tensor) -> Tensor:
+    return t.mul_(2) if name != "projected" else t
+
+
+def _read_by_numpy(_: str, t: Tensor) -> Tensor:
+    KEPT.append(torch.from_numpy(t.detach().numpy().copy()))
+    return t
+
+
+def _written_by_numpy(name: str, t: Tensor) -> Tensor:
+    if name == "expanded":
+        t.detach().numpy()[:] += 1
+    return t
+
+
+def _view_written(name: str, t: Tensor) -> Tensor:
+    if name != "projected":
+        t[:, :3].zero_()
+    return t
+
+
+def _data_replaced(name: str, t: Tensor) -> Tensor:
+    if name == "depthwise":
+        t.data = t.detach() * 3
+    return t
+
+
+def _pooled_and_gated(name: str, t: Tensor) -> Tensor:
+    return t * t.mean((2, 3), keepdim=True).sigmoid() if name == "depthwise" else t
+
+
+def _another_thread_reads(_: str, t: Tensor) -> Tensor:
+    thread = threading.Thread(target=lambda: KEPT.append(t.clone()))
+    thread.start()
+    thread.join()
+    return t
+
+
+BETWEEN = [
+    _keep,
+    _scaled_in_place,
+    _read_by_numpy,
+    _written_by_numpy,
+    _view_written,
+    _data_replaced,
+    _pooled_and_gated,
+    _another_thread_reads,
+    lambda _, t: t.clone(),
+    lambda name, t: F.dropout(t, training=False) if name != "projected" else t,
+    lambda name, t: t[:, :, 1:, :] if name == "expanded" else F.pad(t, (0, 0, 1, 0)) if name == "projected" else t,
+    lambda name, t: t.relu_() if name == "expanded" else t.sigmoid(),
+]
+
+
+@pytest.mark.parametrize("between", BETWEEN, ids=lambda f: getattr(f, "__name__", "between"))
+def test_what_happens_between_the_layers(between):
+    """A model's own code reads, keeps, changes or replaces results. It sees what it sees in the original."""
+    torch.manual_seed(0)
+    model = randomised(Inverted())
+    folded = cnnkern.fold(model)
+    model.between = folded.between = between
+    if between is _pooled_and_gated or between is BETWEEN[-2]:
+        model.bn3 = folded.bn3 = nn.Identity()
+    for _ in range(3):
+        x = torch.randn(2, 6, 10, 8)
+        seen = []
+        for m in (model, folded):
+            KEPT.clear()
+            with torch.no_grad():
+                y = m(x.clone())
+            seen.append([y, *(t.clone() for t in KEPT)])
+        assert len(seen[0]) == len(seen[1])
+        torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-4)
+    KEPT.clear()
+
+
+def test_hooks_see_the_layers_results():
+    model = randomised(Inverted())
+    folded = cnnkern.fold(model)
+    x, seen = torch.randn(1, 6, 9, 9), {}
+    for m in (model, folded):
+        seen[m] = []
+        for child in m.children():
+            child.register_forward_hook(lambda *args, m=m: seen[m].append(args[2].clone()))
+    with torch.no_grad():
+        for _ in range(2):
+            for found in seen.values():
+                found.clear()
+            torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(seen[folded], seen[model], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("written", ["input", "weight"])
+def test_what_changes_before_the_block_is_computed(written):
+    """The input or a parameter is written to while the results wait."""
+    model = randomised(Inverted())
+    folded = cnnkern.fold(model)
+    for m in (model, folded):
+        with torch.no_grad():
+            m(torch.randn(1, 6, 9, 9))
+
+    def write(m: nn.Module, x: Tensor) -> Tensor:
+        def change(name: str, t: Tensor) -> Tensor:
+            if name == "depthwise":
+                (x if written == "input" else m.expand.weight).mul_(2)
+            return t
+
+        m.between = change
+        with torch.no_grad():
+            return m(x)
+
+    x = torch.randn(1, 6, 9, 9)
+    torch.testing.assert_close(write(folded, x.clone()), write(model, x.clone()), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_that_never_lead_a_block_are_not_deferred_for_long():
+    """A 1x1 convolution before a dense one: after the first call its result is computed at once again."""
+    model = randomised(
+        nn.Sequential(
+            nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+        )
+    )
+    folded = cnnkern.fold(model)
+    x = torch.randn(2, 4, 9, 9)
+    with torch.no_grad():
+        folded(x)
+        y = folded[2](folded[1](folded[0](x)))
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            y.sum()
+    assert not any("convolution" in event.key for event in recorded.key_averages())
+    judged(folded, model, x)
+
+
+def test_gradients_and_training_of_a_block():
+    model = randomised(Inverted())
+    folded = cnnkern.fold(model)
+    x = torch.randn(1, 6, 9, 9, requires_grad=True)
+    with torch.no_grad():
+        folded(x)
+    (gradient,) = torch.autograd.grad(folded(x).square().sum(), x)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_share_a_block():
+    model = randomised(nn.Sequential(*(Inverted() for _ in range(3))))
+    folded = cnnkern.fold(model)
+    inputs = [torch.randn(1, 6, 9 + i, 9) for i in range(4)]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+    results: list[list[Tensor]] = [[] for _ in inputs]
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            results[i] += [folded(inputs[i]) for _ in range(20)]
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for found, y in zip(results, expected, strict=True):
+        for mine in found:
+            torch.testing.assert_close(mine, y, rtol=1e-4, atol=1e-4)
+
+
+def test_the_rule():
+    """Bands cost rows that are expanded twice; with as many images as threads there are none."""
+
+    def faster(shape: tuple[int, ...], n: int, side: int, count: int) -> bool:
+        parts = Parts(*shape, act="relu")
+        with threads(count):
+            return parts.block.is_faster(torch.empty(n, parts.inputs, side, side))
+
+    triple, pair, wide = (8, 16, 8, 3, 1, 1), (8, 16, 0, 3, 1, 1), (8, 16, 0, 5, 1, 2)
+    for count in (1, 2, 4):
+        for side in (7, 14, 56):
+            assert faster(triple, count, side, count)
+            assert faster(pair, count, side, count)
+    assert faster(triple, 1, 56, 2)
+    assert faster(triple, 1, 14, 2)
+    assert not faster(triple, 1, 7, 2)
+    assert not faster(triple, 1, 56, 16)
+    assert not faster(pair, 1, 56, 2)
+    assert faster(wide, 1, 14, 1)
+    assert not faster(wide, 16, 7, 1)
+    assert faster((0, 16, 8, 3, 1, 1), 1, 112, 2)
+
+
+def test_the_study_runs(capsys):
+    assert mobile_blocks.main(["mobilenet_v2", "--batch", "1", "--seconds", "0.001"]) == 0
+    assert capsys.readouterr().out.count("| block") >= 3
