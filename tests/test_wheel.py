@@ -51,6 +51,17 @@ def test_a_wheel_that_is_too_large_is_refused(tmp_path, monkeypatch):
         tool.check_wheel(wheel(tmp_path, PACKAGE))
 
 
+def test_a_sample_is_compiled_for_what_a_wheel_is(capsys):
+    assert tool.code_for("8.0;12.0+PTX") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+    assert tool.main(["--sample", "csrc/cpu/add_relu.cpp"]) == 1
+    said = "cnnkern: --sample takes one of the sources csrc/cuda/**/*.cu, got csrc/cpu/add_relu.cpp\n"
+    assert capsys.readouterr().err == said
+
+
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
     root = tmp_path / "checkout"

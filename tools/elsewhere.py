@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,13 @@ def run(
 
 def say(text: str) -> None:
     print(text, flush=True)
+
+
+def processor_time() -> float:
+    """Seconds of processor time that the finished child processes took, theirs included. Other work on the machine and
+    the number of compilers at a time change it little, where elapsed time would be of no use in a table."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def with_torch(folder: Path, torch: str, python: str, *packages: str) -> Path:

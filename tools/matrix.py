@@ -17,12 +17,24 @@ from __future__ import annotations
 import argparse
 import platform
 import re
-import resource
 import sys
 import tempfile
 from pathlib import Path
 
-from elsewhere import BUILD, ROOT, RUN, Failed, build_wheel, copy_sources, install_wheel, nvcc_for, run, say, with_torch
+from elsewhere import (
+    BUILD,
+    ROOT,
+    RUN,
+    Failed,
+    build_wheel,
+    copy_sources,
+    install_wheel,
+    nvcc_for,
+    processor_time,
+    run,
+    say,
+    with_torch,
+)
 
 DOCUMENT = ROOT / "docs" / "install.md"
 BEGIN, END = "<!-- matrix: written by tools/matrix.py -->", "<!-- end of matrix -->"
@@ -135,13 +147,6 @@ def steps(python: Path, eager: bool) -> str:
             say(f"{name}: {error}")
             fail.append(name)
     return f"{', '.join(fail)} {'fails' if len(fail) == 1 else 'fail'}" if fail else "works"
-
-
-def processor_time() -> float:
-    """Seconds of processor time that the finished child processes took, theirs included. Other work on the machine and
-    the number of compilers at a time change it little, where elapsed time would be of no use in a table."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def built(python: Path, scratch: Path, cuda: bool) -> list[str]:

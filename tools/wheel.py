@@ -5,6 +5,8 @@
     .venv/bin/python tools/wheel.py --tests    some of the operators' tests run on the installed wheel as well
     .venv/bin/python tools/wheel.py --torch 2.11 --python 3.12    the wheel alone, for another torch and Python
     .venv/bin/python tools/wheel.py --pure     the wheel without an extension, for every torch, into dist/pure/
+    .venv/bin/python tools/wheel.py --sample csrc/cuda/batch_norm/bn_prelu.cu
+                                               what one source takes, for one GPU architecture and for all of a wheel
 
 Each environment is a fresh one that borrows the packages of .venv (torch, numpy, rich) by a .pth file, so that nothing
 is downloaded; the editable cnnkern of .venv is not visible there. One for another torch is installed whole. A wheel's
@@ -28,7 +30,20 @@ import time
 import zipfile
 from pathlib import Path
 
-from elsewhere import BUILD, ROOT, RUN, Failed, build_wheel, copy_sources, install_wheel, nvcc_for, run, say, with_torch
+from elsewhere import (
+    BUILD,
+    ROOT,
+    RUN,
+    Failed,
+    build_wheel,
+    copy_sources,
+    install_wheel,
+    nvcc_for,
+    processor_time,
+    run,
+    say,
+    with_torch,
+)
 
 DIST = ROOT / "dist"
 LARGEST = 100_000_000  # bytes
@@ -102,6 +117,38 @@ def build(source: Path, kind: str, out: Path) -> Path:
 
 def say_built(wheel: Path, begin: float) -> None:
     say(f"  {wheel.stat().st_size / 1e6:.1f} MB, built in {time.monotonic() - begin:.0f} s")
+
+
+def say_sample(source: str) -> None:
+    """Compiles a CUDA source for sm_80 and for all of a wheel, and says processor time and size: what
+    docs/install.md has of a wheel of all of them, which takes too long to build, is reckoned from it."""
+    if not ((ROOT / source).is_file() and source.endswith(".cu")):
+        raise Failed(f"--sample takes one of the sources csrc/cuda/**/*.cu, got {source}")
+    import build_extension  # asks torch where CUDA is
+    from torch.utils import cpp_extension
+
+    if not build_extension.CUDA:
+        raise Failed("--sample needs nvcc and a CUDA build of torch, and finds none")
+    extension = build_extension.extension()
+    flags = [*cpp_extension.COMMON_NVCC_FLAGS, "--compiler-options=-fPIC", *extension.extra_compile_args["nvcc"]]
+    headers = [*extension.include_dirs, *cpp_extension.include_paths("cuda"), sysconfig.get_path("include")]
+    flags += [part for folder in headers for part in ("-I", folder)]
+    with tempfile.TemporaryDirectory(prefix="cnnkern-sample-") as scratch:
+        for listed in ("8.0", ARCHITECTURES):
+            made, begin = Path(scratch) / "sample.o", processor_time()
+            run(Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc", "-c", source, "-o", made, *flags, *code_for(listed))
+            taken = processor_time() - begin
+            say(f"{source} for {listed}: {made.stat().st_size / 1e6:.1f} MB, {taken:.0f} s of processor time")
+
+
+def code_for(listed: str) -> list[str]:
+    """nvcc's options for architectures as TORCH_CUDA_ARCH_LIST names them: "8.0;9.0+PTX"."""
+    options = []
+    for name in listed.split(";"):
+        number = name.removesuffix("+PTX").replace(".", "")
+        for kind in ("sm", "compute") if name.endswith("+PTX") else ("sm",):
+            options.append(f"-gencode=arch=compute_{number},code={kind}_{number}")
+    return options
 
 
 def check_wheel(wheel: Path) -> None:
@@ -200,9 +247,12 @@ def main(argv: list[str] | None = None) -> int:
         "--python", default=default, metavar="VERSION", help=f"and for this Python (default: {default})"
     )
     parser.add_argument("--pure", action="store_true", help="build the wheel without an extension")
+    parser.add_argument("--sample", metavar="SOURCE", help="compile one CUDA source alone, and say its size")
     options = parser.parse_args(argv)
     try:
-        if options.torch:
+        if options.sample:
+            say_sample(options.sample)
+        elif options.torch:
             make_for(options.torch, options.python)
         elif options.pure:
             make_pure()
