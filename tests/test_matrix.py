@@ -27,15 +27,30 @@ def test_the_document_of_the_repository_has_a_place_for_the_table():
 
 
 def test_rows_are_exchanged_and_stand_in_the_order_of_releases(document, monkeypatch, capsys):
-    monkeypatch.setattr(tool, "row", lambda release, *others: [f"{release}.0", *ROW[1:]])
+    monkeypatch.setattr(tool, "found", lambda release, *others: iter([[f"{release}.0", *ROW[1:]]]))
     assert tool.main(["2.11", "2.9:3.10", "2.10"]) == 0
     assert list(tool.rows_of(document.read_text())) == ["2.9", "2.10", "2.11"]
-    monkeypatch.setattr(tool, "row", lambda release, *others: [f"{release}.1", *ROW[1:5], "1 of 9 fail", "works"])
+    worse = [*ROW[1:5], "1 of 9 fail", "works"]
+    monkeypatch.setattr(tool, "found", lambda release, *others: iter([[f"{release}.1", *worse]]))
     assert tool.main(["2.10"]) == 1
     rows = tool.rows_of(document.read_text())
     assert [row[0] for row in rows.values()] == ["2.9.0", "2.10.1", "2.11.0"]
     assert document.read_text().startswith("before\n")
     assert document.read_text().endswith("\nafter\n")
+
+
+def test_a_build_that_is_broken_off_leaves_what_is_known(document, monkeypatch):
+    def break_off(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "with_torch", lambda folder, *others: folder / "bin" / "python")
+    monkeypatch.setattr(tool, "run", lambda *command, **options: type("Done", (), {"stdout": "2.9.1 3.10.13 3.5.1"}))
+    for name in ("copy_sources", "build_wheel", "install_wheel"):
+        monkeypatch.setattr(tool, name, lambda *arguments, **settings: None)
+    monkeypatch.setattr(tool, "built", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        tool.main(["2.9"])
+    assert tool.rows_of(document.read_text())["2.9"] == ["2.9.1", "3.10.13", "3.5.1", "works", *["not tried"] * 3]
 
 
 def test_a_release_that_cannot_be_had_is_a_sentence_and_no_row(document, monkeypatch, capsys):

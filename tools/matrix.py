@@ -19,6 +19,7 @@ import platform
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from elsewhere import (
@@ -169,8 +170,10 @@ def built(python: Path, scratch: Path, cuda: bool) -> list[str]:
     return [f"{seconds:.0f} s{', with CUDA' if cuda else ''}", tests, steps(python, eager=False)]
 
 
-def row(release: str, python: str, pure: bool, cuda: bool, old: list[str]) -> list[str]:
-    """A line of the table; what is not tried is as it was. Raises Failed where there is no environment to try it in."""
+def found(release: str, python: str, pure: bool, cuda: bool, old: list[str]) -> Iterator[list[str]]:
+    """The line of the table as soon as the wheel without an extension is tried, and once more when the extension is,
+    as its build takes long and may be broken off; what is not tried is as it was. Raises Failed where there is no
+    environment to try it in."""
     if cuda and not nvcc_for(release):
         raise Failed("PyPI has no CUDA compiler for it")
     with tempfile.TemporaryDirectory(prefix=f"cnnkern-torch-{release}-") as folder:
@@ -182,8 +185,10 @@ def row(release: str, python: str, pure: bool, cuda: bool, old: list[str]) -> li
         wheel = build_wheel(there, copy_sources(scratch / "pure"), scratch / "pure-dist", CNNKERN_EXTENSION="0")
         install_wheel(there, wheel)
         say("  trying the wheel without an extension")
-        without = steps(there, eager=True)
-        return [*versions, without, *(old[4:] or ["not tried"] * 3 if pure else built(there, scratch, cuda))]
+        line = [*versions, steps(there, eager=True)]
+        yield [*line, *(old[4:] or ["not tried"] * 3)]
+        if not pure:
+            yield [*line, *built(there, scratch, cuda)]
 
 
 def rows_of(text: str) -> dict[str, list[str]]:
@@ -220,15 +225,16 @@ def main(argv: list[str] | None = None) -> int:
     for release, python in asked.items():
         chosen = python or RELEASES.get(release, ".".join(platform.python_version_tuple()[:2]))
         try:
-            made = row(release, chosen, options.pure, options.cuda, rows_of(DOCUMENT.read_text()).get(release, []))
-            text = DOCUMENT.read_text()  # others write into it meanwhile
-            DOCUMENT.write_text(with_rows(text, {**rows_of(text), release: made}))
+            old = rows_of(DOCUMENT.read_text()).get(release, [])
+            for line in found(release, chosen, options.pure, options.cuda, old):
+                text = DOCUMENT.read_text()  # others write into it meanwhile
+                DOCUMENT.write_text(with_rows(text, {**rows_of(text), release: line}))
+                say(" | ".join(line))
         except (Failed, OSError) as error:
             print(f"cnnkern: torch {release}: {error}", file=sys.stderr)
             failed = True
             continue
-        failed = failed or any("fail" in cell for cell in made)
-        say(" | ".join(made))
+        failed = failed or any("fail" in cell for cell in line)
     return int(failed)
 
 
