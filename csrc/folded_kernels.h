@@ -30,7 +30,7 @@ struct MobileBlock {
 };
 
 // f(kernel) for each of them. The packed ones hold the bias too.
-#define CNNKERN_FOLDED_KERNELS(f) f(pack_pointwise) f(pointwise) f(pack_depthwise) f(depthwise) f(mobile_block)
+#define CNNKERN_FOLDED_KERNELS(f) f(pack_pointwise) f(pointwise) f(pack_depthwise) f(depthwise) f(scaled) f(mobile_block)
 
 namespace folded_signature {
 
@@ -38,6 +38,9 @@ namespace folded_signature {
 using pack_pointwise = at::Tensor(const at::Tensor& weight, const at::Tensor& bias);
 using pointwise = void(const float* x, const float* packed, float* y, int64_t inputs, int64_t outputs, int64_t pixels,
                        const Behind& behind);
+// The same of x * scale, scale (images, inputs), with `pixels` per image.
+using scaled = void(const float* x, const float* scale, const float* packed, float* y, int64_t inputs, int64_t outputs, int64_t images,
+                    int64_t pixels, const Behind& behind);
 // weight (channels, 1, k, k) with k 3 or 5, padding at most k - 1.
 using pack_depthwise = at::Tensor(const at::Tensor& weight, const at::Tensor& bias);
 using depthwise = void(const float* x, const float* packed, float* y, int64_t channels, int64_t k, int64_t padding,

@@ -35,15 +35,6 @@ class OnStream {
   c10::Stream stream_, present_;
 };
 
-// Records how to recompute y, if its node supports that. PReLU's does not: its results are saved.
-void keep_recipe(const Tensor& y, const NormArguments& norm, const Tensor& residual, const Result& result, const Activation& act) {
-  const auto node = torch::autograd::impl::gradient_edge(y).function;
-  if (auto* has_recipe = dynamic_cast<HasRecipe*>(&*node))
-    has_recipe->keep_recipe(y, [&] {
-      return recipe_of_batch_norm(norm.x, residual, norm.weight, norm.bias, result.mean, result.rstd, act.name, act.param);
-    });
-}
-
 // Whether something refers to a tensor's node, which an in-place operation would replace.
 bool is_held(const Tensor& t, size_t own) {
   const auto node = torch::autograd::impl::gradient_edge(t).function;
@@ -57,6 +48,14 @@ bool are_inputs_observed() {
 }
 
 }  // namespace
+
+void keep_recipe(const Tensor& y, const NormArguments& norm, const Tensor& residual, const Result& result, const Activation& act) {
+  const auto node = torch::autograd::impl::gradient_edge(y).function;
+  if (auto* has_recipe = dynamic_cast<HasRecipe*>(&*node))
+    has_recipe->keep_recipe(y, [&] {
+      return recipe_of_batch_norm(norm.x, residual, norm.weight, norm.bias, result.mean, result.rstd, act.name, act.param);
+    });
+}
 
 bool is_undisturbed() {
   return !are_inputs_observed() && !c10::impl::TorchDispatchModeTLS::any_modes_set() && !at::tracer::impl::is_dispatch_enabled() &&
@@ -124,6 +123,12 @@ Tensor Deferred::laid(const Tensor& value, const Strides& strides) {
   if (value.strides() == at::IntArrayRef(strides)) return value;
   const auto made = c10::make_intrusive<Deferred>(nullptr, value.options(), value.sizes(), strides, NormPointer{}, For{}, Tensor());
   made->keep_laid(value);
+  return tensor_of(made);
+}
+
+Tensor Deferred::activated(std::shared_ptr<Source> source, const at::TensorOptions& like, at::IntArrayRef sizes, const Strides& strides) {
+  const auto made = make(std::move(source), like, sizes, strides, {}, For{});
+  made->activated_ = true;
   return tensor_of(made);
 }
 
@@ -331,74 +336,6 @@ bool Deferred::takes(const Tensor& self) const {
 bool Deferred::is_observed(const Tensor& self) const {
   const bool own = norm_ && torch::autograd::impl::gradient_edge(self).function.get() == static_cast<torch::autograd::Node*>(norm_.get());
   return is_held(self, own ? 2 : 1);
-}
-
-std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& act, bool in_place) {
-  const Lock lock(mutex_);
-  if (!takes(self) || adds_zero_ || (in_place && is_observed(self))) return std::nullopt;
-  if (act.slope.defined() && !norm_ && grad_mode_ && act.slope.requires_grad()) return std::nullopt;
-  const bool sum = residual_.defined();
-  if (auto source = norm_ || sum ? nullptr : source_->followed_by(act)) return activate_later(self, std::move(source), act, in_place);
-  const Result result = compute(act);
-  const bool of_result = !in_place && (!sum || reads_result(act.name));
-  const Strides strides = of_result ? strides_of(result.value) : Strides(this->strides().begin(), this->strides().end());
-  decltype(torch::autograd::Edge::function) node;
-  const auto put_in_graph = [&, source = source_, residual = residual_](const Tensor& y) {
-    if (!node) return y;
-    torch::autograd::set_history(y, node);
-    keep_recipe(y, *source->norm(), residual, result, act);
-    return y;
-  };
-  if (norm_ && act.slope.defined()) {
-    auto made = make_node<PReluNode>();
-    made->slope = torch::autograd::SavedVariable(act.slope, /*is_output=*/false);
-    made->sum = sum;
-    if (sum) made->residual.keep(residual_);
-    made->channels_last = batch_norm_in_rows(source_->norm()->x);
-    made->strides = strides;
-    node = made;
-  } else if (norm_ && sum) {
-    auto made = make_node<ActOfSumNode>();
-    made->act = act;
-    made->mask = torch::autograd::SavedVariable(result.mask, /*is_output=*/false);
-    if (recomputes_sum(act.name)) made->residual.keep(residual_);
-    made->channels_last = batch_norm_in_rows(source_->norm()->x);
-    made->strides = strides;
-    node = made;
-  } else if (norm_) {
-    auto made = make_node<ActNode>();
-    made->act = act, made->strides = strides;
-    node = made;
-  }
-  if (node) node->add_next_edge(torch::autograd::impl::gradient_edge(self));
-  if (node && act.slope.defined()) node->add_next_edge(torch::autograd::impl::gradient_edge(act.slope));
-  fused_with_ = sum ? "add + " + act.name : act.name;
-  where_.site->fused(where_.mode, fused_with_);
-  const bool any_strides = source_->has_any_strides();
-  if (!in_place) {
-    state_ = kSpent;
-    if (any_strides) return laid(result.value, Strides(this->strides().begin(), this->strides().end()));
-    return put_in_graph(result.value);
-  }
-  if (node && !sum) norm_->result.reset();
-  any_strides ? keep_laid(result.value) : become(result.value);
-  if (!inference_) bump_version();
-  return put_in_graph(self);
-}
-
-// The activation's result, deferred again.
-Tensor Deferred::activate_later(const Tensor& self, std::shared_ptr<Source> source, const Activation& act, bool in_place) {
-  where_.site->fused(where_.mode, fused_with_ = act.name);
-  if (in_place) {
-    source_ = std::move(source);
-    activated_ = true;
-    if (!inference_) bump_version();
-    return self;
-  }
-  state_ = kSpent;
-  const auto made = make(std::move(source), self.options(), sizes(), Strides(strides().begin(), strides().end()), {}, where_);
-  made->activated_ = true;
-  return tensor_of(made);
 }
 
 void make_real(c10::TensorImpl* result) { static_cast<Deferred*>(result)->make_real(); }

@@ -40,6 +40,8 @@ class Deferred final : public c10::TensorImpl {
                                            const at::Tensor& residual = {});
   // A result that is computed, but in other strides than it reports.
   static at::Tensor laid(const at::Tensor& value, const Strides& strides);
+  // A result that no site counts.
+  static at::Tensor activated(std::shared_ptr<Source> source, const at::TensorOptions& like, at::IntArrayRef sizes, const Strides& strides);
   // The result, computed immediately; for inference.
   static at::Tensor compute_at_once(Source& source, const Strides& strides);
   Deferred(std::shared_ptr<Source> source, const at::TensorOptions& like, at::IntArrayRef sizes, const Strides& strides,
@@ -133,6 +135,9 @@ class Deferred final : public c10::TensorImpl {
 
 // The values of t in the strides in which they were computed, for a layer that accepts any strides.
 at::Tensor as_computed(const at::Tensor& t, const char* layer);
+
+// Records how to recompute y, if its node supports that. PReLU's does not: its results are saved.
+void keep_recipe(const at::Tensor& y, const NormArguments& norm, const at::Tensor& residual, const Result& result, const Activation& act);
 
 // Creates the tensor as PyTorch does, without the accesses to its memory that would materialise it.
 at::Tensor tensor_of(const c10::intrusive_ptr<Deferred>& impl);

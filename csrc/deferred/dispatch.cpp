@@ -10,6 +10,7 @@
 #include "autograd/composite.h"
 #include "deferred/arguments.h"
 #include "deferred/concatenation.h"
+#include "deferred/folded.h"
 
 namespace cnnkern {
 namespace {
@@ -119,6 +120,18 @@ void concatenate(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* st
   const int64_t dim = stack->back().toInt();
   any_operator(op, keys, stack);
   remember_concatenation(stack->back().toTensor(), parts, dim);
+}
+
+// The product of an image and a deferred factor per channel is deferred too.
+void multiply(const c10::OperatorHandle& op, Keys keys, torch::jit::Stack* stack) {
+  const Tensor b = stack->back().toTensor(), a = (*stack)[stack->size() - 2].toTensor();
+  for (const auto& [scale, image] : {std::pair(a, b), std::pair(b, a)})
+    if (auto y = scaled(scale, image)) {
+      torch::jit::drop(stack, 2);
+      stack->emplace_back(*y);
+      return;
+    }
+  any_operator(op, keys, stack);
 }
 
 // The result of an operator that cnnkern does not fuse, in place or out of place.
@@ -294,6 +307,7 @@ TORCH_LIBRARY_IMPL(_, DeferredInit, m) { m.fallback(torch::CppFunction::makeFrom
 TORCH_LIBRARY_IMPL(aten, DeferredInit, m) {
   for (const char* name : {"cat", "concat", "concatenate"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&cnnkern::concatenate>());
+  m.impl("mul.Tensor", torch::CppFunction::makeFromBoxedFunction<&cnnkern::multiply>());
   m.impl("relu", &cnnkern::relu);
   m.impl("relu_", &cnnkern::relu_);
   m.impl("relu6", &cnnkern::relu6);

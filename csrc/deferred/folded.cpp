@@ -1,6 +1,7 @@
 #include "deferred/folded.h"
 
 #include <ATen/Context.h>
+#include <ATen/Functions.h>
 #include <ATen/autocast_mode.h>
 #include <Python.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -8,9 +9,11 @@
 #include <algorithm>
 
 #include "block_pool.h"
+#include "autograd/composite.h"
 #include "check.h"
 #include "deferred/deferred.h"
 #include "deferred/memory.h"
+#include "memory_layout.h"
 
 namespace cnnkern {
 
@@ -53,7 +56,7 @@ FoldedInput::FoldedInput(const Tensor& x, bool deferred) : x_(x), deferred_(defe
     version_ = x._version();
 }
 
-std::shared_ptr<ActivatedSource> FoldedInput::before() const { return deferred_ ? source_of<ActivatedSource>(x_) : nullptr; }
+std::shared_ptr<LeadingSource> FoldedInput::before() const { return deferred_ ? source_of<LeadingSource>(x_) : nullptr; }
 
 Tensor FoldedInput::value(const char* layer) const {
   const bool holds = deferred_ ? x_.is_inference() || x_._version() == version_ : was_.holds(x_);
@@ -68,12 +71,24 @@ std::vector<Tensor> FoldedInput::reads() const {
 }
 
 ActivatedSource::ActivatedSource(std::shared_ptr<Folded> layer_, FoldedInput input_, at::ScalarType dtype_, Activation act_)
-    : layer(std::move(layer_)), input(std::move(input_)), dtype(dtype_), act(std::move(act_)) {}
+    : LeadingSource(std::move(layer_), std::move(input_)), dtype(dtype_), act(std::move(act_)) {}
 
 Result ActivatedSource::compute(const Tensor& residual, const Activation& none, bool) {
   TORCH_INTERNAL_ASSERT(!residual.defined() && none.name == "none");
   layer->count_alone();
   return {layer->run(input, residual, act, dtype), {}, {}, {}};
+}
+
+Result ScaledSource::compute(const Tensor& residual, const Activation& none, bool) {
+  TORCH_INTERNAL_ASSERT(!residual.defined() && none.name == "none");
+  layer->count_alone();
+  return {at::mul(image(), scale()), {}, {}, {}};
+}
+
+std::vector<Tensor> ScaledSource::reads() const {
+  auto found = input.reads();
+  for (const Tensor& t : scale_.reads()) found.push_back(t);
+  return found;
 }
 
 Folded::Folded(const Tensor& weight, const OptionalTensor& bias, std::vector<at::ScalarType> dtypes, Pack pack,
@@ -103,7 +118,7 @@ OptionalTensor Folded::bias_as(at::ScalarType dtype) const {
 
 std::optional<Tensor> Folded::call(const std::shared_ptr<Site>& site, const Tensor& input) {
   if (is_seen_by_modes()) return std::nullopt;
-  const auto before = source_of<ActivatedSource>(input);
+  const auto before = source_of<LeadingSource>(input);
   const bool follows = before != nullptr && is_undisturbed() && computed_in(input) == computed_in(weight_) && this->follows(*before);
   const Tensor x = follows ? input : as_computed(input, name());
   if (follows ? !fits(x) : !takes(x)) return std::nullopt;
@@ -148,6 +163,25 @@ Tensor Folded::packed(const std::vector<int64_t>& sizes, at::ScalarType dtype) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (packed_.size() >= kShapes) packed_.erase(packed_.begin());
   return packed_.emplace(key, made).first->second;
+}
+
+std::optional<Tensor> scaled(const Tensor& scale, const Tensor& image) {
+  const auto source = source_of<ActivatedSource>(scale);
+  if (source == nullptr || is_seen_by_modes() || !is_undisturbed()) return std::nullopt;
+  if (image.dim() != 4 || !image.is_cpu() || scale.dim() != 4 || image.scalar_type() != at::kFloat || source->dtype != at::kFloat)
+    return std::nullopt;
+  const auto sizes = image.sizes();
+  if (scale.sizes() != at::IntArrayRef({sizes[0], sizes[1], 1, 1}) || sizes[2] * sizes[3] == 1 || sizes[1] == 1) return std::nullopt;
+  const bool rows = !image.is_contiguous() && is_rows(image);
+  if ((!rows && !image.is_contiguous()) || (at::GradMode::is_enabled() && image.requires_grad())) return std::nullopt;
+  const Tensor x = as_computed(image, "multiplication");
+  if (!is_plain(x) || !is_seen(x) || has_tangent(x) || x.is_inference() != c10::InferenceMode::is_enabled()) return std::nullopt;
+  const Tensor factors = as_computed(scale, "multiplication");
+  if (!is_seen(factors)) return std::nullopt;
+  source->layer->count_together();
+  return Deferred::activated(std::make_shared<ScaledSource>(source->layer, FoldedInput(x, /*deferred=*/false),
+                                                            FoldedInput(factors, /*deferred=*/false)),
+                             x.options(), sizes, plain_strides(sizes.vec(), rows));
 }
 
 PostOperator post_operator(const Activation& act) {

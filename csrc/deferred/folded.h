@@ -25,9 +25,9 @@ class Folded;
 class FoldedInput {
  public:
   FoldedInput(const at::Tensor& x, bool deferred);
-  // The layer whose result it is, if that is still deferred; else null, and value() is the input.
-  std::shared_ptr<class ActivatedSource> before() const;
-  at::Tensor value(const char* layer) const;  // raises an error if it was changed by other means than PyTorch's operators
+  // What computes it, if it is still deferred; else null, and value() is the input.
+  std::shared_ptr<class LeadingSource> before() const;
+  at::Tensor value(const char* layer) const;  // for this layer; raises an error if it was changed by other means than PyTorch's operators
   std::vector<at::Tensor> reads() const;
   const at::TensorOptions options() const { return x_.options(); }
 
@@ -38,19 +38,40 @@ class FoldedInput {
   Remembered was_;
 };
 
-// act(layer(input)), deferred.
-class ActivatedSource final : public Source {
+// What the kernel of the layer after it may compute too. `layer` counts how often that was so.
+class LeadingSource : public Source {
  public:
-  ActivatedSource(std::shared_ptr<Folded> layer, FoldedInput input, at::ScalarType dtype, Activation act);
-  Result compute(const at::Tensor& residual, const Activation& none, bool again) override;
+  LeadingSource(std::shared_ptr<Folded> layer_, FoldedInput input_) : layer(std::move(layer_)), input(std::move(input_)) {}
   std::vector<at::Tensor> reads() const override { return input.reads(); }
   bool has_any_strides() const override { return true; }
   bool takes_more() const override { return false; }
 
   const std::shared_ptr<Folded> layer;
   const FoldedInput input;
+};
+
+// act(layer(input)).
+class ActivatedSource final : public LeadingSource {
+ public:
+  ActivatedSource(std::shared_ptr<Folded> layer, FoldedInput input, at::ScalarType dtype, Activation act);
+  Result compute(const at::Tensor& residual, const Activation& none, bool again) override;
+
   const at::ScalarType dtype;
   const Activation act;
+};
+
+// An image times a factor per channel, input * scale: squeeze-excitation. `layer` computed the scale (N, C, 1, 1).
+class ScaledSource final : public LeadingSource {
+ public:
+  ScaledSource(std::shared_ptr<Folded> layer, FoldedInput input, FoldedInput scale)
+      : LeadingSource(std::move(layer), std::move(input)), scale_(std::move(scale)) {}
+  Result compute(const at::Tensor& residual, const Activation& none, bool again) override;
+  std::vector<at::Tensor> reads() const override;
+  at::Tensor image() const { return input.value("multiplication"); }
+  at::Tensor scale() const { return scale_.value("multiplication"); }
+
+ private:
+  const FoldedInput scale_;
 };
 
 class Folded : public std::enable_shared_from_this<Folded> {
@@ -84,8 +105,8 @@ class Folded : public std::enable_shared_from_this<Folded> {
   virtual bool gives_rows(const at::Tensor& input) const = 0;  // whether PyTorch's result has channels innermost
   virtual bool can_lead(const Activation& /*act*/, at::ScalarType) const { return false; }
   // Whether one kernel can compute `before` and this layer; and their result, undefined if layer by layer is faster.
-  virtual bool follows(const ActivatedSource& /*before*/) const { return false; }
-  virtual at::Tensor run_with(const ActivatedSource& /*before*/, const at::Tensor& /*residual*/, const Activation& /*act*/) { return {}; }
+  virtual bool follows(const LeadingSource& /*before*/) const { return false; }
+  virtual at::Tensor run_with(const LeadingSource& /*before*/, const at::Tensor& /*residual*/, const Activation& /*act*/) { return {}; }
   virtual at::Tensor compute(const at::Tensor& x, const at::Tensor& residual, const Activation& act, at::ScalarType dtype) = 0;
   at::ScalarType computed_in(const at::Tensor& t) const;  // its dtype under the current autocast
   bool is_librarys(const at::Tensor& x, at::ScalarType dtype) const;  // whether oneDNN has the dtype
@@ -131,6 +152,10 @@ struct FusedActivation {
   Activation fused, after;
   explicit FusedActivation(const Activation& act);
 };
+
+// image * scale, deferred, if scale is the deferred result of a folded layer with one value per image and channel, and a layer that
+// follows may compute the product. Nothing if PyTorch's operator has to.
+std::optional<at::Tensor> scaled(const at::Tensor& scale, const at::Tensor& image);
 
 // The layer whose deferred result t is; null if it is none.
 std::shared_ptr<Folded> folded_of(const at::Tensor& t);

@@ -43,8 +43,10 @@ class FoldedConv final : public Folded {
   bool gives_rows(const at::Tensor& input) const override;
   // Of blocks.
   bool can_lead(const Activation& act, at::ScalarType dtype) const override;
-  bool follows(const ActivatedSource& before) const override;
-  at::Tensor run_with(const ActivatedSource& before, const at::Tensor& residual, const Activation& act) override;
+  bool follows(const LeadingSource& before) const override;
+  at::Tensor run_with(const LeadingSource& before, const at::Tensor& residual, const Activation& act) override;
+  at::Tensor run_block(const ActivatedSource& before, const at::Tensor& residual, const Activation& act);
+  at::Tensor run_scaled(const ScaledSource& before, const at::Tensor& residual, const Activation& act);
   bool is_of_block(const char* kind) const;
   const float* packed_for_own();
   at::Tensor by_parts(const at::Tensor& x, const at::Tensor& residual, const Activation& act);

@@ -37,7 +37,8 @@ bool FoldedConv::can_lead(const Activation& act, at::ScalarType dtype) const {
   return dtype == at::kFloat && !act.slope.defined() && (is_of_block("pointwise") || is_of_block("depthwise"));
 }
 
-bool FoldedConv::follows(const ActivatedSource& before) const {
+bool FoldedConv::follows(const LeadingSource& before) const {
+  if (dynamic_cast<const ScaledSource*>(&before) != nullptr) return is_of_block("pointwise");
   const auto* layer = dynamic_cast<const FoldedConv*>(before.layer.get());
   return layer != nullptr && ((layer->is_of_block("pointwise") && is_of_block("depthwise")) ||
                               (layer->is_of_block("depthwise") && is_of_block("pointwise")));
@@ -84,11 +85,31 @@ Tensor FoldedConv::Block::run(const Tensor& x, const Tensor& residual, const Act
   return after.name == "none" ? y : activated(y, after);
 }
 
+Tensor FoldedConv::run_with(const LeadingSource& before, const Tensor& residual, const Activation& act) {
+  if (const auto* scaled = dynamic_cast<const ScaledSource*>(&before)) return run_scaled(*scaled, residual, act);
+  return run_block(static_cast<const ActivatedSource&>(before), residual, act);
+}
+
+Tensor FoldedConv::run_scaled(const ScaledSource& before, const Tensor& residual, const Activation& act) {
+  static auto* const scaled = CNNKERN_FOR_THIS_CPU(scaled);
+  const Tensor x = before.image();
+  if (!is_librarys(x, at::kFloat)) return {};
+  RECORD_FUNCTION("cnnkern::scaled_convolution", std::vector<c10::IValue>());
+  const Tensor from = x.contiguous(kRows), scale = before.scale().contiguous();
+  const Tensor added = residual.defined() ? residual.contiguous(kRows) : residual;
+  const Tensor y = aten::empty({x.size(0), weight_.size(0), x.size(2), x.size(3)}, x.options().memory_format(kRows));
+  const auto [fused, after] = FusedActivation(act);
+  const Behind behind{added.defined() ? added.const_data_ptr<float>() : nullptr, fused};
+  scaled(from.const_data_ptr<float>(), scale.const_data_ptr<float>(), packed_for_own(), y.mutable_data_ptr<float>(), x.size(1),
+         weight_.size(0), x.size(0), x.size(2) * x.size(3), behind);
+  return after.name == "none" ? y : activated(y, after);
+}
+
 // This is the last layer of two or three.
-Tensor FoldedConv::run_with(const ActivatedSource& before, const Tensor& residual, const Activation& act) {
+Tensor FoldedConv::run_block(const ActivatedSource& before, const Tensor& residual, const Activation& act) {
   auto* const layer = static_cast<FoldedConv*>(before.layer.get());
   const bool projects = is_of_block("pointwise");
-  const auto first = projects ? before.input.before() : nullptr;
+  const auto first = std::dynamic_pointer_cast<ActivatedSource>(projects ? before.input.before() : nullptr);
   const ActivatedSource* const expand = projects ? first.get() : &before;
   const Block block{.expand = expand == nullptr ? nullptr : static_cast<FoldedConv*>(expand->layer.get()),
                     .depthwise = projects ? layer : this,

@@ -49,6 +49,34 @@ void pointwise_cpu(const float* x, const float* packed, float* y, int64_t inputs
   });
 }
 
+// The factors of an image go into the weights: as many products as of a pixel.
+void scaled_cpu(const float* x, const float* scale, const float* packed, float* y, int64_t inputs, int64_t outputs, int64_t images,
+                int64_t pixels, const Behind& behind) {
+  constexpr int64_t kPixels = 128;  // that a panel's weights are multiplied for, at least, where there are so many
+  const Pointwise layer(packed, inputs, outputs, behind.act);
+  const Panels& panels = layer.panels;
+  const int64_t pieces = images * panels.count, blocks = std::clamp<int64_t>(divup(4 * at::get_num_threads(), pieces), 1, divup(pixels, kPixels));
+  const int64_t size = panels.largest() * kLane * inputs;
+  const at::Tensor scratch = floats(at::get_num_threads() * size);
+  at::parallel_for(0, pieces * blocks, divup(kSerialWork, pixels / blocks * size), [&](int64_t begin, int64_t end) {
+    float* const weights = scratch.mutable_data_ptr<float>() + at::get_thread_num() * size;
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const int64_t image = piece / (panels.count * blocks), panel = piece / blocks % panels.count, block = piece % blocks;
+      const int64_t first = panels.first(panel) * kLane, width = panels.size(panel) * kLane;
+      const int64_t from = block * pixels / blocks, until = (block + 1) * pixels / blocks;
+      const float* w = packed + first * inputs;
+      float* to = weights;
+      for (int64_t k = 0; k < inputs; ++k) {
+        const V factor(scale[image * inputs + k]);
+        for (int64_t lane = 0; lane < width; lane += kLane, w += kLane, to += kLane) (V::loadu(w) * factor).store(to);
+      }
+      const int64_t pixel = image * pixels + from, at = pixel * outputs, tiles = divup(until - from, layer.most);
+      layer.compute(panel, 0, tiles, tiles, until - from, x + pixel * inputs, behind.residual == nullptr ? nullptr : behind.residual + at,
+                    y + at, weights);
+    }
+  });
+}
+
 // (taps, channels), then the bias, in whole vectors.
 at::Tensor pack_depthwise_cpu(const at::Tensor& weight, const at::Tensor& bias) {
   const int64_t channels = weight.size(0), taps = weight.size(2) * weight.size(3), pitch = divup(channels, kPlane) * kPlane;

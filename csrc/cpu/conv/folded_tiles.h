@@ -132,14 +132,15 @@ struct Pointwise {
         most(rows_with(static_cast<int>(panels.largest()))) {}
 
   // The outputs of a panel, of tiles [begin, end) of the `tiles` into which `pixels` are cut. The residual lies as y; null for none.
+  // `weights`: other ones for this panel.
   void compute(int64_t panel, int64_t begin, int64_t end, int64_t tiles, int64_t pixels, const float* x, const float* residual,
-               float* y) const {
+               float* y, const float* weights = nullptr) const {
     static const ProductTable products;
     const int64_t first = panels.first(panel) * kLane, vectors = panels.size(panel);
     Tile t{.x = x,
            .x_pitch = inputs,
            .inputs = inputs,
-           .weight = packed + first * inputs,
+           .weight = weights != nullptr ? weights : packed + first * inputs,
            .bias = packed + panels.vectors * kLane * inputs + first,
            .residual = nullptr,
            .y = y,
