@@ -53,6 +53,8 @@ def test_peers_have_a_plan_of_their_own():
         assert group.mode == "inference"
         assert {"eager", AGAIN, "cnnkern.fold", *peers.PEERS} <= {c.name for c in group.contenders}
     assert make_plan(Options(peers=True), "default") == []
+    more = {g.operator for g in make_plan(Options(peers=True, networks="all"), "tuned")}
+    assert more == {*peers.MODELS, *peers.MORE}
 
 
 def test_the_documents_say_what_each_needs():

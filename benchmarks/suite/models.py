@@ -123,14 +123,14 @@ def peer_groups(options: Options) -> list[Group]:
             api="module",
             contenders=tuple(Contender(each, layout) for each in names),
             open=lambda name=name, batch=batch: ModelBench(name, batch, False, options.device),
-            weight=20.0 + batch * LARGE[name] * len(names),
+            weight=20.0 + batch * LARGE.get(name, 0.15) * len(names),
             compiled=COMPILED,
             last=True,
             min_rounds=5,
             max_rounds=25,
             pause=peers.PAUSE,
         )
-        for name in peers.MODELS
+        for name in (*peers.MODELS, *(peers.MORE if options.networks == "all" else ()))
         for batch in peers.BATCHES
         for layout in LAYOUTS
     ]

@@ -13,6 +13,8 @@ from .groups import Unavailable
 
 Call = Callable[[Tensor], Tensor]
 MODELS = ("resnet50", "mobilenet_v2", "convnext_tiny")
+# With --networks all these too.
+MORE = ("resnet18", "resnext50_32x4d", "mobilenet_v3_large", "efficientnet_b0", "regnet_y_400mf", "densenet121")
 BATCHES = (1, 16)
 PAUSE = 0.2  # seconds before each sample: threads of OpenMP, TBB and onnxruntime's pool wait by spinning
 
