@@ -120,9 +120,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="time other packages too, if they are installed. On a CPU: only inference of three models (of nine "
-        "with --networks all), with onnxruntime, OpenVINO, zentorch, and torch.compile in mode max-autotune. On a GPU: only operators, with "
-        "Liger-Kernel, FlagGems, quack, spio, apex and inplace_abn",
+        help="time other packages too, if they are installed. On a CPU: only inference of three models, of nine with "
+        "--networks all, with onnxruntime, OpenVINO, zentorch, and torch.compile in mode max-autotune. On a GPU: only "
+        "operators, with Liger-Kernel, FlagGems, quack, spio, apex and inplace_abn",
     )
     parser.add_argument(
         "--modes",
