@@ -4,7 +4,7 @@ them. As good as eager in every shape, and nothing that a model does between the
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
@@ -331,6 +331,28 @@ def test_layers_that_never_lead_a_block_are_not_deferred_for_long():
             y.sum()
     assert not any("convolution" in event.key for event in recorded.key_averages())
     judged(folded, model, x)
+
+
+@pytest.mark.parametrize("where", ["expanded", "depthwise"])
+def test_autocast_that_begins_within_a_block(where):
+    model = randomised(Inverted())
+    folded = cnnkern.fold(model)
+    x = torch.randn(2, 6, 9, 9)
+    results = []
+    for m in (folded, model):
+        with torch.no_grad():
+            m(x)
+            with ExitStack() as stack:
+
+                def begin(name: str, t: Tensor, stack: ExitStack = stack) -> Tensor:
+                    if name == where:
+                        stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+                    return t
+
+                m.between = begin
+                results.append(m(x))
+    assert results[0].dtype == results[1].dtype
+    torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
 
 
 def test_gradients_and_training_of_a_block():

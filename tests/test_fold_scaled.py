@@ -195,6 +195,24 @@ def test_a_product_that_no_1x1_convolution_uses():
         assert scaled_run(lambda: folded(x).sum()) == 0
 
 
+@pytest.mark.parametrize("image", [torch.randn(2, 12, 6, 8).to_sparse(), torch.randn(2, 12, 6, 8, dtype=torch.cfloat)])
+def test_images_of_other_kinds(image):
+    model = randomised(Squeezed(3, 12, 3, nn.Sigmoid()))
+    folded = cnnkern.fold(model)
+    kept: list[Tensor] = []
+
+    def between(product: Tensor, scale: Tensor, _: Tensor) -> Tensor:
+        kept.append((scale.expand(2, 12, 6, 8) if image.is_sparse else scale) * image)
+        return product
+
+    model.between = folded.between = between
+    x = torch.randn(2, 3, 6, 8)
+    with torch.no_grad():
+        model(x), folded(x)
+    expected, mine = (t.to_dense() if t.is_sparse else t for t in kept)
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_are_those_of_the_model():
     model = randomised(Squeezed(3, 12, 3, nn.Sigmoid()))
     folded = cnnkern.fold(model)

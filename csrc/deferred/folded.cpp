@@ -119,7 +119,7 @@ OptionalTensor Folded::bias_as(at::ScalarType dtype) const {
 std::optional<Tensor> Folded::call(const std::shared_ptr<Site>& site, const Tensor& input) {
   if (is_seen_by_modes()) return std::nullopt;
   const auto before = source_of<LeadingSource>(input);
-  const bool follows = before != nullptr && is_undisturbed() && computed_in(input) == computed_in(weight_) && this->follows(*before);
+  const bool follows = before != nullptr && is_undisturbed() && computed_in(input) == at::kFloat && this->follows(*before);
   const Tensor x = follows ? input : as_computed(input, name());
   if (follows ? !fits(x) : !takes(x)) return std::nullopt;
   const auto sizes = output_sizes(x);
@@ -168,7 +168,7 @@ Tensor Folded::packed(const std::vector<int64_t>& sizes, at::ScalarType dtype) {
 std::optional<Tensor> scaled(const Tensor& scale, const Tensor& image) {
   const auto source = source_of<ActivatedSource>(scale);
   if (source == nullptr || is_seen_by_modes() || !is_undisturbed()) return std::nullopt;
-  if (image.dim() != 4 || !image.is_cpu() || scale.dim() != 4 || image.scalar_type() != at::kFloat || source->dtype != at::kFloat)
+  if (!is_plain(image) || image.dim() != 4 || !image.is_cpu() || scale.dim() != 4 || image.scalar_type() != at::kFloat || source->dtype != at::kFloat)
     return std::nullopt;
   const auto sizes = image.sizes();
   if (scale.sizes() != at::IntArrayRef({sizes[0], sizes[1], 1, 1}) || sizes[2] * sizes[3] == 1 || sizes[1] == 1) return std::nullopt;
