@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 import cnnkern
 from cnnkern import _C
 from tests.test_fold import LAYOUTS, judged, randomised
-from tests.test_fold_blocks import threads
+from tests.test_fold_blocks import as_good_as_by_layer, threads
 from tests.test_fold_own import new_memory_is_nan
 
 pytestmark = pytest.mark.skipif(_C.cpu_capability() == "DEFAULT", reason="without AVX2 oneDNN computes the layers")
@@ -105,7 +105,7 @@ def test_torchvisions_networks():
         x = torch.randn(2, 3, 96, 96)
         with torch.no_grad():
             assert scaled_run(lambda folded=folded, x=x: folded(x).sum()) == count, name
-        judged(folded, model, x, layouts=LAYOUTS)
+        as_good_as_by_layer(model, folded, x)
 
 
 KEPT: list[Tensor] = []
