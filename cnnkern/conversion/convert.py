@@ -183,7 +183,7 @@ def check_module(name: str, model: Any) -> None:
         raise TypeError(f"cnnkern.{name}: expected a torch.nn.Module; got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            f"cnnkern.{name}: a torch.jit module cannot be converted; convert the model before scripting it"
+            f"cnnkern.{name}: a torch.jit module cannot be converted; convert the model that it was made from"
         )
 
 
@@ -214,4 +214,10 @@ def _sharing_copy(model: nn.Module) -> nn.Module:
         shared += [v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf]
         for hooks in (getattr(module, name, {}) for name in _HOOKS):
             shared += [owner for hook in hooks.values() for owner in _owners(hook)]
-    return copy.deepcopy(model, memo={id(value): value for value in shared if value is not None})
+    copied = copy.deepcopy(model, memo={id(value): value for value in shared if value is not None})
+    copies = dict(copied.named_modules())
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and path in copies:  # it copies its tensors, whatever is shared
+            for name, value in (*module._parameters.items(), *module._buffers.items()):
+                setattr(copies[path], name, value)
+    return copied

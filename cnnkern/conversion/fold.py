@@ -8,6 +8,7 @@ the batch norm's scale and offset in the weights. An addition and an activation 
 
 import copy
 
+import torch
 from torch import nn
 
 from cnnkern.conversion.convert import ConversionReport, Replacement, check_module, convert, revert, uncompiled
@@ -48,7 +49,8 @@ def fold(model: nn.Module) -> nn.Module:
     for path, module in model.named_modules():
         if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"cnnkern.fold: batch norm {path!r} is in training mode; call eval() first")
-    folded = revert(copy.deepcopy(model), inplace=True)
+    with torch.no_grad():  # with gradients, copies of the parameters of torch.jit modules are no leaves
+        folded = revert(copy.deepcopy(model), inplace=True)
     report = ConversionReport(
         made_by="cnnkern.fold", nothing="no convolution or linear layer in this model, nothing to fold"
     )

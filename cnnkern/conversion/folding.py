@@ -9,13 +9,13 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 from cnnkern.conversion.deferral import SITE, Site, became
-from cnnkern.nn.traced import leaf
+from cnnkern.nn.traced import NotScriptable, leaf
 
 _LOCK = threading.Lock()
 CACHE = "_cnnkern_folded"  # in a layer: its folded forms, by the id of the batch norm after it (of None without one)
 
 
-class FoldingLayer(nn.Module):
+class FoldingLayer(NotScriptable):
     """A base class. :func:`folding_classes` combines a subclass with each class of PyTorch's layers."""
 
     kind: str  # its name in a report
@@ -56,7 +56,8 @@ class FoldingLayer(nn.Module):
         return folded is not None and folded.settings == self.settings(norm) and folded.holds(self.sources(norm))
 
     def folded(self, norm: nn.Module | None) -> Any:
-        """The extension's form of this layer and the norm, kept until they change; None for tensor subclasses."""
+        """The extension's form of this layer and the norm, kept until they change; None for tensors of subclasses and of
+        transforms."""
         cache = self.__dict__.setdefault(CACHE, {})
         found = cache.get(id(norm))
         if self.is_current(found, norm):
@@ -72,7 +73,10 @@ class FoldingLayer(nn.Module):
         return found
 
     def is_of_plain_tensors(self, norm: nn.Module | None) -> bool:
-        return all(type(t) in (Tensor, nn.Parameter) for t in self.sources(norm))
+        return all(
+            type(t) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+            for t in self.sources(norm)
+        )
 
     def became(self) -> tuple[str, str] | None:
         """The kind of layer in a report, and why it is not fused; None if the report has it with the layer after it."""

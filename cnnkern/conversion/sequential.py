@@ -13,6 +13,7 @@ from cnnkern.conversion.folding import FoldingLayer
 from cnnkern.conversion.folding_conv import FoldingConv
 from cnnkern.conversion.layers import BATCH_NORMS
 from cnnkern.conversion.run import Run, is_plain
+from cnnkern.nn.traced import NotScriptable
 
 _PLAN = "_cnnkern_plan"  # in a Sequential: its Plan
 _TRIES = 8  # plans per Sequential that are always made
@@ -60,7 +61,7 @@ class _Plan:
         return children, list(_parts(children)) if worth else [_Part(0, len(children))]
 
 
-class FoldingSequential(nn.Sequential):
+class FoldingSequential(NotScriptable, nn.Sequential):
     """For each class of Sequentials, a class is made that inherits from it and from this one."""
 
     def forward(self, input: Any) -> Any:

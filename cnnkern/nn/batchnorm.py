@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnkern import reference
 from cnnkern.extension import extension
-from cnnkern.nn.traced import leaf
+from cnnkern.nn.traced import NotScriptable, leaf
 from cnnkern.ops.bn_act import batch_norm_act
 from cnnkern.ops.bn_add_act import batch_norm_add_act
 from cnnkern.ops.route import alike
@@ -17,7 +17,7 @@ from cnnkern.triton_kernels import check
 folded_of = extension and extension.folded_of  # without the extension nothing is folded
 
 
-class _FusedBatchNorm(_BatchNorm):
+class _FusedBatchNorm(NotScriptable, _BatchNorm):
     """`torch.nn`'s batch norm, its constructor and its state, with a forward pass that applies `act` as well."""
 
     act: str

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from cnnkern.nn.traced import leaf
+from cnnkern.nn.traced import NotScriptable, leaf
 from cnnkern.ops.grouped_conv1d import conv1d
 from cnnkern.ops.grouped_conv2d import conv2d
 from cnnkern.ops.grouped_conv3d import conv3d
 
 
-class _GroupedConv(nn.modules.conv._ConvNd):
+class _GroupedConv(NotScriptable, nn.modules.conv._ConvNd):
     """The forward pass of a torch.nn convolution, by a function of cnnkern."""
 
     convolve: Callable[..., Tensor]
@@ -19,6 +19,8 @@ class _GroupedConv(nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
             return leaf(self, input)
+        if not isinstance(self, _GroupedConv):  # a wrapper of this method was put on the layer before it was reverted
+            return type(self).forward(self, input)
         return super().forward(input)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,12 +2,12 @@
 
 from torch import Tensor, fx, nn
 
-from cnnkern.nn.traced import leaf
+from cnnkern.nn.traced import NotScriptable, leaf
 from cnnkern.ops.layer_norm import layer_norm
 from cnnkern.ops.layer_norm2d import layer_norm2d
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(NotScriptable, nn.LayerNorm):
     """:class:`torch.nn.LayerNorm` on the fused kernel. Input (\\*, \\*normalized_shape)."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class LayerNorm2d(nn.LayerNorm):
+class LayerNorm2d(NotScriptable, nn.LayerNorm):
     """Layer norm over the channels of (N, C, H, W), without a permute; the result has the input's memory format.
 
     Equivalent to ``torchvision.models.convnext.LayerNorm2d(num_channels, eps=1e-6)``, whose checkpoints it takes, and

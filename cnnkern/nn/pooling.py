@@ -2,11 +2,11 @@
 
 from torch import Tensor, fx, nn
 
-from cnnkern.nn.traced import leaf
+from cnnkern.nn.traced import NotScriptable, leaf
 from cnnkern.ops.max_pool2d import max_pool2d
 
 
-class MaxPool2d(nn.MaxPool2d):
+class MaxPool2d(NotScriptable, nn.MaxPool2d):
     """``nn.MaxPool2d`` that saves one byte per output for backward, instead of the input.
 
     The constructor is that of :class:`torch.nn.MaxPool2d`; with ``return_indices=True`` PyTorch's kernel is used.

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/grad_mode.h>
 
+#include <atomic>
 #include <functional>
 #include <tuple>
 
@@ -31,8 +32,15 @@ inline bool requires_grad(const Tensor& t) { return t.defined() && t.requires_gr
 
 inline bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
 
-inline void bump_version(const OptionalTensor& t) {
-  if (t.has_value() && t->defined() && !t->is_inference()) t->unsafeGetTensorImpl()->bump_version();
+// Deferred results in eval mode that have yet to read running statistics, in all threads.
+inline std::atomic<int64_t> waiting_readers_of_statistics = 0;
+
+// Called after a kernel has updated a running statistic. Its version stays the same, as after PyTorch's batch norm, which saves
+// running statistics for a gradient that does not read them: both may compute the same module in one graph. The exception is for
+// results that wait in other threads, which notice an update by the version.
+inline void updated_statistic(const OptionalTensor& t) {
+  if (waiting_readers_of_statistics == 0 || !tensor_or_undefined(t).defined() || t->is_inference()) return;
+  t->unsafeGetTensorImpl()->bump_version();
 }
 
 // The running statistics of one call. Hooks on saved tensors may refuse what a kernel gave: where there are some, the kernel
@@ -56,7 +64,7 @@ class RunningStatistics {
       at::AutoDispatchBelowADInplaceOrView below;
       mean_->copy_(*kernels_mean_), var_->copy_(*kernels_var_);
     }
-    bump_version(mean_), bump_version(var_);
+    updated_statistic(mean_), updated_statistic(var_);
   }
 
  private:

@@ -10,6 +10,7 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& a
   if (!takes(self) || adds_zero_ || (in_place && is_observed(self))) return std::nullopt;
   if (act.slope.defined() && !norm_ && grad_mode_ && act.slope.requires_grad()) return std::nullopt;
   const bool sum = residual_.defined();
+  if (sum && !where_.site->activates_sums(where_.mode)) return std::nullopt;
   if (auto source = norm_ || sum ? nullptr : source_->followed_by(act)) return activate_later(self, std::move(source), act, in_place);
   const Result result = compute(act);
   const bool of_result = !in_place && (!sum || reads_result(act.name));

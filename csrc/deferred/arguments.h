@@ -41,11 +41,12 @@ class Arguments {
     if (!t.defined()) return;
     if (Deferred* deferred = Deferred::of(t))
       deferred->make_real_for(name_ + " follows");
-    if (writes) Seal::break_those_of(memory_of(t)), Values::copy_those_of(memory_of(t));
+    const bool plain = is_plain(t);
+    if (writes && plain) Seal::break_those_of(memory_of(t)), Values::copy_those_of(memory_of(t));
     for (const auto& result : waiting_) {
       if (result.get() == t.unsafeGetTensorImpl()) continue;
-      // A tensor without plain memory (a subclass, a nested tensor) may hold tensors that have some.
-      if (!is_plain(t) || result->conflicts_with(memory_of(t), writes)) result->make_real_for(name_ + " changes its inputs");
+      // A tensor without plain memory (a subclass, a nested tensor, one of a transform) may hold tensors that have some.
+      if (!plain || result->conflicts_with(memory_of(t), writes)) result->make_real_for(name_ + " changes its inputs");
     }
   }
 

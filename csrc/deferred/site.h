@@ -20,18 +20,30 @@ class Site {
     std::lock_guard<std::mutex> lock(mutex_);
     return modes_[mode].missed == 0 && modes_[mode].fused > 0;
   }
+  // So does the fusion of a sum with the activation that follows, if most sums are used again.
+  bool activates_sums(int mode) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return modes_[mode].sums_used_again <= modes_[mode].sums_activated;
+  }
   void fused(int mode, const std::string& with) {
     std::lock_guard<std::mutex> lock(mutex_);
     ++modes_[mode].fused, ++fused_[with];
+    if (is_activated_sum(with)) ++modes_[mode].sums_activated;
   }
   void missed(int mode, const std::string& why) {
     std::lock_guard<std::mutex> lock(mutex_);
     ++modes_[mode].missed, ++alone_[why];
   }
-  // A result that was fused with its first use is used again.
+  // A result that was fused with its first use is used again. The sum of one is still one kernel.
   void used_again(int mode, const std::string& with) {
     std::lock_guard<std::mutex> lock(mutex_);
-    --modes_[mode].fused, --fused_[with];
+    --fused_[with];
+    if (is_activated_sum(with)) {
+      ++fused_["add"];
+      --modes_[mode].sums_activated, ++modes_[mode].sums_used_again;
+      return;
+    }
+    --modes_[mode].fused;
     ++modes_[mode].missed, ++alone_["its output is used again"];
   }
   void at_once(const std::string& why) {
@@ -50,7 +62,9 @@ class Site {
  private:
   struct Mode {
     int64_t fused = 0, missed = 0;
+    int64_t sums_activated = 0, sums_used_again = 0;
   };
+  static bool is_activated_sum(const std::string& with) { return with.rfind("add + ", 0) == 0; }
   std::mutex mutex_;
   std::array<Mode, 4> modes_;
   std::map<std::string, int64_t> fused_, alone_;

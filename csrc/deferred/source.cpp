@@ -3,6 +3,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
 
+#include <utility>
+
 #include "autograd/composite.h"
 #include "deferred/memory.h"
 #include "kernels.h"
@@ -51,7 +53,11 @@ BatchNorm::BatchNorm(const Tensor& x, const Tensor& weight, const Tensor& bias, 
     : arguments_{x, weight, bias, training}, running_mean_(running_mean), running_var_(running_var), momentum_(momentum), eps_(eps),
       any_strides_(any_strides) {}
 
-bool BatchNorm::can_wait() const {
+BatchNorm::~BatchNorm() {
+  if (waits_for_statistics_) --waiting_readers_of_statistics;
+}
+
+bool BatchNorm::can_wait() {
   const Tensor& x = arguments_.x;
   if (!is_plain(x) || x.dim() < 2 || x.dim() > 5 || x.numel() == 0 || !x.is_floating_point()) return false;
   if (!x.is_contiguous() && !is_rows(x)) return false;
@@ -68,9 +74,9 @@ bool BatchNorm::can_wait() const {
   }
   if (requires_grad(running_mean_) || requires_grad(running_var_)) return false;
   // Recorded only if the result can be deferred.
-  auto& remembered = const_cast<BatchNorm*>(this)->remembered_;
-  for (size_t i = 0; i < remembered.size(); ++i)
-    if (tensors()[i]->defined()) remembered[i].remember(*tensors()[i]);
+  if (!arguments_.training && !std::exchange(waits_for_statistics_, true)) ++waiting_readers_of_statistics;
+  for (size_t i = 0; i < remembered_.size(); ++i)
+    if (tensors()[i]->defined()) remembered_[i].remember(*tensors()[i]);
   return true;
 }
 
@@ -120,7 +126,7 @@ Result BatchNorm::compute(const Tensor& residual, const Activation& act, bool ag
     std::tie(result.value, result.mean, result.rstd) =
         norm_operator().call(x, optional_of(weight), optional_of(bias), mean, var, training, momentum_, eps_, act.name,
                            act.param);
-  if (training) bump_version(mean), bump_version(var);
+  if (training) updated_statistic(mean), updated_statistic(var);
   return result;
 }
 
@@ -136,7 +142,7 @@ Result BatchNorm::add_into(const Tensor& r, bool again) {
   Result result;
   std::tie(result.mean, result.rstd) =
       bn_add_into(x, r, optional_of(weight), optional_of(bias), mean, var, training, momentum_, eps_);
-  if (training) bump_version(mean), bump_version(var);
+  if (training) updated_statistic(mean), updated_statistic(var);
   return result;
 }
 

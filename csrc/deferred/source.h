@@ -63,9 +63,10 @@ class BatchNorm final : public Source {
  public:
   BatchNorm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& running_mean,
             const at::Tensor& running_var, bool training, double momentum, double eps, bool any_strides);
+  ~BatchNorm() override;
 
   // Whether cnnkern's kernels support it, and nothing can observe when it is computed.
-  bool can_wait() const;
+  bool can_wait();
 
   Result compute(const at::Tensor& residual, const Activation& act, bool again) override;
   bool adds_into(const at::Tensor& r) const override;
@@ -88,6 +89,7 @@ class BatchNorm final : public Source {
   at::Tensor running_mean_, running_var_;
   double momentum_, eps_;
   bool any_strides_;
+  bool waits_for_statistics_ = false;
   std::array<Remembered, 5> remembered_;
 };
 
