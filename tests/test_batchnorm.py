@@ -194,11 +194,18 @@ def test_no_leak_over_ten_thousand_calls_errors_included():
     assert leaked_by_ten_thousand(call) < MAY_STAY
 
 
-def test_running_statistics_in_place_are_seen_by_autograd():
-    rm, rv = torch.zeros(5), torch.ones(5)
-    versions = rm._version, rv._version
-    functional.batch_norm_relu(torch.randn(2, 5, 3, 3), rm, rv, training=True)
-    assert (rm._version, rv._version) == (versions[0] + 1, versions[1] + 1)
+def test_pytorchs_batch_norm_and_ours_share_statistics_in_one_graph():
+    """PyTorch's saves them for its gradient and updates them without a new version."""
+    x = torch.randn(2, 5, 3, 3)
+    results = []
+    for batch_norm in (F.batch_norm, functional.batch_norm_act):
+        rm, rv, weight, bias = torch.zeros(5), torch.ones(5), torch.ones(5).requires_grad_(), torch.zeros(5)
+        act = {} if batch_norm is F.batch_norm else {"act": "none"}
+        y = F.batch_norm(x, rm, rv, weight, bias, training=True)
+        z = batch_norm(x, rm, rv, weight, bias, training=True, **act)
+        (y * z).square().sum().backward()
+        results.append((weight.grad, rm, rv))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_parts_get_no_gradient_and_the_others_theirs():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._inductor import codecache, config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cnnkern
 from cnnkern.conversion import joining
@@ -341,6 +342,21 @@ class Noting(CustomGraphPass):
 
     def uuid(self):
         return None  # what Inductor compiles with it is not kept
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_a_gpu_batch_norms_are_inductors(layout, training):
+    """Of a whole converted model, on tensors that only say that they are on a GPU."""
+    backend = Joined()
+    backend.backend = torch._dynamo.lookup_backend("eager")
+    with FakeTensorMode(), torch.device("cuda"):
+        model = cnnkern.convert(nn.Sequential(nn.Conv2d(8, 8, 3, groups=4), Block())).train(training)
+        x = torch.empty(4, 8, 8, 8).contiguous(memory_format=layout)
+        y = torch.compile(model, fullgraph=True, backend=backend)(x)
+    assert y.device.type == "cuda"
+    assert [batch_norms(graph) for graph in backend.graphs] == [{"pytorch": 4}]
+    assert torch.ops.cnnkern.grouped_conv2d.default in {node.target for node in backend.graphs[0].nodes}
 
 
 def test_what_is_compiled_with_it_can_be_kept():

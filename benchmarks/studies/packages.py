@@ -1,5 +1,6 @@
 """Models of other packages, without weights: what `fusions.py` converts. A generator for each package."""
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ def pytorchcv_models() -> Iterator[Model]:
     for name, build in provider._models.items():
         if build.__module__ not in seen:
             seen.add(build.__module__)
-            yield Model(name, build)
+            if name.endswith("_cityscapes"):  # made for 1024 x 2048 pixels, which take more than 9 GB in training
+                build = functools.partial(build, in_size=(256, 512))
+            yield Model(name, build, (2, 1, 320, 240) if name == "pfpcnet" else None)
 
 
 def smp_models() -> Iterator[Model]:

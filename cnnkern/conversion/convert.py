@@ -149,6 +149,10 @@ def conversion_report(model: nn.Module) -> ConversionReport:
         module = modules.get(entry.path)
         if isinstance(module, _FusedBatchNorm):
             entries.append(Replacement(entry.path, *kind_now(module)))
+        elif module is None:
+            entries.append(Replacement(entry.path, "", "no longer in the model"))
+        elif entry.kind and "_cnnkern_converted" not in vars(module):
+            entries.append(Replacement(entry.path, "", f"has become a {type(module).__name__} since"))
         elif not hasattr(module, "became"):
             entries.append(entry)
         elif (found := module.became()) is not None:  # a folded convolution
@@ -171,6 +175,10 @@ def convert_layers(model: nn.Module) -> ConversionReport:
         if replacement is not None and wanted(module):
             replace(module, replacement)
             report.entries.append(Replacement(path, type(module).__name__))
+        elif kind is nn.SyncBatchNorm:
+            report.entries.append(
+                Replacement(path, "", "convert the model first, then call cnnkern.nn.convert_sync_batchnorm")
+            )
         elif isinstance(module, NORMS) and kind not in ours and not isinstance(module, _FusedBatchNorm):
             report.entries.append(
                 Replacement(path, "", f"{type(module).__name__} may do more than the class that it inherits from")

@@ -56,8 +56,8 @@ class FoldingLayer(NotScriptable):
         return folded is not None and folded.settings == self.settings(norm) and folded.holds(self.sources(norm))
 
     def folded(self, norm: nn.Module | None) -> Any:
-        """The extension's form of this layer and the norm, kept until they change; None for tensors of subclasses and of
-        transforms."""
+        """The extension's form of this layer and the norm, kept until they change; None for subclasses of tensors
+        and within transforms."""
         cache = self.__dict__.setdefault(CACHE, {})
         found = cache.get(id(norm))
         if self.is_current(found, norm):

@@ -4,6 +4,7 @@ from meanings import (  # noqa: F401  (they add to CASES)
     composites,
     gradients,
     graphs,
+    habits,
     in_place,
     libraries,
     nodes,
