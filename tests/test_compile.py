@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -199,6 +201,39 @@ def test_batch_norms_of_a_converted_model_are_pytorchs_in_a_compiled_graph(train
     ours = [name for name in called if name.startswith("cnnkern.")]
     assert ours == ["cnnkern.grouped_conv2d.default", "cnnkern.layer_norm.default"]  # once each: one graph
     torch.testing.assert_close(model.state_dict(), twin.state_dict())
+
+
+def graphs_of(model: nn.Module, x: torch.Tensor, training: bool) -> list[list[tuple]]:
+    """The operators of the forward and backward graphs, and the shapes of their results."""
+    found = []
+
+    def compiler(graph, inputs):
+        shapes = [getattr(node.meta.get("val"), "shape", None) for node in graph.graph.nodes]
+        found.append([(str(n.target), shape) for n, shape in zip(graph.graph.nodes, shapes, strict=True)])
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=compiler, bw_compiler=compiler)
+    with torch.set_grad_enabled(training):
+        y = torch.compile(model.train(training), fullgraph=True, backend=backend)(x)
+        if training:
+            y.sum().backward()
+    return found
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("training", [False, True])
+def test_inductor_gets_the_originals_graph_where_batch_norms_are_its_own(training, layout):
+    """So a converted model is as fast as the original there. In training in channels_last batch norms are ours."""
+    model = torchvision.models.resnet18(weights=None).to(memory_format=layout)
+    x = images(2).contiguous(memory_format=layout)
+    original, converted = (graphs_of(m, x, training) for m in (copy.deepcopy(model), cnnkern.convert(model)))
+    assert len(original) == len(converted) == 1 + training
+    named = [[("cnnkern" in name) for name, _ in graph] for graph in converted]
+    if training and layout == torch.channels_last:
+        assert all(any(graph) for graph in named)
+    else:
+        assert converted == original
 
 
 def test_errors_are_ours_in_a_compiled_graph_too():

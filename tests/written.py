@@ -354,7 +354,7 @@ WRITTEN = {
         lambda: Residual(residual_put_in_anothers_place_after_the_activation),
         {"BatchNorm + add + SiLU": 1},
     ),
-    "sum used twice": (lambda: Residual(used_twice_after_the_add), {"BatchNorm": 1}),
+    "sum used twice": (lambda: Residual(used_twice_after_the_add), {"BatchNorm + add": 1}),
     "dropout between": (
         lambda: Residual(lambda self, y, x: F.relu(F.alpha_dropout(self.drop(y), 0.0).to(x) + x)),  # they drop nothing
         {ADD: 1},

@@ -65,9 +65,10 @@ def _(self, x, y):
 @written("NormalizesItWithTheSameStatistics")
 def _(self, x, y):
     norm = self.features[1]
-    z = norm(x)
-    z = F.batch_norm(z, norm.running_mean, norm.running_var, training=self.training)
-    z = F.instance_norm(norm(z), norm.running_mean, norm.running_var, use_input_stats=True)
+    with torch.no_grad():  # PyTorch keeps running statistics for its gradient
+        z = norm(x)
+        z = F.batch_norm(z, norm.running_mean, norm.running_var, training=self.training)
+        z = F.instance_norm(norm(z), norm.running_mean, norm.running_var, use_input_stats=True)
     return F.relu(y) + z
 
 
