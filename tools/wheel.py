@@ -120,8 +120,8 @@ def say_built(wheel: Path, begin: float) -> None:
 
 
 def say_sample(source: str) -> None:
-    """Compiles a CUDA source for sm_80 and for all of a wheel, and says processor time and size: what
-    docs/install.md has of a wheel of all of them, which takes too long to build, is reckoned from it."""
+    """Compiles a CUDA source for sm_80 and for all of a wheel, and says processor time and size, as docs/install.md
+    has them: a whole wheel takes long to build."""
     if not ((ROOT / source).is_file() and source.endswith(".cu")):
         raise Failed(f"--sample takes one of the sources csrc/cuda/**/*.cu, got {source}")
     import build_extension  # asks torch where CUDA is
