@@ -13,6 +13,7 @@
 #include "autograd/recompute.h"
 #include "block_pool.h"
 #include "deferred/batch_norm.h"
+#include "deferred/deferred.h"
 #include "deferred/capture.h"
 #include "deferred/concatenation.h"
 #include "deferred/folded_conv.h"
@@ -60,7 +61,7 @@ PYBIND11_MODULE(_C, m) {
            "A batch norm whose result is deferred if possible, so that the next activation or addition is fused with it.");
   pybind11::class_<cnnkern::FoldedConv::Settings>(m, "ConvSettings", "The settings of a folded convolution.")
       .def(pybind11::init<std::vector<int64_t>, std::vector<int64_t>, std::vector<int64_t>, int64_t, std::vector<int64_t>, std::string,
-                          std::string, int64_t, int64_t>());
+                          std::string, int64_t, int64_t, bool>());
   using cnnkern::Folded;
   pybind11::class_<Folded, std::shared_ptr<Folded>>(m, "Folded", pybind11::dynamic_attr(), "A layer of a folded model.")
       .def("holds", &Folded::holds, "Whether the sources are these and unchanged.")
@@ -107,6 +108,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("sees_captures", &cnnkern::sees_captures, "Whether batch norms can be deferred while a CUDA graph is captured.");
   m.def("learn_parts", &cnnkern::learn_parts, pybind11::arg("whole"), pybind11::arg("part"),
         "What memory that is a part of other memory looks like, from a tensor on each.");
+  m.def("materialise_waiting", &cnnkern::materialise_waiting, pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "Computes what is deferred in this thread and has not been used yet.");
   m.def("folded_of", &cnnkern::folded_of, "The Folded whose deferred result a tensor is; else None.");
   pybind11::class_<cnnkern::Packed, std::shared_ptr<cnnkern::Packed>>(m, "Packed", "What autograd saves in place of a tensor.");
   m.def("pack", [](const at::Tensor& t) { return std::make_shared<cnnkern::Packed>(t, cnnkern::Depth::kAny); }, pybind11::arg("tensor"),

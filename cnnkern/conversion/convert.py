@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cnnkern import recomputation
 from cnnkern.conversion.deferral import SITE
+from cnnkern.conversion.folding import forget_hook
 from cnnkern.conversion.layers import (
     NORMS,
     kind_now,
@@ -129,6 +130,7 @@ def revert(model: nn.Module, inplace: bool = False) -> nn.Module:
             module.__dict__.pop("act", None)
             module.__dict__.pop(SITE, None)
         module.__dict__.pop("_cnnkern_report", None)
+        forget_hook(module)
     return model
 
 

@@ -35,7 +35,7 @@ class FoldingConv(FoldingLayer, nn.modules.conv._ConvNd):
         return (*padding, None if norm is None else (norm.eps, norm.weight is None, norm.bias is None))
 
     def make(self, norm: nn.Module | None, sources: list[Tensor]) -> Any:
-        return folded_conv(self, *_weights(self, norm), sources)
+        return folded_conv(self, *_weights(self, norm), sources, normed=norm is not None)
 
     def became(self) -> tuple[str, str] | None:
         kind, reason = super().became()  # type: ignore[misc]

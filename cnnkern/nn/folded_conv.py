@@ -74,11 +74,13 @@ def folded_conv(
     bias: Tensor | None,
     sources: Sequence[Tensor],
     own: bool | None = None,
+    normed: bool = False,
 ) -> Any:
     """``conv`` with another weight and bias, which were computed from ``sources``; it notices if these change.
 
     It computes ``act(conv(x) + residual)`` in one kernel if oneDNN has one, and keeps weights in oneDNN's layout, which
     depends on the input's shape. `own` selects cnnkern's kernel, if there is one, or oneDNN's: to time both.
+    `normed`: a batch norm is folded into the weight.
     """
     padding, pad = _padding(conv)
     chosen = _own(conv, weight)
@@ -86,7 +88,7 @@ def folded_conv(
         chosen = _Own(chosen.kernel if own else "")
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     stride, dilation, groups = conv.stride, conv.dilation, conv.groups
-    settings = extension.ConvSettings(stride, padding, dilation, groups, pad, mode, *chosen)
+    settings = extension.ConvSettings(stride, padding, dilation, groups, pad, mode, *chosen, normed)
 
     def reorder(weight: Tensor, shape: Sequence[int]) -> Tensor:
         return mkldnn._reorder_convolution_weight(weight, padding, stride, dilation, groups, shape)

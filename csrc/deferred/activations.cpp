@@ -50,7 +50,7 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& a
   const bool any_strides = source_->has_any_strides();
   if (!in_place) {
     state_ = kSpent;
-    if (any_strides) return laid(result.value, Strides(this->strides().begin(), this->strides().end()));
+    if (any_strides) return laid(result.value, elementwise_strides(sizes(), this->strides(), this->strides()));
     return put_in_graph(result.value);
   }
   if (node && !sum) norm_->result.reset();
@@ -69,7 +69,7 @@ Tensor Deferred::activate_later(const Tensor& self, std::shared_ptr<Source> sour
     return self;
   }
   state_ = kSpent;
-  return activated(std::move(source), self.options(), sizes(), Strides(strides().begin(), strides().end()));
+  return activated(std::move(source), self.options(), sizes(), elementwise_strides(sizes(), strides(), strides()));
 }
 
 }  // namespace cnnkern

@@ -98,6 +98,16 @@ bool Waiting::rests() {
   return results_.empty() && !watched_;
 }
 
+void materialise_waiting() {
+  // The last one first: it may compute those before it, which are then gone if nothing else holds them.
+  const auto last_unused = [] {
+    const auto results = Waiting::of_this_thread()->results();
+    const auto found = std::find_if(results.rbegin(), results.rend(), [](const auto& result) { return result->is_unused(); });
+    return found == results.rend() ? c10::intrusive_ptr<Deferred>() : *found;
+  };
+  while (const auto result = last_unused()) result->make_real_for("the model returns it");
+}
+
 Tensor tensor_of(const c10::intrusive_ptr<Deferred>& impl) {
   return Tensor(c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>::reclaim(c10::intrusive_ptr<Deferred>(impl).release()));
 }
@@ -173,6 +183,11 @@ void Deferred::release_resources() {
 std::shared_ptr<Source> Deferred::waiting_source() {
   const Lock lock(mutex_);
   return state_ == kOpen && !is_sum() ? source_ : nullptr;
+}
+
+bool Deferred::is_unused() {
+  const Lock lock(mutex_);
+  return state_ == kOpen;
 }
 
 bool Deferred::conflicts_with(const c10::StorageImpl* memory, bool writes) {

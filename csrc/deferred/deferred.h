@@ -54,6 +54,7 @@ class Deferred final : public c10::TensorImpl {
   void make_real_for(const std::string& reason);
   // What computes the result, if it is deferred and no sum.
   std::shared_ptr<Source> waiting_source();
+  bool is_unused();
   bool has_any_strides() const { return state_ == kLaid || (state_ == kOpen && source_->has_any_strides()); }
   // Marks the result as fused into another computation. It is computed only if it is used again.
   void take_over(const std::string& by);
@@ -158,6 +159,9 @@ class Waiting {
   std::mutex mutex_;
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> results_;
 };
+
+// Materialises what is deferred in this thread and has not been used yet.
+void materialise_waiting();
 
 // Whether only PyTorch's operators, autograd, autocast and cnnkern's own hooks can see this thread's operators. A TorchFunctionMode
 // (torch.set_default_device sets one) does not matter: it is called before the operators, and sees what it would see anyway.

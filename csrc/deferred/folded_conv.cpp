@@ -2,6 +2,8 @@
 
 #include <ATen/Functions.h>
 
+#include <algorithm>
+
 #include "aten.h"
 #include "block_pool.h"
 #include "deferred/own_kernels.h"
@@ -25,7 +27,7 @@ FoldedConv::FoldedConv(const Tensor& weight, const OptionalTensor& bias, Setting
     : Folded(weight, bias, dtypes, std::move(pack), sources), settings_(std::move(settings)) {}
 
 std::vector<int64_t> FoldedConv::output_sizes(const Tensor& x) const {
-  const auto& [stride, padding, dilation, groups, pad, pad_mode, own, own_from_pixels, own_to_elements] = settings_;
+  const auto& [stride, padding, dilation, groups, pad, pad_mode, own, own_from_pixels, own_to_elements, normed] = settings_;
   std::vector<int64_t> sizes = {x.size(0), weight_.size(0)};
   for (size_t d = 0; d < stride.size(); ++d) {
     const size_t last = 2 * (stride.size() - 1 - d);
@@ -37,7 +39,10 @@ std::vector<int64_t> FoldedConv::output_sizes(const Tensor& x) const {
 }
 
 bool FoldedConv::gives_rows(const Tensor& input) const {
-  return (!input.is_contiguous() && is_rows(input)) || (!weight_.is_contiguous() && is_rows(weight_));
+  const auto gives = [](const Tensor& t) { return t.suggest_memory_format() != at::MemoryFormat::Contiguous; };
+  if (!gives(input) && !gives(weight_)) return false;
+  const auto sizes = output_sizes(input);  // PyTorch's batch norm makes a single pixel contiguous
+  return !settings_.normed || std::any_of(sizes.begin() + 2, sizes.end(), [](int64_t n) { return n != 1; });
 }
 
 Tensor FoldedConv::compute(const Tensor& x, const Tensor& residual, const Activation& act, at::ScalarType dtype) {
@@ -55,7 +60,7 @@ bool FoldedConv::is_own(const Tensor& x, at::ScalarType dtype) const {
 
 // By PyTorch's convolution with the folded weights, then the addition and the activation.
 Tensor FoldedConv::by_parts(const Tensor& x, const Tensor& residual, const Activation& act) {
-  const auto& [stride, padding, dilation, groups, pad, pad_mode, own, own_from_pixels, own_to_elements] = settings_;
+  const auto& [stride, padding, dilation, groups, pad, pad_mode, own, own_from_pixels, own_to_elements, normed] = settings_;
   const OptionalTensor bias = bias_as(x.scalar_type());
   const std::vector<int64_t> none(stride.size(), 0);
   Tensor y = at::convolution(x, weight_.to(x.scalar_type()), bias, stride, padding, dilation, /*transposed=*/false, none, groups);
@@ -66,7 +71,7 @@ Tensor FoldedConv::by_parts(const Tensor& x, const Tensor& residual, const Activ
 Tensor FoldedConv::by_library(const Tensor& x, const Tensor& residual, const Activation& act) {
   static const auto pointwise = operator_of<Pointwise>("mkldnn::_convolution_pointwise");
   static const auto binary = operator_of<Binary>("mkldnn::_convolution_pointwise", "binary");
-  const auto& [stride, padding, dilation, groups, pad, pad_mode, own, own_from_pixels, own_to_elements] = settings_;
+  const auto& [stride, padding, dilation, groups, pad, pad_mode, own, own_from_pixels, own_to_elements, normed] = settings_;
   const OptionalTensor bias = bias_as(x.scalar_type());
   const Tensor weight = packed(x.sizes().vec(), x.scalar_type());
   const block_pool::Scope pooled;
@@ -83,7 +88,7 @@ Tensor FoldedConv::by_library(const Tensor& x, const Tensor& residual, const Act
 // By cnnkern's grouped convolution, then the addition and the activation.
 Tensor FoldedConv::by_grouped(const Tensor& x, const Tensor& residual, const Activation& act) {
   static const auto grouped = operator_of<Grouped>("cnnkern::grouped_conv2d");
-  const auto& [stride, padding, dilation, groups, pad, pad_mode, own, own_from_pixels, own_to_elements] = settings_;
+  const auto& [stride, padding, dilation, groups, pad, pad_mode, own, own_from_pixels, own_to_elements, normed] = settings_;
   Tensor y = grouped.call(x.contiguous(at::MemoryFormat::ChannelsLast), weight_.to(x.scalar_type()), optional_of(bias_), stride, padding,
                           dilation, groups);
   if (residual.defined()) y.add_(residual);

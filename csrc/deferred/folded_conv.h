@@ -17,6 +17,7 @@ class FoldedConv final : public Folded {
     // last two. It is used for images of at least own_from_pixels, and results of at most own_to_elements.
     std::string own;
     int64_t own_from_pixels, own_to_elements;
+    bool normed;  // a batch norm is folded into it
   };
 
   FoldedConv(const at::Tensor& weight, const std::optional<at::Tensor>& bias, Settings settings,

@@ -1,0 +1,116 @@
+"""What a folded model returns: values that do not change with its inputs any more, in the original's strides."""
+
+import copy
+import io
+import pickle
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cnnkern
+from tests.test_fold import randomised
+from tests.test_fold_blocks import Inverted
+
+
+class Residual(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layer(x)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "convolution": (lambda: nn.Conv2d(6, 6, 1), (2, 6, 9, 9)),
+    "a sum": (lambda: Residual(nn.Conv2d(6, 6, 3, padding=1)), (2, 6, 9, 9)),
+    "a sum of linear": (lambda: Residual(nn.Linear(6, 6)), (4, 6)),
+    "batch norm": (lambda: nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6)), (2, 6, 9, 9)),
+    "activation": (lambda: nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU6()), (2, 6, 9, 9)),
+    "block": (Inverted, (2, 6, 9, 9)),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("kind", MODELS)
+def test_another_thread_reuses_the_input(kind, mode):
+    make, shape = MODELS[kind]
+    model = randomised(make())
+    folded = cnnkern.fold(model)
+    for _ in range(3):
+        with mode():
+            x = torch.randn(shape)
+            expected = model(x).clone()
+            found: list[Tensor] = []
+
+            def work(x: Tensor = x, found: list[Tensor] = found) -> None:
+                with mode():
+                    found.append(folded(x))
+
+            worker = threading.Thread(target=work)
+            worker.start()
+            worker.join()
+            x.zero_()
+            torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_memory_that_other_processes_write(kind):
+    """Writes that are no operators of this process: here through a raw pointer."""
+    make, shape = MODELS[kind]
+    model = randomised(make())
+    folded = cnnkern.fold(model)
+    memory = bytearray(4 * torch.Size(shape).numel())
+    for _ in range(3):
+        x = torch.frombuffer(memory, dtype=torch.float32).view(shape)
+        with torch.no_grad():
+            x.copy_(torch.randn(shape))
+            expected = model(x).clone()
+            y = folded(x)
+        memory[:] = bytes(len(memory))
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_hook_that_computes_it_is_copied_and_removed():
+    model = randomised(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    folded = cnnkern.fold(model)
+    assert len(folded._forward_hooks) == 1
+    saved = io.BytesIO()
+    torch.save(folded, saved)
+    saved.seek(0)
+    for other in (
+        copy.deepcopy(folded),
+        pickle.loads(pickle.dumps(folded)),
+        torch.load(saved, weights_only=False),
+        cnnkern.fold(folded),
+    ):
+        assert len(other._forward_hooks) == 1
+        x = torch.randn(2, 3, 5, 5)
+        with torch.no_grad():
+            expected, y = model(x), other(x)
+            x.zero_()
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    assert not cnnkern.revert(folded)._forward_hooks
+    assert not cnnkern.fold(nn.Sequential(nn.ReLU()).eval())._forward_hooks
+
+
+def test_strides_where_the_layout_is_ambiguous():
+    images = [
+        torch.randn(2, 1, 28, 28).to(memory_format=torch.channels_last),
+        torch.randn(2, 1, 28, 28),
+        torch.randn(1, 16, 20, 1).as_strided((1, 16, 20, 1), (320, 1, 16, 1)),
+        torch.randn(2, 8, 1, 1),
+        torch.randn(2, 8, 1, 1).to(memory_format=torch.channels_last),
+    ]
+    for x in images:
+        for k in (1, 3):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                model = nn.Sequential(nn.Conv2d(x.shape[1], 8, k, padding=k // 2), nn.BatchNorm2d(8), nn.ReLU())
+                randomised(model).to(memory_format=layout)
+                folded = cnnkern.fold(model)
+                with torch.no_grad():
+                    for _ in range(2):
+                        assert folded(x).stride() == model(x).stride(), (x.shape, x.stride(), k, layout)
