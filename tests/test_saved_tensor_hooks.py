@@ -219,7 +219,7 @@ def test_statistics_are_the_same_under_a_hook(name, generator):
         case.function(**hooked)
     for n, version in zip(case.mutated, versions, strict=True):
         assert torch.equal(plain[n], hooked[n])
-        assert hooked[n]._version > version
+        assert hooked[n]._version == version, "as PyTorch's batch norm leaves it"
 
 
 @pytest.mark.parametrize("name", ["bn_act", "bn_add_act"])
