@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 import cnnkern
 from cnnkern import _C
 from tests.test_fold import LAYOUTS, judged, randomised
-from tests.test_fold_blocks import as_good_as_by_layer, threads
+from tests.test_fold_blocks import as_good_as_by_layer, same_gradient, threads
 from tests.test_fold_own import new_memory_is_nan
 
 pytestmark = pytest.mark.skipif(_C.cpu_capability() == "DEFAULT", reason="without AVX2 oneDNN computes the layers")
@@ -214,11 +214,4 @@ def test_images_of_other_kinds(image):
 
 
 def test_gradients_are_those_of_the_model():
-    model = randomised(Squeezed(3, 12, 3, nn.Sigmoid()))
-    folded = cnnkern.fold(model)
-    x = torch.randn(1, 3, 6, 8, requires_grad=True)
-    with torch.no_grad():
-        folded(x)
-    (gradient,) = torch.autograd.grad(folded(x).square().sum(), x)
-    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+    same_gradient(randomised(Squeezed(3, 12, 3, nn.Sigmoid())), torch.randn(1, 3, 6, 8))

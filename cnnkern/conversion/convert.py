@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnkern import recomputation
-from cnnkern.conversion.deferral import SITE
-from cnnkern.conversion.folding import forget_hook
+from cnnkern.conversion.deferral import SITE, Deferring, compute_on_return, forget_hook
 from cnnkern.conversion.layers import (
     NORMS,
     kind_now,
@@ -106,6 +105,9 @@ def convert(model: nn.Module, inplace: bool = False, verify: Any = None, *, reco
     inner = uncompiled(model)
     if "_cnnkern_report" not in inner.__dict__:
         inner.__dict__["_cnnkern_report"] = convert_layers(inner)
+        # A single layer is part of a model, in which something may be fused with it.
+        if not isinstance(inner, Deferring) and any(isinstance(module, Deferring) for module in inner.modules()):
+            compute_on_return(inner)
     if recompute:
         recomputation.switch_on(inner)
     return model

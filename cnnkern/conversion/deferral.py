@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnnkern import compat
 from cnnkern.extension import extension
@@ -68,6 +68,24 @@ def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
         return site.batch_norm(input, *arguments)
 
     return norm._normalize(input, compute)
+
+
+def compute_on_return(model: nn.Module) -> None:
+    """Registers a forward hook: when the model returns, nothing is deferred, so others may write to its inputs."""
+    if Site is not None and _compute_deferred not in model._forward_hooks.values():
+        model.register_forward_hook(_compute_deferred)
+
+
+def forget_hook(module: nn.Module) -> None:
+    """Removes that hook from a model that is not converted any more."""
+    for key, hook in list(module._forward_hooks.items()):
+        if hook is _compute_deferred:
+            del module._forward_hooks[key]
+
+
+def _compute_deferred(module: nn.Module, inputs: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        extension.materialise_waiting()
 
 
 def _compiled(input: Tensor, *arguments: Any) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from cnnkern.conversion.convert import ConversionReport, Replacement, check_module, convert, revert, uncompiled
-from cnnkern.conversion.deferral import Site
-from cnnkern.conversion.folding import FoldingLayer, compute_what_waits
+from cnnkern.conversion.deferral import Site, compute_on_return
+from cnnkern.conversion.folding import FoldingLayer
 from cnnkern.conversion.folding_conv import CONVOLUTIONS
 from cnnkern.conversion.folding_linear import LINEARS
 from cnnkern.conversion.layers import replace
@@ -68,7 +68,7 @@ def fold(model: nn.Module) -> nn.Module:
             if path not in known and isinstance(module, FoldingLayer | _FusedBatchNorm):
                 report.entries.append(Replacement(path, type(module).__name__))
         folded.requires_grad_(False)
-        uncompiled(folded).register_forward_hook(compute_what_waits)
+        compute_on_return(uncompiled(folded))
     uncompiled(folded).__dict__["_cnnkern_report"] = report
     return folded
 

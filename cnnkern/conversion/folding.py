@@ -9,7 +9,6 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 from cnnkern.conversion.deferral import SITE, Site, became
-from cnnkern.extension import extension
 from cnnkern.nn.traced import NotScriptable, leaf
 
 _LOCK = threading.Lock()
@@ -89,19 +88,6 @@ class FoldingLayer(NotScriptable):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in (SITE, CACHE)}
-
-
-def compute_what_waits(module: nn.Module, inputs: Any, output: Any) -> None:
-    """A hook of the whole model: when it returns, nothing is deferred. Others may then write to its inputs."""
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
-        extension.materialise_waiting()
-
-
-def forget_hook(module: nn.Module) -> None:
-    """Removes that hook from a model that is not folded any more."""
-    for key, hook in list(module._forward_hooks.items()):
-        if hook is compute_what_waits:
-            del module._forward_hooks[key]
 
 
 def site(layer: nn.Module, name: str) -> Any:

@@ -1,4 +1,5 @@
-"""What a folded model returns: values that do not change with its inputs any more, in the original's strides."""
+"""What a converted or folded model returns: values that do not change with its inputs any more. A folded model's have
+the original's strides where the layout is ambiguous."""
 
 import copy
 import io
@@ -34,12 +35,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+HOW = [cnnkern.convert, cnnkern.fold]
+
+
+@pytest.mark.parametrize("how", HOW, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("kind", MODELS)
-def test_another_thread_reuses_the_input(kind, mode):
+def test_another_thread_reuses_the_input(kind, mode, how):
     make, shape = MODELS[kind]
     model = randomised(make())
-    folded = cnnkern.fold(model)
+    ours = how(model)
     for _ in range(3):
         with mode():
             x = torch.randn(shape)
@@ -48,7 +53,7 @@ def test_another_thread_reuses_the_input(kind, mode):
 
             def work(x: Tensor = x, found: list[Tensor] = found) -> None:
                 with mode():
-                    found.append(folded(x))
+                    found.append(ours(x))
 
             worker = threading.Thread(target=work)
             worker.start()
@@ -57,35 +62,37 @@ def test_another_thread_reuses_the_input(kind, mode):
             torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", HOW, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", MODELS)
-def test_memory_that_other_processes_write(kind):
+def test_memory_that_other_processes_write(kind, how):
     """Writes that are no operators of this process: here through a raw pointer."""
     make, shape = MODELS[kind]
     model = randomised(make())
-    folded = cnnkern.fold(model)
+    ours = how(model)
     memory = bytearray(4 * torch.Size(shape).numel())
     for _ in range(3):
         x = torch.frombuffer(memory, dtype=torch.float32).view(shape)
         with torch.no_grad():
             x.copy_(torch.randn(shape))
             expected = model(x).clone()
-            y = folded(x)
+            y = ours(x)
         memory[:] = bytes(len(memory))
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_hook_that_computes_it_is_copied_and_removed():
+@pytest.mark.parametrize("how", HOW, ids=lambda f: f.__name__)
+def test_the_hook_that_computes_it_is_copied_and_removed(how):
     model = randomised(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
-    folded = cnnkern.fold(model)
-    assert len(folded._forward_hooks) == 1
+    ours = how(model)
+    assert len(ours._forward_hooks) == 1
     saved = io.BytesIO()
-    torch.save(folded, saved)
+    torch.save(ours, saved)
     saved.seek(0)
     for other in (
-        copy.deepcopy(folded),
-        pickle.loads(pickle.dumps(folded)),
+        copy.deepcopy(ours),
+        pickle.loads(pickle.dumps(ours)),
         torch.load(saved, weights_only=False),
-        cnnkern.fold(folded),
+        how(ours),
     ):
         assert len(other._forward_hooks) == 1
         x = torch.randn(2, 3, 5, 5)
@@ -93,8 +100,18 @@ def test_the_hook_that_computes_it_is_copied_and_removed():
             expected, y = model(x), other(x)
             x.zero_()
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-    assert not cnnkern.revert(folded)._forward_hooks
-    assert not cnnkern.fold(nn.Sequential(nn.ReLU()).eval())._forward_hooks
+    assert not cnnkern.revert(ours)._forward_hooks
+    assert not model._forward_hooks
+    assert not how(nn.Sequential(nn.ReLU()).eval())._forward_hooks
+
+
+def test_a_single_converted_layer_stays_deferred():
+    """Something of the model that it is part of may be fused with it."""
+    norm = cnnkern.convert(nn.BatchNorm2d(3).eval())
+    assert not norm._forward_hooks
+    with torch.no_grad():
+        torch.relu(norm(torch.randn(2, 3, 5, 5)))
+    assert cnnkern.conversion_report(norm).counts == {"BatchNorm + ReLU": 1}
 
 
 def test_strides_where_the_layout_is_ambiguous():
