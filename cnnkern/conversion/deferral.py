@@ -13,6 +13,8 @@ from cnnkern.ops import route, tuned
 from cnnkern.ops.bn_act import batch_norm_act
 
 Site = extension and extension.Site  # without the extension nothing is deferred
+# Looked up once, because every call needs them.
+_is_compiling, _materialise_waiting = torch.compiler.is_compiling, extension and extension.materialise_waiting
 
 
 def _learn_parts() -> None:
@@ -46,28 +48,39 @@ class Deferring(_FusedBatchNorm):
                 statistic.detach()  # materialises the results that have yet to update it
         return self.__dict__
 
-
-def deferred(norm: _FusedBatchNorm, input: Tensor) -> Tensor:
-    """The batch norm without an activation; its result is deferred if possible."""
-
-    def compute(input: Tensor, *arguments: Any) -> Tensor:
-        *arguments, _, _ = arguments
-        if torch.compiler.is_compiling():
+    def _defer(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        *_: Any,
+    ) -> Tensor:
+        """The operator that :meth:`_normalize` calls."""
+        arguments = (running_mean, running_var, weight, bias, training, momentum, eps)
+        if _is_compiling():
             return _compiled(input, *arguments)
         if Site is None or route.is_pytorchs((input,), arguments[:4]):
             return batch_norm_act(input, *arguments, "none")
-        if type(input) is not Tensor or _is_captured_unseen(input) or _frees_parameters(norm):
+        if type(input) is not Tensor or (input.is_cuda and _is_captured_unseen()) or _frees_parameters(self):
             return batch_norm_act(input, *arguments, "none")
-        site = norm.__dict__.get(SITE)
+        site = self.__dict__.get(SITE)
         if site is None:
-            site = norm.__dict__[SITE] = Site()
+            site = self.__dict__[SITE] = Site()
         if tuned.table is not None:
             operator, act = _usual(site)
-            if tuned.loses(operator, input, arguments[2], arguments[3], act, arguments[4]):
+            if tuned.loses(operator, input, weight, bias, act, training):
                 return route.by_pytorch(batch_norm_act, input, *arguments, "none")
         return site.batch_norm(input, *arguments)
 
-    return norm._normalize(input, compute)
+
+def deferred(norm: Deferring, input: Tensor) -> Tensor:
+    """The batch norm without an activation; its result is deferred if possible."""
+    return norm._normalize(input, norm._defer)
 
 
 def compute_on_return(model: nn.Module) -> None:
@@ -84,8 +97,8 @@ def forget_hook(module: nn.Module) -> None:
 
 
 def _compute_deferred(module: nn.Module, inputs: Any, output: Any) -> None:
-    if not torch.compiler.is_compiling():
-        extension.materialise_waiting()
+    if not _is_compiling():
+        _materialise_waiting()
 
 
 def _compiled(input: Tensor, *arguments: Any) -> Tensor:
@@ -115,10 +128,10 @@ def _usual(site: Any) -> tuple[str, str]:
     return "batch_norm_act", "none" if name == "0" else name
 
 
-def _is_captured_unseen(input: Tensor) -> bool:
+def _is_captured_unseen() -> bool:
     """Whether a CUDA graph is being captured and the extension, built without CUDA, cannot tell. The capture might end
     before a deferred result is used."""
-    return input.is_cuda and not extension.sees_captures() and torch.cuda.is_current_stream_capturing()
+    return not extension.sees_captures() and torch.cuda.is_current_stream_capturing()
 
 
 def _frees_parameters(norm: _FusedBatchNorm) -> bool:

@@ -15,6 +15,7 @@ from cnnkern.ops.route import alike
 from cnnkern.triton_kernels import check
 
 folded_of = extension and extension.folded_of  # without the extension nothing is folded
+_is_compiling = torch.compiler.is_compiling
 
 
 class _FusedBatchNorm(NotScriptable, _BatchNorm):
@@ -31,20 +32,22 @@ class _FusedBatchNorm(NotScriptable, _BatchNorm):
         if isinstance(input, fx.Proxy) or (residual and isinstance(residual[0], fx.Proxy)):
             return leaf(self, input, *residual)
         self._check_input_dim(input)
-        if not self.training:
+        training = self.training
+        if not training:
             y = self._within_convolution(input, *residual)
             if y is not None:
                 return y
-        counter = self.num_batches_tracked if self.training and self.track_running_stats else None
-        uses_running = not self.training or self.track_running_stats
+        tracks = self.track_running_stats
+        counter = self.num_batches_tracked if training and tracks else None
+        mean, var = (self.running_mean, self.running_var) if tracks or not training else (None, None)
         arguments = (
             input,
             *residual,
-            self.running_mean if uses_running else None,
-            self.running_var if uses_running else None,
+            mean,
+            var,
             self.weight,
             self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
+            training or (mean is None and var is None),
             self._average_factor(counter),
             self.eps,
             self.act,
@@ -53,7 +56,7 @@ class _FusedBatchNorm(NotScriptable, _BatchNorm):
         if counter is None:
             return operator(*arguments)
         counter.add_(1)  # before the operator: recomputation of a checkpointed segment may end within it
-        if self._counts_refused_calls or torch.compiler.is_compiling():  # a failing graph changes no state
+        if self._counts_refused_calls or _is_compiling():  # a failing graph changes no state
             return operator(*arguments)
         try:
             return operator(*arguments)
@@ -63,7 +66,7 @@ class _FusedBatchNorm(NotScriptable, _BatchNorm):
 
     def _within_convolution(self, input: Tensor, *residual: Tensor) -> Tensor | None:
         """The result, if the input is the deferred result of a folded convolution; else None."""
-        if folded_of is None or type(input) is not Tensor or torch.compiler.is_compiling():
+        if folded_of is None or type(input) is not Tensor or _is_compiling():
             return None
         before = folded_of(input)
         layer = None if before is None else before.of()
