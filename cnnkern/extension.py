@@ -37,7 +37,17 @@ def _load() -> ModuleType | None:
     built_for = importlib.import_module(BUILT_FOR).TORCH
     if release(built_for) != release(torch.__version__):
         raise ImportError(f"it was built for torch {built_for}, and torch {torch.__version__} is installed")
+    _check_instruction_set(importlib.import_module(BUILT_FOR).CPU.split())
     return importlib.import_module(NAME)
+
+
+def _check_instruction_set(built: list[str]) -> None:
+    """A build for one machine alone (CNNKERN_CPU=native) has kernels for one instruction set."""
+    here = torch.backends.cpu.get_cpu_capability()
+    if here not in built and "DEFAULT" not in built:
+        raise ImportError(
+            f"it was built with CNNKERN_CPU=native for {' and '.join(built)} alone, and torch uses {here} here"
+        )
 
 
 extension: Any = _load()

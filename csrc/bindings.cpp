@@ -36,11 +36,7 @@ std::map<std::string, std::string> build_info() {
       {"cuda", ""},
       {"cuda_architectures", ""},
 #endif
-#if CNNKERN_X86
-      {"cpu_capabilities", "DEFAULT AVX2 AVX512"},
-#else
-      {"cpu_capabilities", "DEFAULT"},
-#endif
+      {"cpu_capabilities", CNNKERN_CPU},
   };
 }
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import cnnkern
+from cnnkern import _C
 from tests.child import run_child
 from tests.programs import from_tools
 
@@ -115,7 +116,7 @@ def imported(folder: Path) -> str:
 
 def test_an_extension_for_another_torch_is_not_loaded(copy):
     assert imported(copy) == ""
-    (copy / "cnnkern" / "_built_for.py").write_text('TORCH = "2.11.0+cu130"')
+    (copy / "cnnkern" / "_built_for.py").write_text('TORCH = "2.11.0+cu130"\nCPU = "DEFAULT"')
     said = imported(copy)
     assert "it was built for torch 2.11.0+cu130, and" in said
     assert f"torch {torch.__version__} is installed" in said
@@ -124,8 +125,38 @@ def test_an_extension_for_another_torch_is_not_loaded(copy):
 
 
 def test_a_patch_release_of_the_same_torch_will_do(copy):
-    (copy / "cnnkern" / "_built_for.py").write_text(f'TORCH = "{RELEASE}.99"')
+    (copy / "cnnkern" / "_built_for.py").write_text(f'TORCH = "{RELEASE}.99"\nCPU = "DEFAULT"')
     assert imported(copy) == ""
+
+
+def test_an_extension_for_another_instruction_set_is_not_loaded(copy, monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
+    lines = (copy / "cnnkern" / "_built_for.py").read_text().splitlines()
+    (torch_line,) = (line for line in lines if line.startswith("TORCH"))
+    for built, refused in (("DEFAULT", False), ("DEFAULT AVX2 AVX512", False), ("AVX512", True)):
+        (copy / "cnnkern" / "_built_for.py").write_text(f'{torch_line}\nCPU = "{built}"')
+        said = imported(copy)
+        assert bool(said) is refused, said
+    assert "it was built with CNNKERN_CPU=native for AVX512 alone, and torch uses DEFAULT here" in said
+
+
+def test_what_csrc_is_compiled_for():
+    setting = from_tools("build_extension")
+    assert _C.build_info()["cpu_capabilities"].split() == list(setting.CPU_CAPABILITIES)
+
+
+@pytest.mark.parametrize("value", ["native", "all", "", "avx2"])
+def test_instruction_sets_of_a_build(value, monkeypatch):
+    setting = from_tools("build_extension")
+    everything = list(setting.CPU_CAPABILITIES)
+    monkeypatch.setenv("CNNKERN_CPU", value)
+    if value == "avx2":
+        with pytest.raises(SystemExit, match="CNNKERN_CPU must be all, native or unset; got 'avx2'"):
+            setting.cpu_capabilities()
+    elif value == "native":
+        assert list(setting.cpu_capabilities()) == [_C.cpu_capability()]
+    else:
+        assert list(setting.cpu_capabilities()) == everything
 
 
 def test_an_extension_that_does_not_say_is_not_loaded(copy):

@@ -1,7 +1,7 @@
 """Sets up .venv: a virtual environment, the pins of requirements.txt, the extension built in place.
 
     python3 tools/bootstrap.py           what `make` and `make test` need
-    python3 tools/bootstrap.py --bench   what `make bench` needs: no CUDA kernels where there is no GPU to run them
+    python3 tools/bootstrap.py --bench   what `make bench` needs: the kernels that run on this machine
     python3 tools/bootstrap.py --lint    what `make lint` needs: ruff alone
 
 A step runs only if something that it depends on has changed. Content decides, because git changes modification times.
@@ -28,7 +28,17 @@ PYTHONS = ((3, 10), (3, 13))  # also in the Makefile, which looks for one, and i
 GB = 1 << 30
 SPACE = {"venv": 10 * GB, "pins": GB, "build": GB, "lint": GB // 4}
 SOURCES = (".cpp", ".h", ".cu", ".cuh")
-SETTINGS = ("CNNKERN_CUDA", "CNNKERN_WERROR", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CC", "CXX", "CFLAGS", "CXXFLAGS")
+SETTINGS = (
+    "CNNKERN_CUDA",
+    "CNNKERN_CPU",
+    "CNNKERN_WERROR",
+    "TORCH_CUDA_ARCH_LIST",
+    "CUDA_HOME",
+    "CC",
+    "CXX",
+    "CFLAGS",
+    "CXXFLAGS",
+)
 PROBE = """import json, sys, sysconfig
 print(json.dumps([sys.version_info[:2], sys.base_prefix, sysconfig.get_path("purelib"), sysconfig.get_path("include"),
                   sysconfig.get_config_var("EXT_SUFFIX")]))"""
@@ -191,6 +201,7 @@ def pip_install(venv: Venv, title: str, usually: str, arguments: list) -> None:
         "--no-input",
         "--progress-bar=off",
         "--only-binary=:all:",
+        "--no-compile",  # Python compiles what is imported, which is a small part
         *arguments,
     ]
     env = {"TMPDIR": os.environ.get("TMPDIR") or str(temporary), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
@@ -238,14 +249,20 @@ def check_headers(venv: Venv) -> None:
 
 
 def ensure_build(root: Path, venv: Venv, stamps: Stamps, bench: bool) -> None:
-    """`bench`: without CUDA kernels where no GPU runs them. An extension that has them will do for that too."""
+    """`bench`: without CUDA kernels where no GPU runs them, and for this CPU's instruction set alone. An extension that
+    has all will do for that too."""
     inputs, built = build_inputs(root, venv), extension(root, venv)
     old, new = stamps.values.get("build", {}), {**inputs, "the built extension": built}
     if built and old == new:
         return
-    spared = bench and not inputs["CNNKERN_CUDA"] and not has_gpu()
+    # Benchmarks need the kernels that run here, and tests need all.
+    spared = {}
+    if bench and not inputs["CNNKERN_CPU"]:
+        spared["CNNKERN_CPU"] = "native"
+    if bench and not inputs["CNNKERN_CUDA"] and not has_gpu():
+        spared["CNNKERN_CUDA"] = "0"
     if spared:
-        inputs["CNNKERN_CUDA"] = new["CNNKERN_CUDA"] = "0"
+        inputs.update(spared), new.update(spared)
         if built and old == new:
             return
     (root / "build").mkdir(exist_ok=True)
@@ -262,10 +279,10 @@ def ensure_build(root: Path, venv: Venv, stamps: Stamps, bench: bool) -> None:
     command = [venv.python, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-input", "-e", root]
     # ninja is found only where .venv's programs are on the path.
     env = {"PATH": f"{venv.python.parent}{os.pathsep}{os.environ['PATH']}", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    env["CNNKERN_CUDA"] = inputs["CNNKERN_CUDA"]
+    env.update({name: inputs[name] for name in ("CNNKERN_CUDA", "CNNKERN_CPU")})
     stamps.write("build", inputs)
-    title = f"Building the extension{', without CUDA kernels as there is no GPU' if spared else ''} ({why})"
-    run_step(title, "3-8 minutes from scratch", command, venv.folder / "setup.log", condense_build, env)
+    title = f"Building the extension{', with the kernels that run on this machine' if spared else ''} ({why})"
+    run_step(title, "3-10 minutes from scratch", command, venv.folder / "setup.log", condense_build, env)
     built = extension(root, venv)
     if not built:
         raise SetupError(f"pip has built nothing that {venv.python} could load; see {venv.folder / 'setup.log'}")
@@ -295,7 +312,7 @@ def set_up(root: Path, lint: bool, bench: bool = False) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Sets up .venv; a second call does only what has changed.")
     parser.add_argument("--lint", action="store_true", help="install ruff and nothing else")
-    parser.add_argument("--bench", action="store_true", help="build no CUDA kernels where there is no GPU")
+    parser.add_argument("--bench", action="store_true", help="build the kernels that run on this machine alone")
     options = parser.parse_args(arguments)
     try:
         if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:

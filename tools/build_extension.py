@@ -1,9 +1,11 @@
 """How setup.py builds the extension `cnnkern._C`: sources, flags, instruction sets, CUDA."""
 
+import hashlib
 import itertools
 import os
 import platform
 import re
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +18,38 @@ if "CUDA_HOME" not in os.environ and (PYPI_CUDA / "bin" / "nvcc").exists():
     os.environ["CUDA_HOME"] = str(PYPI_CUDA)
 
 import torch  # noqa: E402
+from setuptools._distutils import ccompiler  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
 
-# The files of csrc/cpu are compiled once for each of these; csrc/register_cpu.cpp picks one at load time.
-CPU_CAPABILITIES = {"DEFAULT": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
-    CPU_CAPABILITIES["AVX512"] = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")] + CPU_CAPABILITIES["AVX2"]
-    # g++ 12 warns of its own intrinsics (GCC bug 105593)
-    CPU_CAPABILITIES["AVX512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+
+def cpu_capabilities() -> dict[str, list[str]]:
+    """Flags of each instruction set for which the files of csrc/cpu are compiled; csrc/for_this_cpu.h picks one at load
+    time. With CNNKERN_CPU=native that of this machine alone, which takes half the time."""
+    flags: dict[str, list[str]] = {"DEFAULT": []}
+    if platform.machine() in ("x86_64", "AMD64"):
+        flags["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+        flags["AVX512"] = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")] + flags["AVX2"]
+        # g++ 12 warns of its own intrinsics (GCC bug 105593)
+        flags["AVX512"] += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+    asked = os.environ.get("CNNKERN_CPU", "")
+    if asked not in ("", "all", "native"):
+        raise SystemExit(f"cnnkern: CNNKERN_CPU must be all, native or unset; got {asked!r}")
+    if asked != "native":
+        return flags
+    here = torch.backends.cpu.get_cpu_capability()
+    name = here if here in flags else "DEFAULT"
+    return {name: flags[name]}
+
+
+CPU_CAPABILITIES = cpu_capabilities()
+
+
+def cpu_macros() -> list[tuple[str, str]]:
+    """Which of them csrc has copies of."""
+    return [
+        ("CNNKERN_CPU", f'"{" ".join(CPU_CAPABILITIES)}"'),
+        *((f"CNNKERN_CPU_{name}", "1") for name in CPU_CAPABILITIES),
+    ]
 
 
 def sources(pattern: str) -> list[str]:
@@ -85,8 +110,11 @@ class BuildExtension(cpp_extension.BuildExtension):
         super().run()
         # cnnkern/extension.py reads it before it loads the extension, which can crash beside another torch.
         package = ROOT / "cnnkern" if self.inplace else Path(self.build_lib) / "cnnkern"
-        says = '"""Written by the build: the torch that the extension beside this file is for."""'
-        (package / "_built_for.py").write_text(f'{says}\n\nTORCH = "{torch.__version__}"\n')
+        says = (
+            '"""Written by the build: the torch and the instruction sets that the extension beside this file is for."""'
+        )
+        built_for = f'TORCH = "{torch.__version__}"\nCPU = "{" ".join(CPU_CAPABILITIES)}"'
+        (package / "_built_for.py").write_text(f"{says}\n\n{built_for}\n")
 
     def build_extension(self, ext):
         self.force = True  # ninja knows what is out of date; distutils does not know the headers
@@ -95,19 +123,44 @@ class BuildExtension(cpp_extension.BuildExtension):
         # gets a copy that needs no more than the caller does.
         at_once = min(JOBS, len(CPU_CAPABILITIES))
         os.environ["MAX_JOBS"] = str(JOBS // at_once)  # of each ninja that torch starts
-        with ThreadPoolExecutor(at_once) as pool:
+        with ThreadPoolExecutor(at_once + 1) as pool:
+            precompiled = pool.submit(self.precompile, ext)
             objects = pool.map(lambda item: self.compile_cpu(ext, *item), CPU_CAPABILITIES.items())
             ext.extra_objects += itertools.chain.from_iterable(objects)
         os.environ["MAX_JOBS"] = str(JOBS)
+        ext.extra_compile_args["cxx"] += precompiled.result()
         super().build_extension(ext)
+
+    def precompile(self, ext) -> list[str]:
+        """Compiles csrc/precompiled.h, if the compiler is g++. Returns the flags with which other files use it."""
+        compiler, header = cpp_extension.get_cxx_compiler(), ROOT / "csrc" / "precompiled.h"
+        if not cpp_extension.check_compiler_is_gcc(compiler):
+            return []
+        folders = [*ext.include_dirs, *self.compiler.include_dirs, sysconfig.get_path("include")]
+        flags = [*self.compiler.compiler_so[1:], *ccompiler.gen_preprocess_options(ext.define_macros, folders)]
+        flags += ext.extra_compile_args["cxx"]
+        # g++ compares flags, but not the headers themselves: what they depend on is in the folder's name.
+        version = subprocess.run([compiler, "-v"], capture_output=True, text=True, check=True).stderr
+        made_of = [compiler, version, torch.__version__, torch.version.git_version, header.read_text(), *flags]
+        name = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
+        folder = Path(self.build_temp) / f"precompiled-{name}"
+        if not (folder / "torch.h.gch").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "torch.h").write_text(header.read_text())
+            partial = folder / "partial"
+            subprocess.run([compiler, *flags, "-w", "-x", "c++-header", folder / "torch.h", "-o", partial], check=True)
+            partial.rename(folder / "torch.h.gch")
+        os.environ.setdefault("CCACHE_SLOPPINESS", "pch_defines,time_macros")  # else ccache does not keep what uses it
+        # Pragmas of torch's headers that switch a warning off are not kept.
+        return ["-include", str(folder / "torch.h"), "-Winvalid-pch", "-Wno-sign-compare"]
 
     def compile_cpu(self, ext, capability: str, flags: list[str]) -> list[str]:
         # Nothing here depends on CUDA, so builds with and without it share the objects.
+        slowest_first = sorted(sources("cpu/**/*.cpp"), key=lambda path: "grouped_conv2d" not in path)
         return self.compiler.compile(
-            sources("cpu/**/*.cpp"),
+            slowest_first,
             output_dir=str(Path(self.build_temp).parent / capability),
             include_dirs=[str(ROOT / "csrc"), *cpp_extension.include_paths(), sysconfig.get_path("include")],
-            macros=[("CNNKERN_X86", int("AVX2" in CPU_CAPABILITIES))],
             extra_postargs=[
                 *ext.extra_compile_args["cxx"],
                 f"-DCPU_CAPABILITY={capability}",
@@ -127,7 +180,7 @@ def extension():
         cxx.append("-Werror")
     # Lines of source for a profiler would double the size: NVCC_APPEND_FLAGS=-lineinfo builds with them.
     nvcc = ["-O3", "-std=c++20", "--fmad=false", "--threads=2", "-Xfatbin", "-compress-all"]
-    macros = [("CNNKERN_X86", int("AVX2" in CPU_CAPABILITIES))]
+    macros = cpu_macros()
     include_dirs, libraries, library_dirs = [str(ROOT / "csrc")], [], []
     files = sources("*.cpp") + sources("autograd/*.cpp") + sources("deferred/*.cpp")
     if CUDA:

@@ -39,7 +39,7 @@ def command(compiler: str, target: str) -> list[str]:
         *(["-target", target] if target else []),
         *("-c", "-O0", "-Werror", "-I", str(ROOT / "csrc")),
         *(part for folder in headers for part in ("-isystem", folder)),
-        *("-DCNNKERN_X86=0", "-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"),
+        *('-DCNNKERN_CPU="DEFAULT"', "-DCNNKERN_CPU_DEFAULT=1", "-DCPU_CAPABILITY=DEFAULT", "-DCPU_CAPABILITY_DEFAULT"),
         *("-DTORCH_API_INCLUDE_EXTENSION_H", "-DTORCH_EXTENSION_NAME=_C"),
         *flags,
         *ALLOWED,
