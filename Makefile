@@ -12,7 +12,7 @@
 # make gpu-report    compiles the GPU kernels for every architecture and writes docs/gpu-report.md
 #
 # Environment: PYTHON=python3.12 chooses the interpreter (3.10 to 3.13) of .venv. CNNKERN_CUDA=0 leaves the CUDA kernels out,
-# CNNKERN_CUDA=1 insists on them (setup.py).
+# CNNKERN_CUDA=1 insists on them (setup.py). CNNKERN_CPU=native builds for this machine's instruction set alone.
 
 .PHONY: help setup test prove faults sanitize gpu-report bench lint types docs wheel
 .DEFAULT_GOAL := setup
@@ -49,7 +49,7 @@ sanitize: setup
 gpu-report: setup
 	PYTHONPATH=tests:. .venv/bin/python -m gpu_gate.report
 
-# CPU kernels are all that is timed where there is no GPU
+# It needs the kernels that run on this machine alone
 bench:
 	@$(BOOTSTRAP) --bench
 	.venv/bin/cnnkern bench $(ARGS)

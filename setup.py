@@ -1,7 +1,8 @@
 """Builds the extension `cnnkern._C`, and says which torch it is for; the rest stands in pyproject.toml.
 
 CNNKERN_CUDA=0|1 leaves the CUDA kernels out or insists on them; by default they are built whenever a
-toolkit and a CUDA build of torch are there, GPU or not. CNNKERN_EXTENSION=0 builds no extension at all, where there is
+toolkit and a CUDA build of torch are there, GPU or not. CNNKERN_CPU=native builds CPU kernels for this machine's
+instruction set alone, for which the extension then is. CNNKERN_EXTENSION=0 builds no extension at all, where there is
 no compiler: Triton's kernels are then used on a GPU, and PyTorch's own operators on the CPU. That is what other systems
 than Linux get.
 
