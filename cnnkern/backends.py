@@ -73,8 +73,10 @@ def _imported_when_called(module_name: str, operator: str) -> Launcher:
 
 
 def _operators() -> list[str]:
+    """Those that have a kernel per device. Others, such as bn_act_conv2d, consist of these."""
     names = torch._C._dispatch_get_all_op_names()
-    return sorted(name.removeprefix("cnnkern::") for name in names if name.startswith("cnnkern::"))
+    found = (name.removeprefix("cnnkern::") for name in names if name.startswith("cnnkern::"))
+    return sorted(name for name in found if not _has_kernel(name, "CompositeExplicitAutograd"))
 
 
 def _has_kernel(operator: str, key: str) -> bool:

@@ -51,6 +51,8 @@ PYBIND11_MODULE(_C, m) {
       .def(pybind11::init<>())
       .def(pybind11::pickle([](const cnnkern::Site&) { return pybind11::tuple(); },  // a copied module has run nothing yet
                             [](const pybind11::tuple&) { return std::make_shared<cnnkern::Site>(); }))
+      .def("compute_activations", &cnnkern::Site::compute_activations, "Defers no activations any more.")
+      .def("convolutions", &cnnkern::Site::convolutions, "How many activations a convolution computed as it read them.")
       .def("fusions", &cnnkern::Site::fusions, "How many were fused with which operation.")
       .def("alone", &cnnkern::Site::alone, "How many were computed without fusion, by reason.")
       .def("batch_norm", &cnnkern::defer_batch_norm, pybind11::call_guard<pybind11::gil_scoped_release>(),

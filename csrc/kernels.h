@@ -77,6 +77,15 @@ using grouped_conv2d = One(const Tensor& x, const Tensor& weight, Optional bias,
 using grouped_conv2d_backward = Three(const Tensor& dy, const Tensor& x, const Tensor& weight, Sizes stride, Sizes padding,
                                       Sizes dilation, int64_t groups, std::array<bool, 3> output_mask);
 
+using bn_act_conv2d = Three(const Tensor& x, Optional weight, Optional bias, Optional running_mean, Optional running_var, bool training,
+                            double momentum, double eps, c10::string_view act, Number act_param, const Tensor& kernel,
+                            Optional kernel_bias, Sizes stride, Sizes padding, Sizes dilation, int64_t groups);
+using bn_act_conv2d_backward = Three(const Tensor& dy, const Tensor& x, Optional weight, Optional bias, const Tensor& mean,
+                                     const Tensor& rstd, bool training, c10::string_view act, Number act_param, const Tensor& kernel,
+                                     Sizes stride, Sizes padding, Sizes dilation, int64_t groups, std::array<bool, 3> output_mask);
+using fuses_bn_act_conv2d = bool(const Tensor& x, const Tensor& kernel, const Tensor& kernel_bias, Sizes stride, Sizes padding,
+                                 Sizes dilation, int64_t groups);
+
 using layer_norm = Three(const Tensor& x, Sizes normalized_shape, Optional weight, Optional bias, double eps, bool wide);
 using layer_norm_backward = Three(const Tensor& dy, const Tensor& x, Sizes normalized_shape, Optional weight, Optional bias,
                                   const Tensor& mean, const Tensor& rstd, std::array<bool, 3> output_mask);
@@ -102,6 +111,9 @@ signature::bn_add_into bn_add_into;
 // dweight and dbias; dx has channels beside it as x has, and the gradient is added to it. Who calls it checks its arguments.
 signature::prefix_bn_relu prefix_bn_relu;
 signature::prefix_bn_relu_backward prefix_bn_relu_backward;
+
+// Whether the CPU's kernel of bn_act_conv2d computes the convolution's input as it reads it. Otherwise it calls both parts.
+signature::fuses_bn_act_conv2d fuses_bn_act_conv2d;
 
 // Whether the launchers of cnnkern/backends.py answer for CUDA tensors in the place of the kernels of csrc/cuda.
 void let_launchers_answer(bool do_so);

@@ -7,7 +7,9 @@
 namespace cnnkern {
 
 #define DECLARE(op) signature::op op##_cpu;
-#define KERNELS(f) CNNKERN_OPERATORS(f) f(bn_add_into) f(prefix_bn_relu) f(prefix_bn_relu_backward)
+#define CPU_OPERATORS(f) CNNKERN_OPERATORS(f) f(bn_act_conv2d) f(bn_act_conv2d_backward)  // the latter: autograd/bn_act_conv2d.cpp
+#define KERNELS(f) \
+  CPU_OPERATORS(f) f(bn_add_into) f(prefix_bn_relu) f(prefix_bn_relu_backward) f(fuses_bn_act_conv2d)
 CNNKERN_DECLARE_FOR_EACH_CPU(KERNELS, DECLARE)
 
 std::tuple<Tensor, Tensor> bn_add_into(const Tensor& x, const Tensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
@@ -31,11 +33,17 @@ std::tuple<Tensor, Tensor> prefix_bn_relu_backward(const Tensor& dy, const Tenso
   return kernel(dy, x, weight, bias, mean, rstd, dx, rows, output_mask);
 }
 
+bool fuses_bn_act_conv2d(const Tensor& x, const Tensor& kernel, const Tensor& kernel_bias, at::IntArrayRef stride,
+                         at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  static const auto own = CNNKERN_FOR_THIS_CPU(fuses_bn_act_conv2d);
+  return own(x, kernel, kernel_bias, stride, padding, dilation, groups);
+}
+
 }  // namespace cnnkern
 
 #define REGISTER(op) m.impl(#op, CNNKERN_FOR_THIS_CPU(op));
 
 TORCH_LIBRARY_IMPL(cnnkern, CPU, m) {
   using namespace cnnkern;
-  CNNKERN_OPERATORS(REGISTER)
+  CPU_OPERATORS(REGISTER)
 }

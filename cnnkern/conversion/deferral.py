@@ -75,6 +75,8 @@ class Deferring(_FusedBatchNorm):
             operator, act = _usual(site)
             if tuned.loses(operator, input, weight, bias, act, training):
                 return route.by_pytorch(batch_norm_act, input, *arguments, "none")
+        if _may_free_parameters():
+            site.compute_activations()
         return site.batch_norm(input, *arguments)
 
 
@@ -138,6 +140,12 @@ def _frees_parameters(norm: _FusedBatchNorm) -> bool:
     """Whether the parameters are freed at the end of the call: the batch norm is a unit of FSDP2 by itself."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(norm, fsdp.FSDPModule)
+
+
+def _may_free_parameters() -> bool:
+    """Whether parameters may be freed at the end of a unit of FSDP, which may be between an activation and the
+    convolution that would compute it."""
+    return "torch.distributed.fsdp" in sys.modules and torch.distributed.is_initialized()
 
 
 def became(layer: str, site: Any) -> tuple[str, str]:

@@ -47,6 +47,8 @@ KIND_OF = {
     **{f"aten::{name}_batch_norm_backward": NORM for name in ("cudnn", "miopen")},
     **{f"aten::{name}_backward": NORM for name in _DERIVATIVES},
     **{f"cnnkern::{name}{half}": NORM for name in _FUSED for half in ("", "_backward")},
+    # With the batch norm that the convolution computes as it reads its input.
+    **{f"cnnkern::bn_act_conv2d{half}": GROUPED for half in ("", "_backward")},
     "DenseBlockBnRelu": NORM,  # the gradient of a batch norm in a dense block, which is no operator
     **{f"aten::{name}": LAYER_NORM for name in ("layer_norm", "native_layer_norm_backward")},
     **{f"cnnkern::{name}{half}": LAYER_NORM for name in ("layer_norm", "layer_norm2d") for half in ("", "_backward")},

@@ -1,5 +1,5 @@
-"""Grouped and depthwise convolution of images; the fakes are those of volumes too. Kernels: csrc/cpu, triton_kernels;
-autograd: csrc/autograd."""
+"""Grouped and depthwise convolution of images; the fakes are those of volumes too, and of bn_act_conv2d. Kernels:
+csrc/cpu, triton_kernels; autograd: csrc/autograd."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from cnnkern.extension import extension
 from cnnkern.ops import route, tuned
 from cnnkern.ops.pair import pair
 
@@ -90,3 +91,19 @@ def _(dy, x, weight, stride, padding, dilation, groups, output_mask):
         dy, x, weight, sizes, stride, padding, dilation, False, (0,), groups, output_mask
     )
     return tuple(x.new_empty(0) if g is None else g for g in grads)
+
+
+if extension:  # whose operator this is: deferred results call it (csrc/deferred/prologue.h)
+
+    @torch.library.register_fake("cnnkern::bn_act_conv2d")
+    def _(
+        x, weight, bias, running_mean, running_var, training, momentum, eps, act, act_param, kernel, kernel_bias, *to
+    ):
+        norm = (weight, bias, running_mean, running_var, training, momentum, eps, act, act_param)
+        a, mean, rstd = torch.ops.cnnkern.bn_act(x, *norm)
+        return _grouped_conv2d(a, kernel, kernel_bias, *to), mean, rstd
+
+    @torch.library.register_fake("cnnkern::bn_act_conv2d_backward")
+    def _(dy, x, weight, bias, mean, rstd, training, act, act_param, kernel, *of):
+        a = torch.ops.cnnkern.sync_bn(x, None, weight, bias, mean, rstd, act, act_param)[0]
+        return torch.ops.cnnkern.grouped_conv2d_backward(dy, a, kernel, *of)

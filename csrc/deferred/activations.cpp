@@ -2,6 +2,7 @@
 #include "autograd/composite.h"
 #include "autograd/strides.h"
 #include "deferred/deferred.h"
+#include "deferred/prologue.h"
 
 namespace cnnkern {
 
@@ -11,6 +12,9 @@ std::optional<Tensor> Deferred::activate(const Tensor& self, const Activation& a
   if (act.slope.defined() && !norm_ && grad_mode_ && act.slope.requires_grad()) return std::nullopt;
   const bool sum = residual_.defined();
   if (sum && !where_.site->activates_sums(where_.mode)) return std::nullopt;
+  if (const auto norm = std::dynamic_pointer_cast<BatchNorm>(source_);
+      norm && !sum && (norm_ || !grad_mode_) && where_.site->defers_activations(where_.mode) && ActivatedNorm::may_be(*norm, act))
+    return defer_activation(self, norm, act, in_place);
   if (auto source = norm_ || sum ? nullptr : source_->followed_by(act)) return activate_later(self, std::move(source), act, in_place);
   const Result result = compute(act);
   const bool of_result = !in_place && (!sum || reads_result(act.name));
@@ -64,12 +68,12 @@ Tensor Deferred::activate_later(const Tensor& self, std::shared_ptr<Source> sour
   where_.site->fused(where_.mode, fused_with_ = act.name);
   if (in_place) {
     source_ = std::move(source);
-    activated_ = true;
+    uncounted_ = true;
     if (!inference_) bump_version();
     return self;
   }
   state_ = kSpent;
-  return activated(std::move(source), self.options(), sizes(), elementwise_strides(sizes(), strides(), strides()));
+  return uncounted(std::move(source), self.options(), sizes(), elementwise_strides(sizes(), strides(), strides()));
 }
 
 }  // namespace cnnkern

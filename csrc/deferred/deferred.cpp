@@ -12,6 +12,7 @@
 #include "autograd/strides.h"
 #include "deferred/capture.h"
 #include "deferred/memory.h"
+#include "deferred/prologue.h"
 
 namespace cnnkern {
 
@@ -136,9 +137,9 @@ Tensor Deferred::laid(const Tensor& value, const Strides& strides) {
   return tensor_of(made);
 }
 
-Tensor Deferred::activated(std::shared_ptr<Source> source, const at::TensorOptions& like, at::IntArrayRef sizes, const Strides& strides) {
+Tensor Deferred::uncounted(std::shared_ptr<Source> source, const at::TensorOptions& like, at::IntArrayRef sizes, const Strides& strides) {
   const auto made = make(std::move(source), like, sizes, strides, {}, For{});
-  made->activated_ = true;
+  made->uncounted_ = true;
   return tensor_of(made);
 }
 
@@ -218,7 +219,7 @@ Result Deferred::compute(const Activation& act) {
   TORCH_CHECK(!residual_.defined() || residual_was_.holds(residual_), "cnnkern: what was added to a batch norm's output was changed "
               "by other means than PyTorch's operators, or by another thread, before the sum was used");
   return compute_by([&](bool again) { return source_->compute(residual_, act, again); },
-                    residual_.defined() ? recomputes_sum(act.name) : act.name != "none");
+                    residual_.defined() ? recomputes_sum(act.name) : act.name != "none" || source_->activation() != nullptr);
 }
 
 Tensor Deferred::in_own_strides(const Tensor& value) const {
@@ -275,7 +276,8 @@ void Deferred::forget() {
 void Deferred::make_real() { make_real_for("its memory is read"); }
 
 void Deferred::report(const std::string& reason) {
-  if (activated_) return;
+  if (uncounted_) return;
+  if (source_->activation() != nullptr) return where_.site->not_convolved(where_.mode, /*again=*/state_ == kSpent);
   if (state_ == kOpen && is_sum())
     where_.site->fused(where_.mode, adds_zero_ ? "0" : "add");
   else if (state_ == kOpen)
@@ -289,13 +291,15 @@ void Deferred::make_real_for(const std::string& reason) {
   const Lock lock(mutex_);
   if (state_ == kReal) return;
   if (state_ == kLaid) return become(value_);
+  if (const auto heir = heir_.lock()) static_cast<Deferred&>(*heir).make_real_for(reason);
   report(reason);
-  if (state_ == kSpent && norm_) norm_->used_again = true;
-  const auto [source, residual, has_node] = std::tuple(source_, residual_, static_cast<bool>(norm_));
+  const Activation* const activation = source_->activation();
+  if (state_ == kSpent && norm_ && activation == nullptr) norm_->used_again = true;
+  const auto [source, residual, has_node] = std::tuple(source_, residual_, norm_ || (activation != nullptr && put_ != nullptr));
   const Result result = compute(Activation());
   become(result.value);
   const Tensor self = tensor_of(c10::intrusive_ptr<Deferred>::reclaim_copy(this));
-  if (has_node && is_where_it_was_put(self)) keep_recipe(self, *source->norm(), residual, result, Activation());
+  if (has_node && is_where_it_was_put(self)) keep_recipe(self, *source->norm(), residual, result, activation == nullptr ? Activation() : *activation);
 }
 
 // The value of the sum `self` as a new tensor, which takes its place in the graph, because `self` becomes another sum.
@@ -316,7 +320,10 @@ void Deferred::drop() noexcept {
   try {
     if (state_ == kOpen) {
       if (source_->updates_statistics() || (norm_ && norm_.use_count() > 1)) compute(Activation());
-      if (!activated_) where_.site->missed(where_.mode, "its output is not used");
+      if (source_->activation() != nullptr)
+        where_.site->not_convolved(where_.mode, /*again=*/false);
+      else if (!uncounted_)
+        where_.site->missed(where_.mode, "its output is not used");
     }
   } catch (const std::exception& error) {
     TORCH_WARN("cnnkern: a batch norm whose output was dropped did not update its statistics: ", error.what());
@@ -342,8 +349,8 @@ bool Deferred::is_where_it_was_put(const Tensor& self) const {
   return put_ == nullptr ? !self.requires_grad() : self.grad_fn().get() == put_;
 }
 
-bool Deferred::takes(const Tensor& self) const {
-  return state_ == kOpen && source_->takes_more() && is_where_it_was_put(self) && at::GradMode::is_enabled() == grad_mode_ &&
+bool Deferred::is_open_to(const Tensor& self) const {
+  return state_ == kOpen && is_where_it_was_put(self) && at::GradMode::is_enabled() == grad_mode_ &&
          c10::InferenceMode::is_enabled() == inference_ && is_undisturbed() && stream_of(device()) == stream_ &&
          capture_of(stream_) == capture_;
 }

@@ -27,6 +27,7 @@
 namespace cnnkern {
 
 class Waiting;
+struct ConvolutionArguments;
 
 class Deferred final : public c10::TensorImpl {
  public:
@@ -41,7 +42,7 @@ class Deferred final : public c10::TensorImpl {
   // A result that is computed, but in other strides than it reports.
   static at::Tensor laid(const at::Tensor& value, const Strides& strides);
   // A result that no site counts.
-  static at::Tensor activated(std::shared_ptr<Source> source, const at::TensorOptions& like, at::IntArrayRef sizes, const Strides& strides);
+  static at::Tensor uncounted(std::shared_ptr<Source> source, const at::TensorOptions& like, at::IntArrayRef sizes, const Strides& strides);
   // The result, computed immediately; for inference.
   static at::Tensor compute_at_once(Source& source, const Strides& strides);
   Deferred(std::shared_ptr<Source> source, const at::TensorOptions& like, at::IntArrayRef sizes, const Strides& strides,
@@ -66,6 +67,8 @@ class Deferred final : public c10::TensorImpl {
   // The result of an activation or addition fused with this; nothing if PyTorch's operator has to compute it.
   std::optional<at::Tensor> activate(const at::Tensor& self, const Activation& act, bool in_place);
   std::optional<at::Tensor> add(const at::Tensor& self, const at::Tensor& other, Term term, bool in_place);
+  // The convolution of a deferred activation's result; nothing if that has to be materialised for it.
+  std::optional<at::Tensor> convolve(const at::Tensor& self, const ConvolutionArguments& convolution);
   // The same for the number 0, as in `out = 0; out += y`: a new deferred result, for the next addition.
   std::optional<at::Tensor> add_zero(const at::Tensor& self, bool in_place);
   // r += self in one kernel; false if PyTorch's operator has to compute it. r is an ordinary tensor, which is written immediately, or
@@ -97,7 +100,9 @@ class Deferred final : public c10::TensorImpl {
     kReal,   // materialised: an ordinary tensor
   };
 
-  bool takes(const at::Tensor& self) const;
+  bool is_open_to(const at::Tensor& self) const;
+  bool takes(const at::Tensor& self) const { return is_open_to(self) && source_->takes_more(); }
+  at::Tensor defer_activation(const at::Tensor& self, std::shared_ptr<BatchNorm> norm, const Activation& act, bool in_place);
   bool is_where_it_was_put(const at::Tensor& self) const;
   bool is_observed(const at::Tensor& self) const;
   // Whether one kernel can add `other`: shape, dtype, device and strides.
@@ -117,6 +122,7 @@ class Deferred final : public c10::TensorImpl {
 
   std::shared_ptr<Source> source_;
   at::Tensor residual_, value_;  // the value of kLaid
+  c10::weak_intrusive_ptr<c10::TensorImpl> heir_{c10::intrusive_ptr<c10::TensorImpl>()};  // the deferred result of its activation
   NormPointer norm_;  // the batch norm's node; null where no gradients are recorded
   const torch::autograd::Node* put_ = nullptr;  // the result's own node, if it has one
   For where_;
@@ -127,7 +133,7 @@ class Deferred final : public c10::TensorImpl {
   State state_ = kOpen;
   bool again_ = false;  // it was computed before: the running statistics already contain this batch
   bool adds_zero_ = false;  // a sum with the number 0
-  bool activated_ = false;  // its source computes an activation too, and the site knows
+  bool uncounted_ = false;  // its source computes an activation too, and the site knows
   std::string fused_with_;
   Remembered residual_was_;
   int passed_ = 0;

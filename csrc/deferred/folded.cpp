@@ -179,7 +179,7 @@ std::optional<Tensor> scaled(const Tensor& scale, const Tensor& image) {
   const Tensor factors = as_computed(scale, "multiplication");
   if (!is_seen(factors)) return std::nullopt;
   source->layer->count_together();
-  return Deferred::activated(std::make_shared<ScaledSource>(source->layer, FoldedInput(x, /*deferred=*/false),
+  return Deferred::uncounted(std::make_shared<ScaledSource>(source->layer, FoldedInput(x, /*deferred=*/false),
                                                             FoldedInput(factors, /*deferred=*/false)),
                              x.options(), sizes, plain_strides(sizes.vec(), rows));
 }

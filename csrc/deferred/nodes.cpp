@@ -82,6 +82,11 @@ void NormNode::fill(const NormArguments& norm, const Tensor& mean, const Tensor&
   filled_ = true;
 }
 
+bool NormNode::is_filled() {
+  Lock lock(mutex);
+  return filled_;
+}
+
 variable_list NormNode::unpack() {
   Lock lock(mutex);
   variable_list found;
@@ -129,6 +134,8 @@ variable_list ActNode::apply(variable_list&& grads) {
   const Tensor& dz = grads[0];
   if (!dz.defined()) return {Tensor()};
   auto& norm = static_cast<NormNode&>(*next_edge(0).function);
+  if (!norm.is_filled())
+    if (const auto tensor = result.lock()) make_real(tensor.get());
   Lock lock(norm.mutex);
   if (post_hooks().empty() && norm.unobserved(next_edge(0).function.use_count())) {
     norm.known = {dz, act, strides, std::nullopt};

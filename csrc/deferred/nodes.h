@@ -62,6 +62,7 @@ class NormNode final : public torch::autograd::Node, public HasRecipe {
   void fill(const NormArguments& norm, const at::Tensor& mean, const at::Tensor& rstd, bool reads_bias);
   torch::autograd::variable_list unpack();  // x, weight, bias, mean, rstd
   bool training() const { return training_; }
+  bool is_filled();
   // Whether only the activation's node passes a gradient to this one, and nothing else sees it. `uses`: references to this node.
   bool unobserved(size_t uses) const;
 
@@ -87,6 +88,7 @@ using NormPointer = decltype(make_node<NormNode>());
 // act(batch norm), whose node is the next one.
 struct ActNode final : torch::autograd::Node, HasRecipe {
   Activation act;
+  c10::weak_intrusive_ptr<c10::TensorImpl> result{c10::intrusive_ptr<c10::TensorImpl>()};  // if that was deferred
   Strides strides;  // of the result
   std::string name() const override { return "BatchNormAct"; }
   void release_variables() override { release_recipe(); }

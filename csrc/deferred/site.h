@@ -46,6 +46,31 @@ class Site {
     --modes_[mode].fused;
     ++modes_[mode].missed, ++alone_["its output is used again"];
   }
+  // Whether activations are deferred too: until a result of one was not the input of a convolution that computes it.
+  bool defers_activations(int mode) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return !computes_activations_ && modes_[mode].not_convolved <= modes_[mode].convolved;
+  }
+  // From here on they are computed when they are called.
+  void compute_activations() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    computes_activations_ = true;
+  }
+  void convolved(int mode) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++modes_[mode].convolved;
+  }
+  // `again`: it was used in another way too.
+  void not_convolved(int mode, bool again) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    modes_[mode].convolved -= again, ++modes_[mode].not_convolved;
+  }
+  int64_t convolutions() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    int64_t all = 0;
+    for (const Mode& mode : modes_) all += mode.convolved;
+    return all;
+  }
   void at_once(const std::string& why) {
     std::lock_guard<std::mutex> lock(mutex_);
     ++alone_[why];
@@ -63,10 +88,12 @@ class Site {
   struct Mode {
     int64_t fused = 0, missed = 0;
     int64_t sums_activated = 0, sums_used_again = 0;
+    int64_t convolved = 0, not_convolved = 0;
   };
   static bool is_activated_sum(const std::string& with) { return with.rfind("add + ", 0) == 0; }
   std::mutex mutex_;
   std::array<Mode, 4> modes_;
+  bool computes_activations_ = false;
   std::map<std::string, int64_t> fused_, alone_;
 };
 

@@ -34,6 +34,8 @@ class Source {
   virtual Result add_into(const at::Tensor& r, bool again);
   virtual std::vector<at::Tensor> reads() const = 0;
   virtual const NormArguments* norm() const { return nullptr; }  // if cnnkern computes the gradients
+  // The activation whose result it computes, which is then fused with nothing but a convolution.
+  virtual const Activation* activation() const { return nullptr; }
   // Whether it reads or updates a running statistic in this memory, which no operator may access before.
   virtual bool keeps_statistic(const c10::StorageImpl*) const { return false; }
   virtual bool updates_statistics() const { return false; }
@@ -59,6 +61,8 @@ class Remembered {
   bool resizable_ = false;  // until an array is made of it
 };
 
+struct ConvolutionArguments;
+
 class BatchNorm final : public Source {
  public:
   BatchNorm(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const at::Tensor& running_mean,
@@ -71,6 +75,8 @@ class BatchNorm final : public Source {
   Result compute(const at::Tensor& residual, const Activation& act, bool again) override;
   bool adds_into(const at::Tensor& r) const override;
   Result add_into(const at::Tensor& r, bool again) override;
+  // The convolution of act(this) (prologue.h).
+  Result convolve(const Activation& act, const ConvolutionArguments& convolution, bool again);
   std::vector<at::Tensor> reads() const override;
   const NormArguments* norm() const override { return &arguments_; }
   bool keeps_statistic(const c10::StorageImpl* memory) const override;

@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "cpu/conv/conv_blocks.h"
+#include "cpu/conv/prologue.h"
 
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
@@ -15,6 +16,7 @@ inline namespace CPU_CAPABILITY {
 // Channels that are worked on together, at most: their taps stay in the first-level cache, with the sums of their gradient.
 constexpr int64_t kChannelsInPlace = 192;
 constexpr int kRunInPlace = 8;
+constexpr int kRowsInPlace = 5;  // that a kernel has, at most
 constexpr int64_t kPixelsOfPart = 64;  // outputs whose sums are kept apart, at least
 constexpr int64_t kPixelsOfSum = 256;  // that are added to one float, about; sums of so many are then added to those of a part
 
@@ -63,8 +65,8 @@ CNNKERN_INLINE void over_channels(int64_t channels, bool stream, const F& f) {
 // The outputs of a row, and the kernel rows of theirs that meet the image. Strides in elements. kBounded: they are clamped.
 template <typename T, bool kBounded = false>
 struct RowInPlace {
-  const T* in;        // pixel 0 of the first such row of the input
-  int64_t in_row, in_pixel;
+  const T* in[kRowsInPlace];  // pixel 0 of those rows of the input
+  int64_t in_pixel;
   int64_t first;      // pixel of the first output's first tap
   int64_t width;      // pixels of the row
   const float* weight;  // of the first such kernel row, its first tap; a vector of channels per tap
@@ -75,10 +77,7 @@ struct RowInPlace {
   int64_t out_pixel, columns;
   int64_t channels;
   bool stream;
-  // Of rows in a ring: how many there are before its end, and its elements.
-  int64_t before_wrap = std::numeric_limits<int64_t>::max(), ring = 0;
   float low = 0, high = 0;
-  const T* row(int64_t r) const { return in + r * in_row - (r < before_wrap ? 0 : ring); }
   Simd<kPlane> bounded(const Simd<kPlane>& v) const {
     if constexpr (!kBounded) return v;
     return simd(at::vec::clamp(vec(v), Vec<float>(low), Vec<float>(high)));
@@ -89,14 +88,14 @@ struct RowInPlace {
 template <int J, int kStep, int kTaps, typename T, bool kBounded>
 void run_in_place(const RowInPlace<T, kBounded>& s, int64_t j) {
   using V = Simd<kPlane>;
-  const int64_t in = (s.first + j * kStep) * s.in_pixel;
+  const int64_t from = (s.first + j * kStep) * s.in_pixel;
   T* const out = s.out + j * s.out_pixel;
   over_channels<T>(s.channels, s.stream, [&](int64_t c, const auto& load, const auto& store) CNNKERN_INLINED {
     V sum[J];
     const V start = s.bias != nullptr ? V::load(s.bias + c) : V::all(0);
     unrolled<J>([&](auto i) CNNKERN_INLINED { sum[i] = start; });
     for (int64_t r = 0; r < s.kernel_rows; ++r) {
-      const T* const p = s.row(r) + in + c;
+      const T* const p = s.in[r] + from + c;
       if (r + kStep >= s.kernel_rows)  // rows that are not in a cache yet
         unrolled<J * kStep>([&](auto i) CNNKERN_INLINED { __builtin_prefetch(p + (J * kStep + i) * s.in_pixel, 0, 3); });
       V tap[kTaps];
@@ -117,7 +116,7 @@ void pixel_in_place(const RowInPlace<T, kBounded>& s, int64_t j, int64_t taps) {
     V sum = s.bias != nullptr ? V::load(s.bias + c) : V::all(0);
     for (int64_t r = 0; r < s.kernel_rows; ++r)
       for (int64_t t = begin; t < end; ++t)
-        sum = V::fma(load(s.row(r) + (first + t) * s.in_pixel + c), V::load(s.weight + r * s.weight_row + t * s.weight_tap + c), sum);
+        sum = V::fma(load(s.in[r] + (first + t) * s.in_pixel + c), V::load(s.weight + r * s.weight_row + t * s.weight_tap + c), sum);
     store(s.out + j * s.out_pixel + c, s.bounded(sum));
   });
 }
@@ -143,8 +142,8 @@ void row_in_place(const RowInPlace<T, kBounded>& s) {
 template <typename T>
 struct ProductsInPlace {
   const T* dy;
-  const T* in;  // pixel 0 of the row of the input that the first kernel row inside meets
-  int64_t in_row, pixel;
+  const T* in[kRowsInPlace];  // pixel 0 of the rows of the input that the kernel rows inside meet
+  int64_t dy_pixel, in_pixel;
   int64_t first, width, columns;
   int64_t kernel_rows;
   float* sums;  // of that kernel row
@@ -157,27 +156,27 @@ struct ProductsInPlace {
 template <int J, int kStep, int kTaps, typename T>
 void products_of_run(const ProductsInPlace<T>& s, int64_t j, int64_t begin, int64_t end) {
   using V = Simd<kPlane>;
-  const T* const in = s.in + (s.first + j * kStep) * s.pixel;
-  const T* const dy = s.dy + j * s.pixel;
+  const int64_t from = (s.first + j * kStep) * s.in_pixel;
+  const T* const dy = s.dy + j * s.dy_pixel;
   over_channels<T>(s.channels, false, [&](int64_t c, const auto& load, const auto&) CNNKERN_INLINED {
     V gradient[J];
     unrolled<J>([&](auto i) CNNKERN_INLINED {
-      gradient[i] = load(dy + i * s.pixel + c);
-      __builtin_prefetch(dy + (J + i) * s.pixel + c, 0, 3);
+      gradient[i] = load(dy + i * s.dy_pixel + c);
+      __builtin_prefetch(dy + (J + i) * s.dy_pixel + c, 0, 3);
     });
     const auto kernel_row = [&](int64_t r) CNNKERN_INLINED {
       float* const to = s.sums + r * kTaps * s.sums_tap + c;
-      const T* const p = in + r * s.in_row + c;
+      const T* const p = s.in[r] + from + c;
       if (r + kStep >= s.kernel_rows)  // rows that are not in a cache yet
-        unrolled<J * kStep>([&](auto i) CNNKERN_INLINED { __builtin_prefetch(p + (J * kStep + i) * s.pixel, 0, 3); });
+        unrolled<J * kStep>([&](auto i) CNNKERN_INLINED { __builtin_prefetch(p + (J * kStep + i) * s.in_pixel, 0, 3); });
       if constexpr (J > 1) {
         V sum[kTaps];
         unrolled<kTaps>([&](auto t) CNNKERN_INLINED { sum[t] = V::load(to + t * s.sums_tap); });
-        add_products<J, kStep>(sum, gradient, [&](int i) CNNKERN_INLINED { return load(p + i * s.pixel); });
+        add_products<J, kStep>(sum, gradient, [&](int i) CNNKERN_INLINED { return load(p + i * s.in_pixel); });
         unrolled<kTaps>([&](auto t) CNNKERN_INLINED { sum[t].store(to + t * s.sums_tap); });
       } else {
         for (int64_t t = begin; t < end; ++t)
-          V::fma(load(p + t * s.pixel), gradient[0], V::load(to + t * s.sums_tap)).store(to + t * s.sums_tap);
+          V::fma(load(p + t * s.in_pixel), gradient[0], V::load(to + t * s.sums_tap)).store(to + t * s.sums_tap);
       }
     };
     if (s.kernel_rows == kTaps)  // side by side: a sum waits for the one before it
@@ -245,30 +244,32 @@ bool may_stream(const Image<T>& y, bool beyond) {
 }
 
 template <typename T>
-void forward_in_place(const Image<const T>& x, const T* weight, const T* bias, const Image<T>& y, const Geometry& g) {
+void forward_in_place(const Image<const T>& x, const Prologue<T>* prologue, const T* weight, const T* bias, const Image<T>& y,
+                      const Geometry& g) {
   const TapsInPlace taps(g, weight, bias);
   const Pieces pieces(g.C);
   const bool stream = may_stream(y, beyond_cache(y.data, g.N * g.C * g.OH * g.OW * sizeof(T)));
   at::parallel_for(0, g.N * g.OH, divup(8192, g.OW * g.C), [&](int64_t begin, int64_t end) {
+    RowsThrough<T> in(prologue, x, 0, g.C, g.kh, scratch(RowsThrough<T>::floats(prologue, g.W, g.C, g.kh)));
     for (int64_t row = begin; row < end; ++row)
       for (int64_t piece = 0; piece < pieces.count; ++piece) {
         const int64_t c = pieces.first(piece), n = row / g.OH, oh = row % g.OH, top = oh * g.stride - g.ph;
         const auto [first, last] = rows_inside(top, g.kh, g.H);
-        const RowInPlace<T> s{.in = x.at(n, c, top + first),
-                              .in_row = g.W * g.C,
-                              .in_pixel = g.C,
-                              .first = -g.pw,
-                              .width = g.W,
-                              .weight = taps.data.get() + first * g.kw * taps.pitch + c,
-                              .weight_row = g.kw * taps.pitch,
-                              .weight_tap = taps.pitch,
-                              .kernel_rows = last - first,
-                              .bias = taps.bias == nullptr ? nullptr : taps.bias + c,
-                              .out = y.at(n, c, oh),
-                              .out_pixel = g.C,
-                              .columns = g.OW,
-                              .channels = pieces.size(piece),
-                              .stream = stream};
+        RowInPlace<T> s{.in = {},
+                        .in_pixel = g.C,
+                        .first = -g.pw,
+                        .width = g.W,
+                        .weight = taps.data.get() + first * g.kw * taps.pitch + c,
+                        .weight_row = g.kw * taps.pitch,
+                        .weight_tap = taps.pitch,
+                        .kernel_rows = last - first,
+                        .bias = taps.bias == nullptr ? nullptr : taps.bias + c,
+                        .out = y.at(n, c, oh),
+                        .out_pixel = g.C,
+                        .columns = g.OW,
+                        .channels = pieces.size(piece),
+                        .stream = stream};
+        for (int64_t r = first; r < last; ++r) s.in[r - first] = in.at(n, top + r) + c;
         g.kw == 5 ? row_in_place<2, 5>(s) : g.stride == 2 ? row_in_place<2, 3>(s) : row_in_place<1, 3>(s);
       }
     stream_fence();
@@ -287,21 +288,21 @@ void input_gradient_row(const Image<const T>& dy, const TapsInPlace& taps, const
     const Residue columns(mx, s, g.kw);
     const int64_t w = columns.first(0, g.pw);
     if (w >= g.W) continue;
-    const RowInPlace<T> part{.in = dy.at(n, c, top + first),
-                             .in_row = g.OW * g.C,
-                             .in_pixel = g.C,
-                             .first = (w + g.pw) / s - columns.count + 1,
-                             .width = g.OW,
-                             .weight = taps.data.get() + (rows.tap(first) * g.kw + columns.tap(0)) * taps.pitch + c,
-                             .weight_row = -s * g.kw * taps.pitch,
-                             .weight_tap = -s * taps.pitch,
-                             .kernel_rows = last - first,
-                             .bias = nullptr,
-                             .out = dx.at(n, c, h) + w * g.C,
-                             .out_pixel = s * g.C,
-                             .columns = divup(g.W - w, s),
-                             .channels = channels,
-                             .stream = stream};
+    RowInPlace<T> part{.in = {},
+                       .in_pixel = g.C,
+                       .first = (w + g.pw) / s - columns.count + 1,
+                       .width = g.OW,
+                       .weight = taps.data.get() + (rows.tap(first) * g.kw + columns.tap(0)) * taps.pitch + c,
+                       .weight_row = -s * g.kw * taps.pitch,
+                       .weight_tap = -s * taps.pitch,
+                       .kernel_rows = last - first,
+                       .bias = nullptr,
+                       .out = dx.at(n, c, h) + w * g.C,
+                       .out_pixel = s * g.C,
+                       .columns = divup(g.W - w, s),
+                       .channels = channels,
+                       .stream = stream};
+    for (int64_t r = first; r < last; ++r) part.in[r - first] = dy.at(n, c, top + r);
     if (columns.count == 1) row_in_place<1, 1>(part);
     if (columns.count == 2) row_in_place<1, 2>(part);
     if (columns.count == 3) row_in_place<1, 3>(part);
@@ -311,8 +312,8 @@ void input_gradient_row(const Image<const T>& dy, const TapsInPlace& taps, const
 // dx, dweight and dbias in one pass over the rows of dy; undefined, or null, where one is not wanted. Sums are kept for
 // parts of the rows, in float, and added in double in their order: parts depend on the shape alone.
 template <typename T>
-void backward_in_place(const Image<const T>& dy, const Image<const T>& x, const T* weight, const Gradients<T>& grads,
-                       const Geometry& g) {
+void backward_in_place(const Image<const T>& dy, const Image<const T>& x, const Prologue<T>* prologue, const T* weight,
+                       const Gradients<T>& grads, const Geometry& g) {
   const auto& [dx, dweight, dbias] = grads;
   constexpr const T* kNoBias = nullptr;
   const TapsInPlace taps(g, weight, kNoBias);
@@ -329,25 +330,27 @@ void backward_in_place(const Image<const T>& dy, const Image<const T>& x, const 
       const auto [row, last_row] = tile_rows(rows, parts, part);
       const auto [dx_row, last_dx_row] = tile_rows(dx_rows, parts, part);
       float* const total = sums.get() + u * values;
-      float* const to = wants_sums ? scratch(values) : nullptr;
+      float* const to = wants_sums ? scratch(values + RowsThrough<T>::floats(prologue, g.W, channels, g.kh)) : nullptr;
+      RowsThrough<T> in(prologue, x, c, channels, g.kh, wants_sums ? to + values : nullptr);
       if (wants_sums) std::fill_n(total, values, 0.0f), std::fill_n(to, values, 0.0f);
       int64_t h = dx_row;
       for (int64_t i = row; i < last_row; ++i) {
         if (wants_sums) {
           const int64_t n = i / g.OH, top = i % g.OH * g.stride - g.ph;
           const auto [first, last] = rows_inside(top, dweight.defined() ? g.kh : 0, g.H);
-          const ProductsInPlace<T> s{.dy = dy.at(n, c, i % g.OH),
-                                     .in = x.at(n, c, top + first),
-                                     .in_row = g.W * g.C,
-                                     .pixel = g.C,
-                                     .first = -g.pw,
-                                     .width = g.W,
-                                     .columns = g.OW,
-                                     .kernel_rows = last - first,
-                                     .sums = to + first * g.kw * pitch,
-                                     .sums_tap = pitch,
-                                     .bias = dbias.defined() ? to + g.taps() * pitch : nullptr,
-                                     .channels = channels};
+          ProductsInPlace<T> s{.dy = dy.at(n, c, i % g.OH),
+                               .in = {},
+                               .dy_pixel = g.C,
+                               .in_pixel = in.pixel(),
+                               .first = -g.pw,
+                               .width = g.W,
+                               .columns = g.OW,
+                               .kernel_rows = last - first,
+                               .sums = to + first * g.kw * pitch,
+                               .sums_tap = pitch,
+                               .bias = dbias.defined() ? to + g.taps() * pitch : nullptr,
+                               .channels = channels};
+          for (int64_t r = first; r < last; ++r) s.in[r - first] = in.at(n, top + r);
           g.stride == 2 ? products_in_place<2, 3>(s) : products_in_place<1, 3>(s);
           if ((i + 1 - row) % rows_of_sum == 0 || i + 1 == last_row)
             for (int64_t j = 0; j < values; ++j) total[j] += to[j], to[j] = 0.0f;

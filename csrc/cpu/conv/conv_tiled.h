@@ -12,6 +12,7 @@
 #include <ATen/Parallel.h>
 
 #include "cpu/conv/conv_choice.h"
+#include "cpu/conv/prologue.h"
 
 namespace cnnkern {
 inline namespace CPU_CAPABILITY {
@@ -52,7 +53,8 @@ inline void add_pixels(const float* plane, int64_t rows, int64_t columns, int64_
 }
 
 template <typename T>
-void forward(const Image<const T>& x, const T* weight, const T* bias, const Image<T>& y, const Geometry& g) {
+void forward(const Image<const T>& x, const Prologue<T>* prologue, const T* weight, const T* bias, const Image<T>& y,
+             const Geometry& g) {
   const Blocks blocks(g, narrow_planes<T>(x.channels_last));
   const int64_t count = blocks.count();
   const int64_t cols = (g.OW - 1) * g.stride + g.kw;
@@ -83,7 +85,7 @@ void forward(const Image<const T>& x, const T* weight, const T* bias, const Imag
       const auto [first, last] = g.inputs_of(out_frame);
       for (next = std::max(next, first); next < last; ++next)
         for (int64_t p = 0; p < blocks.planes; ++p)
-          pack(x, n, next, blocks.first(b, p), blocks.valid(b, p), window, kept(next) + p * plane);
+          pack_through(prologue, x, n, next, blocks.first(b, p), blocks.valid(b, p), window, kept(next) + p * plane);
       for (int64_t part = 0; part < blocks.parts(); ++part) {
         const int64_t lane = blocks.lane(part), group = blocks.group(part);
         const float* const weights = &packed[b * block_floats + part * blocks.part_weights()];
@@ -129,7 +131,8 @@ void forward(const Image<const T>& x, const T* weight, const T* bias, const Imag
 }
 
 template <typename T>
-void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight, const Gradients<T>& grads, const Geometry& g) {
+void backward(const Image<const T>& dy, const Image<const T>& x, const Prologue<T>* prologue, const T* weight,
+              const Gradients<T>& grads, const Geometry& g) {
   const Blocks blocks(g, narrow_planes<T>(x.channels_last));
   const bool dx = grads.dx.data != nullptr, dweight = grads.dweight.defined(), dbias = grads.dbias.defined();
   const int64_t count = blocks.count(), s = g.stride, L = g.lanes();
@@ -177,7 +180,7 @@ void backward(const Image<const T>& dy, const Image<const T>& x, const T* weight
           if (dbias) add_pixels(plane + own, dy_end - dy_begin, g.OW, dy_cols, sums_of_weight + blocks.weights() + p * kPlane);
         }
       for (int64_t p = 0; p < blocks.planes && dweight && first < last; ++p)
-        pack(x, n, in_frame, blocks.first(b, p), blocks.valid(b, p), x_window, x_at + p * x_plane);
+        pack_through(prologue, x, n, in_frame, blocks.first(b, p), blocks.valid(b, p), x_window, x_at + p * x_plane);
       for (int64_t part = 0; part < blocks.parts(); ++part) {
         const int64_t lane = blocks.lane(part), group = blocks.group(part);
         const auto weights_of = [&](int64_t frame) { return (in_frame - frame * g.stride_t + g.pt) * g.frame_weights(); };

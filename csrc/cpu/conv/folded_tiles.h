@@ -183,30 +183,28 @@ struct Depthwise {
   void compute(const Rows& rows, int64_t oh, int64_t columns, const float* residual, float* y) const {
     const int64_t top = oh * stride - padding;
     const auto [first, last] = rows_inside(top, k, rows.H);
-    const int64_t slot = (top + first) % rows.ring, size = rows.W * channels;
+    const int64_t size = rows.W * channels;
     // Bounds belong behind the residual.
     const float low = residual == nullptr ? act.low : -kInfinity, high = residual == nullptr ? act.high : kInfinity;
     for (int64_t piece = 0; piece < pieces.count; ++piece) {
       const int64_t c = pieces.first(piece);
-      const RowInPlace<float, true> r{.in = rows.x + slot * size + c,
-                                      .in_row = size,
-                                      .in_pixel = channels,
-                                      .first = -padding,
-                                      .width = rows.W,
-                                      .weight = packed + first * k * pitch + c,
-                                      .weight_row = k * pitch,
-                                      .weight_tap = pitch,
-                                      .kernel_rows = last - first,
-                                      .bias = packed + k * k * pitch + c,
-                                      .out = y + c,
-                                      .out_pixel = channels,
-                                      .columns = columns,
-                                      .channels = pieces.size(piece),
-                                      .stream = false,
-                                      .before_wrap = rows.ring - slot,
-                                      .ring = rows.ring * size,
-                                      .low = low,
-                                      .high = high};
+      RowInPlace<float, true> r{.in = {},
+                                .in_pixel = channels,
+                                .first = -padding,
+                                .width = rows.W,
+                                .weight = packed + first * k * pitch + c,
+                                .weight_row = k * pitch,
+                                .weight_tap = pitch,
+                                .kernel_rows = last - first,
+                                .bias = packed + k * k * pitch + c,
+                                .out = y + c,
+                                .out_pixel = channels,
+                                .columns = columns,
+                                .channels = pieces.size(piece),
+                                .stream = false,
+                                .low = low,
+                                .high = high};
+      for (int64_t i = first; i < last; ++i) r.in[i - first] = rows.x + (top + i) % rows.ring * size + c;
       if (k == 5)
         stride == 2 ? row_in_place<2, 5>(r) : row_in_place<1, 5>(r);
       else
