@@ -34,17 +34,21 @@ def _load() -> ModuleType | None:
         return None
     if not _is_there(BUILT_FOR):
         raise ImportError("nothing says which torch it was built for: it is of an older build")
-    built_for = importlib.import_module(BUILT_FOR).TORCH
-    if release(built_for) != release(torch.__version__):
-        raise ImportError(f"it was built for torch {built_for}, and torch {torch.__version__} is installed")
-    _check_instruction_set(importlib.import_module(BUILT_FOR).CPU.split())
+    built_for = importlib.import_module(BUILT_FOR)
+    if release(built_for.TORCH) != release(torch.__version__):
+        raise ImportError(f"it was built for torch {built_for.TORCH}, and torch {torch.__version__} is installed")
+    if not hasattr(built_for, "CPU"):
+        raise ImportError("nothing says which instruction sets it was built for: it is of an older build")
+    _check_instruction_set(built_for.CPU.split())
     return importlib.import_module(NAME)
 
 
 def _check_instruction_set(built: list[str]) -> None:
     """A build for one machine alone (CNNKERN_CPU=native) has kernels for one instruction set."""
+    if "DEFAULT" in built:
+        return
     here = torch.backends.cpu.get_cpu_capability()
-    if here not in built and "DEFAULT" not in built:
+    if here not in built:
         raise ImportError(
             f"it was built with CNNKERN_CPU=native for {' and '.join(built)} alone, and torch uses {here} here"
         )

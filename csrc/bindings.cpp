@@ -107,7 +107,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("learn_parts", &cnnkern::learn_parts, pybind11::arg("whole"), pybind11::arg("part"),
         "What memory that is a part of other memory looks like, from a tensor on each.");
   m.def("materialise_waiting", &cnnkern::materialise_waiting, pybind11::call_guard<pybind11::gil_scoped_release>(),
-        "Computes what is deferred in this thread and has not been used yet.");
+        "Computes what is deferred in this thread and still held.");
   m.def("folded_of", &cnnkern::folded_of, "The Folded whose deferred result a tensor is; else None.");
   pybind11::class_<cnnkern::Packed, std::shared_ptr<cnnkern::Packed>>(m, "Packed", "What autograd saves in place of a tensor.");
   m.def("pack", [](const at::Tensor& t) { return std::make_shared<cnnkern::Packed>(t, cnnkern::Depth::kAny); }, pybind11::arg("tensor"),

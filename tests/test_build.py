@@ -140,6 +140,11 @@ def test_an_extension_for_another_instruction_set_is_not_loaded(copy, monkeypatc
     assert "it was built with CNNKERN_CPU=native for AVX512 alone, and torch uses DEFAULT here" in said
 
 
+def test_an_extension_of_an_older_build_is_not_loaded(copy):
+    (copy / "cnnkern" / "_built_for.py").write_text(f'TORCH = "{RELEASE}.0"')
+    assert "nothing says which instruction sets it was built for" in imported(copy)
+
+
 def test_what_csrc_is_compiled_for():
     setting = from_tools("build_extension")
     assert _C.build_info()["cpu_capabilities"].split() == list(setting.CPU_CAPABILITIES)

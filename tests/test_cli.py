@@ -141,7 +141,7 @@ def broken(request, tmp_path) -> tuple[Path, str]:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(f"from torch import version\n__version__ = '2.0'\n{in_torch}\n")
     (tmp_path / "torch" / "version.py").write_text("cuda = None\n")
-    (tmp_path / "cnnkern" / "_built_for.py").write_text("TORCH = '2.0'\n")
+    (tmp_path / "cnnkern" / "_built_for.py").write_text("TORCH = '2.0'\nCPU = 'DEFAULT'\n")
     if in_extension is not None:
         (tmp_path / "cnnkern" / "_C.py").write_text(in_extension)
     return tmp_path, message
@@ -181,7 +181,7 @@ def checkout(tmp_path) -> Path:
     for name in ("cnnkern/__init__.py", "cnnkern/_C.py", "pyproject.toml"):
         (tmp_path / name).touch()
     (tmp_path / "torch.py").write_text("__version__ = '2.0'\n")
-    (tmp_path / "cnnkern" / "_built_for.py").write_text("TORCH = '2.0'\n")
+    (tmp_path / "cnnkern" / "_built_for.py").write_text("TORCH = '2.0'\nCPU = 'DEFAULT'\n")
     (tmp_path / "benchmarks" / "__main__.py").write_text("import sys; print(sys.argv[1:]); sys.exit(3)")
     return tmp_path
 

@@ -232,3 +232,23 @@ def test_statistics_that_another_thread_trains_before_the_result_is_used():
     thread.join()
     with pytest.raises(RuntimeError, match=r"a running statistic .* was changed .* by another thread"):
         F.relu(y)
+
+
+def test_a_bias_may_change_before_the_gradient_where_a_hook_sees_the_batch_norms():
+    """PyTorch's batch norm does not save its bias, so an optimizer may change it between forward and backward pass."""
+    torch.manual_seed(0)
+    grads = []
+    for convert in (False, True):
+        torch.manual_seed(0)
+        norm = nn.BatchNorm2d(3)
+        model = cnnkern.convert(norm) if convert else norm
+        for _ in range(2):
+            y = model(torch.randn(4, 3, 5, 5).requires_grad_())
+            y.register_hook(lambda g: g)
+            z = y.relu()
+            with torch.no_grad():
+                model.bias.add_(0.1)
+            model.zero_grad()
+            (z * torch.randn(4, 3, 5, 5)).sum().backward()
+        grads.append(model.weight.grad)
+    torch.testing.assert_close(*grads)

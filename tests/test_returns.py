@@ -80,6 +80,36 @@ def test_memory_that_other_processes_write(kind, how):
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
+class Kept(nn.Module):
+    """Returns a result that was fused with what used it, in addition to that."""
+
+    def __init__(self, activated: bool) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.BatchNorm2d(32), nn.Conv2d(32, 32, 3, padding=1, groups=32)
+        self.activated = activated
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.norm(x)
+        if self.activated:
+            y = y.relu()
+            return self.conv(y), y
+        return y.relu(), y
+
+
+@pytest.mark.parametrize("activated", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_was_fused_and_is_returned_too(training, activated):
+    model = randomised(Kept(activated)).to(memory_format=torch.channels_last).train(training)
+    ours = cnnkern.convert(copy.deepcopy(model))
+    for _ in range(3):
+        x = torch.randn(4, 32, 64, 64).to(memory_format=torch.channels_last)
+        expected = [t.detach().clone() for t in model(x)]
+        with torch.set_grad_enabled(training):
+            found = ours(x)
+        torch.from_dlpack(x).zero_()  # by no operator that gets x
+        torch.testing.assert_close([t.detach() for t in found], expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("how", HOW, ids=lambda f: f.__name__)
 def test_the_hook_that_computes_it_is_copied_and_removed(how):
     model = randomised(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))

@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise Failed(f"not on the path: {', '.join(lacking)}")
         with tempfile.TemporaryDirectory(prefix="cnnkern-aarch64-") as scratch:
             folder = (options.folder or Path(scratch)).resolve()
+            folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "root").exists():
                 say("Unpacking an aarch64 Python")
                 aarch64_python(folder / "root", Path(scratch))

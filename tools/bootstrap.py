@@ -98,6 +98,13 @@ def has_gpu() -> bool:
         return False
 
 
+def processor() -> str:
+    """A hash of the instruction sets of this machine's processor, as Linux reports them."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^(flags|Features)\s*:.*$", path.read_text(), re.M) if path.exists() else None
+    return hashlib.sha256((found[0] if found else "").encode()).hexdigest()
+
+
 def build_inputs(root: Path, venv: Venv) -> dict[str, str]:
     """Everything that the extension depends on, by name: a hash of the content, or the setting's value."""
     files = [root / "setup.py", root / "tools" / "build_extension.py", root / "pyproject.toml"]
@@ -256,11 +263,13 @@ def ensure_build(root: Path, venv: Venv, stamps: Stamps, bench: bool) -> None:
     if built and old == new:
         return
     # Benchmarks need the kernels that run here, and tests need all.
-    spared = {}
+    spared: dict[str, str] = {}
     if bench and not inputs["CNNKERN_CPU"]:
         spared["CNNKERN_CPU"] = "native"
     if bench and not inputs["CNNKERN_CUDA"] and not has_gpu():
         spared["CNNKERN_CUDA"] = "0"
+    if "native" in (inputs["CNNKERN_CPU"], spared.get("CNNKERN_CPU")):
+        spared["the processor"] = processor()
     if spared:
         inputs.update(spared), new.update(spared)
         if built and old == new:

@@ -101,12 +101,11 @@ bool Waiting::rests() {
 
 void materialise_waiting() {
   // The last one first: it may compute those before it, which are then gone if nothing else holds them.
-  const auto last_unused = [] {
+  const auto last = [] {
     const auto results = Waiting::of_this_thread()->results();
-    const auto found = std::find_if(results.rbegin(), results.rend(), [](const auto& result) { return result->is_unused(); });
-    return found == results.rend() ? c10::intrusive_ptr<Deferred>() : *found;
+    return results.empty() ? c10::intrusive_ptr<Deferred>() : results.back();
   };
-  while (const auto result = last_unused()) result->make_real_for("the model returns it");
+  while (const auto result = last()) result->make_real_for("the model returns it");
 }
 
 Tensor tensor_of(const c10::intrusive_ptr<Deferred>& impl) {
@@ -184,11 +183,6 @@ void Deferred::release_resources() {
 std::shared_ptr<Source> Deferred::waiting_source() {
   const Lock lock(mutex_);
   return state_ == kOpen && !is_sum() ? source_ : nullptr;
-}
-
-bool Deferred::is_unused() {
-  const Lock lock(mutex_);
-  return state_ == kOpen;
 }
 
 bool Deferred::conflicts_with(const c10::StorageImpl* memory, bool writes) {

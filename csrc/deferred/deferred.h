@@ -55,7 +55,6 @@ class Deferred final : public c10::TensorImpl {
   void make_real_for(const std::string& reason);
   // What computes the result, if it is deferred and no sum.
   std::shared_ptr<Source> waiting_source();
-  bool is_unused();
   bool has_any_strides() const { return state_ == kLaid || (state_ == kOpen && source_->has_any_strides()); }
   // Marks the result as fused into another computation. It is computed only if it is used again.
   void take_over(const std::string& by);
@@ -166,7 +165,7 @@ class Waiting {
   std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> results_;
 };
 
-// Materialises what is deferred in this thread and has not been used yet.
+// Materialises what is deferred in this thread, results that were fused but are still held included.
 void materialise_waiting();
 
 // Whether only PyTorch's operators, autograd, autocast and cnnkern's own hooks can see this thread's operators. A TorchFunctionMode

@@ -142,8 +142,9 @@ variable_list ActNode::apply(variable_list&& grads) {
     return {dz};
   }
   const bool create_graph = at::GradMode::is_enabled();
+  const auto saved = norm.unpack();  // a first derivative reads the copy of the bias
   at::AutoGradMode enable(true);
-  Tensor y = batch_norm_again(norm.unpack(), norm.training());
+  Tensor y = batch_norm_again(saved, norm.training());
   if (!create_graph) y = y.detach();
   if (!y.requires_grad()) y.requires_grad_();
   return torch::autograd::grad({activation_by_pytorch(y, act)}, {y}, {dz}, /*retain_graph=*/create_graph, create_graph);
