@@ -9,7 +9,7 @@ from torch import nn
 
 import cnnkern
 from cnnkern.conversion.deferral import SITE
-from cnnkern.measure import clock, machine, profile, show
+from cnnkern.measure import check, clock, machine, profile, show
 from cnnkern.measure.result import BenchmarkResult, Contender
 from cnnkern.measure.steps import Setting, step
 
@@ -212,3 +212,12 @@ def test_what_others_do_is_read_from_the_system(tmp_path, monkeypatch):
     pressure.write_text("some avg10=0.00 avg60=0.00 avg300=0.00 total=1000500\nfull avg10=0.00 total=0\n")
     assert watch.activity().stolen == pytest.approx(0.25)
     assert watch.activity().waiting > 0
+
+
+def test_a_mean_that_is_zero_but_for_roundings_is_no_difference():
+    """As that of MobileNetV2's batch norms behind a batch norm and a 1x1 convolution."""
+    truth = {"buffer mean": torch.tensor([1e-17, -2e-17]), "buffer var": torch.ones(2)}
+    found = {"buffer mean": torch.tensor([-3e-17, 1e-17]), "buffer var": torch.ones(2)}
+    assert check._largest_difference(found, truth)[0] < 1e-15
+    found["buffer mean"][0] = 1e-3
+    assert check._largest_difference(found, truth) == (pytest.approx(1e-3), "buffer mean")

@@ -177,16 +177,20 @@ def _distance(kind: str, found: Tensors, truth: Tensors) -> float:
 
 
 def _largest_difference(found: Tensors, truth: Tensors) -> tuple[float, str]:
-    """The largest difference relative to the tensor's largest value (for gradients, of all), and the tensor's name."""
+    """The largest difference relative to the tensor's largest value, and the tensor's name. For gradients, and for
+    running statistics, to the largest of all of them: a gradient, or the mean of a batch norm after a batch norm and a
+    convolution, may be zero but for roundings."""
     missing = [n for n in truth if n not in found]
     if missing:
         return float("inf"), f"no {missing[0]}"
-    scale = max((t.abs().max().item() for n, t in truth.items() if _kind(n) == "gradients" and t.numel()), default=0.0)
-    worst, where = 0.0, "none"
+    worst, where, scale = 0.0, "none", dict[str, float]()
+    for name, t in truth.items():
+        if t.numel():
+            scale[_kind(name)] = max(scale.get(_kind(name), 0.0), t.abs().max().item())
     for name, expected in truth.items():
         if not expected.numel():
             continue
-        largest = scale if _kind(name) == "gradients" else expected.abs().max().item()
+        largest = expected.abs().max().item() if _kind(name) == "outputs" else scale[_kind(name)]
         difference = (found[name] - expected).abs().max().item()
         share = difference / largest if largest else difference
         if not share <= worst:  # NaN too
