@@ -50,7 +50,7 @@ def _check_instruction_set(built: list[str]) -> None:
     here = torch.backends.cpu.get_cpu_capability()
     if here not in built:
         raise ImportError(
-            f"it was built with CNNKERN_CPU=native for {' and '.join(built)} alone, and torch uses {here} here"
+            f"it was built with CNNKERN_CPU=native for {' '.join(built)} alone, and torch uses {here} here"
         )
 
 

@@ -216,8 +216,11 @@ def test_what_others_do_is_read_from_the_system(tmp_path, monkeypatch):
 
 def test_a_mean_that_is_zero_but_for_roundings_is_no_difference():
     """As that of MobileNetV2's batch norms behind a batch norm and a 1x1 convolution."""
-    truth = {"buffer mean": torch.tensor([1e-17, -2e-17]), "buffer var": torch.ones(2)}
-    found = {"buffer mean": torch.tensor([-3e-17, 1e-17]), "buffer var": torch.ones(2)}
+    mean, var, other = "buffer bn.running_mean", "buffer bn.running_var", "buffer other"
+    truth = {mean: torch.tensor([1e-17, -2e-17]), var: torch.tensor([4.0, 1.0]), other: torch.tensor([1e-9])}
+    found = {mean: torch.tensor([-3e-17, 1e-17]), var: torch.tensor([4.0, 1.0]), other: torch.tensor([1e-9])}
     assert check._largest_difference(found, truth)[0] < 1e-15
-    found["buffer mean"][0] = 1e-3
-    assert check._largest_difference(found, truth) == (pytest.approx(1e-3), "buffer mean")
+    found[mean][0] = 1e-3
+    assert check._largest_difference(found, truth) == (pytest.approx(5e-4), mean)
+    found[other][0] = 2e-9  # measured by itself
+    assert check._largest_difference(found, truth) == (pytest.approx(1.0), other)

@@ -370,7 +370,7 @@ def test_stamps_survive_as_json(bootstrap, checkout):
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_benchmarks_need_the_kernels_of_this_machine_alone(bootstrap, checkout, gpu):
+def test_benchmarks_need_the_kernels_of_this_machine_alone(bootstrap, checkout, gpu, monkeypatch):
     if gpu:
         write_program(checkout / "bin/nvidia-smi", "#!/bin/sh\necho 'GPU 0: NVIDIA H100'\n")
     bootstrap.set_up(checkout, lint=False, bench=True)
@@ -380,6 +380,10 @@ def test_benchmarks_need_the_kernels_of_this_machine_alone(bootstrap, checkout, 
     assert stamp["CNNKERN_CPU"] == "native"
     bootstrap.set_up(checkout, lint=False, bench=True)
     assert calls(checkout) == []
+    with monkeypatch.context() as moved:
+        moved.setattr(bootstrap, "processor", lambda: "another")
+        bootstrap.set_up(checkout, lint=False, bench=True)
+        assert calls(checkout) == ["build"]
     bootstrap.set_up(checkout, lint=False)  # `make test` asks for them
     assert calls(checkout) == ["build"]
     bootstrap.set_up(checkout, lint=False, bench=True)  # which does for benchmarks too

@@ -26,7 +26,7 @@ from setup_step import NO_PIP, PYTHON_RANGE, SetupError, condense_build, condens
 
 PYTHONS = ((3, 10), (3, 13))  # also in the Makefile, which looks for one, and in pyproject.toml
 GB = 1 << 30
-SPACE = {"venv": 10 * GB, "pins": GB, "build": GB, "lint": GB // 4}
+SPACE = {"venv": 10 * GB, "pins": GB, "build": 2 * GB, "lint": GB // 4}
 SOURCES = (".cpp", ".h", ".cu", ".cuh")
 SETTINGS = (
     "CNNKERN_CUDA",
@@ -271,7 +271,8 @@ def ensure_build(root: Path, venv: Venv, stamps: Stamps, bench: bool) -> None:
     if "native" in (inputs["CNNKERN_CPU"], spared.get("CNNKERN_CPU")):
         spared["the processor"] = processor()
     if spared:
-        inputs.update(spared), new.update(spared)
+        inputs.update(spared)
+        new.update(spared)
         if built and old == new:
             return
     (root / "build").mkdir(exist_ok=True)

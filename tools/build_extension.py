@@ -5,6 +5,7 @@ import itertools
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -24,7 +25,7 @@ from torch.utils import cpp_extension  # noqa: E402
 
 def cpu_capabilities() -> dict[str, list[str]]:
     """Flags of each instruction set for which the files of csrc/cpu are compiled; csrc/for_this_cpu.h picks one at load
-    time. With CNNKERN_CPU=native that of this machine alone, which takes half the time."""
+    time. With CNNKERN_CPU=native that of this machine alone, so that each file is compiled once."""
     flags: dict[str, list[str]] = {"DEFAULT": []}
     if platform.machine() in ("x86_64", "AMD64"):
         flags["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
@@ -145,7 +146,9 @@ class BuildExtension(cpp_extension.BuildExtension):
         name = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
         folder = Path(self.build_temp) / f"precompiled-{name}"
         if not (folder / "torch.h.gch").exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            for old in Path(self.build_temp).glob("precompiled-*"):  # half a gigabyte each
+                shutil.rmtree(old)
+            folder.mkdir(parents=True)
             (folder / "torch.h").write_text(header.read_text())
             partial = folder / "partial"
             subprocess.run([compiler, *flags, "-w", "-x", "c++-header", folder / "torch.h", "-o", partial], check=True)

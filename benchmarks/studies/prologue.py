@@ -22,7 +22,7 @@ from cnnkern.testing.shapes import GROUPED_LAYERS
 
 from ..suite import timing
 from ..suite.groups import LAYOUTS
-from .sequences import CpuTimer
+from . import timers
 
 ops = torch.ops.cnnkern
 PARTS = {"forward": "forward", "inference": "inference", "step": "step", "step, recomputed": "step"}
@@ -81,20 +81,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.prologue", description=__doc__)
     parser.add_argument("--network", default="mobilenet_v2", choices=GROUPED_LAYERS, metavar="NAME")
     parser.add_argument("--batch", type=int, default=16, help="the batch size (default: 16)")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: PyTorch's choice)"
-    )
-    parser.add_argument("--only", default="", metavar="TEXT", help="time only layers with TEXT in their row")
-    parser.add_argument("--seconds", type=float, default=2.0, help="the time per row (default: 2)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    timers.add_options(parser)
     parser.add_argument("--act", default="relu6", help="the activation (default: relu6)")
     parser.add_argument("--default-malloc", action="store_true", help="do not call cnnkern.tune_malloc()")
-    parser.add_argument("--cpu-time", action="store_true", help="report CPU time of one thread instead of wall time")
     arguments = parser.parse_args(argv)
-    if arguments.cpu_time and arguments.threads != 1:
-        parser.error("--cpu-time is of --threads 1: several threads compute while they wait for one another")
-    torch.set_num_threads(arguments.threads)
-    timer: clock.Timer = CpuTimer() if arguments.cpu_time else clock.HostTimer()
+    timer = timers.chosen(parser, arguments)
     dtype = getattr(torch, arguments.dtype)
     malloc = "malloc's defaults" if arguments.default_malloc else cnnkern.tune_malloc()
     print(f"threads: {arguments.threads}; {malloc}; {arguments.dtype}; {arguments.act}\n")

@@ -12,7 +12,6 @@ CPU time, for a machine that others use. `--volumes` times convolutions of video
 import argparse
 import math
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -22,6 +21,8 @@ from torch import Tensor
 import cnnkern
 from cnnkern.measure import clock
 from cnnkern.ops.grouped_conv1d import left_to_library
+
+from . import timers
 
 Calls = dict[str, Callable[[], object]]
 # (what it is like, N, C, L, channels per group, taps, stride)
@@ -97,16 +98,6 @@ def by_ours(x: Tensor, weight: Tensor, bias: None, stride: int, padding: int, di
     return torch.ops.cnnkern.grouped_conv2d(row, weight.unsqueeze(2), bias, *settings).squeeze(2)
 
 
-class CpuTimer:
-    """Of what this process computes."""
-
-    def sample(self, step: Callable[[], object], calls: int) -> clock.Sample:
-        start = time.process_time()
-        for _ in range(calls):
-            step()
-        return clock.Sample((time.process_time() - start) / calls)
-
-
 def timed(calls: Calls, timer: clock.Timer, seconds: float) -> dict[str, list[float]]:
     samples = clock.interleave(calls, timer, seconds=seconds, sample_seconds=0.005)
     return {name: [sample.wall for sample in taken] for name, taken in samples.items()}
@@ -173,19 +164,10 @@ def volumes(dtype: torch.dtype, timer: clock.Timer, seconds: float, only: str) -
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.studies.sequences", description=__doc__)
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: PyTorch's choice)"
-    )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--seconds", type=float, default=2.0, help="the time per row (default: 2)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="time only layers with TEXT in their row")
+    timers.add_options(parser)
     parser.add_argument("--volumes", action="store_true", help="time convolutions of volumes instead")
-    parser.add_argument("--cpu-time", action="store_true", help="report CPU time of one thread instead of wall time")
     arguments = parser.parse_args(argv)
-    if arguments.cpu_time and arguments.threads != 1:
-        parser.error("--cpu-time is of --threads 1: several threads compute while they wait for one another")
-    torch.set_num_threads(arguments.threads)
-    timer = CpuTimer() if arguments.cpu_time else clock.HostTimer()
+    timer = timers.chosen(parser, arguments)
     print(f"threads: {arguments.threads}; {cnnkern.tune_malloc()}")
     if arguments.volumes:
         volumes(getattr(torch, arguments.dtype), timer, arguments.seconds, arguments.only)

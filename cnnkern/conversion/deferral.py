@@ -48,6 +48,10 @@ class Deferring(_FusedBatchNorm):
                 statistic.detach()  # materialises the results that have yet to update it
         return self.__dict__
 
+    def deferred(self, input: Tensor) -> Tensor:
+        """The batch norm without an activation; its result is deferred if possible."""
+        return self._normalize(input, self._defer)
+
     def _defer(
         self,
         input: Tensor,
@@ -78,11 +82,6 @@ class Deferring(_FusedBatchNorm):
         if _may_free_parameters():
             site.compute_activations()
         return site.batch_norm(input, *arguments)
-
-
-def deferred(norm: Deferring, input: Tensor) -> Tensor:
-    """The batch norm without an activation; its result is deferred if possible."""
-    return norm._normalize(input, norm._defer)
 
 
 def compute_on_return(model: nn.Module) -> None:

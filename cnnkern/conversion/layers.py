@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cnnkern.conversion import timm_layers
-from cnnkern.conversion.deferral import FOLDED_SITE, NAMES, SITE, Deferring, became, deferred
+from cnnkern.conversion.deferral import FOLDED_SITE, NAMES, SITE, Deferring, became
 from cnnkern.nn import batchnorm, layer_norm, sync
 from cnnkern.nn.conv import GroupedConv1d, GroupedConv2d, GroupedConv3d
 from cnnkern.nn.pooling import MaxPool2d
@@ -33,7 +33,7 @@ class _ConvertedBatchNorm(Deferring):
     def forward(self, input: Tensor) -> Tensor:
         if not isinstance(self, Deferring):  # a wrapper of this method was put on the layer before it was reverted
             return type(self).forward(self, input)
-        return deferred(self, input)
+        return self.deferred(input)
 
 
 class ConvertedBatchNorm1d(_ConvertedBatchNorm, batchnorm.BatchNorm1d):

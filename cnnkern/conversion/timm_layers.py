@@ -10,7 +10,7 @@ import sys
 
 from torch import Tensor, fx, nn
 
-from cnnkern.conversion.deferral import Deferring, deferred
+from cnnkern.conversion.deferral import Deferring
 from cnnkern.nn import layer_norm, sync
 from cnnkern.nn.traced import leaf
 from cnnkern.ops.bn_act import batch_norm_act
@@ -22,7 +22,7 @@ class _BatchNormAct(Deferring):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
             return leaf(self, input)
-        return self._modules["act"](self.drop(deferred(self, input)))
+        return self._modules["act"](self.drop(self.deferred(input)))
 
     def _behind(self, y: Tensor) -> Tensor:  # type: ignore[override]
         return y

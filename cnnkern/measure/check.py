@@ -177,20 +177,23 @@ def _distance(kind: str, found: Tensors, truth: Tensors) -> float:
 
 
 def _largest_difference(found: Tensors, truth: Tensors) -> tuple[float, str]:
-    """The largest difference relative to the tensor's largest value, and the tensor's name. For gradients, and for
-    running statistics, to the largest of all of them: a gradient, or the mean of a batch norm after a batch norm and a
-    convolution, may be zero but for roundings."""
+    """The largest difference relative to the tensor's size, and the tensor's name. The size is the largest value: for
+    gradients of all of them, for a running mean that of the standard deviations too. A gradient, or the mean of a batch
+    norm after a batch norm and a convolution, may be zero but for roundings."""
     missing = [n for n in truth if n not in found]
     if missing:
         return float("inf"), f"no {missing[0]}"
-    worst, where, scale = 0.0, "none", dict[str, float]()
-    for name, t in truth.items():
-        if t.numel():
-            scale[_kind(name)] = max(scale.get(_kind(name), 0.0), t.abs().max().item())
+    gradients = max(
+        (t.abs().max().item() for n, t in truth.items() if _kind(n) == "gradients" and t.numel()), default=0.0
+    )
+    worst, where = 0.0, "none"
     for name, expected in truth.items():
         if not expected.numel():
             continue
-        largest = expected.abs().max().item() if _kind(name) == "outputs" else scale[_kind(name)]
+        largest = gradients if _kind(name) == "gradients" else expected.abs().max().item()
+        variance = truth.get(name.removesuffix("running_mean") + "running_var")
+        if name.endswith("running_mean") and variance is not None:
+            largest = max(largest, variance.max().item() ** 0.5)
         difference = (found[name] - expected).abs().max().item()
         share = difference / largest if largest else difference
         if not share <= worst:  # NaN too

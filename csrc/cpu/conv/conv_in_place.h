@@ -4,7 +4,6 @@
 // row, whose taps lie partly outside, are treated one by one.
 #pragma once
 
-#include <limits>
 #include <memory>
 
 #include "cpu/conv/conv_blocks.h"
